@@ -1,0 +1,232 @@
+"""One config for every run: all keys with their defaults, recipes that change some, overrides that are checked.
+
+A recipe is a Python file with `get_config(arg="")` that starts from `default()`, changes values and returns the result.
+"""
+
+import ast
+import difflib
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cxrjax.errors import CxrError
+
+RECIPES = Path(__file__).resolve().parents[1] / "configs"
+
+CHOICES = {
+    "data.uncertain": ("zeros", "ones", "ignore"),
+    "data.not_mentioned": ("negative", "unknown"),
+    "split.name": ("random", "official", "files", "small"),
+    "model.dtype": ("float32", "bfloat16", "float64"),
+    "model.remat": ("none", "layer"),
+    "optimizer.name": ("adam", "adamw", "sgd"),
+    "optimizer.schedule": ("constant", "cosine", "plateau"),
+    "train.watch": ("val_loss", "val_auroc"),
+}
+
+
+def default() -> ConfigDict:
+    """Every key a run knows, with its default and meaning."""
+    config = ConfigDict()
+    config.title = ""  # shown in reports
+    config.seed = 0  # initial weights, order of the records, augmentation
+
+    config.data = ConfigDict()
+    config.data.dataset = "cxr_phantom"  # as `cxrjax prepare DATASET` wrote it
+    config.data.dir = "data"  # the --data-dir of prepare
+    config.data.stored = "256"  # which prepared size is read: native, 1024, ...
+    config.data.size = 256  # what the network sees: size x size px
+    config.data.findings = ()  # a subset, by name; empty: all of the data set
+    config.data.views = ()  # for example ("PA", "AP"); empty: all
+    config.data.uncertain = "zeros"  # -1 counts as: zeros | ones | ignore (masked)
+    config.data.not_mentioned = "negative"  # -2 counts as: negative | unknown (masked)
+    config.data.threads = 2  # decoding threads
+
+    config.split = ConfigDict()
+    config.split.name = "random"  # random | official | files | small, always by patient
+    config.split.seed = 0
+    config.split.fractions = (0.7, 0.1, 0.2)  # of patients: train, validation, test
+    config.split.files = ()  # one CSV `id,part`, or the three lists of train, validation, test
+    config.split.sizes = ()  # images per part, for `small`
+
+    config.augment = ConfigDict()
+    config.augment.flip = 0.0  # probability of mirroring left and right
+    config.augment.rotation = 0.0  # degrees, uniform in +-
+    config.augment.shift = 0.0  # fraction of the side, uniform in +-
+    config.augment.zoom = 0.0  # fraction, uniform in 1 +-
+    config.augment.shear = 0.0  # radians, uniform in +-
+    config.augment.brightness = 0.0  # fraction, uniform in 1 +-
+
+    config.model = ConfigDict()
+    config.model.name = "densenet_small"
+    config.model.dtype = "float32"  # what the network computes in; parameters stay float32
+    config.model.remat = "none"  # none | layer: recompute inside dense layers, for memory
+    config.model.options = ConfigDict()  # of the model's family, checked by it
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # adam | adamw | sgd (momentum beta1)
+    config.optimizer.rate = 1e-3
+    config.optimizer.schedule = "constant"  # constant | cosine | plateau
+    config.optimizer.warmup = 0.0  # fraction of all steps with a rising rate
+    config.optimizer.factor = 0.5  # plateau: rate times this ...
+    config.optimizer.plateau = 3  # ... when the validation loss has not fallen for so many epochs
+    config.optimizer.decay = 0.0  # adamw: weight decay
+    config.optimizer.clip = 0.0  # global norm of the gradient; 0: not clipped
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.epsilon = 1e-8
+
+    config.train = ConfigDict()
+    config.train.batch = 32  # effective: devices x per_device x accumulated steps
+    config.train.per_device = 0  # images on a device at once; 0: as many as the batch gives
+    config.train.epochs = 10
+    config.train.steps_per_epoch = 0  # 0: every training record once
+    config.train.watch = "val_auroc"  # val_auroc | val_loss: chooses the best checkpoint
+    config.train.patience = 0  # stop after so many epochs without a better one; 0: never
+    config.train.save_every = 0  # steps between checkpoints inside an epoch; 0: each epoch's end only
+    config.train.log_every = 20  # steps between lines of metrics.jsonl
+
+    config.mesh = ConfigDict()
+    config.mesh.data = 0  # devices that share a batch; 0: all that are left
+    config.mesh.space = 1  # devices that share the rows of an image
+
+    config.evaluate = ConfigDict()
+    config.evaluate.batch = 32
+    config.evaluate.resamples = 1000  # of the patients, for the intervals
+    config.evaluate.confidence = 0.95
+
+    config.study = ConfigDict()
+    config.study.sizes = ()  # each is a run of this recipe with that argument
+    config.study.seeds = (0,)
+    config.study.control = ()  # findings of the control run; empty: no control
+    config.study.control_size = 0
+    config.study.erf_images = 32
+    config.study.erf_estimator = "probe"  # exact | probe | sum
+    return config.lock()
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Read a recipe and apply `--config.key=value` overrides.
+
+    Args:
+      spec: `FILE` or `FILE:ARG`; a bare name means a recipe that comes with the project.
+      overrides: `key=value` or `--config.key=value`; the value has the key's type.
+
+    Raises:
+      CxrError: no such file, an unknown key (with the nearest right one), a value of the wrong type.
+    """
+    path, _, argument = spec.partition(":")
+    file = next((f for f in (Path(path), RECIPES / f"{path}.py") if f.is_file()), None)
+    if file is None:
+        known = ", ".join(sorted(f.stem for f in RECIPES.glob("[a-z]*.py")))
+        raise CxrError(f"no config file {path}; recipes that come with the project: {known}")
+    try:
+        recipe = runpy.run_path(str(file)).get("get_config")
+        if recipe is None:
+            raise CxrError(f"{file} has no function get_config(arg='')")
+        config = recipe(argument)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise CxrError(f"{file}: {_one_line(error)}") from error
+    _reject_unknown(config, str(file))
+    for override in overrides:
+        _override(config, override.removeprefix("--config."))
+    return validate(config)
+
+
+def read(file: Path) -> ConfigDict:
+    """The config that a run wrote beside its results (`config.json`)."""
+    try:
+        stored = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CxrError(f"{file} is missing: {file.parent} is not the directory of a run") from None
+    except json.JSONDecodeError as error:
+        raise CxrError(f"{file} is not JSON ({error}): restore it, or train again in another directory") from None
+    config = default()
+    _reject_unknown(ConfigDict(stored), str(file))
+    for key, value in flatten(ConfigDict(stored)).items():
+        _set(config, key, tuple(value) if isinstance(value, list) else value)
+    return validate(config)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """The config as `{'a.b': value}`; an empty group has no entry."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return flat
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Check the values that can be checked without data; returns the config."""
+    flat = flatten(config)
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            near = difflib.get_close_matches(str(flat[key]), choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise CxrError(f"config key {key} is {flat[key]!r}, and must be one of {', '.join(choices)}{hint}")
+    for key in ("data.size", "train.batch", "train.epochs", "train.log_every", "evaluate.batch", "data.threads"):
+        if flat[key] < 1:
+            raise CxrError(f"config key {key} is {flat[key]}, and must be at least 1")
+    for key in ("optimizer.rate", "optimizer.epsilon"):
+        if not flat[key] > 0:
+            raise CxrError(f"config key {key} is {flat[key]}, and must be above 0")
+    return config
+
+
+def _reject_unknown(config: ConfigDict, where: str) -> None:
+    if not isinstance(config, ConfigDict):
+        raise CxrError(f"{where}: get_config returned {type(config).__name__}, not a ConfigDict: start from default()")
+    known = flatten(default())
+    for key in flatten(config):
+        if key not in known and not key.startswith("model.options."):
+            raise CxrError(f"{where}: {_unknown(key)}")
+    missing = [key for key in known if key not in flatten(config)]
+    if missing:
+        raise CxrError(f"{where}: the config lacks {', '.join(missing)}: start from cxrjax.config.default()")
+
+
+def _unknown(key: str) -> str:
+    known = list(flatten(default()))
+    leaf = {k.rpartition(".")[2]: k for k in known}
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    near = near or [leaf[m] for m in difflib.get_close_matches(key.rpartition(".")[2], list(leaf), 1, 0.5)]
+    return f"unknown config key {key}" + (f"; did you mean {near[0]}?" if near else "; `cxrjax train --help` lists them")
+
+
+def _override(config: ConfigDict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise CxrError(f"override --config.{override} has no value: write --config.{key}=VALUE")
+    known = flatten(config)
+    if key not in known and not key.startswith("model.options."):
+        raise CxrError(_unknown(key))
+    value: Any = text
+    if not isinstance(known.get(key), str):
+        try:
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        except (ValueError, SyntaxError):
+            value = text
+    if isinstance(known.get(key), tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    _set(config, key, value)
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *groups, leaf = key.split(".")
+    node = config
+    for group in groups:
+        node = node[group]
+    try:
+        with node.unlocked():
+            node[leaf] = value
+    except TypeError:
+        wanted = type(node[leaf]).__name__
+        raise CxrError(f"config key {key} takes a value of type {wanted}, not {value!r}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())
