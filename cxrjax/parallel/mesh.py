@@ -1,0 +1,43 @@
+"""The `data` x `space` mesh: batches are split over `data`, the rows of each image over `space`."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cxrjax.data.pipeline import Batch
+from cxrjax.errors import CxrError
+
+
+def make_mesh(data: int = 0, space: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes `data` and `space`.
+
+    Args:
+      data: devices that share a batch; 0: as many as `space` leaves.
+      space: devices that share the rows of an image.
+      devices: the devices to use; default all of the program's.
+
+    Raises:
+      CxrError: the devices cannot be laid out so.
+    """
+    devices = jax.devices() if devices is None else devices
+    if space < 1 or (data or 1) < 1:
+        raise CxrError(f"config keys mesh.data = {data} and mesh.space = {space} must be positive (mesh.data may be 0)")
+    data = data or len(devices) // space
+    if data < 1 or data * space > len(devices):
+        raise CxrError(
+            f"a mesh of {data or 1} x {space} devices (config keys mesh.data, mesh.space) needs "
+            f"{(data or 1) * space}, and there are {len(devices)}"
+        )
+    return Mesh(np.asarray(devices[: data * space]).reshape(data, space), ("data", "space"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole: parameters, statistics, optimiser."""
+    return NamedSharding(mesh, P())
+
+
+def batch_shardings(mesh: Mesh) -> Batch:
+    """Where each field of a `Batch` lies: images over both axes, the rest over `data`."""
+    rows = NamedSharding(mesh, P("data"))
+    return Batch(image=NamedSharding(mesh, P("data", "space")), label=rows, known=rows, valid=rows, record=rows)

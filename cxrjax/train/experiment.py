@@ -1,0 +1,120 @@
+"""From a config to what a run works on: records, split, examples, network, mesh."""
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from cxrjax.data.images import Augment
+from cxrjax.data.pipeline import Examples, examples
+from cxrjax.data.records import Records, open_records
+from cxrjax.data.splits import Split, make_split
+from cxrjax.errors import CxrError
+from cxrjax.findings import LabelPolicy
+from cxrjax.models import create
+from cxrjax.models.network import Network
+from cxrjax.parallel.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config names, opened. `network` is freshly initialised until a checkpoint fills it."""
+
+    config: ConfigDict
+    records: Records
+    split: Split
+    findings: tuple[str, ...]
+    mesh: jax.sharding.Mesh
+
+    @classmethod
+    def open(cls, config: ConfigDict) -> "Experiment":
+        """Open the data and lay out the devices.
+
+        Raises:
+          CxrError: data not prepared, an unknown finding, an empty part, sizes that the mesh does not divide.
+        """
+        mesh = make_mesh(config.mesh.data, config.mesh.space)
+        records = open_records(Path(config.data.dir), config.data.dataset, config.data.stored)
+        split = make_split(
+            records, config.split.name, seed=config.split.seed, fractions=config.split.fractions,
+            files=[Path(f) for f in config.split.files] or None, sizes=config.split.sizes or None,
+        )
+        findings = tuple(config.data.findings) or records.findings
+        if config.data.size % mesh.shape["space"]:
+            raise CxrError(
+                f"config key data.size = {config.data.size} rows cannot be divided over mesh.space = "
+                f"{mesh.shape['space']} devices: choose a multiple"
+            )
+        return cls(config, records, split, findings, mesh)
+
+    @cached_property
+    def parts(self) -> dict[str, Examples]:
+        """The examples of train, validation and test, after the view filter and the label policy."""
+        data = self.config.data
+        policy = LabelPolicy(uncertain=data.uncertain, not_mentioned=data.not_mentioned)
+        views = {str(view) for view in self.records.view}
+        unknown = sorted(set(data.views) - views)
+        if unknown:
+            raise CxrError(f"config key data.views: no image has view {unknown[0]}; there are {', '.join(sorted(views))}")
+        parts = {}
+        for name, rows in self.split.parts.items():
+            rows = rows[np.isin(self.records.view[rows], data.views)] if data.views else rows
+            parts[name] = examples(self.records, rows, self.findings, policy)
+        return parts
+
+    def part(self, name: str) -> Examples:
+        """One part, which must have images."""
+        if name not in self.parts:
+            raise CxrError(f"there is no part {name} in split {self.split.name}; there are {', '.join(self.parts)}")
+        if not len(self.parts[name].row):
+            raise CxrError(
+                f"part {name} of split {self.split.name} has no images ({len(self.records)} records in "
+                f"{self.records.directory}): change split.name, split.fractions or data.views"
+            )
+        return self.parts[name]
+
+    @cached_property
+    def network(self) -> Network:
+        """The network as it is before training."""
+        model = self.config.model
+        options = dict(model.options.items())
+        return Network.of(
+            create(
+                model.name, classes=len(self.findings), dtype=jnp.dtype(model.dtype), remat=model.remat,
+                seed=self.config.seed, **options,
+            )
+        )
+
+    @property
+    def augment(self) -> Augment:
+        """The geometric augmentation of training."""
+        return Augment(**self.config.augment.to_dict())
+
+    @property
+    def accumulate(self) -> int:
+        """How many parts make the effective batch.
+
+        Raises:
+          CxrError: the batch cannot be divided so.
+        """
+        batch, devices = self.config.train.batch, self.mesh.shape["data"]
+        at_once = devices * (self.config.train.per_device or max(batch // devices, 1))
+        if batch % at_once:
+            raise CxrError(
+                f"config key train.batch = {batch} is not a multiple of {at_once} "
+                f"({devices} devices x {at_once // devices} images); set train.per_device or train.batch"
+            )
+        return batch // at_once
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that make an epoch."""
+        return self.config.train.steps_per_epoch or max(len(self.part("train").row) // self.config.train.batch, 1)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data and the split."""
+        return {"data": self.records.fingerprint, "split": self.split.fingerprint}

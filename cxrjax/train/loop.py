@@ -1,0 +1,305 @@
+"""The one training loop: resume, step, log, validate, save."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
+
+from cxrjax.console import bar
+from cxrjax.data.pipeline import Batch, training_batches
+from cxrjax.data.placement import ahead, place
+from cxrjax.data.splits import save as save_split
+from cxrjax.errors import CxrError
+from cxrjax.files import write_json
+from cxrjax.parallel.mesh import batch_shardings, replicated
+from cxrjax.train.checkpoint import Checkpoints
+from cxrjax.train.experiment import Experiment
+from cxrjax.train.inference import logits_of
+from cxrjax.train.metrics import MetricWriter
+from cxrjax.train.optimizer import make_optimizer, schedule
+from cxrjax.train.run import Run, describe_run
+from cxrjax.train.state import Progress, TrainState
+from cxrjax.train.step import make_predict_step, make_train_step
+
+Auroc = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+
+
+class Interrupted(CxrError):
+    """The run was told to stop, saved its state, and goes on when started again. `number` is the signal's."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+def train(config: ConfigDict, directory: Path, auroc: Auroc, experiment: Experiment | None = None) -> Progress:
+    """Train what the config says in `directory`, from its newest checkpoint if it has one.
+
+    A run that is killed at any moment and started again ends with the same bits as one never killed: batch k
+    is a function of the seed and k, and everything else the loop remembers is in the checkpoint.
+
+    Args:
+      config: see `cxrjax.config.default`.
+      directory: the run's directory; made if absent.
+      auroc: `(logits, labels, known) -> mean AUROC`, for validation.
+      experiment: the opened config, where the caller has it already.
+
+    Raises:
+      CxrError: bad input, or a loss that is not finite.
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    experiment = experiment or Experiment.open(config)
+    with Run(directory, config), ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
+        trainer = _Trainer(experiment, directory, checkpoints, auroc)
+        if trainer.finished:
+            return trainer.progress
+        trainer.writer = stack.enter_context(MetricWriter(directory, trainer.progress.step))
+        return trainer.run()
+
+
+class _Trainer:
+    """The loop's parts, in the order in which they happen."""
+
+    writer: MetricWriter
+
+    def __init__(self, experiment: Experiment, directory: Path, checkpoints: Checkpoints, auroc: Auroc):
+        config = experiment.config
+        self.experiment, self.config, self.directory = experiment, config, directory
+        self.checkpoints, self.auroc = checkpoints, auroc
+        self.validation = experiment.part("validation")
+        self.steps_per_epoch = experiment.steps_per_epoch
+        self.steps = config.train.epochs * self.steps_per_epoch
+        self._check_watch()
+
+        optimizer = make_optimizer(config.optimizer)
+        self.schedule = schedule(config.optimizer, self.steps)
+        self.train_step = make_train_step(
+            experiment.network, optimizer, self.schedule, experiment.mesh, experiment.accumulate
+        )
+        self.predict_step = make_predict_step(experiment.mesh)
+        state = TrainState.create(experiment.network, optimizer, config.seed)
+        self.state = jax.device_put(state, replicated(experiment.mesh))
+        self.progress = Progress()
+        restored = checkpoints.restore_last(self.state)
+        if restored:
+            self.state, self.progress = restored[0], Progress(**restored[1])
+
+    def run(self) -> Progress:
+        """Go on from where the progress stands to the last epoch, or to an early stop."""
+        train, progress = self.config.train, self.progress
+        self._describe()
+        clock = time.perf_counter()
+        batches = self._batches()
+        total = self.steps * train.batch
+        with bar(self._label(), total, start=progress.step * train.batch) as advance, _signals() as received:
+            pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
+            try:
+                while True:
+                    if self._at_epoch_end:
+                        self._settle(pending, 0)
+                        progress.seconds += time.perf_counter() - clock
+                        clock = time.perf_counter()
+                        self._end_epoch()
+                        self._save()
+                    if self.finished:
+                        break
+                    if received:
+                        self._settle(pending, 0)
+                        self._stop(received[0])
+                    batch, rows = next(batches)
+                    self.state, metrics = self.train_step(self.state, batch)
+                    progress.step += 1
+                    pending.append((progress.step, metrics, rows))
+                    self._settle(pending, 2)  # the device stays two steps ahead of the host
+                    if train.save_every and progress.step % train.save_every == 0 and not self._at_epoch_end:
+                        self._settle(pending, 0)
+                        self._save()
+                    advance(train.batch, self._label())
+            finally:
+                batches.close()
+        self.checkpoints.wait()
+        self._describe()
+        return progress
+
+    @property
+    def finished(self) -> bool:
+        """All epochs are done, or the watched metric stopped getting better."""
+        return self.progress.stopped_early or self.progress.step >= self.steps
+
+    @property
+    def _at_epoch_end(self) -> bool:
+        return self.progress.step == self.steps_per_epoch * (self.progress.validated + 1)
+
+    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Batches on the devices, two ahead, each with its rows of the records table on the host."""
+        data, mesh = self.config.data, self.experiment.mesh
+        stream = training_batches(
+            self.experiment.part("train"), size=data.size, batch_size=self.config.train.batch,
+            augment=self.experiment.augment, seed=self.config.seed, start=self.progress.step, threads=data.threads,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+        shardings = batch_shardings(mesh)
+        return ahead(stream, lambda batch: (place(batch, shardings), batch.record))
+
+    def _settle(self, pending: deque, allowed: int) -> None:
+        """Read the metrics of steps that are done; stop the run if a loss or gradient is not finite."""
+        while len(pending) > allowed:
+            step, metrics, rows = pending.popleft()
+            values = {name: float(value) for name, value in metrics.items()}
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+                self._not_finite(step, values, rows)
+            self.progress.loss_sum += values["loss"]
+            if step % self.config.train.log_every == 0:
+                self.writer.write_scalars(step, {f"train_{name}": value for name, value in values.items()})
+
+    def _end_epoch(self) -> None:
+        """Validate; lower the rate, remember the best, or stop early."""
+        config, progress = self.config, self.progress
+        logits = logits_of(
+            self.state.network(self.experiment.network), self.validation, self.predict_step, self.experiment.mesh,
+            size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads,
+        ).astype(np.float64)  # fmt: skip
+        loss = mean_bce(logits, self.validation.label, self.validation.known)
+        auroc = self.auroc(logits, self.validation.label, self.validation.known)
+        if not math.isfinite(loss):
+            raise CxrError(f"the validation loss is {loss} after step {progress.step}; {self._last_good()}")
+        progress.validated += 1
+        self.writer.write_scalars(
+            progress.step,
+            {
+                "epoch": progress.validated,
+                "train_mean_loss": progress.loss_sum / self.steps_per_epoch,
+                "val_loss": loss,
+                "val_auroc": auroc,
+                "rate": float(self.schedule(progress.step) * self.state.rate_factor),
+                "seconds": progress.seconds,
+            },
+        )
+        self.writer.flush()
+        progress.loss_sum = 0.0
+        self._plateau(loss)
+        value = -loss if config.train.watch == "val_loss" else auroc
+        if progress.best is None or value > progress.best:
+            progress.best, progress.best_step, progress.since_best = value, progress.step, 0
+            network = {"params": self.state.params, "stats": self.state.stats}
+            about = {"step": progress.step, "val_loss": loss, "val_auroc": auroc if math.isfinite(auroc) else None}
+            self.checkpoints.save_best(progress.step, network, about)
+        else:
+            progress.since_best += 1
+        progress.stopped_early = bool(config.train.patience) and progress.since_best >= config.train.patience
+
+    def _plateau(self, loss: float) -> None:
+        config, progress = self.config.optimizer, self.progress
+        if progress.lowest_loss is None or loss < progress.lowest_loss:
+            progress.lowest_loss, progress.since_lowest = loss, 0
+            return
+        progress.since_lowest += 1
+        if config.schedule == "plateau" and progress.since_lowest >= config.plateau:
+            factor = jax.device_put(self.state.rate_factor * np.float32(config.factor), replicated(self.experiment.mesh))
+            self.state = dataclasses.replace(self.state, rate_factor=factor)
+            progress.since_lowest = 0
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.progress.step, self.state, dataclasses.asdict(self.progress))
+
+    def _stop(self, number: int) -> None:
+        """Save and leave, at the wish of a signal."""
+        if self.checkpoints.last_step != self.progress.step and self.progress.step:
+            self._save()
+        self.checkpoints.wait()
+        self.writer.flush()
+        name = signal.Signals(number).name
+        raise Interrupted(
+            f"stopped by {name} at step {self.progress.step} of {self.steps}, all saved in {self.directory}; "
+            "the same command goes on from there",
+            number,
+        )
+
+    def _not_finite(self, step: int, values: dict[str, float], rows: np.ndarray) -> None:
+        self.checkpoints.wait()
+        ids = [str(name) for name in self.experiment.records.id[rows[rows >= 0]]]
+        raise CxrError(
+            f"the loss is {values['loss']} and the gradient's norm {values['gradient_norm']} at step {step}, for records "
+            f"{', '.join(ids)}; {self._last_good()}. Look at those images and labels; else lower optimizer.rate, or set "
+            "optimizer.clip=1"
+        )
+
+    def _last_good(self) -> str:
+        step = self.checkpoints.last_step
+        folder = self.checkpoints.directory / "last" / str(step)
+        return "no checkpoint was saved before" if step is None else f"the last good checkpoint is {folder}"
+
+    def _label(self) -> str:
+        epoch = min(self.progress.step // self.steps_per_epoch + 1, self.config.train.epochs)
+        best = "" if self.progress.best is None else f", best {self.config.train.watch} {abs(self.progress.best):.3f}"
+        return f"{self.config.data.size} px, epoch {epoch}/{self.config.train.epochs}{best}"
+
+    def _check_watch(self) -> None:
+        """An AUROC that no validation label defines cannot choose a checkpoint: say so before training."""
+        label, known = self.validation.label > 0.5, self.validation.known
+        defined = ((label & known).any(0) & (~label & known).any(0)).any()
+        if self.config.train.watch == "val_auroc" and not defined:
+            raise CxrError(
+                f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} validation "
+                "images; use --config.train.watch=val_loss, or a larger validation part"
+            )
+
+    def _describe(self) -> None:
+        """`run.json` and the split: everything needed to say again how the numbers came about."""
+        if jax.process_index():
+            return
+        experiment = self.experiment
+        write_json(
+            self.directory / "run.json",
+            describe_run(experiment.mesh)
+            | {
+                "seed": self.config.seed,
+                "fingerprints": experiment.fingerprints(),
+                "findings": list(experiment.findings),
+                "images": {name: len(part.row) for name, part in experiment.parts.items()},
+                "steps": self.progress.step,
+                "train_seconds": round(self.progress.seconds, 1),
+            },
+        )
+        save_split(experiment.split, experiment.records, self.directory / "split.csv")
+
+
+def mean_bce(
+    logits: Float[np.ndarray, "N K"], label: Float[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+) -> float:
+    """Binary cross-entropy over known labels in float64, from all logits at once; NaN where nothing is known."""
+    loss = np.logaddexp(0.0, logits) - label * logits
+    return float(loss[known].mean()) if known.any() else math.nan
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying by them; a second one acts at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: the caller handles signals
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,37 @@
+"""From config to optax: Adam and kin, clipping, and the rate's course over the steps."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """The learning rate at each step.
+
+    `constant` and `plateau` hold `rate` after the warm-up (the plateau's factor lives in the state, since it
+    depends on the validation loss); `cosine` falls to 0 at `steps`.
+    """
+    warmup = round(config.warmup * steps)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.rate, max(steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(config.rate)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, config.rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Gradients to directions of unit rate; the step multiplies them by the rate of the hour."""
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    if config.name == "sgd":
+        return optax.chain(*clip, optax.trace(config.beta1))
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    decay = [optax.add_decayed_weights(config.decay, mask=_matrices)] if config.name == "adamw" else []
+    return optax.chain(*clip, adam, *decay)
+
+
+def _matrices(params: optax.Params) -> optax.Params:
+    """Weight decay spares biases and norms: what has fewer than two axes."""
+    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)

@@ -1,0 +1,91 @@
+"""One step, pure: `(state, batch) -> (state, metrics)`; nothing in it waits for the host."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cxrjax.data.pipeline import Batch
+from cxrjax.models.network import Network
+from cxrjax.parallel.mesh import batch_shardings, replicated
+from cxrjax.train.losses import masked_bce
+from cxrjax.train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted training step; it donates the state it is given.
+
+    The batch is the effective one: it is cut into `accumulate` parts that pass one after the other, and the
+    gradient is that of the mean over all known labels of the whole. Batch statistics are those of each part
+    (over all devices), and running statistics are updated once a part.
+
+    Metrics: `loss`, `gradient_norm`, `rate`, each f32[].
+    """
+
+    def loss_of(params: Any, stats: Any, part: Batch, key: jax.Array, total: jax.Array) -> tuple[jax.Array, Any]:
+        model = dataclasses.replace(network, params=params, stats=stats)
+        logits, stats = model.apply(part.image, train=True, key=key)
+        loss, _ = masked_bce(logits, part.label, part.known, part.valid)
+        return loss / total.astype(loss.dtype), stats
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        total = jnp.maximum(jnp.sum(batch.known & batch.valid[:, None], dtype=jnp.float32), 1.0)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
+
+        def part_step(carry: tuple, part_and_key: tuple) -> tuple[tuple, None]:
+            gradient, stats, loss = carry
+            part, key = part_and_key
+            (part_loss, stats), part_gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params, stats, part, key, total
+            )
+            return (jax.tree.map(jnp.add, gradient, part_gradient), stats, loss + part_loss.astype(loss.dtype)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        if accumulate == 1:
+            (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params, state.stats, batch, keys[0], total
+            )
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            start = (jax.tree.map(jnp.zeros_like, state.params), state.stats, zero)
+            (gradient, stats, loss), _ = jax.lax.scan(part_step, start, (parts, keys))
+
+        rate = (schedule(state.step) * state.rate_factor).astype(jnp.float32)
+        direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, d: p - rate.astype(p.dtype) * d, state.params, direction)
+        metrics = {
+            "loss": loss.astype(jnp.float32),
+            "gradient_norm": optax.global_norm(gradient).astype(jnp.float32),
+            "rate": rate,
+        }
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=params, stats=stats, optimizer=optimizer_state
+        )
+        return state, metrics
+
+    whole = replicated(mesh)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(whole, batch_shardings(mesh)), out_shardings=(whole, whole)
+    )
+
+
+def make_predict_step(mesh: Mesh) -> Callable[[Network, jax.Array], jax.Array]:
+    """The jitted evaluation step: `(network, images uint8[B,H,W,1]) -> logits f32[B,K]` on every device."""
+
+    def predict(network: Network, image: jax.Array) -> jax.Array:
+        return network.apply(image, train=False)[0]
+
+    whole = replicated(mesh)
+    return jax.jit(predict, in_shardings=(whole, batch_shardings(mesh).image), out_shardings=whole)

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cxrjax.errors import CxrError
+from cxrjax.train.checkpoint import Checkpoints
+
+STATE = {"w": jnp.arange(6.0).reshape(2, 3), "step": jnp.zeros((), jnp.int32)}
+
+
+def save(directory, *steps):
+    with Checkpoints(directory) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), STATE), {"step": step, "seconds": 0.1})
+
+
+def test_the_newest_state_comes_back_and_two_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    assert sorted(p.name for p in (tmp_path / "last").iterdir() if p.is_dir()) == ["2", "3"]
+    with Checkpoints(tmp_path) as checkpoints:
+        state, progress = checkpoints.restore_last(STATE)
+    np.testing.assert_array_equal(state["w"], STATE["w"] + 3)
+    assert progress == {"step": 3, "seconds": 0.1}
+
+
+def test_a_fresh_run_has_none(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_last(STATE) is None
+        with pytest.raises(CxrError, match="train the run first"):
+            checkpoints.restore_best(STATE)
+
+
+@pytest.mark.parametrize(
+    "other", [{"w": jnp.zeros((3, 3)), "step": jnp.zeros((), jnp.int32)}, {"v": STATE["w"], "step": STATE["step"]}]
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, other):
+    save(tmp_path, 1)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CxrError, match="another model"):
+        checkpoints.restore_last(other)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    save(tmp_path, 1, 2)
+    for file in (tmp_path / "last" / "2" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CxrError, match=r"last/2 cannot be read"):
+        checkpoints.restore_last(STATE)
+
+
+def test_a_half_written_checkpoint_is_cleared_away(tmp_path):
+    save(tmp_path, 1)
+    partial = tmp_path / "last" / "2.orbax-checkpoint-tmp-7"
+    partial.mkdir()
+    (partial / "x").write_text("half")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.last_step == 1
+    assert not partial.exists()
+
+
+def test_best_written_again_by_a_resumed_run_is_no_error(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_best(4, STATE, {"val_auroc": 0.5})
+        checkpoints.wait()
+        checkpoints.save_best(4, STATE, {"val_auroc": 0.5})
+        assert checkpoints.restore_best(STATE)[1] == {"val_auroc": 0.5}

@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cxrjax import config as configs
+from cxrjax.train.optimizer import make_optimizer, schedule
+
+
+def options(**changes):
+    config = configs.default().optimizer
+    config.update(changes)
+    return config
+
+
+def test_cosine_with_warmup_rises_to_the_rate_and_falls_to_zero():
+    rate = schedule(options(rate=0.1, schedule="cosine", warmup=0.1), 100)
+    values = np.array([rate(step) for step in range(101)])
+    np.testing.assert_allclose(values[:11], np.linspace(0, 0.1, 11), rtol=1e-5)
+    expected = 0.05 * (1 + np.cos(np.pi * np.arange(91) / 90))
+    np.testing.assert_allclose(values[10:], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_constant_and_plateau_hold_the_rate():
+    for name in ("constant", "plateau"):
+        rate = schedule(options(rate=0.1, schedule=name), 10)
+        assert rate(0) == rate(9) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_steps_equal_optax_with_the_rate_inside(name):
+    ours = make_optimizer(options(name=name, rate=0.01, decay=0.1))
+    reference = {
+        "adam": optax.adam(0.01),
+        "adamw": optax.adamw(0.01, weight_decay=0.1, mask={"w": True, "b": False}),
+        "sgd": optax.sgd(0.01, momentum=0.9),
+    }[name]
+    params = expected = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+    state, reference_state = ours.init(params), reference.init(params)
+    for seed in range(3):
+        gradient = jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape), params)
+        direction, state = ours.update(gradient, state, params)
+        params = jax.tree.map(lambda p, d: p - 0.01 * d, params, direction)
+        update, reference_state = reference.update(gradient, reference_state, expected)
+        expected = optax.apply_updates(expected, update)
+    for ours_leaf, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours_leaf, theirs, rtol=1e-6)
+
+
+def test_clip_bounds_the_global_norm():
+    ours = make_optimizer(options(name="sgd", beta1=0.0, clip=1.0))
+    gradient = {"w": jnp.full((4,), 10.0)}
+    direction, _ = ours.update(gradient, ours.init(gradient), gradient)
+    assert optax.global_norm(direction) == pytest.approx(1.0)
