@@ -63,11 +63,12 @@ def make_train_step(
             (gradient, stats, loss), _ = jax.lax.scan(part_step, start, (parts, keys))
 
         rate = (schedule(state.step) * state.rate_factor).astype(jnp.float32)
-        direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises float decays to integer counts
+            direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda p, d: p - rate.astype(p.dtype) * d, state.params, direction)
         metrics = {
             "loss": loss.astype(jnp.float32),
-            "gradient_norm": optax.global_norm(gradient).astype(jnp.float32),
+            "gradient_norm": optax.tree.norm(gradient).astype(jnp.float32),
             "rate": rate,
         }
         state = dataclasses.replace(

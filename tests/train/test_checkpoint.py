@@ -56,6 +56,7 @@ def test_a_half_written_checkpoint_is_cleared_away(tmp_path):
     (partial / "x").write_text("half")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.last_step == 1
+        checkpoints.save(2, STATE, {})
     assert not partial.exists()
 
 

@@ -1,0 +1,41 @@
+"""The demo: a resolution study on the embedded phantom, in minutes on two CPU cores.
+
+Paper     none; it shows on synthetic radiographs what the study of `resolution` asks of real ones
+Command   cxrjax demo            (or: cxrjax study resolution --config demo --workdir RUN, after cxrjax prepare cxr_phantom)
+Argument  the side of the images in px; without one, the study's list of sizes is what matters
+Hardware  two CPU cores, 2 GB
+Time      unmeasured
+Memory    unmeasured
+Score     unmeasured
+"""
+
+from cxrjax.config import default
+
+SIZES = (32, 64, 128)
+
+
+def get_config(arg: str = ""):
+    """The recipe at one size."""
+    config = default()
+    config.title = "Which resolution does this finding need?"
+    config.data.dataset = "cxr_phantom"
+    config.data.stored = "128"
+    config.data.size = int(arg or SIZES[-1])
+    config.split.name = "official"
+    config.augment.flip = 0.5
+
+    config.model.name = "densenet_small"
+    config.optimizer.name = "adamw"
+    config.optimizer.rate = 1e-2
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup = 0.1
+    config.optimizer.decay = 1e-4
+    config.optimizer.clip = 1.0
+    config.train.batch = 16
+    config.train.epochs = 10
+    config.evaluate.batch = 100
+
+    config.study.sizes = SIZES
+    config.study.control = ("Cardiomegaly", "Pleural Effusion", "Mass")
+    config.study.control_size = SIZES[-1]
+    return config
