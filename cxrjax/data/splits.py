@@ -1,0 +1,242 @@
+"""Splits into training, validation and test: by patient, always checked for leakage, saved as `id,part`."""
+
+import csv
+import gzip
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from jaxtyping import Int32
+
+from cxrjax.data.records import Records
+from cxrjax.errors import CxrError
+
+Rows = Int32[np.ndarray, " n"]
+Parts = Mapping[str, Rows]
+
+PARTS = ("train", "validation", "test")
+NAMES = ("official", "random", "small", "files")
+SPELLINGS = MappingProxyType({
+    "train": "train", "training": "train", "validation": "validation", "validate": "validation", "valid": "validation",
+    "val": "validation", "test": "test", "testing": "test",
+})  # fmt: skip
+_FINGERPRINT = re.compile(r"^# cxrjax split .* fingerprint ([0-9a-f]{64})$")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which record is in which part.
+
+    Attributes:
+      name: how it was made.
+      parts: rows of the records' table per part, ascending.
+      fingerprint: equal where the same ids are in the same parts.
+    """
+
+    name: str
+    parts: Parts
+    fingerprint: str
+
+
+def make_split(
+    records: Records,
+    name: str,
+    *,
+    seed: int = 0,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    files: Path | str | Mapping[str, Path | str] | Sequence[Path | str] | None = None,
+    sizes: Mapping[str, int] | Sequence[int] | None = None,
+) -> Split:
+    """Split the records; no patient is ever in two parts.
+
+    Args:
+      records: what to split.
+      name: "official": the data set's own test part, and of the patients of the rest fractions[1] / (fractions[0] +
+        fractions[1]) for validation. "random": `fractions` of the patients. "small": `sizes` images per part, of
+        patients drawn at random. "files": as `files` say.
+      seed: of whatever is drawn.
+      fractions: of the patients, for training, validation and test; they add up to 1.
+      files: one CSV with the columns id and part, of exactly these records or some of them; or a list of names per
+        part (a mapping, or three files in the order train, validation, test), which may name images that are not
+        prepared, as published lists do of a subset.
+      sizes: images per part.
+
+    Raises:
+      CxrError: a patient would be in two parts (it is named), a part would be empty, a file or row cannot be used.
+    """
+    if name == "official":
+        parts = _official(records, seed, fractions)
+    elif name == "random":
+        parts = _random(records, seed, fractions)
+    elif name == "small":
+        parts = _small(records, seed, sizes)
+    elif name == "files":
+        parts = _files(records, files)
+    else:
+        raise CxrError(f"unknown split {name!r}; choose one of {', '.join(NAMES)}")
+    return _checked(records, name, parts)
+
+
+def check_leakage(records: Records, parts: Parts) -> None:
+    """Check that no patient is in two parts.
+
+    Raises:
+      CxrError: names the patients that are.
+    """
+    owner: dict[str, str] = {}
+    leaks: dict[str, str] = {}
+    for part, rows in parts.items():
+        for patient in np.unique(records.patient[rows]).tolist():
+            if owner.setdefault(patient, part) != part:
+                leaks[patient] = f"{patient} ({owner[patient]} and {part})"
+    if leaks:
+        names = list(leaks.values())
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        raise CxrError(f"{len(names):,} patients are in two parts: {', '.join(names[:5])}{more}; keep each in one part")
+
+
+def save(split: Split, records: Records, path: Path | str) -> None:
+    """Write a split as a CSV of id and part that "files" reads again; its first line holds the fingerprint."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", newline="") as file:
+            file.write(f"# cxrjax split {split.name} of {records.dataset}, fingerprint {split.fingerprint}\n")
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("id", "part"))
+            writer.writerows((id, part) for part, rows in split.parts.items() for id in records.id[rows].tolist())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _checked(records: Records, name: str, parts: Parts) -> Split:
+    for part, rows in parts.items():
+        if len(rows) == 0:
+            raise CxrError(f"the {name} split leaves no image for {part}; {len(records):,} images are prepared")
+    check_leakage(records, parts)
+    parts = {part: np.sort(rows).astype(np.int32) for part, rows in parts.items()}
+    return Split(name, parts, _fingerprint(records, parts))
+
+
+def _fingerprint(records: Records, parts: Parts) -> str:
+    lines = sorted(f"{id}\t{part}\n" for part, rows in parts.items() for id in records.id[rows].tolist())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _official(records: Records, seed: int, fractions: Sequence[float]) -> Parts:
+    train, validation, _ = _fractions(fractions)
+    unknown = np.flatnonzero(~np.isin(records.official, ("train_val", "test")))
+    if len(unknown):
+        raise CxrError(
+            f"{len(unknown):,} images of {records.dataset} are in no official part, the first is "
+            f"{records.id[unknown[0]]}; use the random split, or files"
+        )
+    rest = np.flatnonzero(records.official == "train_val")
+    parts = _by_patient(records, rest, seed, {"train": train, "validation": validation})
+    return {**parts, "test": np.flatnonzero(records.official == "test")}
+
+
+def _random(records: Records, seed: int, fractions: Sequence[float]) -> Parts:
+    return _by_patient(records, np.arange(len(records)), seed, dict(zip(PARTS, _fractions(fractions), strict=True)))
+
+
+def _fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
+    if len(fractions) != 3 or min(fractions) < 0 or not np.isclose(sum(fractions), 1):
+        raise CxrError(f"split fractions {tuple(fractions)} must be three, not negative, and add up to 1")
+    train, validation, test = fractions
+    return train, validation, test
+
+
+def _by_patient(records: Records, rows: np.ndarray, seed: int, shares: Mapping[str, float]) -> Parts:
+    """Give each part its share of the patients of `rows`; a part without a share is left out."""
+    shares = {part: share for part, share in shares.items() if share > 0}
+    patients, owner = np.unique(records.patient[rows], return_inverse=True)
+    rank = np.random.default_rng(seed).permutation(len(patients))
+    ends = np.round(np.cumsum(list(shares.values())) / sum(shares.values()) * len(patients)).astype(int)
+    part_of = np.searchsorted(ends, rank, side="right")
+    return {part: rows[part_of[owner] == k] for k, part in enumerate(shares)}
+
+
+def _small(records: Records, seed: int, sizes: Mapping[str, int] | Sequence[int] | None) -> Parts:
+    """Fill one part after the other with the images of patients in random order, up to its size exactly."""
+    if sizes is None:
+        raise CxrError("the small split needs sizes: images for train, validation and test")
+    wanted = dict(sizes) if isinstance(sizes, Mapping) else dict(zip(PARTS, sizes, strict=False))
+    wanted = {_part(part, "sizes"): count for part, count in wanted.items() if count > 0}
+    patients, owner = np.unique(records.patient, return_inverse=True)
+    order = np.argsort(np.random.default_rng(seed).permutation(len(patients))[owner], kind="stable")
+    parts, start = {}, 0
+    for part, count in wanted.items():
+        parts[part] = order[start : start + count]
+        if len(parts[part]) < count:
+            raise CxrError(f"the small split asks for {sum(wanted.values()):,} images and {len(order):,} are there")
+        last = owner[parts[part][-1]]  # this patient's other images are used nowhere
+        start += count + int(np.argmin(np.append(owner[order[start + count :]] == last, False)))
+    return parts
+
+
+def _files(records: Records, files: Path | str | Mapping[str, Path | str] | Sequence[Path | str] | None) -> Parts:
+    if files is None:
+        raise CxrError("the files split needs files: a CSV of id and part, or a list of images per part")
+    if isinstance(files, str | Path):
+        parts = _locate(records, _read_csv(Path(files)), files, every=True)
+        mark = _FINGERPRINT.search(_lines(Path(files))[0])
+        if mark and mark[1] != _fingerprint(records, parts):
+            raise CxrError(f"{files} was changed since it was saved; delete its first line to use it as it is")
+        return parts
+    lists = files if isinstance(files, Mapping) else dict(zip(PARTS, files, strict=False))
+    named = ((id, _part(part, "files")) for part, path in lists.items() for id in _read_list(Path(path)))
+    return _locate(records, named, ", ".join(str(path) for path in lists.values()), every=False)
+
+
+def _locate(
+    records: Records, named: Iterator[tuple[str, str]], source: object, *, every: bool
+) -> dict[str, np.ndarray]:
+    """Find the named ids in the table; `every` one must be there, or else at least some of each part."""
+    row_of = {id: row for row, id in enumerate(records.id.tolist())}
+    part_of: dict[str, str] = {}
+    for id, part in named:
+        if part_of.setdefault(id, part) != part:
+            raise CxrError(f"{source}: image {id} is in {part_of[id]} and in {part}; keep it in one part")
+        if every and id not in row_of:
+            raise CxrError(f"{source}: image {id} is not among the {len(records):,} prepared records")
+    found = {part: [row_of[id] for id, p in part_of.items() if p == part and id in row_of] for part in PARTS}
+    for part in set(part_of.values()):
+        if not found[part]:
+            raise CxrError(f"{source}: none of the images listed for {part} is among the {len(records):,} prepared")
+    return {part: np.array(rows, np.int32) for part, rows in found.items() if rows}
+
+
+def _part(name: str, where: object) -> str:
+    if name not in SPELLINGS:
+        raise CxrError(f"{where}: unknown part {name!r}; parts are {', '.join(PARTS)}")
+    return SPELLINGS[name]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig").splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise CxrError(f"{path} cannot be read as a list of images: {error}") from error
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, str]]:
+    lines = _lines(path)
+    comments = [line for line in lines if line.startswith("#")]
+    reader = csv.DictReader(line for line in lines if not line.startswith("#"))
+    if not {"id", "part"} <= set(reader.fieldnames or ()):
+        raise CxrError(f"{path} needs the columns id and part; it has {', '.join(reader.fieldnames or ()) or 'none'}")
+    for row in reader:
+        yield row["id"], _part(row["part"], f"{path}, line {reader.line_num + len(comments)}")
+
+
+def _read_list(path: Path) -> Iterator[str]:
+    """The first word of each line, as lists of names and lists with labels after the name have it."""
+    return (words[0] for words in map(str.split, _lines(path)) if words)
