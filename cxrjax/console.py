@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Task as _Task
 from rich.progress import ProgressColumn as _Column
+from rich.progress import Task as _Task
 from rich.text import Text
 
 stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
 
 
 class _Rate(_Column):
@@ -32,8 +33,13 @@ def bar(description: str, total: int | None, *, unit: str = "images", start: int
       start: how many are done already.
     """
     columns = (
-        TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _Rate(),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=False) as progress:
         task = progress.add_task(description, total=total, completed=start, unit=unit)

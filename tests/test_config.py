@@ -15,8 +15,13 @@ def test_overrides_have_the_keys_type(tmp_path):
     recipe = write(tmp_path / "r.py", "    config.data.size = int(arg or 64)\n    return config\n")
     config = configs.load(
         f"{recipe}:128",
-        ["--config.optimizer.rate=1", "model.name=123", "data.findings=('Mass','Nodule')", "data.views=PA",
-         "model.options.growth=8"],
+        [
+            "--config.optimizer.rate=1",
+            "model.name=123",
+            "data.findings=('Mass','Nodule')",
+            "data.views=PA",
+            "model.options.growth=8",
+        ],
     )
     assert config.data.size == 128
     assert config.optimizer.rate == 1.0

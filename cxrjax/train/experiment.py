@@ -40,8 +40,12 @@ class Experiment:
         mesh = make_mesh(config.mesh.data, config.mesh.space)
         records = open_records(Path(config.data.dir), config.data.dataset, config.data.stored)
         split = make_split(
-            records, config.split.name, seed=config.split.seed, fractions=config.split.fractions,
-            files=[Path(f) for f in config.split.files] or None, sizes=config.split.sizes or None,
+            records,
+            config.split.name,
+            seed=config.split.seed,
+            fractions=config.split.fractions,
+            files=[Path(f) for f in config.split.files] or None,
+            sizes=config.split.sizes or None,
         )
         findings = tuple(config.data.findings) or records.findings
         if config.data.size % mesh.shape["space"]:
@@ -59,7 +63,9 @@ class Experiment:
         views = {str(view) for view in self.records.view}
         unknown = sorted(set(data.views) - views)
         if unknown:
-            raise CxrError(f"config key data.views: no image has view {unknown[0]}; there are {', '.join(sorted(views))}")
+            raise CxrError(
+                f"config key data.views: no image has view {unknown[0]}; there are {', '.join(sorted(views))}"
+            )
         parts = {}
         for name, rows in self.split.parts.items():
             rows = rows[np.isin(self.records.view[rows], data.views)] if data.views else rows
@@ -84,8 +90,12 @@ class Experiment:
         options = dict(model.options.items())
         return Network.of(
             create(
-                model.name, classes=len(self.findings), dtype=jnp.dtype(model.dtype), remat=model.remat,
-                seed=self.config.seed, **options,
+                model.name,
+                classes=len(self.findings),
+                dtype=jnp.dtype(model.dtype),
+                remat=model.remat,
+                seed=self.config.seed,
+                **options,
             )
         )
 

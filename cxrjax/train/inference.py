@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cxrjax.data.pipeline import Examples, evaluation_batches
-from cxrjax.data.placement import ahead, place
+from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings
 
@@ -40,8 +40,7 @@ def logits_of(
     devices = mesh.shape["data"]
     batch = -(-batch // devices) * devices
     shardings = batch_shardings(mesh)
-    shard = (jax.process_index(), jax.process_count())
-    batches = evaluation_batches(examples, size=size, batch_size=batch, threads=threads, shard=shard)
+    batches = evaluation_batches(examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.valid))
     parts = []
     for placed in ahead(batches, lambda b: place(b, shardings)):
         parts.append(step(network, placed.image))  # not read yet: the device runs ahead of the host

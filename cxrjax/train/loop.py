@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from cxrjax.console import bar
 from cxrjax.data.pipeline import Batch, training_batches
-from cxrjax.data.placement import ahead, place
+from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.data.splits import save as save_split
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
@@ -34,7 +34,7 @@ from cxrjax.train.step import make_predict_step, make_train_step
 Auroc = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
 
-class Interrupted(CxrError):
+class InterruptedRunError(CxrError):
     """The run was told to stop, saved its state, and goes on when started again. `number` is the signal's."""
 
     def __init__(self, message: str, number: int):
@@ -56,7 +56,7 @@ def train(config: ConfigDict, directory: Path, auroc: Auroc, experiment: Experim
 
     Raises:
       CxrError: bad input, or a loss that is not finite.
-      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      InterruptedRunError: SIGTERM or SIGINT came; the state is saved.
     """
     experiment = experiment or Experiment.open(config)
     with Run(directory, config), ExitStack() as stack:
@@ -143,13 +143,17 @@ class _Trainer:
 
     def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
         """Batches on the devices, two ahead, each with its rows of the records table on the host."""
-        data, mesh = self.config.data, self.experiment.mesh
+        data, shardings = self.config.data, batch_shardings(self.experiment.mesh)
         stream = training_batches(
-            self.experiment.part("train"), size=data.size, batch_size=self.config.train.batch,
-            augment=self.experiment.augment, seed=self.config.seed, start=self.progress.step, threads=data.threads,
-            shard=(jax.process_index(), jax.process_count()),
+            self.experiment.part("train"),
+            size=data.size,
+            batch_size=self.config.train.batch,
+            augment=self.experiment.augment,
+            seed=self.config.seed,
+            start=self.progress.step,
+            threads=data.threads,
+            shard=process_shard(shardings.valid),
         )
-        shardings = batch_shardings(mesh)
         return ahead(stream, lambda batch: (place(batch, shardings), batch.record))
 
     def _settle(self, pending: deque, allowed: int) -> None:
@@ -206,7 +210,9 @@ class _Trainer:
             return
         progress.since_lowest += 1
         if config.schedule == "plateau" and progress.since_lowest >= config.plateau:
-            factor = jax.device_put(self.state.rate_factor * np.float32(config.factor), replicated(self.experiment.mesh))
+            factor = jax.device_put(
+                self.state.rate_factor * np.float32(config.factor), replicated(self.experiment.mesh)
+            )
             self.state = dataclasses.replace(self.state, rate_factor=factor)
             progress.since_lowest = 0
 
@@ -220,7 +226,7 @@ class _Trainer:
         self.checkpoints.wait()
         self.writer.flush()
         name = signal.Signals(number).name
-        raise Interrupted(
+        raise InterruptedRunError(
             f"stopped by {name} at step {self.progress.step} of {self.steps}, all saved in {self.directory}; "
             "the same command goes on from there",
             number,
@@ -230,9 +236,9 @@ class _Trainer:
         self.checkpoints.wait()
         ids = [str(name) for name in self.experiment.records.id[rows[rows >= 0]]]
         raise CxrError(
-            f"the loss is {values['loss']} and the gradient's norm {values['gradient_norm']} at step {step}, for records "
-            f"{', '.join(ids)}; {self._last_good()}. Look at those images and labels; else lower optimizer.rate, or set "
-            "optimizer.clip=1"
+            f"the loss is {values['loss']} and the gradient's norm {values['gradient_norm']} at step {step}, "
+            f"for records {', '.join(ids)}; {self._last_good()}. Look at those images and labels; "
+            "else lower optimizer.rate, or set optimizer.clip=1"
         )
 
     def _last_good(self) -> str:
@@ -251,8 +257,8 @@ class _Trainer:
         defined = ((label & known).any(0) & (~label & known).any(0)).any()
         if self.config.train.watch == "val_auroc" and not defined:
             raise CxrError(
-                f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} validation "
-                "images; use --config.train.watch=val_loss, or a larger validation part"
+                f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} "
+                "validation images; use --config.train.watch=val_loss, or a larger validation part"
             )
 
     def _describe(self) -> None:

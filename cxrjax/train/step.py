@@ -71,15 +71,11 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(gradient).astype(jnp.float32),
             "rate": rate,
         }
-        state = dataclasses.replace(
-            state, step=state.step + 1, params=params, stats=stats, optimizer=optimizer_state
-        )
+        state = dataclasses.replace(state, step=state.step + 1, params=params, stats=stats, optimizer=optimizer_state)
         return state, metrics
 
     whole = replicated(mesh)
-    return jax.jit(
-        step, donate_argnums=0, in_shardings=(whole, batch_shardings(mesh)), out_shardings=(whole, whole)
-    )
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_shardings(mesh)), out_shardings=(whole, whole))
 
 
 def make_predict_step(mesh: Mesh) -> Callable[[Network, jax.Array], jax.Array]:

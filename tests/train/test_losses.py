@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import log_loss
 
-from cxrjax.train.losses import masked_bce
 from cxrjax.train.loop import mean_bce
+from cxrjax.train.losses import masked_bce
 
 
 @settings(deadline=None, max_examples=30)
@@ -26,7 +26,9 @@ def test_mean_equals_sklearn_over_what_is_known(logits, label, known, valid):
         probability = 1 / (1 + np.exp(-logits[mask].astype(np.float64)))
         expected = log_loss(label[mask], probability, labels=[False, True])
         np.testing.assert_allclose(total / count, expected, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(mean_bce(logits.astype(np.float64), label * 1.0, mask), expected, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(
+            mean_bce(logits.astype(np.float64), label * 1.0, mask), expected, rtol=1e-7, atol=1e-12
+        )
     else:
         assert total == 0
 

@@ -1,0 +1,228 @@
+"""The verbs. Each parses its words here, does its work in the package, and returns what `--json` writes."""
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cxrjax import __version__
+from cxrjax.config import load
+from cxrjax.console import stderr, stdout
+from cxrjax.errors import CxrError
+from cxrjax.files import write_text
+
+EPILOG = "`cxrjax VERB --help` says more. Every verb takes --json FILE (- for standard output) and --debug."
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one verb; the value is the exit code: 0 only on success, 128 + n when signal n stopped the work."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    overrides = [word for word in rest if word.startswith("--config.")]
+    if unknown := [word for word in rest if word not in overrides]:
+        parser.error(f"unknown argument {unknown[0]}; see cxrjax {arguments.verb} --help")
+    if overrides and not hasattr(arguments, "config"):
+        parser.error(f"cxrjax {arguments.verb} takes no {overrides[0].partition('=')[0]}")
+    arguments.overrides = overrides
+    try:
+        result = arguments.run(arguments)
+        if arguments.json:
+            _write_json(arguments.json, result)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        return _fail(*_explain_error(error))
+
+
+def _explain_error(error: Exception) -> tuple[str, int]:
+    if isinstance(error, CxrError):
+        return str(error), 128 + getattr(error, "number", 1 - 128)
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause):
+            where = f" (writing {cause.filename})" if getattr(cause, "filename", None) else ""
+            return f"the disk is full{where}: free some space and give the same command again, it goes on", 1
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}", 1
+    return f"a fault of cxrjax itself, {type(error).__name__}: {error}; --debug shows where", 1
+
+
+def _fail(message: str, code: int) -> int:
+    stderr.print(
+        f"cxrjax: {' '.join(message.split())}", style="red" if code < 128 else "yellow", markup=False, soft_wrap=True
+    )
+    return code
+
+
+def _write_json(file: str, result: Any) -> None:
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    if file == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(file), text)
+
+
+def _demo(arguments: argparse.Namespace) -> Any:
+    from cxrjax.studies.demo import demo
+
+    return demo(arguments.workdir, full=arguments.full)
+
+
+def _prepare(arguments: argparse.Namespace) -> Any:
+    from cxrjax.data.prepare import prepare
+
+    options = {name: getattr(arguments, name) for name in ("patients", "seed") if getattr(arguments, name) is not None}
+    return prepare(
+        arguments.dataset, source=arguments.source, data_dir=arguments.data_dir, size=arguments.size,
+        allow_missing=arguments.allow_missing, workers=arguments.workers, **options,
+    )  # fmt: skip
+
+
+def _train(arguments: argparse.Namespace) -> Any:
+    from cxrjax.evaluate.auc import mean_auroc
+    from cxrjax.train.loop import train
+
+    config = load(arguments.config, arguments.overrides)
+    progress = train(config, arguments.workdir, mean_auroc)
+    best = (
+        ""
+        if progress.best is None
+        else f", best {config.train.watch} {abs(progress.best):.4f} at step {progress.best_step}"
+    )
+    early = ", stopped early" if progress.stopped_early else ""
+    stdout.print(f"trained {progress.step} steps{early}{best}: {arguments.workdir}")
+    return {"directory": str(arguments.workdir), **vars(progress)}
+
+
+def _evaluate(arguments: argparse.Namespace) -> Any:
+    from cxrjax.studies.single import evaluate_run
+
+    return evaluate_run(
+        arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples
+    )
+
+
+def _score(arguments: argparse.Namespace) -> Any:
+    from cxrjax.evaluate.published import score_files
+    from cxrjax.report.tables import terminal
+
+    scores = score_files(arguments.predictions, arguments.labels, resamples=arguments.resamples, seed=arguments.seed)
+    rows = scores.rows()
+    stdout.print(terminal({"AUROC": rows}, [row["finding"] for row in rows if row["finding"] != "mean"]))
+    return scores.to_json()
+
+
+def _explain(arguments: argparse.Namespace) -> Any:
+    from cxrjax.studies import explanation
+
+    common = {"part": arguments.split, "data_dir": arguments.data_dir}
+    if arguments.what == "erf":
+        return explanation.erf_run(
+            arguments.run_directory, estimator=arguments.estimator, images=arguments.images or 32, **common
+        )
+    findings = arguments.findings.split(",") if arguments.findings else None
+    return explanation.gradcam_run(arguments.run_directory, findings=findings, images=arguments.images or 8, **common)
+
+
+def _study(arguments: argparse.Namespace) -> Any:
+    from cxrjax.studies.resolution import resolution
+
+    return resolution(arguments.config, arguments.overrides, arguments.workdir)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cxrjax", description="Chest X-ray classifiers at full resolution.", epilog=EPILOG, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"cxrjax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    demo = verb("demo", _demo, "the main job on the embedded phantom data, from rendering to the report")
+    demo.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="where everything goes")
+    demo.add_argument("--full", action="store_true", help="also at 256 and 512 px, with several seeds")
+
+    prepare = verb("prepare", _prepare, "turn a source of radiographs into sharded records of one size")
+    prepare.add_argument("dataset", metavar="DATASET", help="chestxray14 or cxr_phantom")
+    prepare.add_argument(
+        "--source", type=Path, help="folder with the images and tables; without it they are downloaded"
+    )
+    prepare.add_argument("--data-dir", type=Path, default=Path("data"), help="where prepared data sets lie")
+    prepare.add_argument("--size", help="stored side in px, or native")
+    prepare.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
+    prepare.add_argument("--workers", type=int, help="processes; default: all cores")
+    prepare.add_argument("--patients", type=int, help="cxr_phantom: how many patients to make")
+    prepare.add_argument("--seed", type=int, help="cxr_phantom: of the patients")
+
+    train = verb("train", _train, "train one config; goes on by itself where it was stopped")
+    _add_config(train)
+
+    evaluate = verb("evaluate", _evaluate, "predictions, scores with intervals, and a page for one run")
+    _add_run(evaluate)
+    evaluate.add_argument("--resamples", type=int, help="bootstrap resamples of patients; default: the config's")
+
+    score = verb("score", _score, "the same scores for anyone's predictions")
+    score.add_argument(
+        "--predictions", type=Path, required=True, help="CSV or Parquet with an id and prob_<finding> columns"
+    )
+    score.add_argument("--labels", type=Path, help="CSV or Parquet with labels, or NIH's Data_Entry_2017 table")
+    score.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of patients; 0: no intervals")
+    score.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+
+    explain = verb("explain", _explain, "where a trained network looks: effective receptive field, or Grad-CAM")
+    _add_run(explain)
+    explain.add_argument("what", choices=("erf", "gradcam"), help="which map")
+    explain.add_argument("--findings", help="gradcam: names, separated by commas; default: all")
+    explain.add_argument(
+        "--images", type=int, help="gradcam: overlays a finding (default 8); erf: images averaged (default 32)"
+    )
+    explain.add_argument(
+        "--estimator", choices=("exact", "probe", "sum"), default="probe", help="erf: how eq. 1 is computed"
+    )
+
+    study = verb("study", _study, "several runs and one report")
+    study.add_argument("what", choices=("resolution",), help="resolution: one run a size, and their stacked ensemble")
+    _add_config(study)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="F[:ARG]", help="a recipe's file, or the name of one of configs/"
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="the directory of the run; made if absent")
+    parser.epilog = (
+        "--config.KEY=VALUE changes one key of the recipe, for example --config.train.epochs=3. The keys: " + _keys()
+    )
+
+
+def _keys() -> str:
+    from cxrjax.config import default, flatten
+
+    return ", ".join(flatten(default()))
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="the directory of a trained run")
+    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument("--data-dir", type=Path, help="where the prepared data lie now; default: where they were")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
