@@ -1,0 +1,164 @@
+"""Sub-pixel drawing in unit coordinates: contours, films, pencils of known width, banks of noise.
+
+A point is (x, y) in image widths, the origin at the centre of the image, y downwards; so a drawing does not
+know how many pixels it will have. Layers are uint8 grids on which OpenCV draws anti-aliased in fixed point.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int8, UInt8
+
+Points = Float[np.ndarray, "... n 2"]
+Layer = UInt8[np.ndarray, "size size"]
+
+_SHIFT = 6  # fractional bits of OpenCV's fixed-point coordinates
+_PENCILS = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31)  # thicknesses tried
+
+
+@functools.lru_cache(maxsize=256)
+def _catmull_rom(points: int, samples: int, closed: bool) -> Float[np.ndarray, "m n"]:
+    """The matrix that turns control points into the points of their Catmull-Rom spline."""
+    segments = points if closed else points - 1
+    t = np.arange(samples) / samples
+    weights = 0.5 * np.stack(
+        [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], axis=1
+    )
+    matrix = np.zeros((segments * samples + (not closed), points))
+    for segment in range(segments):
+        for k in range(4):
+            control = segment + k - 1
+            control = control % points if closed else min(max(control, 0), points - 1)
+            matrix[segment * samples : (segment + 1) * samples, control] += weights[:, k]
+    if not closed:
+        matrix[-1, -1] = 1
+    return matrix
+
+
+def spline(points: Points, *, closed: bool = False, samples: int = 6) -> Points:
+    """A smooth curve through control points (Catmull-Rom), `samples` points per segment.
+
+    Args:
+      points: control points; leading axes are separate curves.
+      closed: whether the last point is joined to the first.
+      samples: points of the result per segment.
+    """
+    return _catmull_rom(points.shape[-2], samples, closed) @ points
+
+
+@functools.lru_cache(maxsize=1)
+def _pencil_widths() -> Float[np.ndarray, " pencils"]:
+    """How many pixels wide each pencil really draws (light across the line, over its brightness).
+
+    OpenCV's anti-aliased lines are wider than their nominal thickness, by an amount that depends on its version.
+    """
+    widths = []
+    for pencil in _PENCILS:
+        layer = np.zeros((96, 96), np.uint8)
+        ends = np.array([[-2000, 800], [8200, 5200]], np.int32)  # a slanted line across all columns
+        cv2.polylines(layer, [ends], False, 255, pencil, cv2.LINE_AA, _SHIFT)
+        slope = (ends[1, 1] - ends[0, 1]) / (ends[1, 0] - ends[0, 0])
+        widths.append(layer[:, 32:64].sum() / 255 / 32 * np.cos(np.arctan(slope)))
+    return np.array(widths)
+
+
+class Film:
+    """A square pixel grid on which a posed patient is drawn.
+
+    Args:
+      size: pixels along each side.
+      pose: affine map (2x3) from the patient's unit coordinates to the image's.
+    """
+
+    def __init__(self, size: int, pose: Float[np.ndarray, "2 3"]):
+        self.size = size
+        self._linear = pose[:, :2].T * size * 2**_SHIFT
+        self._offset = ((pose[:, 2] + 0.5) * size - 0.5) * 2**_SHIFT
+
+    def blank(self, value: int = 0) -> Layer:
+        """A new layer of one grey."""
+        return np.full((self.size, self.size), value, np.uint8)
+
+    def pixels(self, points: Points) -> Int[np.ndarray, "... n 2"]:
+        """Patient coordinates as OpenCV's fixed-point pixel coordinates."""
+        return np.rint(points @ self._linear + self._offset).astype(np.int32)
+
+    def _many(self, lines: Points | Iterable[Points]) -> Sequence[Int[np.ndarray, "n 2"]]:
+        """Pixel coordinates of several lines; quick for an array of them."""
+        return list(self.pixels(lines)) if isinstance(lines, np.ndarray) else [self.pixels(line) for line in lines]
+
+    def fill(self, layer: Layer, contours: Iterable[Points], value: float) -> Layer:
+        """Paint each contour's inside with `value`, smooth at its edge."""
+        for contour in self._many(contours):
+            cv2.fillPoly(layer, [contour], float(value), cv2.LINE_AA, _SHIFT)
+        return layer
+
+    def stroke(self, layer: Layer, lines: Points | Sequence[Points], width: float, value: float) -> Layer:
+        """Draw lines of a width in image widths.
+
+        A line thinner than the finest pencil is drawn fainter instead, so its light is the same at every size.
+        """
+        widths = _pencil_widths()
+        wanted = width * self.size
+        pencil = int(np.argmax(1.5 * widths >= wanted)) if 1.5 * widths[-1] >= wanted else len(widths) - 1
+        strength = value * min(wanted / widths[pencil], 1.5)
+        cv2.polylines(layer, self._many(lines), False, min(strength, 255.0), _PENCILS[pencil], cv2.LINE_AA, _SHIFT)
+        return layer
+
+    def inside(self, contours: Iterable[Points]) -> Layer:
+        """A hard mask (0 or 255) of the contours' union; a contour in the image marks at least one pixel."""
+        layer = self.blank()
+        for contour in self._many(contours):
+            cv2.fillPoly(layer, [contour], 255.0, cv2.LINE_8, _SHIFT)
+        return layer
+
+    def smooth(self, layer: Layer, sigma: float) -> Layer:
+        """The layer blurred by a Gaussian of `sigma` image widths; below a third of a pixel it stays as it is."""
+        pixels = sigma * self.size
+        return cv2.GaussianBlur(layer, (0, 0), pixels) if pixels > 1 / 3 else layer
+
+
+def ellipse(centre: Sequence[float], radii: Sequence[float], angle: float = 0.0, points: int = 28) -> Points:
+    """The contour of an ellipse turned by `angle` radians."""
+    t = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    x, y = radii[0] * np.cos(t), radii[1] * np.sin(t)
+    c, s = np.cos(angle), np.sin(angle)
+    return np.stack([centre[0] + c * x - s * y, centre[1] + s * x + c * y], axis=1)
+
+
+def band(line: Points, width: float | Float[np.ndarray, "n 1"]) -> tuple[Points, Points]:
+    """The two edges of a band of a width along a line."""
+    along = np.gradient(line, axis=-2)
+    normal = np.stack([-along[..., 1], along[..., 0]], axis=-1)
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-9
+    return line - 0.5 * width * normal, line + 0.5 * width * normal
+
+
+@functools.lru_cache(maxsize=1)
+def grain() -> Int8[np.ndarray, "bank bank"]:
+    """A bank of white noise of standard deviation 32, from which quantum noise is cut."""
+    noise = np.random.default_rng(20180829).standard_normal((1536, 1536), np.float32) * 32
+    return noise.clip(-127, 127).astype(np.int8)
+
+
+MESH_DENSITY = 512  # pixels of the mesh bank per image width
+
+
+@functools.lru_cache(maxsize=1)
+def mesh(period: float = 6 / 256) -> Float32[np.ndarray, "bank bank"]:
+    """A bank of reticular texture: a net of bright ridges about `period` image widths apart.
+
+    Made of the zero crossings of band-passed noise, freed of everything coarser than the period so that averaging
+    over a few periods leaves nothing; mean 0, standard deviation 1; it tiles.
+    """
+    side = 1024
+    rng = np.random.default_rng(20201103)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) * MESH_DENSITY * period
+    noise = np.fft.rfft2(rng.standard_normal((side, side)))
+    waves = np.fft.irfft2(noise * np.exp(-0.5 * ((frequency - 0.6) / 0.15) ** 2), s=(side, side))
+    ridges = np.exp(-np.abs(waves / waves.std()) * 2)
+    high_pass = np.exp(-((0.62 / np.maximum(frequency, 1e-6)) ** 6))
+    texture = np.fft.irfft2(np.fft.rfft2(ridges) * high_pass, s=(side, side))
+    return (texture / texture.std()).astype(np.float32)
