@@ -1,0 +1,3 @@
+from cxrjax.models.registry import create
+
+__all__ = ["create"]

@@ -1,0 +1,96 @@
+"""What every network can do: features, head, and both in a row."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from cxrjax.errors import CxrError
+from cxrjax.models.heads import Classifier
+from cxrjax.models.inputs import InputSpec
+from cxrjax.models.layers import Maps
+from cxrjax.models.options import one_of, positive
+
+DTYPES = ("bfloat16", "float32", "float64")
+REMATS = ("none", "layer")
+
+
+class Backbone(nnx.Module):
+    """A network in two halves, so that Grad-CAM and effective receptive fields are gradients of one half.
+
+    Attributes:
+      classes: number of findings K.
+      inputs: what the network expects of its images.
+      dtype: compute type; parameters and statistics are float32 (float64 with float64).
+      remat: "none", or "layer" to recompute layer by layer in the backward pass.
+      published: where published weights keep ours, as (our path, their path) prefixes; the first that fits holds.
+    """
+
+    published: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __init__(self, *, classes: int, inputs: InputSpec, dtype: np.dtype, remat: str):
+        self.classes = positive("classes", classes)
+        self.inputs = inputs
+        self.dtype = np.dtype(dtype)
+        self.remat = one_of("remat", remat, REMATS)
+        self.classifier: Classifier
+
+    def features(self, images: Maps, *, train: bool = False) -> OrderedDict[str, Maps]:
+        """Named feature maps in order, coarsest last; the last, "final", is what the head takes.
+
+        An `OrderedDict`, since JAX sorts the keys of a plain one wherever it passes through a transformation.
+
+        Args:
+          images: prepared images (`cxrjax.models.inputs.prepare`), of the compute type.
+          train: normalise by the batch's statistics, and move the running ones.
+
+        Raises:
+          CxrError: wrong rank, channels or type; images too small.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how to compute features")
+
+    def head(
+        self, features: Mapping[str, Maps], *, train: bool = False, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B K"]:
+        """Logits, float32 (float64 with float64), of the maps "final".
+
+        Args:
+          features: result of `features`.
+          train: whether this is a training step.
+          key: for dropout; where it is given dropout is active, also when not training (Monte Carlo dropout).
+        """
+        return self.classifier(features["final"], train=train, key=key)
+
+    def __call__(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> Float[Array, "B K"]:
+        """`head` of `features`."""
+        return self.head(self.features(images, train=train), train=train, key=key)
+
+    def check(self, images: Maps) -> None:
+        """Raise a `CxrError` unless these are prepared images for this network."""
+        if images.ndim != 4 or images.shape[-1] != self.inputs.channels:
+            raise CxrError(
+                f"this network takes images of shape B x H x W x {self.inputs.channels}, not "
+                f"{' x '.join(map(str, images.shape))}: use Network.apply, or inputs.prepare with model.inputs"
+            )
+        if images.dtype != self.dtype:
+            raise CxrError(
+                f"this network takes prepared {self.dtype} images, not {images.dtype}: "
+                "use Network.apply for uint8, or inputs.prepare with model.inputs and model.dtype"
+            )
+
+
+def compute_dtype(dtype) -> np.dtype:
+    """A compute type from its name or type.
+
+    Raises:
+      CxrError: not one of bfloat16, float32 and float64, or float64 while JAX has 64-bit types switched off.
+    """
+    name = one_of("dtype", dtype if isinstance(dtype, str) else np.dtype(dtype).name, DTYPES)
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise CxrError("dtype float64 needs 64-bit types: set JAX_ENABLE_X64=1")
+    return jnp.dtype(name)

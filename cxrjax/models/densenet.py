@@ -1,0 +1,164 @@
+"""DenseNet: every layer of a block sees the maps of all layers before it.
+
+Huang et al. 2017, arXiv:1608.06993. Module names are torchvision's, so that its weights fit by name.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cxrjax.errors import CxrError
+from cxrjax.models.backbone import Backbone
+from cxrjax.models.heads import Classifier
+from cxrjax.models.inputs import InputSpec
+from cxrjax.models.layers import BatchNorm, Maker, Maps, average_pool, max_pool, recomputed
+from cxrjax.models.options import one_of, positive
+
+STEM_POOLS = {
+    "3x3": lambda maps: max_pool(maps, 3, 2, padding=1),
+    "2x2": lambda maps: max_pool(maps, 2, 2),
+    "none": lambda maps: maps,
+}
+
+
+class DenseNet(Backbone):
+    """DenseNet as torchvision defines it; the defaults are DenseNet121.
+
+    The maps of a block stay a list, one entry per layer: with `remat="layer"` each layer concatenates and normalises
+    them again in the backward pass, so the memory for maps grows linearly with depth, not quadratically
+    (Pleiss et al. 2017, arXiv:1707.06990).
+
+    Args:
+      classes: number of findings.
+      inputs: what the network expects of its images.
+      dtype: compute type.
+      remat: "none" or "layer".
+      seed: of the initial values.
+      growth: channels that each layer adds.
+      blocks: layers per dense block.
+      bottleneck: channels of a layer's 1x1 convolution, in units of `growth`.
+      stem_channels: outputs of the first convolution.
+      stem_kernel: its size, odd.
+      stem_stride: its stride.
+      stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
+      pooling: of the head: "average", "max" or "average+max".
+      hidden: units of a hidden layer in the head; 0 for none.
+      dropout: in the head.
+    """
+
+    published: ClassVar = (("classifier.output", "classifier"), ("", "features"))
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        inputs: InputSpec,
+        dtype: np.dtype,
+        remat: str,
+        seed: int,
+        growth: int = 32,
+        blocks: Sequence[int] = (6, 12, 24, 16),
+        bottleneck: int = 4,
+        stem_channels: int = 64,
+        stem_kernel: int = 7,
+        stem_stride: int = 2,
+        stem_pool: str = "3x3",
+        pooling: str = "average",
+        hidden: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
+        make = Maker(dtype, seed)
+        width = positive("bottleneck", bottleneck) * positive("growth", growth)
+        self.blocks = len(blocks)
+        self.stem_pool = one_of("stem_pool", stem_pool, STEM_POOLS)
+        if self.blocks == 0 or positive("stem_kernel", stem_kernel) % 2 == 0:
+            raise CxrError(f"a DenseNet needs at least one block and an odd stem_kernel, not {blocks!r}, {stem_kernel}")
+        stride = positive("stem_stride", stem_stride)
+        channels = positive("stem_channels", stem_channels)
+        self.conv0 = make.conv(inputs.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
+        self.norm0 = make.norm(channels)
+        for number, layers in enumerate(blocks, start=1):
+            block = DenseBlock(make, channels, positive("layers of a block", layers), growth, width, remat)
+            setattr(self, f"denseblock{number}", block)
+            channels += layers * growth
+            if number < self.blocks:
+                setattr(self, f"transition{number}", Transition(make, channels, channels // 2))
+                channels //= 2
+        self.norm5 = make.norm(channels)
+        self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+
+    def features(self, images: Maps, *, train: bool = False) -> OrderedDict[str, Maps]:
+        """Maps after the stem, of each block ("block1", ... before any norm), and "final" (norm and ReLU)."""
+        self.check(images)
+        maps = [recomputed(DenseNet._stem, self.remat)(self, images, train)]
+        named = OrderedDict(stem=maps[0])
+        for number in range(1, self.blocks + 1):
+            maps = getattr(self, f"denseblock{number}")(maps, train)
+            named[f"block{number}"] = jnp.concatenate(maps, axis=-1)  # costs nothing where nobody reads it
+            if number < self.blocks:
+                maps = [recomputed(Transition.__call__, self.remat)(getattr(self, f"transition{number}"), maps, train)]
+        named["final"] = recomputed(DenseNet._last_norm, self.remat)(self, maps, train)
+        return named
+
+    def _stem(self, images: Maps, train: bool) -> Maps:
+        return STEM_POOLS[self.stem_pool](_norm_relu(self.norm0, self.conv0(images), train))
+
+    def _last_norm(self, maps: list[Maps], train: bool) -> Maps:
+        return _norm_relu(self.norm5, jnp.concatenate(maps, axis=-1), train)
+
+
+class DenseBlock(nnx.Module):
+    """Dense layers in a row: each adds its maps to the list."""
+
+    def __init__(self, make: Maker, channels: int, layers: int, growth: int, width: int, remat: str):
+        self.layers = layers
+        self.remat = remat
+        for number in range(1, layers + 1):
+            setattr(self, f"denselayer{number}", DenseLayer(make, channels, growth, width))
+            channels += growth
+
+    def __call__(self, maps: list[Maps], train: bool) -> list[Maps]:
+        """The list of maps, grown by one entry per layer."""
+        for number in range(1, self.layers + 1):
+            layer = getattr(self, f"denselayer{number}")
+            maps = [*maps, recomputed(DenseLayer.__call__, self.remat)(layer, maps, train)]
+        return maps
+
+
+class DenseLayer(nnx.Module):
+    """Norm, ReLU and 1x1 convolution of all earlier maps, then norm, ReLU and 3x3 convolution."""
+
+    def __init__(self, make: Maker, channels: int, growth: int, width: int):
+        self.norm1 = make.norm(channels)
+        self.conv1 = make.conv(channels, width, 1)
+        self.norm2 = make.norm(width)
+        self.conv2 = make.conv(width, growth, 3, padding=1)
+
+    def __call__(self, maps: list[Maps], train: bool) -> Maps:
+        """This layer's own maps, from all earlier ones."""
+        narrow = self.conv1(_norm_relu(self.norm1, jnp.concatenate(maps, axis=-1), train))
+        return self.conv2(_norm_relu(self.norm2, narrow, train))
+
+
+class Transition(nnx.Module):
+    """Norm, ReLU, 1x1 convolution and 2x2 mean between two blocks.
+
+    The mean comes before the convolution here: both are linear and commute, and a quarter of the work is left.
+    """
+
+    def __init__(self, make: Maker, channels: int, outputs: int):
+        self.norm = make.norm(channels)
+        self.conv = make.conv(channels, outputs, 1)
+
+    def __call__(self, maps: list[Maps], train: bool) -> Maps:
+        """Maps of half the height and width, from all of a block's."""
+        return self.conv(average_pool(_norm_relu(self.norm, jnp.concatenate(maps, axis=-1), train), 2, 2))
+
+
+def _norm_relu(norm: BatchNorm, maps: Maps, train: bool) -> Maps:
+    return nnx.relu(norm(maps, train=train))

@@ -1,0 +1,72 @@
+"""From the last feature maps to one logit per finding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from cxrjax.errors import CxrError
+from cxrjax.models.layers import Maker, Maps, storage
+from cxrjax.models.options import one_of, positive
+
+POOLINGS = {
+    "average": lambda maps: maps.mean((1, 2)),
+    "max": lambda maps: maps.max((1, 2)),
+    "average+max": lambda maps: jnp.concatenate([maps.mean((1, 2)), maps.max((1, 2))], axis=-1),
+}
+
+
+class Classifier(nnx.Module):
+    """Global pooling, dropout, an optional hidden layer (ReLU, dropout), and a logit per finding.
+
+    It computes in float32 at least, whatever the type of the maps.
+
+    Args:
+      make: maker of the network's layers.
+      channels: of the maps.
+      classes: number of findings.
+      pooling: "average", "max" or "average+max" (both, concatenated).
+      hidden: units of the hidden layer; 0 for none.
+      dropout: share of values dropped, 0 <= dropout < 1.
+    """
+
+    def __init__(
+        self,
+        make: Maker,
+        channels: int,
+        classes: int,
+        *,
+        pooling: str = "average",
+        hidden: int = 0,
+        dropout: float = 0.0,
+    ):
+        if not 0 <= dropout < 1:
+            raise CxrError(f"dropout must be at least 0 and below 1, not {dropout!r}")
+        self.pooling = one_of("pooling", pooling, POOLINGS)
+        self.dropout = float(dropout)
+        channels *= 2 if pooling == "average+max" else 1
+        self.hidden = nnx.data(None)
+        if hidden:
+            self.hidden = make.linear(channels, positive("hidden", hidden))
+            channels = hidden
+        self.output = make.linear(channels, positive("classes", classes))
+
+    def __call__(self, maps: Maps, *, train: bool, key: PRNGKeyArray | None = None) -> Float[Array, "B K"]:
+        """Logits; dropout is active where a key is given: in training, and for Monte Carlo dropout.
+
+        Raises:
+          CxrError: training a network that has dropout, without a key.
+        """
+        if train and self.dropout and key is None:
+            raise CxrError("training with dropout needs a random key: pass key=")
+        vector = POOLINGS[self.pooling](maps.astype(storage(maps.dtype)))
+        vector = self._drop(vector, key, 0)
+        if self.hidden is not None:
+            vector = self._drop(nnx.relu(self.hidden(vector)), key, 1)
+        return self.output(vector)
+
+    def _drop(self, vector: Float[Array, "B C"], key: PRNGKeyArray | None, place: int) -> Float[Array, "B C"]:
+        if key is None or not self.dropout:
+            return vector
+        keep = jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.dropout, vector.shape)
+        return jnp.where(keep, vector / (1 - self.dropout), jnp.zeros_like(vector))

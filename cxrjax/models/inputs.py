@@ -1,0 +1,81 @@
+"""From grey bytes to what a network expects, on the device."""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from cxrjax.errors import CxrError
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network expects of its images.
+
+    Grey values 0..255 are scaled to `low`..`high`, repeated to `channels` channels, and normalised to
+    (value - mean) / std per channel.
+
+    Attributes:
+      channels: number of channels.
+      mean: per channel, on the scale of `low`..`high`.
+      std: per channel, likewise.
+      low: what black (0) becomes before it is normalised.
+      high: what white (255) becomes.
+    """
+
+    channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        if self.channels < 1 or len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise CxrError(
+                f"an InputSpec of {self.channels} channels needs as many means and deviations, "
+                f"not {len(self.mean)} and {len(self.std)}"
+            )
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std, self.low, self.high)):
+            raise CxrError(f"an InputSpec must hold finite numbers only: {self}")
+        if min(self.std) <= 0:
+            raise CxrError(f"an InputSpec needs deviations above 0, not {self.std}")
+        if self.low >= self.high:
+            raise CxrError(f"an InputSpec needs low < high, not {self.low} and {self.high}")
+
+
+IMAGENET = InputSpec()
+"""Three channels, normalised as torchvision's weights expect it."""
+
+UNIT = InputSpec(channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+"""Three channels of 0..1."""
+
+GREY = InputSpec(channels=1, mean=(0.5,), std=(0.25,))
+"""One channel of -2..2, about centred on a radiograph's grey values."""
+
+
+def prepare(images: UInt8[Array, "B H W 1"], spec: InputSpec, dtype) -> Float[Array, "B H W C"]:
+    """Scale, repeat and normalise grey images; arithmetic in float32 at least, result in `dtype`.
+
+    Args:
+      images: grey values 0..255.
+      spec: what the network expects.
+      dtype: the network's compute type.
+
+    Raises:
+      CxrError: `images` are not uint8, or not B x H x W x 1.
+    """
+    if images.dtype != jnp.uint8:
+        raise CxrError(
+            f"a network takes grey images as uint8 0..255, not {images.dtype}: leave scaling to its InputSpec"
+        )
+    if images.ndim != 4 or images.shape[-1] != 1:
+        raise CxrError(f"a network takes grey images of shape B x H x W x 1, not {' x '.join(map(str, images.shape))}")
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scale = [(spec.high - spec.low) / 255 / std for std in spec.std]
+    shift = [(spec.low - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True)]
+    per_channel = (1, 1, 1, spec.channels)
+    prepared = images.astype(wide) * jnp.array(scale, wide).reshape(per_channel)
+    return (prepared + jnp.array(shift, wide).reshape(per_channel)).astype(dtype)

@@ -1,0 +1,98 @@
+"""A network as plain data: what `jax.jit`, `jax.grad` and checkpoints take."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from cxrjax.models.backbone import Backbone
+from cxrjax.models.inputs import InputSpec, prepare
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """What of a network is no array. Equal networks share one, so comparing two, at each call, is one `is`."""
+
+    graph: nnx.GraphDef
+    classes: int
+    inputs: InputSpec
+    dtype: np.dtype
+
+    def __reduce__(self):
+        return _skeleton, (self.graph, self.classes, self.inputs, self.dtype)
+
+
+@cache
+def _skeleton(graph: nnx.GraphDef, classes: int, inputs: InputSpec, dtype: np.dtype) -> Skeleton:
+    return Skeleton(graph, classes, inputs, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Network:
+    """Parameters and batch statistics as plain nested dicts of arrays, and the static rest.
+
+    It is a pytree: pass it to jitted functions, map over it, replace its parts with `dataclasses.replace`. Passing
+    plain dicts is what keeps the cost of a call low, and returning the statistics is what keeps them from getting
+    lost.
+    """
+
+    params: dict[str, Any]
+    stats: dict[str, Any]
+    skeleton: Skeleton = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, model: Backbone) -> "Network":
+        """The network that a module holds; the module's later changes do not show in it."""
+        graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        skeleton = _skeleton(graph, model.classes, model.inputs, model.dtype)
+        return cls(nnx.to_pure_dict(params), nnx.to_pure_dict(stats), skeleton)
+
+    @property
+    def classes(self) -> int:
+        """Number of findings K."""
+        return self.skeleton.classes
+
+    @property
+    def inputs(self) -> InputSpec:
+        """What the network expects of its images."""
+        return self.skeleton.inputs
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The compute type."""
+        return self.skeleton.dtype
+
+    def model(self) -> Backbone:
+        """The module; build it inside the function that is traced, never outside."""
+        return nnx.merge(self.skeleton.graph, self.params, self.stats)
+
+    def apply(
+        self, images: UInt8[Array, "B H W 1"], *, train: bool = False, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "B K"], dict[str, Any]]:
+        """Logits of grey images, and the batch statistics afterwards.
+
+        Args:
+          images: grey values 0..255.
+          train: normalise by the batch's statistics, and move the running ones.
+          key: for dropout, which is active where a key is given.
+
+        Raises:
+          CxrError: images that are not uint8 B x H x W x 1, or too small for the network.
+        """
+        model = self.model()
+        logits = model(prepare(images, self.inputs, self.dtype), train=train, key=key)
+        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def parameter_count(of: Any) -> int:
+    """Number of parameters, batch statistics left out, of a module, a `Network` or a tree of arrays."""
+    if isinstance(of, nnx.Module):
+        of = nnx.state(of, nnx.Param)
+    elif isinstance(of, Network):
+        of = of.params
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(of))
