@@ -1,0 +1,196 @@
+"""What a report says: plain arrays, numbers and words, gathered by a study or a run; this package only draws them.
+
+Every part but the title, the findings and the scores may be left out (empty or None): its section is then absent.
+All strings may come from data: they are shown as text, whatever they contain.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from cxrjax.errors import CxrError
+
+MEAN = "mean"
+"""The `finding` of the score row that holds the mean over all findings."""
+
+Row = Mapping[str, Any]
+"""One score: finding, auroc, auroc_low, auroc_high, average_precision, average_precision_low, average_precision_high,
+positives, negatives, reason (why a value is NaN, else empty). Or one training log line: step, epoch, train_loss, ..."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that the study was to test, and what came of it."""
+
+    statement: str
+    supported: Literal["yes", "no", "undecided"]
+    evidence: str
+
+    def __post_init__(self):
+        """Refuse a fourth verdict."""
+        if self.supported not in ("yes", "no", "undecided"):
+            raise CxrError(f"claim {self.statement!r}: supported is {self.supported!r}; use yes, no or undecided")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A receiver operating characteristic: fpr f[n] and tpr f[n], both rising from 0 to 1."""
+
+    fpr: np.ndarray
+    tpr: np.ndarray
+
+
+@dataclass(frozen=True)
+class Field:
+    """An effective receptive field.
+
+    Attributes:
+      map: f[H, W], >= 0, maximum 1, in the frame of the image.
+      area_fraction: area holding `mass` of the map over the area of the image.
+      diameter_px: diameter of the circle of that area, in pixels of the network's input.
+      diameter_fraction: the same over the width of the image.
+      theoretical_px: side of the theoretical receptive field in pixels; None where unknown.
+      mass: share of the map inside the contour; 0.9545 is two standard deviations.
+    """
+
+    map: np.ndarray
+    area_fraction: float
+    diameter_px: float
+    diameter_fraction: float
+    theoretical_px: float | None = None
+    mass: float = 0.9545
+
+
+@dataclass(frozen=True)
+class Cam:
+    """A class activation map over its image.
+
+    Attributes:
+      image: uint8[H, W], as the network saw it.
+      cam: f[h, w] in 0..1, of the image's frame at any resolution.
+      probability: what the network said of this finding.
+      mask: bool[H', W'], where the finding truly is; None where unknown.
+    """
+
+    image: np.ndarray
+    cam: np.ndarray
+    probability: float
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A calibration curve in bins: mean predicted probability f[n], observed frequency f[n], number of images i[n]."""
+
+    predicted: np.ndarray
+    observed: np.ndarray
+    count: np.ndarray
+
+
+@dataclass(frozen=True)
+class Table:
+    """Any small table: a caption, column names, and rows of strings and numbers."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def __post_init__(self):
+        """Refuse ragged rows."""
+        for number, row in enumerate(self.rows, 1):
+            if len(row) != len(self.columns):
+                raise CxrError(f"table {self.caption!r}: row {number} has {len(row)} cells, not {len(self.columns)}")
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """Everything that the page of a resolution study shows.
+
+    Attributes:
+      title: of the page.
+      findings: K names, in the order of all tables and figures.
+      sizes: S names of the single-scale models, smallest first, such as "32 px".
+      scores: model (a size or an ensemble) -> rows of findings and of `MEAN`.
+      ensembles: names of the models made of all sizes, such as "stacked ensemble".
+      lead: opening paragraphs.
+      claims: what was to be shown.
+      notes: what this does and does not prove, one paragraph each.
+      interval: how the intervals were made, such as "95 % percentile bootstrap over patients, 1,000 resamples".
+      weights: f64[K, S], the stacked ensemble's weights, each row summing to 1.
+      curves: model -> finding -> Curve.
+      training: size -> log lines (step, epoch, train_loss, val_loss, val_auroc; any may be missing).
+      fields: size -> Field.
+      cams: finding -> size -> Cam.
+      image_sizes: i[N, 2], width and height of the original images.
+      control: a table of control runs.
+      provenance: nested dict: fingerprints, versions, device, seeds, timings.
+    """
+
+    title: str
+    findings: Sequence[str]
+    sizes: Sequence[str]
+    scores: Mapping[str, Sequence[Row]]
+    ensembles: Sequence[str] = ()
+    lead: Sequence[str] = ()
+    claims: Sequence[Claim] = ()
+    notes: Sequence[str] = ()
+    interval: str = ""
+    weights: np.ndarray | None = None
+    curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+    training: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    cams: Mapping[str, Mapping[str, Cam]] = field(default_factory=dict)
+    image_sizes: np.ndarray | None = None
+    control: Table | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Refuse parts that do not fit together."""
+        models = (*self.sizes, *self.ensembles)
+        _known("scores", self.scores, models)
+        _known("curves", self.curves, models)
+        _known("training", self.training, self.sizes)
+        _known("fields", self.fields, self.sizes)
+        _known("cams", self.cams, self.findings)
+        for finding, row in self.cams.items():
+            _known(f"cams of {finding}", row, self.sizes)
+        for model, rows in self.scores.items():
+            _known(f"scores of {model}", (row["finding"] for row in rows), (*self.findings, MEAN))
+        shape = (len(self.findings), len(self.sizes))
+        if self.weights is not None and np.shape(self.weights) != shape:
+            raise CxrError(f"report: weights have shape {np.shape(self.weights)}, not findings x sizes {shape}")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Sizes, then ensembles: those that have scores."""
+        return tuple(name for name in (*self.sizes, *self.ensembles) if name in self.scores)
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything that the page of one evaluated run shows; the attributes are those of `StudyReport`, for one model."""
+
+    title: str
+    findings: Sequence[str]
+    scores: Sequence[Row]
+    lead: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    interval: str = ""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    reliability: Mapping[str, Reliability] = field(default_factory=dict)
+    training: Sequence[Row] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Refuse parts that do not fit together."""
+        _known("scores", (row["finding"] for row in self.scores), (*self.findings, MEAN))
+        _known("curves", self.curves, self.findings)
+        _known("reliability", self.reliability, self.findings)
+
+
+def _known(part: str, names: Iterable[str], allowed: Sequence[str]) -> None:
+    for name in names:
+        if name not in allowed:
+            raise CxrError(f"report: {part} names {name!r}, which is none of {', '.join(allowed)}")

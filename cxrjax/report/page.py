@@ -1,0 +1,112 @@
+"""One self-contained HTML file per study or run: figures as inline SVG, pictures as data, no script, no network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cxrjax.report import figures, pictures, style, tables
+from cxrjax.report.content import Cam, RunReport, StudyReport
+
+_LABELS = {
+    "auc": "AUC against image size, for the mean and for each finding; the numbers are in the table of AUCs",
+    "weights": "Stacked bars: the weight of each image size in the ensemble, for each finding",
+    "roc": "Receiver operating characteristics, one panel per finding",
+    "training": "Training and validation loss",
+    "erf": "Effective receptive fields; their sizes are in the table below",
+    "sizes": "Widths and heights of the original images",
+    "reliability": "Observed frequency against predicted probability, one panel per finding",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure as two `<svg>` elements, of which the page shows the one that suits its width."""
+
+    wide: Markup
+    narrow: Markup
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A class activation map as an `<img>`: its address, its size name, what it shows."""
+
+    uri: str
+    size: str
+    probability: float
+    alt: str
+
+
+def study_page(report: StudyReport) -> str:
+    """The page of a resolution study as HTML."""
+    plots = _plots(*(figures.study_plots(report, width) for width in (style.WIDE, style.NARROW)))
+    return _render(
+        "study.html.j2",
+        report=report,
+        plots=plots,
+        auc=tables.lines(report.scores, report.findings, report.sizes),
+        precision=tables.lines(report.scores, report.findings, report.sizes, "average_precision"),
+        cams={finding: _pictures(finding, row) for finding, row in report.cams.items() if row},
+    )
+
+
+def run_page(report: RunReport) -> str:
+    """The page of one evaluated run as HTML."""
+    plots = _plots(*(figures.run_plots(report, width) for width in (style.WIDE, style.NARROW)))
+    rows = {report.title: report.scores}
+    auc, precision = (tables.lines(rows, report.findings, (), metric) for metric in tables.METRICS)
+    lines = [replace(a, cells=a.cells + p.cells) for a, p in zip(auc, precision, strict=True)]
+    return _render("run.html.j2", report=report, plots=plots, lines=lines, columns=list(tables.METRICS.values()))
+
+
+def write_page(report: StudyReport | RunReport, path: str | Path) -> Path:
+    """Write the page of a report; the file is whole or absent. Returns its path."""
+    html = study_page(report) if isinstance(report, StudyReport) else run_page(report)
+    return style.write(path, html.encode("utf-8", errors="replace"))
+
+
+def _plots(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Plot]:
+    return {
+        name: Plot(
+            style.inline_svg(wide[name], f"{name}-wide", _LABELS[name]),
+            style.inline_svg(narrow[name], f"{name}-narrow", _LABELS[name]),
+        )
+        for name in wide
+    }
+
+
+def _pictures(finding: str, row: Mapping[str, Cam]) -> list[Picture]:
+    return [
+        Picture(
+            pictures.jpeg_uri(pictures.overlay(cam)),
+            size,
+            float(cam.probability),
+            f"Activation map of {finding} at {size}, probability {cam.probability:.2f}",
+        )
+        for size, cam in row.items()
+    ]
+
+
+def _render(template: str, **content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("cxrjax.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["value"] = _value
+    return environment.get_template(template).render(**content)
+
+
+def _value(value: Any) -> str:
+    """A leaf of the provenance as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(_value(item) for item in value)
+    return str(value)

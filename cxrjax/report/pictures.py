@@ -1,0 +1,121 @@
+"""Pictures: effective receptive fields, and class activation maps over their images."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from PIL import Image
+
+from cxrjax.report.content import Cam, Field
+from cxrjax.report.style import INK, WHITE, WIDE, panel_grid, styled, words
+
+_OUTLINE = (0, 229, 255)
+
+
+def overlay(cam: Cam, side: int = 320) -> UInt8[np.ndarray, "h w 3"]:
+    """A class activation map over its image.
+
+    Args:
+      cam: image, map and perhaps the true place, which is outlined in cyan.
+      side: length of the picture's longer side in pixels. Smaller images keep their visible pixels, larger ones are
+        averaged down; the map is interpolated.
+
+    Returns:
+      uint8[h, w, 3].
+    """
+    height, width = cam.image.shape
+    size = (max(1, round(side * width / max(height, width))), max(1, round(side * height / max(height, width))))
+    grey = Image.fromarray(np.asarray(cam.image, np.uint8))
+    way = Image.Resampling.NEAREST if max(height, width) <= side else Image.Resampling.BOX
+    base = np.asarray(grey.resize(size, way), np.float32)[..., None]
+    heat = Image.fromarray(np.clip(np.nan_to_num(cam.cam), 0, 1).astype(np.float32))
+    heat = np.asarray(heat.resize(size, Image.Resampling.BILINEAR))
+    colour = mpl.colormaps["inferno"](heat)[..., :3].astype(np.float32) * 255
+    alpha = 0.65 * heat[..., None] ** 0.8
+    picture = (base * (1 - alpha) + colour * alpha).round().astype(np.uint8)
+    if cam.mask is not None:
+        inside = np.asarray(Image.fromarray(np.asarray(cam.mask, np.uint8) * 255).resize(size)) > 127
+        picture[_edge(inside, max(1, side // 160))] = _OUTLINE
+    return picture
+
+
+def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
+    core = inside
+    for _ in range(thickness):
+        padded = np.pad(core, 1)
+        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return inside & ~core
+
+
+def mass_level(field: Float[np.ndarray, "H W"], mass: float = 0.9545) -> float:
+    """The value above which (inclusive) the cells of `field` hold `mass` of its sum: the level of its contour."""
+    values = np.sort(np.asarray(field, np.float64), axis=None)[::-1]
+    total = np.cumsum(values)
+    return float(values[np.searchsorted(total, mass * total[-1])])
+
+
+def jpeg_uri(picture: np.ndarray, quality: int = 85) -> str:
+    """A `data:` address holding uint8[H, W] or uint8[H, W, 3] as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@styled()
+def erf_maps(fields: Mapping[str, Field], *, width: float = WIDE) -> Figure:
+    """Effective receptive fields in the frame of the image (square-root scale), with the contour of their mass."""
+    figure, panels = panel_grid(len(fields), width, panel=1.7, height=1.75, smallest=2)
+    drawn = [draw_field(panel, size, field) for panel, (size, field) in zip(panels, fields.items(), strict=True)]
+    bar = figure.colorbar(drawn[0], ax=panels, shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    bar.set_label("relative sensitivity")
+    return figure
+
+
+def draw_field(panel: Axes, size: str, field: Field) -> AxesImage:
+    """One effective receptive field on a panel, 0 to 1 across the image."""
+    values = np.asarray(field.map, np.float64)
+    image = panel.imshow(values, cmap="magma", norm=PowerNorm(0.5, 0, 1), extent=(0, 1, 1, 0), interpolation="nearest")
+    height, across = values.shape
+    x, y = (np.arange(across) + 0.5) / across, (np.arange(height) + 0.5) / height
+    panel.contour(x, y, values, levels=[mass_level(values, field.mass)], colors="#7fe3ff", linewidths=0.8)
+    panel.set_title(words(size))
+    panel.set_xlabel(f"⌀ {field.diameter_px:.0f} px, {field.diameter_fraction:.0%} of width", color=INK)
+    panel.set(xticks=[], yticks=[], aspect="equal")
+    panel.spines[:].set_visible(False)
+    return image
+
+
+@styled()
+def gradcam_grid(
+    cams: Mapping[str, Mapping[str, Cam]], findings: Sequence[str], sizes: Sequence[str], *, width: float = WIDE
+) -> Figure:
+    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth."""
+    rows = [finding for finding in findings if cams.get(finding)]
+    columns = [size for size in sizes if any(size in cams[finding] for finding in rows)]
+    side = (width - 0.3) / max(1, len(columns))
+    figure = Figure(figsize=(width, 0.3 + len(rows) * (side + 0.05)), layout="constrained")
+    panels = figure.subplots(len(rows), len(columns), squeeze=False)
+    for r, finding in enumerate(rows):
+        panels[r, 0].set_ylabel(words(finding), color=INK)
+        for c, size in enumerate(columns):
+            panel, cam = panels[r, c], cams[finding].get(size)
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+            if r == 0:
+                panel.set_title(words(size), loc="center")
+            if cam is not None:
+                panel.imshow(overlay(cam), interpolation="nearest")
+                panel.text(
+                    0.04, 0.95, f"{cam.probability:.2f}", transform=panel.transAxes, va="top", color=WHITE, fontsize=7,
+                    fontweight="bold" if cam.probability >= 0.5 else "normal",
+                    bbox={"facecolor": "#101418", "edgecolor": "none", "alpha": 0.6, "pad": 1.5},
+                )  # fmt: skip
+    return figure

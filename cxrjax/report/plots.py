@@ -1,0 +1,256 @@
+"""Plots of scores, weights, curves and losses, each a function of plain arrays.
+
+Plots are made for a width in inches: `WIDE` puts panels side by side, `NARROW` stacks them for a telephone or a
+single column. Strings are shown as they are: no mathematics, no markup.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from cxrjax.report.content import MEAN, Curve, Reliability, Row
+from cxrjax.report.style import GRID, INK, MUTED, PAPER, WHITE, WIDE, colours, panel_grid, styled, words
+
+MARKERS = "DsP^"
+"""Of the ensembles; sizes are dots."""
+_DASHED = (0, (3, 1.2))
+
+
+@styled()
+def auc_by_size(
+    scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str], ensembles: Sequence[str] = (),
+    *, metric: str = "auroc", width: float = WIDE,
+) -> Figure:  # fmt: skip
+    """AUC against image size, a panel for the mean and for each finding; whiskers are the intervals.
+
+    Args:
+      scores: model -> rows (see `content.Row`).
+      findings: order of the panels.
+      sizes: names of the single sizes, smallest first: joined by a line.
+      ensembles: names of the ensembles: to the right, each with its own marker.
+      metric: "auroc" or "average_precision".
+      width: in inches.
+    """
+    table = by_finding(scores)
+    models = [name for name in (*sizes, *ensembles) if name in table]
+    shown = [f for f in (MEAN, *findings) if any(f in table[model] for model in models)]
+    colour = dict(zip((*sizes, *ensembles), colours(len(sizes), len(ensembles)), strict=True))
+    marker = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(ensembles)}
+    figure, panels = panel_grid(len(shown), width, panel=1.75, height=1.35, legend=bool(ensembles))
+    bottom = _floor(scores, metric)
+    ticks = [(x, words(name.removesuffix(" px"), 8)) for x, name in enumerate(models) if name in sizes]
+    for panel, finding in zip(panels, shown, strict=True):
+        panel.set_title(words("Mean of findings" if finding == MEAN else finding, 24))
+        line = []
+        for x, model in enumerate(models):
+            row = table[model].get(finding, {})
+            value, low, high = (number(row.get(metric + part)) for part in ("", "_low", "_high"))
+            if math.isnan(value):
+                continue
+            if model in sizes:
+                line.append((x, value))
+            panel.plot([x, x], [low, high], color=colour[model], lw=1, solid_capstyle="round", zorder=3)
+            panel.plot([x], [value], marker.get(model, "o"), color=colour[model], ms=4.5, mec=PAPER, mew=0.4, zorder=4)
+        if line:
+            panel.plot(*zip(*line, strict=True), color=GRID, lw=1, zorder=2)
+        else:
+            reason = next((str(rows[finding].get("reason") or "") for rows in table.values() if finding in rows), "")
+            text = f"n/a\n{words(reason, 34)}".strip()
+            panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=MUTED, fontsize=6.5)
+        panel.set(xlim=(-0.6, len(models) - 0.4), ylim=(bottom, 1 + 0.04 * (1 - bottom)))
+        panel.set_xticks(*zip(*ticks, strict=True))
+        panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        panel.grid(axis="y")
+    _label(figure, x="image side, px" if all(size.endswith(" px") for size in sizes) else "image size")
+    handles = [
+        Line2D([], [], marker=marker[name], color=colour[name], ls="", ms=4.5, label=words(name))
+        for name in ensembles if name in table
+    ]  # fmt: skip
+    _legend(figure, handles, width)
+    return figure
+
+
+def _floor(scores: Mapping[str, Sequence[Row]], metric: str) -> float:
+    """A round number under all values and intervals."""
+    values = [number(row.get(key)) for rows in scores.values() for row in rows for key in (metric, f"{metric}_low")]
+    lowest = min(filter(math.isfinite, values), default=0.5)
+    return max(0.0, math.floor(lowest * 20 - 0.2) / 20)
+
+
+@styled()
+def weights_bars(
+    weights: Float[np.ndarray, "K S"], findings: Sequence[str], sizes: Sequence[str], *, width: float = WIDE
+) -> Figure:
+    """The weight of each size in the stacked ensemble, rows summing to 1, as a stacked bar per finding."""
+    figure = Figure(figsize=(width, 0.65 + 0.22 * len(findings)), layout="constrained")
+    draw_weights(figure.subplots(), weights, findings, sizes, least=0.4 / width)
+    figure.legend(loc="outside upper left", ncols=len(sizes), handlelength=1, handleheight=1, columnspacing=1.2)
+    return figure
+
+
+def draw_weights(
+    panel: Axes, weights: Float[np.ndarray, "K S"], findings: Sequence[str], sizes: Sequence[str], *, least: float
+) -> None:
+    """Stacked bars on a panel; weights from `least` on are printed in their part of the bar."""
+    rows, left = np.arange(len(findings)), np.zeros(len(findings))
+    for s, (size, colour) in enumerate(zip(sizes, colours(len(sizes)), strict=True)):
+        share = np.asarray(weights, np.float64)[:, s]
+        panel.barh(rows, share, left=left, height=0.74, color=colour, edgecolor=PAPER, lw=0.6, label=words(size, 12))
+        ink = WHITE if s >= len(sizes) / 2 else "#101418"
+        for row in rows[share >= least]:
+            middle = float(left[row] + share[row] / 2)
+            panel.text(middle, row, f"{share[row]:.2f}", ha="center", va="center_baseline", color=ink, fontsize=6.5)
+        left += share
+    panel.set_yticks(rows, [words(finding, 26) for finding in findings], color=INK)
+    panel.set(xlim=(0, 1), ylim=(len(findings) - 0.5, -0.5), xlabel="weight")
+    panel.spines["left"].set_visible(False)
+    panel.tick_params(axis="y", length=0)
+
+
+@styled()
+def roc_grid(
+    curves: Mapping[str, Mapping[str, Curve]], findings: Sequence[str], sizes: Sequence[str],
+    ensembles: Sequence[str] = (), *, width: float = WIDE,
+) -> Figure:  # fmt: skip
+    """Receiver operating characteristics: a panel per finding, a line per model (ensembles dashed)."""
+    shown = [finding for finding in findings if any(finding in of_model for of_model in curves.values())]
+    names = [name for name in (*sizes, *ensembles) if name in curves]
+    colour = dict(zip((*sizes, *ensembles), colours(len(sizes), len(ensembles)), strict=True))
+    figure, panels = panel_grid(len(shown), width, panel=1.6, height=1.6, legend=len(names) > 1)
+    for panel, finding in zip(panels, shown, strict=True):
+        _unit_square(panel, finding)
+        for name in names:
+            curve = curves[name].get(finding)
+            if curve is not None and np.isfinite(curve.tpr).all() and np.isfinite(curve.fpr).all():
+                dashes, order = (_DASHED, 3) if name in ensembles else ("-", 2)
+                panel.plot(*_thinned(curve), color=colour[name], ls=dashes, lw=1.2, zorder=order)
+    _label(figure, x="false positive rate", y="true positive rate")
+    if len(names) > 1:
+        lines = [
+            Line2D([], [], color=colour[name], ls=_DASHED if name in ensembles else "-", label=words(name))
+            for name in names
+        ]
+        _legend(figure, lines, width)
+    return figure
+
+
+def _unit_square(panel: Axes, title: str) -> None:
+    panel.plot([0, 1], [0, 1], color=GRID, lw=0.8, zorder=1)
+    panel.set(title=words(title, 24), xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    panel.set(xticks=[0, 0.5, 1], xticklabels=["0", ".5", "1"], yticks=[0, 0.5, 1], yticklabels=["0", ".5", "1"])
+
+
+def _thinned(curve: Curve, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `points` corners, evenly spread along the curve: more cannot be seen."""
+    fpr, tpr = np.asarray(curve.fpr, np.float64), np.asarray(curve.tpr, np.float64)
+    if fpr.size <= points:
+        return fpr, tpr
+    along = np.concatenate([[0], np.cumsum(np.abs(np.diff(fpr)) + np.abs(np.diff(tpr)))])
+    kept = np.searchsorted(along, np.linspace(0, along[-1], points)).clip(0, fpr.size - 1)
+    kept = np.union1d(kept, [0, fpr.size - 1])
+    return fpr[kept], tpr[kept]
+
+
+@styled()
+def reliability_grid(reliability: Mapping[str, Reliability], findings: Sequence[str], *, width: float = WIDE) -> Figure:
+    """Observed frequency against predicted probability, a panel per finding; a dot's area grows with its images."""
+    shown = [finding for finding in findings if finding in reliability]
+    figure, panels = panel_grid(len(shown), width, panel=1.6, height=1.6)
+    (colour,) = colours(1)
+    for panel, finding in zip(panels, shown, strict=True):
+        bins = reliability[finding]
+        _unit_square(panel, finding)
+        panel.plot(bins.predicted, bins.observed, color=colour, lw=1, zorder=2)
+        area = 6 + 60 * np.asarray(bins.count) / max(1, np.sum(bins.count))
+        panel.scatter(bins.predicted, bins.observed, s=area, color=colour, lw=0, zorder=3)
+    _label(figure, x="predicted probability", y="observed frequency")
+    return figure
+
+
+@styled()
+def loss_curves(training: Mapping[str, Sequence[Row]], sizes: Sequence[str], *, width: float = WIDE) -> Figure:
+    """Training and validation loss, a panel per size, and the validation AUC of all sizes in the last panel.
+
+    Args:
+      training: size -> log lines; keys step, epoch, train_loss, val_loss, val_auroc, any of which may be missing.
+      sizes: order of the panels.
+      width: in inches.
+    """
+    shown = [size for size in sizes if training.get(size)]
+    colour = dict(zip(sizes, colours(len(sizes)), strict=True))
+    unit = "epoch" if all(number(row.get("epoch")) >= 0 for size in shown for row in training[size]) else "step"
+    scored = [size for size in shown if series(training[size], unit, "val_auroc")[0].size]
+    figure, panels = panel_grid(len(shown) + bool(scored), width, panel=1.75, height=1.35, legend=True)
+    highest = []
+    for panel, size in zip(panels, shown, strict=False):
+        train, validation = (series(training[size], unit, key) for key in ("train_loss", "val_loss"))
+        panel.plot(*train, color=colour[size], lw=1)
+        panel.plot(*validation, color=INK, lw=1.1, ls=_DASHED)
+        panel.set_title(f"Loss, {words(size, 18)}" if len(shown) > 1 else "Loss")
+        highest += [np.percentile(y, 98) for _, y in (train, validation) if y.size]
+    for panel in panels[: len(shown)]:
+        panel.set_ylim(0, 1.08 * max(highest, default=1.0))
+    if scored:
+        panels[-1].set_title("Validation AUC")
+        for size in scored:
+            panels[-1].plot(*series(training[size], unit, "val_auroc"), color=colour[size])
+    for panel in panels:
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        panel.grid(axis="y")
+    _label(figure, x=unit)
+    lines = [Line2D([], [], color=colour[size], label=words(size if len(shown) > 1 else "training")) for size in shown]
+    _legend(figure, [*lines, Line2D([], [], color=INK, ls=_DASHED, label="validation loss")], width)
+    return figure
+
+
+def series(rows: Sequence[Row], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two columns of log lines, f64[n] each, where both are there."""
+    points = np.array([(number(row.get(x)), number(row.get(y))) for row in rows], np.float64).reshape(-1, 2)
+    points = points[np.isfinite(points).all(1)]
+    return points[:, 0], points[:, 1]
+
+
+@styled()
+def size_scatter(image_sizes: Int[np.ndarray, "N 2"], *, width: float = 4.2) -> Figure:
+    """Widths and heights of the original images, each distinct pair a dot, with both marginals."""
+    pairs, count = np.unique(np.asarray(image_sizes), axis=0, return_counts=True)
+    figure = Figure(figsize=(width, width), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5))
+    main = figure.add_subplot(grid[1, 0])
+    top, side = figure.add_subplot(grid[0, 0], sharex=main), figure.add_subplot(grid[1, 1], sharey=main)
+    (colour,) = colours(1)
+    main.scatter(pairs[:, 0], pairs[:, 1], s=3 + 12 * np.log10(count), color=colour, alpha=0.5, lw=0, rasterized=True)
+    main.set(xlabel="width, px", ylabel="height, px")
+    top.hist(pairs[:, 0], bins=40, weights=count, color=colour)
+    side.hist(pairs[:, 1], bins=40, weights=count, color=colour, orientation="horizontal")
+    top.axis("off")
+    side.axis("off")
+    return figure
+
+
+def by_finding(scores: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Row]]:
+    """Score rows as model -> finding -> row."""
+    return {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
+
+
+def number(value: Any) -> float:
+    """A score or log value as a float; NaN where there is none."""
+    return math.nan if value is None else float(value)
+
+
+def _label(figure: Figure, *, x: str = "", y: str = "") -> None:
+    figure.supxlabel(x, fontsize=7, color=MUTED)
+    if y:
+        figure.supylabel(y, fontsize=7, color=MUTED)
+
+
+def _legend(figure: Figure, lines: list[Line2D], width: float) -> None:
+    if lines:
+        figure.legend(handles=lines, loc="outside upper left", ncols=max(1, min(len(lines), int(width / 1.1))))

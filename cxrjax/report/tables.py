@@ -1,0 +1,143 @@
+"""Scores as tables: for a page, for a terminal, and as CSV."""
+
+import csv as _csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+from cxrjax.report.content import MEAN, Row
+
+METRICS = {"auroc": "AUC", "average_precision": "Average precision"}
+COLUMNS = (
+    "finding", "auroc", "auroc_low", "auroc_high", "average_precision", "average_precision_low",
+    "average_precision_high", "positives", "negatives", "reason",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score as text: "0.921", its interval "0.902–0.938" (or the reason why there is none), and its rank."""
+
+    value: float
+    text: str
+    interval: str
+    best: bool = False
+    best_size: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding (or the mean): numbers of positive and negative images, and a cell per model."""
+
+    finding: str
+    positives: int | None
+    negatives: int | None
+    cells: tuple[Cell, ...]
+    is_mean: bool = False
+
+
+def lines(
+    scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str], metric: str = "auroc"
+) -> list[Line]:
+    """Score rows as the lines of a table: findings in their order, then the mean.
+
+    Values that print the same are equally good: `best` marks the highest of a line, `best_size` the highest among the
+    models in `sizes`; both are false where there is nothing to choose from.
+
+    Args:
+      scores: model -> rows, in the order of the columns.
+      findings: names, in the order of the lines.
+      sizes: which models are single sizes.
+      metric: "auroc" or "average_precision".
+    """
+    table = {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
+    result = []
+    for finding in (*findings, MEAN):
+        rows = {model: of_model.get(finding) for model, of_model in table.items()}
+        if not any(rows.values()):
+            continue
+        values = {model: math.nan if row is None else _number(row.get(metric)) for model, row in rows.items()}
+        best = _highest(values.values())
+        best_size = _highest(value for model, value in values.items() if model in sizes)
+        cells = tuple(
+            Cell(
+                value,
+                *_texts(rows[model], metric),
+                _shown(value) == best,
+                model in sizes and _shown(value) == best_size,
+            )
+            for model, value in values.items()
+        )
+        counted = next((row for row in rows.values() if row and row.get("positives") is not None), {})
+        result.append(Line(finding, counted.get("positives"), counted.get("negatives"), cells, finding == MEAN))
+    return result
+
+
+def _texts(row: Row | None, metric: str) -> tuple[str, str]:
+    if row is None:
+        return "–", ""
+    value, low, high = (_number(row.get(metric + part)) for part in ("", "_low", "_high"))
+    if math.isnan(value):
+        return "n/a", str(row.get("reason") or "")
+    return _shown(value), "" if math.isnan(low + high) else f"{_shown(low)}–{_shown(high)}"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _highest(values: Iterable[float]) -> str | None:
+    finite = [value for value in values if not math.isnan(value)]
+    return _shown(max(finite)) if len(finite) > 1 else None
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def terminal(
+    scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str] = (), *,
+    metric: str = "auroc", title: str | None = None,
+) -> TerminalTable:  # fmt: skip
+    """A table for the terminal: the score of each finding and model over its interval, the best in bold."""
+    table = TerminalTable(title=None if title is None else Text(title), title_justify="left", header_style="bold")
+    table.add_column("Finding")
+    table.add_column("Positive", justify="right")
+    for model in scores:
+        table.add_column(Text(model), justify="right")
+    for line in lines(scores, findings, sizes, metric):
+        if line.is_mean:
+            table.add_section()
+        cells = []
+        for cell in line.cells:
+            text = Text(cell.text, style="bold" if cell.best else "")
+            note = cell.interval if cell.text != "n/a" or not cell.interval else f"({cell.interval})"
+            cells.append(text.append(f"\n{note}" if note else "", style="not bold dim"))
+        name = Text("Mean" if line.is_mean else line.finding)
+        table.add_row(name, "" if line.positives is None else f"{line.positives:,}", *cells)
+    return table
+
+
+def csv(scores: Mapping[str, Sequence[Row]]) -> str:
+    """All scores as CSV, a line per model and finding, at full precision; NaN is `n/a` and `reason` says why."""
+    text = io.StringIO()
+    writer = _csv.writer(text, lineterminator="\n")
+    writer.writerow(("model", *COLUMNS))
+    for model, rows in scores.items():
+        for row in rows:
+            writer.writerow((model, *(_csv_value(row.get(column)) for column in COLUMNS)))
+    return text.getvalue()
+
+
+def _csv_value(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, str | Integral):
+        return value
+    return "n/a" if math.isnan(value) else float(value)
