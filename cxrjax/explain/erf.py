@@ -1,0 +1,217 @@
+"""Effective receptive fields: which pixels the features in the centre of the image really listen to.
+
+Haque et al., "Effect of image resolution on automated classification of chest X-rays", equation 1, after Luo et al.,
+"Understanding the effective receptive field in deep convolutional neural networks" (2016).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
+
+from cxrjax.errors import CxrError
+from cxrjax.explain.inputs import batches, checked, feature_map
+from cxrjax.models.inputs import prepare
+from cxrjax.models.network import Network
+
+Estimator = Literal["exact", "probe", "sum"]
+Moment = Literal["square", "absolute", "mean"]
+TWO_SIGMA = 0.9545
+
+
+@dataclass(frozen=True)
+class ERF:
+    """An effective receptive field and its size.
+
+    Attributes:
+      map: not negative; in (features per grey value, black 0 to white 1) squared where the moment is `square`.
+      area_fraction: of the image, the area that holds `mass` of the map; see `size_of`.
+      diameter: of the disc of that area, px.
+      mass: share of the map's sum.
+      estimator: as asked for; so are `moment` and `layer`.
+      moment: likewise.
+      layer: name of the feature map.
+      position: row and column in the feature map.
+      channels: of the feature map.
+      images: how many.
+      passes: backward passes per image.
+    """
+
+    map: Float[np.ndarray, "H W"]
+    area_fraction: float
+    diameter: float
+    mass: float
+    estimator: str
+    moment: str
+    layer: str
+    position: tuple[int, int]
+    channels: int
+    images: int
+    passes: int  # backward passes per image
+
+
+def measure(
+    network: Network,
+    images: UInt8[np.ndarray, "N H W 1"],
+    *,
+    estimator: Estimator = "probe",
+    probes: int = 16,
+    moment: Moment = "square",
+    layer: str | None = None,
+    translate: float = 0.25,
+    mass: float = TWO_SIGMA,
+    seed: int = 0,
+    batch_size: int = 4,
+    parallel: int = 8,
+) -> ERF:
+    """The effective receptive field of the central position of a feature map, the network in evaluation mode.
+
+    Equation 1: ERF(p, q) = 1/(K N) sum over channels k and images i of (d f^k(x_i, u, v) / d x_i(p, q))^2, with
+    (u, v) the centre (h // 2, w // 2) of the map. x_i(p, q) is the grey value between black 0 and white 1, before it is
+    normalised and repeated to the network's channels. The gradient passes through the network's compute type and is
+    summed in float32 over a batch, in float64 over batches.
+
+    Args:
+      network: a trained network.
+      images: grey images of the size the network is used at.
+      estimator: `exact`: one backward pass per channel. `probe`: passes of the channels' sum under random signs; their
+        mean square is unbiased for `exact`. `sum`: one pass, of the channels' plain sum ("one gradient per image");
+        with the moment `square` it also counts the products of different channels, so it estimates something else.
+      probes: random passes per image, for `probe`.
+      moment: `square` is equation 1. `absolute` is the mean absolute gradient. `mean` is the absolute value of the mean
+        gradient, as Luo et al. have it, where opposite signs cancel.
+      layer: name of the feature map; the last by default.
+      translate: images are shifted at random by up to this part of their sides, rows and columns alike; what comes in
+        is black.
+      mass: the share of the map that its size holds; 0.9545 is two sigma.
+      seed: of the shifts and the random signs.
+      batch_size: images per forward pass.
+      parallel: backward passes that run side by side; memory grows with `batch_size * parallel`.
+
+    Raises:
+      CxrError: an option out of range, no such feature map, wrong images, or a gradient that is zero everywhere.
+    """
+    _check(estimator, probes, moment, translate, mass, parallel)
+    images = checked(images)
+    name, shape = feature_map(network, images, layer)
+    channels, position = shape[3], (shape[1] // 2, shape[2] // 2)
+    passes = {"exact": channels, "probe": probes, "sum": 1}[estimator]
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    total = np.zeros(images.shape[1:3], np.float64)
+    for batch, index in batches(images, batch_size):
+        options = {"layer": name, "estimator": estimator, "passes": passes, "moment": moment}
+        shifted = translated(batch, translate, rng)
+        total += np.asarray(_moments(network, shifted, index, key, parallel=min(parallel, passes), **options))
+    # Each pass of `probe` estimates the whole sum over channels; the passes of `exact` are its terms.
+    terms = channels * len(images) * (probes if estimator == "probe" else 1)
+    field = np.abs(total) / terms
+    area, diameter = size_of(field, mass)
+    return ERF(field, area, diameter, mass, estimator, moment, name, position, channels, len(images), passes)
+
+
+def size_of(field: Float[np.ndarray, "H W"], mass: float = TWO_SIGMA) -> tuple[float, float]:
+    """Size of the smallest set of pixels that holds `mass` of a map: highest pixels first.
+
+    Args:
+      field: a map without negative values.
+      mass: share of the sum, above 0 and at most 1. An isotropic Gaussian's area is 2 pi sigma^2 ln(1/(1 - mass)).
+
+    Returns:
+      The set's area as a fraction of the map's, and the diameter of the disc of that area in px, 2 sqrt(area / pi).
+
+    Raises:
+      CxrError: a map that is negative, not finite or zero everywhere, or `mass` out of range.
+    """
+    field = np.asarray(field, np.float64)
+    if not 0 < mass <= 1:
+        raise CxrError(f"mass must be above 0 and at most 1, not {mass}")
+    if not np.isfinite(field).all() or (field < 0).any():
+        raise CxrError("a receptive field must be finite and not negative everywhere: are the weights finite?")
+    if not field.any():
+        raise CxrError("the receptive field is zero everywhere: no gradient reaches the image (all units dead?)")
+    ordered = np.sort(field, axis=None)[::-1]
+    held = np.cumsum(ordered / ordered[0])
+    pixels = int(np.searchsorted(held, mass * held[-1] * (1 - 1e-12))) + 1
+    return pixels / field.size, 2 * np.sqrt(pixels / np.pi)
+
+
+def translated(
+    images: UInt8[np.ndarray, "N H W 1"], fraction: float, rng: np.random.Generator
+) -> UInt8[np.ndarray, "N H W 1"]:
+    """Each image shifted by whole pixels, uniform up to `fraction` of its height and width; what comes in is black."""
+    height, width = images.shape[1:3]
+    limits = int(height * fraction), int(width * fraction)
+    shifted = np.zeros_like(images)
+    for target, image in zip(shifted, images, strict=True):
+        dy, dx = (int(rng.integers(-limit, limit + 1)) for limit in limits)
+        target[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = image[
+            max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)
+        ]
+    return shifted
+
+
+@partial(jax.jit, static_argnames=("layer", "estimator", "passes", "moment", "parallel"))
+def _moments(
+    network: Network,
+    images: UInt8[Array, "B H W 1"],
+    index: Int32[Array, " B"],
+    key: PRNGKeyArray,
+    *,
+    layer: str,
+    estimator: Estimator,
+    passes: int,
+    moment: Moment,
+    parallel: int,
+) -> Float[Array, "H W"]:
+    """Sum over images and passes of the gradient's moment: one pass forward, `parallel` at a time backward."""
+    model = network.model()
+    wide = jnp.promote_types(network.dtype, jnp.float32)
+    prepared = prepare(images, network.inputs, network.dtype)
+    black, white = prepare(jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1), network.inputs, wide)
+    contrast = (white - black)[None]  # what one unit of grey is in each channel
+
+    def at_centre(grey: Float[Array, "B H W 1"]) -> Float[Array, "B K"]:
+        """Central features of the images plus `grey`, which is zero: it is there to be differentiated by."""
+        maps = model.features(prepared + (grey * contrast).astype(network.dtype))[layer]
+        return maps[:, maps.shape[1] // 2, maps.shape[2] // 2].astype(wide)
+
+    features, backward = jax.vjp(at_centre, jnp.zeros(images.shape, wide))
+
+    def direction(number: Array) -> Float[Array, "B K"]:
+        """The combination of channels that pass `number` differentiates; none in the padding."""
+        if estimator == "exact":
+            chosen = jnp.broadcast_to(jnp.arange(features.shape[1]) == number, features.shape)
+        elif estimator == "probe":
+            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), number))(index)
+            chosen = jax.vmap(lambda key: jax.random.rademacher(key, features.shape[1:], jnp.int32))(keys)
+        else:
+            chosen = jnp.ones(features.shape, jnp.int32)
+        used = (index >= 0) & (number < passes)  # the last chunk may be longer than what is left
+        return jnp.where(used[:, None], chosen, 0).astype(wide)
+
+    def chunk(total: Array, numbers: Array) -> tuple[Array, None]:
+        (gradients,) = jax.vmap(lambda number: backward(direction(number)))(numbers)
+        terms = {"square": jnp.square, "absolute": jnp.abs, "mean": lambda g: g}[moment](gradients)
+        return total + terms.sum((0, 1, 4)), None
+
+    numbers = jnp.arange(-(-passes // parallel) * parallel).reshape(-1, parallel)
+    total, _ = jax.lax.scan(chunk, jnp.zeros(images.shape[1:3], wide), numbers)
+    return total
+
+
+def _check(estimator: str, probes: int, moment: str, translate: float, mass: float, parallel: int) -> None:
+    if estimator not in get_args(Estimator):
+        raise CxrError(f"no estimator {estimator!r}; choose one of {', '.join(get_args(Estimator))}")
+    if moment not in get_args(Moment):
+        raise CxrError(f"no moment {moment!r}; choose one of {', '.join(get_args(Moment))}")
+    if estimator == "probe" and moment != "square":
+        raise CxrError(f"random signs estimate squares only: for the moment {moment!r} use the estimator exact or sum")
+    if min(probes, parallel) < 1 or not 0 <= translate < 1 or not 0 < mass <= 1:
+        raise CxrError(
+            f"out of range: probes ({probes}) and parallel ({parallel}) must be at least 1, translate ({translate}) "
+            f"in [0, 1), mass ({mass}) above 0 and at most 1"
+        )

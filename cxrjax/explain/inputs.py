@@ -1,0 +1,63 @@
+"""What the explanations take: images in batches of one size, and the name of a feature map."""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int32, UInt8
+
+from cxrjax.errors import CxrError
+from cxrjax.models.inputs import prepare
+from cxrjax.models.network import Network
+
+
+def checked(images: np.ndarray) -> UInt8[np.ndarray, "N H W 1"]:
+    """The images as they are, or a `CxrError` unless they are grey, uint8 of shape N x H x W x 1, at least one."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 1:
+        shape = " x ".join(map(str, images.shape))
+        raise CxrError(f"images must be grey, uint8 of shape N x H x W x 1, not {images.dtype} of shape {shape}")
+    if not images.size:
+        raise CxrError("there is no image: give at least one")
+    return images
+
+
+def batches(
+    images: UInt8[np.ndarray, "N H W 1"], batch_size: int
+) -> Iterator[tuple[UInt8[np.ndarray, "B H W 1"], Int32[np.ndarray, " B"]]]:
+    """Batches of one size, with the number of each image; the last batch is padded, with the number -1.
+
+    So each function of a batch compiles once. At most `batch_size` images each, fewer if there are fewer.
+    """
+    if batch_size < 1:
+        raise CxrError(f"batch_size must be at least 1, not {batch_size}")
+    size = min(batch_size, len(images))
+    for start in range(0, len(images), size):
+        index = np.arange(start, start + size, dtype=np.int32)
+        yield images[np.minimum(index, len(images) - 1)], np.where(index < len(images), index, -1)
+
+
+def feature_map(network: Network, images: UInt8[np.ndarray, "N H W 1"], name: str | None) -> tuple[str, tuple]:
+    """Name (the last by default) and shape (1, h, w, C) of a feature map of one image; nothing is computed.
+
+    Raises:
+      CxrError: no such feature map, or images the network does not take.
+    """
+    order: list[str] = []  # traced dictionaries come back sorted; the backbone's order is kept here
+
+    def features(network: Network, images: Array) -> dict[str, Array]:
+        maps = network.model().features(prepare(images, network.inputs, network.dtype))
+        order[:] = maps
+        return maps
+
+    maps = jax.eval_shape(features, network, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
+    name = name_in(order, name)
+    return name, maps[name].shape
+
+
+def name_in(names: Iterable[str], name: str | None) -> str:
+    """The feature map's name, the last by default; a `CxrError` where it is none of `names`."""
+    names = list(names)
+    if name is not None and name not in names:
+        raise CxrError(f"no feature map {name!r}; this network has {', '.join(names)}")
+    return names[-1] if name is None else name

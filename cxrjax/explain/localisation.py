@@ -1,0 +1,143 @@
+"""Whether a map points at the finding: pointing game, energy inside and overlap, against masks or boxes.
+
+Pointing game: Zhang et al., "Top-down neural attention by excitation backprop" (2016). Energy inside: Wang et al.,
+"Score-CAM" (2020). All of them need maps of some resolution: on fewer than 8 x 8 cells a cell is as large as a finding.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from cxrjax.errors import CxrError
+from cxrjax.explain.gradcam import normalise, resize
+
+RESOLVABLE = 8  # cells
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """How well the maps of one finding point at it.
+
+    Attributes:
+      images: how many pairs of map and mask.
+      hits: maps whose maximum lies in the mask, within the tolerance.
+      hit_rate: hits / images.
+      low: lower end of the hit rate's Wilson interval.
+      high: its upper end.
+      chance: hit rate of a random pixel: mean area fraction of the masks, the tolerance added.
+      energy: mean share of the map that lies in the mask, of the maps that are not empty; nan if all are.
+      area: mean area fraction of the masks, which is what `energy` is by chance.
+      iou: mean intersection over union of the mask and of the map above the threshold.
+      empty: maps that are zero everywhere; they count as misses.
+      resolvable: whether the maps have at least 8 x 8 cells; if not, none of these figures means anything.
+    """
+
+    images: int
+    hits: int
+    hit_rate: float
+    low: float
+    high: float
+    chance: float
+    energy: float
+    area: float
+    iou: float
+    empty: int
+    resolvable: bool
+
+
+def localisation(
+    maps: Float[np.ndarray, "N h w"],
+    masks: Sequence[Bool[np.ndarray, "H W"]],
+    *,
+    tolerance: float = 0.0,
+    threshold: float = 0.5,
+    confidence: float = 0.95,
+) -> Localisation:
+    """Score the maps of one finding against where it is.
+
+    Args:
+      maps: not negative, one per image that shows the finding.
+      masks: where it is, one per map, of any size each (`Records.mask`); none of them empty.
+      tolerance: how far outside the mask the maximum still counts, as a fraction of the mask's width.
+      threshold: the part of its maximum above which a map counts as marked, for `iou`.
+      confidence: of the interval.
+
+    Raises:
+      CxrError: no maps, not one mask per map, an empty mask, or a map that is negative or not finite.
+    """
+    if len(maps) == 0 or len(maps) != len(masks):
+        raise CxrError(f"localisation needs one mask per map and at least one map, not {len(masks)} for {len(maps)}")
+    if not np.isfinite(maps).all() or (maps < 0).any():
+        raise CxrError("localisation needs maps that are finite and not negative everywhere")
+    empty_masks = [i for i, mask in enumerate(masks) if not mask.any()]
+    if empty_masks:
+        raise CxrError(f"mask {empty_masks[0]} is empty: score only images that show the finding")
+
+    margins = [tolerance * mask.shape[1] for mask in masks]
+    hits = sum(points_at(*pair) for pair in zip(maps, masks, margins, strict=True))
+    interval = stats.binomtest(hits, len(maps)).proportion_ci(confidence, method="wilson")
+    energies = [energy_inside(*pair) for pair in zip(maps, masks, strict=True)]
+    marked = [energy for energy in energies if not math.isnan(energy)]
+    return Localisation(
+        images=len(maps),
+        hits=hits,
+        hit_rate=hits / len(maps),
+        low=interval.low,
+        high=interval.high,
+        chance=_mean((distance_to(mask) <= px).mean() for mask, px in zip(masks, margins, strict=True)),
+        energy=_mean(marked) if marked else math.nan,
+        area=_mean(mask.mean() for mask in masks),
+        iou=_mean(overlap(*pair, threshold) for pair in zip(maps, masks, strict=True)),
+        empty=len(energies) - len(marked),
+        resolvable=resolvable(maps.shape[-2:]),
+    )
+
+
+def resolvable(shape: Sequence[int]) -> bool:
+    """Whether maps of this shape (rows, columns) have enough cells, 8 x 8, for localisation to mean anything."""
+    return min(shape) >= RESOLVABLE
+
+
+def points_at(heat: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "H W"], tolerance: float = 0.0) -> bool:
+    """The pointing game: whether the map's maximum is in the mask, or at most `tolerance` px of the mask away from it.
+
+    The maximum of the map resized by interpolation lies at the centre of its highest cell, so that is the point; of
+    several highest cells the first counts. A map of zeros points nowhere.
+    """
+    if not heat.any():
+        return False
+    cell = np.unravel_index(heat.argmax(), heat.shape)
+    row, column = (
+        min(int((index + 0.5) * size / cells), size - 1)
+        for index, size, cells in zip(cell, mask.shape, heat.shape, strict=True)
+    )
+    return bool(distance_to(mask)[row, column] <= tolerance)
+
+
+def distance_to(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+    """Distance of each pixel from the nearest pixel of the mask, px; 0 inside."""
+    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+
+
+def energy_inside(heat: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "H W"]) -> float:
+    """Share of the map, resized to the mask, that lies in the mask; nan for a map of zeros."""
+    large = resize(heat, *mask.shape).astype(np.float64)
+    total = large.sum()
+    return float(large[mask].sum() / total) if total > 0 else math.nan
+
+
+def overlap(heat: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "H W"], threshold: float = 0.5) -> float:
+    """Intersection over union of the mask and the map, resized to it, above `threshold` of the map's maximum."""
+    if not heat.any():
+        return 0.0
+    marked = normalise(resize(heat, *mask.shape)) >= threshold
+    return float((marked & mask).sum() / (marked | mask).sum())
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

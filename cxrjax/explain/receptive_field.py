@@ -1,0 +1,137 @@
+"""The theoretical receptive field of any network, by calculation from its jaxpr.
+
+The network is traced with abstract values (nothing is computed, no weight is read) and, operation by operation, each
+array keeps the range of image rows and columns that its elements can depend on. That is the arithmetic of Araujo,
+Norris & Sim, "Computing receptive fields of convolutional neural networks" (Distill, 2019), for arbitrary graphs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import jax
+
+from cxrjax.errors import CxrError
+from cxrjax.explain.dataflow import propagate
+from cxrjax.explain.inputs import name_in
+from cxrjax.explain.reach import Reach
+from cxrjax.models.network import Network
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one position of a feature map reads along one axis of the image, in px.
+
+    Position j reads pixels `first + stride·j` to `last + stride·j`, both included; those outside the image are padding.
+    """
+
+    first: Fraction
+    last: Fraction
+    stride: Fraction
+
+    @property
+    def size(self) -> int:
+        """Pixels from the first to the last; 0 where no local path leads to the image."""
+        return math.floor(self.last - self.first) + 1
+
+    def at(self, position: int) -> tuple[int, int]:
+        """First and last pixel (both included, not clipped to the image) that `position` reads."""
+        return math.ceil(self.first + self.stride * position), math.floor(self.last + self.stride * position)
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """The theoretical receptive field of one feature map.
+
+    `rows` and `columns` come from the local operations (convolution, local pooling, resampling). `whole` is true where
+    some path also reads the whole image (squeeze-and-excitation, attention, global pooling): then every pixel can
+    count, and `size` is that of the local paths only, 0 where there are none. With learned or interpolating
+    upsampling the size is an upper bound, too large by less than two strides; otherwise it is exact.
+    """
+
+    name: str
+    rows: Window
+    columns: Window
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        """Side in px, the larger of the two."""
+        return max(self.rows.size, self.columns.size)
+
+    @property
+    def stride(self) -> float:
+        """Distance in px between the fields of neighbouring positions."""
+        return float(max(self.rows.stride, self.columns.stride))
+
+
+def theoretical(network: Network, name: str | None = None, *, image_size: int = 1024) -> ReceptiveField:
+    """The theoretical receptive field of one feature map: 2071 px for the last of DenseNet121.
+
+    Args:
+      network: any network; its parameters are not read.
+      name: which of the backbone's feature maps; the last (coarsest) by default.
+      image_size: side in px of the square traced. An operation that reads at least half of that at once counts as
+        reading the whole image, so it should exceed twice every single kernel and pooling window, measured in px.
+        The field itself may be larger.
+
+    Raises:
+      CxrError: the network has no such feature map.
+    """
+    fields = receptive_fields(network, image_size=image_size)
+    return fields[name_in(fields, name)]
+
+
+def receptive_fields(network: Network, *, image_size: int = 1024) -> dict[str, ReceptiveField]:
+    """The theoretical receptive field of every feature map, in the backbone's order; see `theoretical`."""
+
+    def features(images: jax.Array, network: Network) -> dict[str, jax.Array]:
+        return network.model().features(images)
+
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, network.inputs.channels), network.dtype)
+    return fields_of(features, image, jax.tree.map(_abstract, network))
+
+
+def fields_of(
+    features: Callable[..., dict[str, Any]], image: jax.ShapeDtypeStruct, *rest: Any
+) -> dict[str, ReceptiveField]:
+    """The receptive field of each value of `features(images, *rest)`.
+
+    Args:
+      features: traceable function to a dictionary of arrays f[B,h,w,c].
+      image: shape B x H x W x C and type of the images.
+      rest: further arguments, arrays or `jax.ShapeDtypeStruct`s; they count as independent of the images.
+
+    Returns:
+      A `ReceptiveField` per name.
+    """
+    order: list[str] = []  # jaxprs sort dictionaries by key; the backbone's order is kept here
+
+    def ordered(images: jax.Array, *rest: Any) -> dict[str, Any]:
+        maps = features(images, *rest)
+        order[:] = maps
+        return {f"{i:04d}": value for i, value in enumerate(maps.values())}
+
+    closed = jax.make_jaxpr(ordered)(image, *rest)
+    pixels = (Reach.of_image(1, image.shape), Reach.of_image(2, image.shape))
+    unknown = [None] * (len(closed.jaxpr.invars) - 1)
+    values = propagate(closed.jaxpr, list(closed.consts), [pixels, *unknown])
+    fields = {}
+    for name, value, out in zip(order, values, closed.out_avals, strict=True):
+        if not isinstance(value, tuple):
+            raise CxrError(f"feature map {name!r} does not depend on the image")
+        rows, columns = (reach.read(3, 0, out.shape[3] - 1, 0) for reach in value)  # over all channels
+        fields[name] = ReceptiveField(name, _window(rows, 1), _window(columns, 2), rows.whole or columns.whole)
+    return fields
+
+
+def _window(reach: Reach, axis: int) -> Window:
+    if not reach.local:
+        return Window(Fraction(0), Fraction(-1), Fraction(0))
+    return Window(reach.first, reach.last, reach.steps[axis])
+
+
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
