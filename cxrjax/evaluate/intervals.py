@@ -1,0 +1,93 @@
+"""Percentile bootstrap intervals over patients.
+
+Images of one patient resemble each other, so patients are what is drawn, with replacement; each image then counts as
+often as its patient was drawn (Efron & Tibshirani 1993, chapter 13). All findings are measured on the same draws, so
+that the interval of their mean honours their correlation. Draw r depends on the patients, the seed and r alone.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int32, Shaped
+
+from cxrjax.errors import CxrError
+from cxrjax.evaluate.auc import Ranking
+
+_AT_ONCE = 64  # draws measured together: a compromise between loop overhead and cache
+_CELLS = 1 << 22  # but no more than this many weights (16 MB), however many images there are
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The middle of a bootstrap distribution.
+
+    Attributes:
+      low, high: its bounds; NaN where fewer than half of the draws define the quantity.
+      undefined: in how many draws the quantity was undefined (one class only); these are left out.
+    """
+
+    low: float
+    high: float
+    undefined: int = 0
+
+
+def bootstrap(
+    rankings: Sequence[Ranking], patient: Shaped[np.ndarray, " N"], *, resamples: int = 1000, seed: int = 0
+) -> tuple[Float64[np.ndarray, "R K"], Float64[np.ndarray, "R K"]]:
+    """Measure every finding on draws of patients with replacement.
+
+    Args:
+      rankings: one per finding, of the same N images.
+      patient: whose image each is; an image without a patient number needs a name of its own.
+      resamples: the number of draws, R.
+      seed: >= 0, of the draws.
+
+    Returns:
+      AUROC and average precision of each draw and finding, NaN where the drawn labels are of one class only.
+
+    Raises:
+      CxrError: fewer than one draw, or a negative seed.
+    """
+    if resamples < 1 or seed < 0:
+        raise CxrError(f"resamples={resamples}, seed={seed}: a bootstrap takes at least one draw and a seed from 0 up")
+    names, owner = np.unique(patient, return_inverse=True)
+    size = max(1, min(_AT_ONCE, _CELLS // max(1, len(owner))))
+
+    def measure(start: int) -> tuple[list, list]:
+        weight = _draws(len(names), seed, range(start, min(start + size, resamples)))[owner]
+        return tuple(zip(*(ranking.measure(weight) for ranking in rankings), strict=True))  # pyright: ignore
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(measure, range(0, resamples, size)))
+    auroc, average_precision = (np.concatenate([np.stack(part[i], axis=1) for part in parts]) for i in (0, 1))
+    return auroc, average_precision
+
+
+def interval(values: Float64[np.ndarray, " R"], confidence: float = 0.95) -> Interval:
+    """The percentile interval of a bootstrap distribution, NaN marking undefined draws.
+
+    Raises:
+      CxrError: the confidence is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise CxrError(f"confidence={confidence}: give a fraction between 0 and 1, such as 0.95")
+    defined = values[~np.isnan(values)]
+    undefined = len(values) - len(defined)
+    if len(defined) == 0 or undefined > len(defined):
+        return Interval(float("nan"), float("nan"), undefined)
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high), undefined)
+
+
+def _draws(patients: int, seed: int, numbers: range) -> Int32[np.ndarray, "patients R"]:
+    """How often each patient is in each of the numbered draws."""
+    counts = np.empty((len(numbers), patients), np.int32)
+    for row, number in zip(counts, numbers, strict=True):
+        row[:] = np.bincount(
+            np.random.default_rng([seed, number]).integers(patients, size=patients), minlength=patients
+        )
+    return np.ascontiguousarray(counts.T)

@@ -1,0 +1,58 @@
+"""From a trained run to its predictions."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cxrjax.config import read
+from cxrjax.console import bar
+from cxrjax.evaluate.predictions import Predictions
+from cxrjax.models.network import Network
+from cxrjax.parallel.mesh import replicated
+from cxrjax.train.checkpoint import Checkpoints
+from cxrjax.train.experiment import Experiment
+from cxrjax.train.inference import logits_of
+from cxrjax.train.step import make_predict_step
+
+
+def open_run(directory: Path, data_dir: Path | None = None) -> tuple[Experiment, Network, dict[str, Any]]:
+    """A trained run: its experiment, its best network, and what was noted with it (step, val_loss, val_auroc).
+
+    Args:
+      directory: of the run.
+      data_dir: where the prepared data lie now; default where they lay in training.
+
+    Raises:
+      CxrError: not a run, data not found, no checkpoint, or a checkpoint of another model.
+    """
+    config = read(directory / "config.json")
+    if data_dir is not None:
+        with config.unlocked():
+            config.data.dir = str(data_dir)
+    experiment = Experiment.open(config)
+    network = experiment.network
+    like = jax.device_put({"params": network.params, "stats": network.stats}, replicated(experiment.mesh))
+    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+        best, about = checkpoints.restore_best(like)
+    return experiment, Network(best["params"], best["stats"], network.skeleton), about
+
+
+def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
+    """Logits, labels and patients of every record of a part, in the records' order."""
+    config, examples = experiment.config, experiment.part(part)
+    with bar(f"predicting {part} at {config.data.size} px", len(examples.row)) as advance:
+        logits = logits_of(
+            network, examples, make_predict_step(experiment.mesh), experiment.mesh, size=config.data.size,
+            batch=config.evaluate.batch, threads=config.data.threads, advance=advance,
+        )  # fmt: skip
+    records = experiment.records
+    return Predictions(
+        id=records.id[examples.row],
+        patient=records.patient[examples.row],
+        findings=experiment.findings,
+        logit=logits.astype(np.float64),
+        label=examples.label.astype(np.float64),
+        known=examples.known,
+    )
