@@ -1,0 +1,187 @@
+"""The Grain chain from records to batches: shuffled and endless for training, once and in order for evaluation.
+
+Batch k of a stream is computed from k alone, by a thread of this process. So it does not matter how many threads there
+are, and a stream that starts at batch k goes on exactly where another one stopped: the number of batches *trained on*
+is all that a checkpoint needs to keep. (A position kept by the stream would be wrong: it runs ahead of the training.)
+"""
+
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+
+from cxrjax.data.images import Augment, Warp, resize
+from cxrjax.data.records import Records
+from cxrjax.errors import CxrError
+from cxrjax.findings import LabelPolicy, positions, targets
+
+
+class Batch(NamedTuple):
+    """What a training or evaluation step takes.
+
+    Attributes:
+      image: grey bytes, 0 black.
+      label: 0 or 1; 0 where unknown.
+      known: whether the label counts in losses and scores; False in padding.
+      valid: False in padding.
+      record: row of the `Records` table; -1 in padding.
+    """
+
+    image: UInt8[np.ndarray, "B H W 1"]
+    label: Float32[np.ndarray, "B K"]
+    known: Bool[np.ndarray, "B K"]
+    valid: Bool[np.ndarray, " B"]
+    record: Int32[np.ndarray, " B"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Records with their targets: one part of a split.
+
+    Attributes:
+      records: the prepared data set that the images come from.
+      row: rows of its table, n of them.
+      label: target values, 0 or 1.
+      known: whether each target is known.
+    """
+
+    records: Records
+    row: Int32[np.ndarray, " n"]
+    label: Float32[np.ndarray, "n K"]
+    known: Bool[np.ndarray, "n K"]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def examples(
+    records: Records, rows: Sequence[int] | np.ndarray, findings: Sequence[str], policy: LabelPolicy
+) -> Examples:
+    """The given rows of a data set with the wanted findings' targets.
+
+    Raises:
+      CxrError: a finding is unknown, or a label is not one of 1, 0, -1, -2.
+    """
+    rows = np.asarray(rows, np.int32)
+    wanted = positions(findings, records.findings)
+    return Examples(records, rows, *targets(records.labels[rows][:, wanted], policy))
+
+
+def training_batches(
+    examples: Examples,
+    *,
+    size: int,
+    batch_size: int,
+    augment: Augment,
+    seed: int,
+    start: int = 0,
+    threads: int = 2,
+    shard: tuple[int, int] = (0, 1),
+) -> Generator[Batch, None, None]:
+    """Endless batches of augmented images; every record once per epoch, each epoch in another order.
+
+    Epochs follow each other without a gap: where the batch size does not divide their length, a batch holds the end of
+    one and the beginning of the next. No batch is short.
+
+    Args:
+      examples: n records, in any order.
+      size: rows and columns of the images.
+      batch_size: of all processes together.
+      augment: what may happen to the images.
+      seed: of the order and the augmentation; 0 or more.
+      start: number of the first batch, so that a run goes on as if it had never stopped.
+      threads: that load batches; 0 loads them in the caller's thread. Memory holds `threads + 1` loaded batches.
+      shard: (p, P): yield part p, `batch_size / P` rows, of every batch. The parts together are the global batch.
+
+    Yields:
+      The parts of batches `start`, `start + 1`, ...; `close()` ends the threads.
+
+    Raises:
+      CxrError: no records, or sizes that do not fit; while iterating, for an image that cannot be read.
+    """
+    if not len(examples):
+        raise CxrError("there are no records to train on; check the split and its sizes")
+    if seed < 0 or start < 0:
+        raise CxrError(f"seed {seed} and first batch {start} must be 0 or more")
+    rows = _local_rows(batch_size, shard)
+    order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+
+    def draw(index: int, rng: np.random.Generator) -> tuple[int, Warp]:
+        return int(index), augment.draw(rng)
+
+    plan = grain.MapDataset.range(len(examples)).shuffle(order_seed).repeat().random_map(draw, seed=draw_seed)
+
+    def batch(number: int) -> Batch:
+        return _load(examples, [plan[number * batch_size + row] for row in rows], size)
+
+    return _stream(batch, start, sys.maxsize // batch_size - 1, threads)
+
+
+def evaluation_batches(
+    examples: Examples, *, size: int, batch_size: int, threads: int = 2, shard: tuple[int, int] = (0, 1)
+) -> Generator[Batch, None, None]:
+    """Every record once, in the order of `examples`, unaugmented; the last batch is padded.
+
+    Every process of `shard` gets the same number of batches of the same shape (`evaluation_steps`), some perhaps of
+    padding alone, so that all take part in every collective. Arguments and errors are those of `training_batches`.
+    """
+    rows = _local_rows(batch_size, shard)
+
+    def batch(number: int) -> Batch:
+        places = (number * batch_size + row for row in rows)
+        return _load(examples, [(place, Warp()) if place < len(examples) else None for place in places], size)
+
+    return _stream(batch, 0, evaluation_steps(len(examples), batch_size), threads)
+
+
+def evaluation_steps(n: int, batch_size: int) -> int:
+    """How many batches hold n records; the same on every process."""
+    return -(-n // batch_size)
+
+
+def _local_rows(batch_size: int, shard: tuple[int, int]) -> range:
+    """This process's rows of every global batch."""
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise CxrError(f"shard {part} of {parts} does not exist; parts count from 0")
+    if batch_size < 1 or batch_size % parts:
+        raise CxrError(f"batch size {batch_size} must be a positive multiple of the {parts} processes that load data")
+    share = batch_size // parts
+    return range(part * share, (part + 1) * share)
+
+
+def _load(examples: Examples, plan: Sequence[tuple[int, Warp] | None], size: int) -> Batch:
+    """Reads what is planned: (which example, what happens to it), None for padding."""
+    count, findings = len(plan), examples.label.shape[1]
+    batch = Batch(
+        image=np.zeros((count, size, size, 1), np.uint8),
+        label=np.zeros((count, findings), np.float32),
+        known=np.zeros((count, findings), bool),
+        valid=np.zeros(count, bool),
+        record=np.full(count, -1, np.int32),
+    )
+    for i, item in enumerate(plan):
+        if item is not None:
+            which, warp = item
+            row = int(examples.row[which])
+            batch.image[i, :, :, 0] = warp.image(resize(examples.records.image(row), size))
+            batch.label[i], batch.known[i] = examples.label[which], examples.known[which]
+            batch.valid[i], batch.record[i] = True, row
+    return batch
+
+
+def _stream(batch: Callable[[int], Batch], start: int, stop: int, threads: int) -> Generator[Batch, None, None]:
+    """Batches start to stop in order, loaded by threads a little ahead of their use.
+
+    Threads, not processes: decoding and warping release the interpreter's lock, and nothing is copied or left behind.
+    """
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
+    batches = iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(options))
+    try:
+        yield from batches
+    finally:
+        batches.close()

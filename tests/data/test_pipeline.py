@@ -1,0 +1,260 @@
+"""The stream of batches: a function of (examples, seed, number), whoever computes it."""
+
+import gc
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrjax.data.images import Augment, decode, encode, resize
+from cxrjax.data.pipeline import Examples, evaluation_batches, evaluation_steps, examples, training_batches
+from cxrjax.errors import CxrError
+from cxrjax.findings import LabelPolicy
+
+EVERYTHING = Augment(flip=0.5, rotation=15, shift=0.1, zoom=0.1, shear=0.1, brightness=0.2)
+
+
+class InMemory:
+    """Stands for `Records`: n distinct noise images."""
+
+    findings = ("Mass", "Nodule", "Effusion")
+
+    def __init__(self, n, size=12):
+        rng = np.random.default_rng(n)
+        self.id = np.array([f"image-{row}" for row in range(n)])
+        self.labels = rng.integers(-2, 2, (n, 3)).astype(np.int8)
+        self._bytes = [encode(image) for image in rng.integers(1, 256, (n, size, size), np.uint8)]
+        self.threads = set()
+
+    def __len__(self):
+        return len(self.id)
+
+    def image_bytes(self, row):
+        self.threads.add(threading.current_thread().name)
+        return self._bytes[row]
+
+    def image(self, row):
+        return decode(self.image_bytes(row), self.id[row])
+
+
+def some(n, **options) -> Examples:
+    return examples(InMemory(n, **options), range(n), ("Effusion", "Mass"), LabelPolicy(uncertain="ignore"))
+
+
+def training(data, **options):
+    return training_batches(data, **({"size": 8, "batch_size": 4, "augment": EVERYTHING, "seed": 5} | options))
+
+
+def first(count, batches):
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def assert_same(some_batches, other_batches):
+    for one, other in zip(some_batches, other_batches, strict=True):
+        for field, ours, theirs in zip(one._fields, one, other, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=field)
+
+
+def joined(parts):
+    """The global batches of P processes' parts."""
+    return [type(same[0])(*map(np.concatenate, zip(*same, strict=True))) for same in zip(*parts, strict=True)]
+
+
+def grain_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+
+def no_threads_left(patience=10):
+    until = time.monotonic() + patience
+    while grain_threads() and time.monotonic() < until:
+        time.sleep(0.01)
+    return not grain_threads()
+
+
+# --- examples
+
+
+def test_examples_carry_the_wanted_findings_targets():
+    records = InMemory(9)
+    data = examples(records, [7, 2, 4], ["Effusion", "Mass"], LabelPolicy(uncertain="ones", not_mentioned="unknown"))
+    labels = records.labels[[7, 2, 4]][:, [2, 0]]
+    np.testing.assert_array_equal(data.label, np.isin(labels, (1, -1)))
+    np.testing.assert_array_equal(data.known, labels != -2)
+    np.testing.assert_array_equal(data.row, [7, 2, 4])
+    assert len(data) == 3
+
+
+def test_an_unknown_finding_is_refused():
+    with pytest.raises(CxrError, match="Efusion"):
+        examples(InMemory(2), [0], ["Efusion"], LabelPolicy())
+
+
+# --- training
+
+
+def test_a_batch_holds_the_records_images_and_targets():
+    data = examples(InMemory(10, size=8), [8, 3, 5, 6], ("Effusion", "Mass"), LabelPolicy())
+    for batch in first(3, training(data, augment=Augment())):
+        assert [field.dtype for field in batch] == [np.uint8, np.float32, bool, bool, np.int32]
+        assert [field.shape for field in batch] == [(4, 8, 8, 1), (4, 2), (4, 2), (4,), (4,)]
+        assert batch.valid.all()
+        for i, row in enumerate(batch.record):
+            np.testing.assert_array_equal(batch.image[i, :, :, 0], data.records.image(row))
+            place = list(data.row).index(row)
+            np.testing.assert_array_equal(batch.label[i], data.label[place])
+            np.testing.assert_array_equal(batch.known[i], data.known[place])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_any_number_of_threads_gives_the_same_stream(threads):
+    data = some(11)
+    assert_same(first(9, training(data, threads=0)), first(9, training(data, threads=threads)))
+
+
+@pytest.mark.parametrize("start", [1, 2, 7])
+def test_a_stream_resumes_exactly(start):
+    data = some(11)
+    assert_same(first(12, training(data))[start:], first(12 - start, training(data, start=start, threads=1)))
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 2**40))
+@settings(max_examples=15, deadline=None)
+def test_every_epoch_is_a_permutation(n, batch_size, seed):
+    epochs = 3
+    batches = first(-(-n * epochs // batch_size), training(some(n), batch_size=batch_size, seed=seed, threads=0))
+    order = np.concatenate([batch.record for batch in batches])[: n * epochs].reshape(epochs, n)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(n), (epochs, 1)))
+
+
+def test_epochs_and_seeds_have_orders_and_augmentations_of_their_own():
+    data = some(40)
+
+    def epochs(seed):
+        batches = joined([first(20, training(data, seed=seed, augment=Augment(rotation=15)))])
+        record = np.concatenate([b.record for b in batches]).reshape(2, 40)
+        image = np.concatenate([b.image for b in batches]).reshape(2, 40, 8, 8)
+        return [(r, im[np.argsort(r)]) for r, im in zip(record, image, strict=True)]
+
+    runs = [*epochs(0), *epochs(1)]  # the second epoch of seed 0 must not be the first of seed 1
+    for (order, images), (other_order, other_images) in itertools.combinations(runs, 2):
+        assert (order == other_order).mean() < 0.3
+        assert not (images == other_images).all(axis=(1, 2)).any()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_parts_of_all_processes_are_the_global_batch(parts):
+    data = some(11)
+    shares = [first(5, training(data, batch_size=8, shard=(p, parts), threads=p % 3)) for p in range(parts)]
+    assert all(len(batch.valid) == 8 // parts for share in shares for batch in share)
+    assert_same(joined(shares), first(5, training(data, batch_size=8)))
+
+
+def test_larger_images_are_shrunk_first():
+    data = some(3, size=32)
+    [batch] = first(1, training(data, augment=Augment()))
+    np.testing.assert_array_equal(batch.image[0, :, :, 0], resize(data.records.image(batch.record[0]), 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 6, "shard": (0, 4)}, "multiple of the 4 processes"),
+        ({"batch_size": 0}, "positive"),
+        ({"shard": (2, 2)}, "shard 2 of 2"),
+        ({"seed": -1}, "seed -1"),
+        ({"start": -1}, "first batch -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_at_once(options, message):
+    with pytest.raises(CxrError, match=message):
+        training(some(3), **options)
+
+
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(CxrError, match="no records"):
+        training(some(0))
+
+
+# --- threads and failures
+
+
+def test_work_is_done_in_threads_of_the_loader():
+    data = some(11)
+    first(8, training(data, threads=2))
+    assert data.records.threads
+    assert all(name.startswith("grain-prefetch") for name in data.records.threads)
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "end"])
+def test_threads_end_with_the_stream(how):
+    assert no_threads_left()
+    batches = evaluation_batches(some(5), size=8, batch_size=4) if how == "end" else training(some(5))
+    next(batches)
+    assert 1 <= len(grain_threads()) <= 2
+    if how == "close":
+        batches.close()
+    elif how == "end":
+        assert len(list(batches)) == 1
+    else:
+        del batches
+        gc.collect()
+    assert no_threads_left()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_record_that_cannot_be_read_is_named(threads):
+    data = some(12)
+    data.records._bytes[7] = data.records._bytes[7][:-30]
+    batches = evaluation_batches(data, size=8, batch_size=3, threads=threads)
+    assert [next(batches).record.tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(CxrError, match=r"^image-7: the image is cut off"):
+        next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_only_a_few_batches_are_loaded_ahead():
+    data = some(200, size=2)
+    reads = []
+    image = data.records.image
+    data.records.image = lambda row: (reads.append(row), image(row))[1]
+    batches = training(data, threads=2, augment=Augment())
+    next(batches)
+    time.sleep(0.2)
+    batches.close()
+    assert 4 <= len(reads) <= 4 * (1 + 3)
+
+
+# --- evaluation
+
+
+@given(st.integers(0, 20), st.integers(1, 6), st.sampled_from([1, 2, 3]))
+@settings(max_examples=40, deadline=None)
+def test_every_record_comes_once_in_order_on_processes_in_step(n, share, parts):
+    data = examples(InMemory(n, size=3), np.arange(n)[::-1], ("Mass",), LabelPolicy())
+    batch_size = share * parts
+    shares = [
+        list(evaluation_batches(data, size=3, batch_size=batch_size, shard=(p, parts), threads=p)) for p in range(parts)
+    ]
+    assert {len(part) for part in shares} == {evaluation_steps(n, batch_size)}
+    batches = joined(shares)
+    assert all(len(field) == batch_size for batch in batches for field in batch)
+    whole = {f: np.concatenate([getattr(b, f) for b in batches]) for f in (batches[0]._fields if batches else ())}
+    if n:
+        valid = whole["valid"]
+        assert valid[:n].all()
+        assert not valid[n:].any()
+        np.testing.assert_array_equal(whole["record"][:n], data.row)
+        np.testing.assert_array_equal(whole["label"][:n], data.label)
+        np.testing.assert_array_equal(whole["known"][:n], data.known)
+        assert (whole["record"][n:] == -1).all()
+        assert not whole["known"][n:].any()
+        assert not whole["image"][n:].any()
+        for image, row in zip(whole["image"][:n], data.row, strict=True):
+            np.testing.assert_array_equal(image[..., 0], data.records.image(row))
