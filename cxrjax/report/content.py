@@ -91,7 +91,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Table:
-    """Any small table: a caption, column names, and rows of strings and numbers."""
+    """Any small table: a caption, column names, and rows of strings and numbers (floats are shown to 3 decimals)."""
 
     caption: str
     columns: Sequence[str]

@@ -59,7 +59,7 @@ def run_plots(report: RunReport, width: float = WIDE) -> dict[str, Figure]:
 def summary(report: StudyReport) -> Figure:
     """The study in one picture: AUC by size and ensemble, the ensemble's weights, the effective receptive fields.
 
-    Of the AUC lines the mean and the four findings that size matters most to are named.
+    Of the AUC lines those of the mean, and of the two findings that gain most and least from larger images, are named.
     """
     blocks: list[tuple[float, Callable[[Figure], None]]] = [(1.2, lambda block: _summary_scores(block, report))]
     if report.weights is not None:
@@ -75,20 +75,24 @@ def summary(report: StudyReport) -> Figure:
 
 def _summary_scores(block: Figure, report: StudyReport) -> None:
     table, models = plots.by_finding(report.scores), report.models
+    sizes = sum(model in report.sizes for model in models)
     values = {
         finding: np.array([plots.number(table[model].get(finding, {}).get("auroc")) for model in models])
         for finding in (*report.findings, MEAN)
     }
     values = {finding: of for finding, of in values.items() if np.isfinite(of).any()}
-    spread = {f: np.ptp(of[: len(report.sizes)]) for f, of in values.items() if f != MEAN and np.isfinite(of).all()}
-    named = sorted(spread, key=lambda finding: -spread[finding])[: len(_STANDING_OUT)]
+    gain = {f: of[sizes - 1] - of[0] for f, of in values.items() if f != MEAN and sizes and np.isfinite(of).all()}
+    ranked = sorted(gain, key=lambda finding: -gain[finding])
+    named = list(dict.fromkeys(ranked[:2] + ranked[-2:]))
     colour = dict(zip(named, _STANDING_OUT, strict=False)) | {MEAN: INK}
     panel = block.subplots()
     for finding, of in values.items():
         width = 2.2 if finding == MEAN else 1.3 if finding in colour else 0.9
-        panel.plot(of, "o-", color=colour.get(finding, GRID), lw=width, ms=3.5, zorder=2 + (finding in colour))
-    if len(models) > len(report.sizes):
-        panel.axvline(len(report.sizes) - 0.5, color=GRID, lw=0.8, ls=":")
+        look = {"color": colour.get(finding, GRID), "lw": width, "ms": 3.5, "zorder": 2 + (finding in colour)}
+        panel.plot(of[:sizes], "o-", **look)
+        panel.plot(range(sizes, len(models)), of[sizes:], "D", **look)
+    if len(models) > sizes:
+        panel.axvline(sizes - 0.5, color=GRID, lw=0.8, ls=":")
     panel.set_xticks(range(len(models)), [words(model, 16).replace(" ", "\n") for model in models])
     panel.set(ylabel="AUC", title="AUC by image size")
     panel.grid(axis="y")
@@ -103,7 +107,7 @@ def _summary_weights(block: Figure, report: StudyReport) -> None:
     assert report.weights is not None
     panel = block.subplots()
     plots.draw_weights(panel, report.weights, report.findings, report.sizes, least=0.14)
-    panel.set_title("Weight of each size in the ensemble")
+    panel.set_title("Weights in the ensemble")
     block.legend(loc="outside lower left", ncols=len(report.sizes), fontsize=6.5, handlelength=1, columnspacing=1)
 
 

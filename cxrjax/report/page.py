@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cxrjax.report import figures, pictures, style, tables
-from cxrjax.report.content import Cam, RunReport, StudyReport
+from cxrjax.report.content import Cam, Field, RunReport, StudyReport, Table
 
 _LABELS = {
     "auc": "AUC against image size, for the mean and for each finding; the numbers are in the table of AUCs",
@@ -49,6 +49,7 @@ def study_page(report: StudyReport) -> str:
         plots=plots,
         auc=tables.lines(report.scores, report.findings, report.sizes),
         precision=tables.lines(report.scores, report.findings, report.sizes, "average_precision"),
+        field_table=_field_table(report.fields),
         cams={finding: _pictures(finding, row) for finding, row in report.cams.items() if row},
     )
 
@@ -78,6 +79,20 @@ def _plots(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Plot
     }
 
 
+def _field_table(fields: Mapping[str, Field]) -> Table:
+    rows = [
+        (
+            size, f"{field.diameter_px:.1f}", f"{field.diameter_fraction:.1%}", f"{field.area_fraction:.1%}",
+            None if field.theoretical_px is None else f"{field.theoretical_px:.0f}",
+        )
+        for size, field in fields.items()
+    ]  # fmt: skip
+    columns = ("Image", "Effective, px", "of the width", "of the area", "Theoretical, px")
+    return Table(
+        "Sizes of the receptive fields: diameter of the effective one, side of the theoretical one.", columns, rows
+    )
+
+
 def _pictures(finding: str, row: Mapping[str, Cam]) -> list[Picture]:
     return [
         Picture(
@@ -96,6 +111,7 @@ def _render(template: str, **content: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["value"] = _value
+    environment.filters["cell"] = lambda cell: f"{cell:.3f}" if isinstance(cell, float) else _value(cell)
     return environment.get_template(template).render(**content)
 
 

@@ -19,7 +19,7 @@ from cxrjax.report.style import INK, WHITE, WIDE, panel_grid, styled, words
 _OUTLINE = (0, 229, 255)
 
 
-def overlay(cam: Cam, side: int = 320) -> UInt8[np.ndarray, "h w 3"]:
+def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
     """A class activation map over its image.
 
     Args:
@@ -36,13 +36,13 @@ def overlay(cam: Cam, side: int = 320) -> UInt8[np.ndarray, "h w 3"]:
     way = Image.Resampling.NEAREST if max(height, width) <= side else Image.Resampling.BOX
     base = np.asarray(grey.resize(size, way), np.float32)[..., None]
     heat = Image.fromarray(np.clip(np.nan_to_num(cam.cam), 0, 1).astype(np.float32))
-    heat = np.asarray(heat.resize(size, Image.Resampling.BILINEAR))
+    heat = np.asarray(heat.resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
     colour = mpl.colormaps["inferno"](heat)[..., :3].astype(np.float32) * 255
     alpha = 0.65 * heat[..., None] ** 0.8
     picture = (base * (1 - alpha) + colour * alpha).round().astype(np.uint8)
     if cam.mask is not None:
         inside = np.asarray(Image.fromarray(np.asarray(cam.mask, np.uint8) * 255).resize(size)) > 127
-        picture[_edge(inside, max(1, side // 160))] = _OUTLINE
+        picture[_edge(inside, max(1, side // 144))] = _OUTLINE
     return picture
 
 
@@ -61,7 +61,7 @@ def mass_level(field: Float[np.ndarray, "H W"], mass: float = 0.9545) -> float:
     return float(values[np.searchsorted(total, mass * total[-1])])
 
 
-def jpeg_uri(picture: np.ndarray, quality: int = 85) -> str:
+def jpeg_uri(picture: np.ndarray, quality: int = 82) -> str:
     """A `data:` address holding uint8[H, W] or uint8[H, W, 3] as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality, optimize=True)

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cxrjax.report.content import MEAN, Curve, Reliability, Row
-from cxrjax.report.style import GRID, INK, MUTED, PAPER, WHITE, WIDE, colours, panel_grid, styled, words
+from cxrjax.report.style import GRID, INK, MUTED, PAPER, WIDE, colours, ink_on, panel_grid, styled, words
 
 MARKERS = "DsP^"
 """Of the ensembles; sizes are dots."""
@@ -43,11 +43,11 @@ def auc_by_size(
     shown = [f for f in (MEAN, *findings) if any(f in table[model] for model in models)]
     colour = dict(zip((*sizes, *ensembles), colours(len(sizes), len(ensembles)), strict=True))
     marker = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(ensembles)}
-    figure, panels = panel_grid(len(shown), width, panel=1.75, height=1.35, legend=bool(ensembles))
+    figure, panels = panel_grid(len(shown), width, panel=1.7, height=1.35, legend=bool(ensembles))
     bottom = _floor(scores, metric)
     ticks = [(x, words(name.removesuffix(" px"), 8)) for x, name in enumerate(models) if name in sizes]
     for panel, finding in zip(panels, shown, strict=True):
-        panel.set_title(words("Mean of findings" if finding == MEAN else finding, 24))
+        _title(panel, "Mean of findings" if finding == MEAN else finding)
         line = []
         for x, model in enumerate(models):
             row = table[model].get(finding, {})
@@ -59,13 +59,13 @@ def auc_by_size(
             panel.plot([x, x], [low, high], color=colour[model], lw=1, solid_capstyle="round", zorder=3)
             panel.plot([x], [value], marker.get(model, "o"), color=colour[model], ms=4.5, mec=PAPER, mew=0.4, zorder=4)
         if line:
-            panel.plot(*zip(*line, strict=True), color=GRID, lw=1, zorder=2)
+            panel.plot(*zip(*line, strict=True), color=MUTED, alpha=0.45, lw=0.9, zorder=2)
         else:
             reason = next((str(rows[finding].get("reason") or "") for rows in table.values() if finding in rows), "")
             text = f"n/a\n{words(reason, 34)}".strip()
             panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=MUTED, fontsize=6.5)
         panel.set(xlim=(-0.6, len(models) - 0.4), ylim=(bottom, 1 + 0.04 * (1 - bottom)))
-        panel.set_xticks(*zip(*ticks, strict=True))
+        panel.set_xticks([x for x, _ in ticks], [text for _, text in ticks], fontsize=6.5 if len(models) < 6 else 5.4)
         panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         panel.grid(axis="y")
     _label(figure, x="image side, px" if all(size.endswith(" px") for size in sizes) else "image size")
@@ -103,10 +103,11 @@ def draw_weights(
     for s, (size, colour) in enumerate(zip(sizes, colours(len(sizes)), strict=True)):
         share = np.asarray(weights, np.float64)[:, s]
         panel.barh(rows, share, left=left, height=0.74, color=colour, edgecolor=PAPER, lw=0.6, label=words(size, 12))
-        ink = WHITE if s >= len(sizes) / 2 else "#101418"
         for row in rows[share >= least]:
             middle = float(left[row] + share[row] / 2)
-            panel.text(middle, row, f"{share[row]:.2f}", ha="center", va="center_baseline", color=ink, fontsize=6.5)
+            panel.text(
+                middle, row, f"{share[row]:.2f}", ha="center", va="center_baseline", color=ink_on(colour), fontsize=6.5
+            )
         left += share
     panel.set_yticks(rows, [words(finding, 26) for finding in findings], color=INK)
     panel.set(xlim=(0, 1), ylim=(len(findings) - 0.5, -0.5), xlabel="weight")
@@ -143,11 +144,12 @@ def roc_grid(
 
 def _unit_square(panel: Axes, title: str) -> None:
     panel.plot([0, 1], [0, 1], color=GRID, lw=0.8, zorder=1)
-    panel.set(title=words(title, 24), xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    _title(panel, title)
+    panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     panel.set(xticks=[0, 0.5, 1], xticklabels=["0", ".5", "1"], yticks=[0, 0.5, 1], yticklabels=["0", ".5", "1"])
 
 
-def _thinned(curve: Curve, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+def _thinned(curve: Curve, points: int = 150) -> tuple[np.ndarray, np.ndarray]:
     """At most about `points` corners, evenly spread along the curve: more cannot be seen."""
     fpr, tpr = np.asarray(curve.fpr, np.float64), np.asarray(curve.tpr, np.float64)
     if fpr.size <= points:
@@ -187,7 +189,7 @@ def loss_curves(training: Mapping[str, Sequence[Row]], sizes: Sequence[str], *, 
     colour = dict(zip(sizes, colours(len(sizes)), strict=True))
     unit = "epoch" if all(number(row.get("epoch")) >= 0 for size in shown for row in training[size]) else "step"
     scored = [size for size in shown if series(training[size], unit, "val_auroc")[0].size]
-    figure, panels = panel_grid(len(shown) + bool(scored), width, panel=1.75, height=1.35, legend=True)
+    figure, panels = panel_grid(len(shown) + bool(scored), width, panel=1.7, height=1.35, legend=True)
     highest = []
     for panel, size in zip(panels, shown, strict=False):
         train, validation = (series(training[size], unit, key) for key in ("train_loss", "val_loss"))
@@ -206,7 +208,9 @@ def loss_curves(training: Mapping[str, Sequence[Row]], sizes: Sequence[str], *, 
         panel.grid(axis="y")
     _label(figure, x=unit)
     lines = [Line2D([], [], color=colour[size], label=words(size if len(shown) > 1 else "training")) for size in shown]
-    _legend(figure, [*lines, Line2D([], [], color=INK, ls=_DASHED, label="validation loss")], width)
+    if any(series(training[size], unit, "val_loss")[0].size for size in shown):
+        lines.append(Line2D([], [], color=INK, ls=_DASHED, label="validation loss"))
+    _legend(figure, lines, width)
     return figure
 
 
@@ -243,6 +247,11 @@ def by_finding(scores: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Row]]
 def number(value: Any) -> float:
     """A score or log value as a float; NaN where there is none."""
     return math.nan if value is None else float(value)
+
+
+def _title(panel: Axes, text: str) -> None:
+    short = words(text, 27)
+    panel.set_title(short, fontsize=7.5 if len(short) <= 20 else 6.2)
 
 
 def _label(figure: Figure, *, x: str = "", y: str = "") -> None:

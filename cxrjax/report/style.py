@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from cxrjax.errors import CxrError
@@ -67,7 +67,7 @@ STYLE: dict[Any, Any] = {
     "ytick.major.width": 0.6,
 }
 
-_RAMP = LinearSegmentedColormap.from_list("sizes", ["#52bfb0", "#2b93c4", "#4460b8", "#6a3d9a"])
+_RAMP = LinearSegmentedColormap.from_list("sizes", ["#52bfb0", "#2b93c4", "#4460b8", "#7a4db3"])
 
 
 def styled():
@@ -79,6 +79,13 @@ def colours(sizes: int, ensembles: int = 0) -> list[str]:
     """Hex colours of the sizes, light to dark as they grow, then of the ensembles."""
     ramp = [to_hex(_RAMP(x)) for x in np.linspace(0, 1, sizes)] if sizes > 1 else [to_hex(_RAMP(0.45))] * sizes
     return ramp + [ENSEMBLES[i % len(ENSEMBLES)] for i in range(ensembles)]
+
+
+def ink_on(colour: str) -> str:
+    """White or near-black, whichever is read better on a hex colour (WCAG relative luminance)."""
+    channel = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    luminance = 0.2126 * channel[0] + 0.7152 * channel[1] + 0.0722 * channel[2]
+    return WHITE if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.057 else "#101418"
 
 
 def words(text: object, most: int = 30) -> str:
