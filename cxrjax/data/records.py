@@ -74,6 +74,7 @@ class Record:
 
 _TEXT = ("id", "patient", "study", "view", "sex", "source", "official")
 _CATEGORIES = ("view", "sex", "source", "official")
+_MEND = "delete that folder and prepare it again"
 _BOXES = pa.list_(pa.struct([("finding", pa.string()), *((side, pa.float32()) for side in "xywh")]))
 
 
@@ -175,6 +176,19 @@ class Records:
             return cv2.resize(present, (size, size), interpolation=cv2.INTER_AREA) > 0
         return cv2.resize(present, (size, size), interpolation=cv2.INTER_NEAREST) > 0
 
+    def verify(self, sample: int = 256) -> None:
+        """Check the shards against the table: the count, and every so many records down to the decoded image.
+
+        Raises:
+          CxrError: they differ.
+        """
+        if len(self._shards) != len(self):
+            raise CxrError(f"{self.directory} holds {len(self._shards):,} images, its table {len(self):,}: {_MEND}")
+        for row in np.unique(np.linspace(0, len(self) - 1, sample).astype(int)).tolist():
+            if self._features(row)["id"].bytes_list.value[0].decode() != self.id[row]:
+                raise CxrError(f"record {row} of {self.directory} is not {self.id[row]}: {_MEND}")
+            self.image(row)
+
     def _features(self, row: int) -> Any:
         """The record's TFDS features, undecoded."""
         from tensorflow_datasets.proto import tf_example_generated_pb2 as proto  # a second, for images only
@@ -182,9 +196,7 @@ class Records:
         try:
             example = proto.Example.FromString(self._shards[int(row)])  # pyright: ignore[reportAttributeAccessIssue]
         except (OSError, RuntimeError, ValueError) as error:
-            raise CxrError(
-                f"record {row} of {self.directory} cannot be read ({error}); delete that folder and prepare it again"
-            ) from error
+            raise CxrError(f"record {row} of {self.directory} cannot be read ({error}): {_MEND}") from error
         return example.features.feature
 
     @cached_property

@@ -97,7 +97,7 @@ def check_leakage(records: Records, parts: Parts) -> None:
     if leaks:
         names = list(leaks.values())
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        raise CxrError(f"{len(names):,} patients are in two parts: {', '.join(names[:5])}{more}; keep each in one part")
+        raise CxrError(f"patients in two parts ({len(names):,}): {', '.join(names[:5])}{more}; keep each in one part")
 
 
 def save(split: Split, records: Records, path: Path | str) -> None:

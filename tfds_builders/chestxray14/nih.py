@@ -1,0 +1,192 @@
+"""NIH's own files of ChestX-ray14 as they were published: labels, official lists, boxes, and where the images are."""
+
+import csv
+import gzip
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cxrjax.data.records import Box, Record, Records
+from cxrjax.errors import CxrError
+from cxrjax.findings import NIH14
+
+PAGE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
+SOURCE = "NIH ChestX-ray14"
+TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the newer one wins
+TRAIN_VAL_LIST, TEST_LIST, BOXES = "train_val_list.txt", "test_list.txt", "BBox_List_2017.csv"
+
+_SIDE = 1024  # pixels: the published images', and the boxes' unit
+_COLUMNS = ("Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "View Position")
+_SEX = ("Patient Gender", "Patient Sex")  # NIH renamed the column
+_AGE = re.compile(r"(\d+)([YMWD]?)")
+_YEARS = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
+_OLDEST = 120
+_SPELLINGS = {"Infiltrate": "Infiltration"}  # in the table of boxes
+
+Files = dict[str, Path]
+
+
+def find_files(source: Path) -> Files:
+    """Find every file anywhere below a folder, by its name; links are followed.
+
+    Raises:
+      CxrError: the folder does not exist, or two images have the same name.
+    """
+    if not source.is_dir():
+        raise CxrError(f"source folder {source} does not exist; give the folder with NIH's images and tables")
+    files: Files = {}
+    for folder, _, names in os.walk(source, followlinks=True):
+        for name in names:
+            path = Path(folder, name)
+            if name.lower().endswith(".png") and name in files:
+                raise CxrError(f"image {name} is there twice, {files[name]} and {path}; keep one")
+            files.setdefault(name, path)
+    return files
+
+
+def images(files: Files, source: object) -> Files:
+    """The images among the files.
+
+    Raises:
+      CxrError: there are none.
+    """
+    found = {name: path for name, path in files.items() if name.lower().endswith(".png")}
+    if not found:
+        packed = [name for name in files if name.endswith((".tar.gz", ".tgz", ".zip"))]
+        mend = f"unpack {', '.join(sorted(packed)[:3])} there" if packed else f"get images_001.tar.gz ... from {PAGE}"
+        raise CxrError(f"no .png image anywhere below {source}; {mend}")
+    return found
+
+
+def read_records(files: Files, source: object) -> list[Record]:
+    """The records of the whole label table, in its order, with official part and boxes.
+
+    Args:
+      files: the published files by name, each plain or compressed (`.gz`).
+      source: where they are from, for error messages.
+
+    Raises:
+      CxrError: a file or a column is missing, or a row cannot be understood; the message names it.
+    """
+    table = next((name for name in TABLES if _path(files, name)), None)
+    if table is None:
+        raise CxrError(f"no label table below {source}; get {TABLES[0]} from {PAGE}")
+    official = _official(files, source)
+    boxes = _boxes(files)
+    records: list[Record] = []
+    lines: dict[str, int] = {}
+    for line, row in _rows(files, table):
+        record = _record(row, f"{table}, line {line}", official, boxes)
+        if record.id in lines:
+            raise CxrError(f"{table}: image {record.id} has two rows, lines {lines[record.id]} and {line}; keep one")
+        lines[record.id] = line
+        records.append(record)
+    return records
+
+
+def table(source: Path) -> Records:
+    """The whole published table as records without images, for splits and scores."""
+    return Records.of(read_records(find_files(source), source), NIH14, dataset="chestxray14")
+
+
+def _record(row: dict[str, str], where: str, official: dict[str, str], boxes: dict[str, list[Box]]) -> Record:
+    id = row["Image Index"].strip()
+    try:
+        patient, visit = f"{int(row['Patient ID']):08d}", int(row["Follow-up #"])
+    except ValueError as error:
+        raise CxrError(f"{where} ({id}): patient or follow-up is not a number: {error}") from error
+    return Record(
+        id=id,
+        patient=patient,
+        study=f"{patient}_{visit:03d}",
+        view=row["View Position"].strip(),
+        age=_age(row["Patient Age"].strip(), f"{where} ({id})"),
+        sex=next(row[column] for column in _SEX if column in row).strip(),
+        source=SOURCE,
+        labels=_labels(row["Finding Labels"], f"{where} ({id})"),
+        official=official.get(id, ""),
+        boxes=tuple(boxes.get(id, ())),
+    )
+
+
+def _labels(text: str, where: str) -> tuple[int, ...]:
+    names = [name.strip() for name in text.split("|")]
+    if names == ["No Finding"]:
+        return (0,) * len(NIH14)
+    for name in names:
+        if name not in NIH14:
+            raise CxrError(f"{where}: unknown finding {name!r} in {text!r}; the findings are {', '.join(NIH14)}")
+    return tuple(int(finding in names) for finding in NIH14)
+
+
+def _age(text: str, where: str) -> float:
+    """Years; older copies of the table say 058Y or 011M. Nobody is older than 120: such ages are unknown."""
+    match = _AGE.fullmatch(text)
+    if text and not match:
+        raise CxrError(f"{where}: age {text!r} is not a number of years (58, 058Y) or months (011M)")
+    years = int(match[1]) / _YEARS[match[2]] if match else math.nan
+    return years if years <= _OLDEST else math.nan
+
+
+def _official(files: Files, source: object) -> dict[str, str]:
+    """The official part of each listed image."""
+    part_of: dict[str, str] = {}
+    for name, part in ((TRAIN_VAL_LIST, "train_val"), (TEST_LIST, "test")):
+        path = _path(files, name)
+        if path is None:
+            raise CxrError(f"no {name} below {source}; get it from {PAGE}: without it there is no official split")
+        for id in filter(None, map(str.strip, _text(path).splitlines())):
+            if part_of.setdefault(id, part) != part:
+                raise CxrError(f"image {id} is in {TRAIN_VAL_LIST} and in {TEST_LIST}; get them anew from {PAGE}")
+    return part_of
+
+
+def _boxes(files: Files) -> dict[str, list[Box]]:
+    """The boxes of each image as fractions; none where the file is absent. Its header is odd: read by position."""
+    boxes: dict[str, list[Box]] = {}
+    path = _path(files, BOXES)
+    if path is None:
+        return boxes
+    for line, row in enumerate(csv.reader(_text(path).splitlines()), start=1):
+        if line == 1 or not row:
+            continue
+        try:
+            id, finding, *sides = row[:6]
+            x, y, w, h = (float(side) / _SIDE for side in sides)
+        except ValueError as error:
+            raise CxrError(f"{path}, line {line}: not an image, a finding and x, y, w, h: {error}") from error
+        finding = _SPELLINGS.get(finding, finding)
+        if finding not in NIH14:
+            raise CxrError(f"{path}, line {line}: unknown finding {finding!r}")
+        if not (0 <= x <= x + w <= 1 and 0 <= y <= y + h <= 1):
+            raise CxrError(f"{path}, line {line}: the box is outside the image of {_SIDE} x {_SIDE} pixels")
+        boxes.setdefault(id, []).append(Box(finding, x, y, w, h))
+    return boxes
+
+
+def _rows(files: Files, table: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table with their line numbers, its columns checked."""
+    path = files.get(table) or files[f"{table}.gz"]
+    reader = csv.DictReader(_text(path).splitlines(), restval="")
+    columns: Sequence[str] = reader.fieldnames or ()
+    missing = [name for name in _COLUMNS if name not in columns]
+    if not any(name in columns for name in _SEX):
+        missing.append(_SEX[0])
+    if missing:
+        raise CxrError(f"{path} lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _path(files: Files, name: str) -> Path | None:
+    return files.get(name) or files.get(f"{name}.gz")
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise CxrError(f"{path} cannot be read: {error}; get it anew from {PAGE}") from error
