@@ -1,5 +1,10 @@
 """Batches on a mesh of 8 simulated devices, and on two processes."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -92,3 +97,63 @@ def test_a_failure_below_arrives():
     with pytest.raises(RuntimeError, match="a bad record"):
         list(batches)
     assert source.closed
+
+
+PROCESS = """
+import sys
+
+import jax
+import numpy as np
+
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cxrjax.data.pipeline import Batch
+from cxrjax.data.placement import place, process_shard
+
+whole = Batch(
+    image=np.random.default_rng(0).integers(0, 256, (8, 16, 4, 1), np.uint8),
+    label=np.arange(24, dtype=np.float32).reshape(8, 3),
+    known=np.ones((8, 3), bool),
+    valid=np.ones(8, bool),
+    record=np.arange(8, dtype=np.int32),
+)
+assert jax.device_count() == 8 and jax.local_device_count() == 4
+for data, parts in ((8, 2), (4, 2), (2, 2), (1, 1)):
+    mesh = Mesh(np.array(jax.devices()).reshape(data, 8 // data), ("data", "space"))
+    rows = NamedSharding(mesh, P("data"))
+    part, count = process_shard(rows)
+    assert (part, count) == (jax.process_index() if parts == 2 else 0, parts), (data, part, count)
+    share = 8 // count
+    local = Batch(*(field[part * share : (part + 1) * share] for field in whole))
+    placed = place(local, Batch(NamedSharding(mesh, P("data", "space")), rows, rows, rows, rows))
+    for array, original in zip(placed, whole, strict=True):
+        assert array.shape == original.shape
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, original[shard.index])
+print("placed")
+"""
+
+
+def test_two_processes_place_their_parts_of_one_batch():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, port, str(k)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for k in range(2)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=120)
+            assert (process.returncode, output) == (0, "placed\n"), errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
