@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from cxrjax.data.images import Augment, decode, encode, resize
 from cxrjax.data.pipeline import Examples, evaluation_batches, evaluation_steps, examples, training_batches
+from cxrjax.data.prepare import prepare
+from cxrjax.data.records import open_records
 from cxrjax.errors import CxrError
 from cxrjax.findings import LabelPolicy
 
@@ -258,3 +260,24 @@ def test_every_record_comes_once_in_order_on_processes_in_step(n, share, parts):
         assert not whole["image"][n:].any()
         for image, row in zip(whole["image"][:n], data.row, strict=True):
             np.testing.assert_array_equal(image[..., 0], data.records.image(row))
+
+
+# --- prepared data
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare("cxr_phantom", data_dir=folder, size=64, patients=12, seed=3, workers=1)
+    return open_records(folder, "cxr_phantom", "64")
+
+
+def test_prepared_records_come_as_stored_and_resume(prepared):
+    data = examples(prepared, range(len(prepared)), prepared.findings, LabelPolicy())
+    for batch in evaluation_batches(data, size=64, batch_size=5, threads=2):
+        for image, row in zip(batch.image[batch.valid, :, :, 0], batch.record[batch.valid], strict=True):
+            np.testing.assert_array_equal(image, decode(prepared.image_bytes(row), "stored"))
+    options = {"size": 32, "batch_size": 5, "augment": EVERYTHING, "seed": 1}
+    whole = first(9, training_batches(data, threads=2, **options))
+    assert_same(whole[4:], first(5, training_batches(data, threads=1, start=4, **options)))
+    assert len({batch.image.tobytes() for batch in whole}) == 9
