@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Float64
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from cxrjax.errors import CxrError
 from cxrjax.evaluate import tables
@@ -155,10 +155,9 @@ def logits(probability: Float[np.ndarray, "N K"]) -> Float64[np.ndarray, "N K"]:
 
 def _ordered_logits(probability: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
     rising, which = np.unique(probability, return_inverse=True)
-    with np.errstate(divide="ignore"):
-        logit = np.clip(np.log(rising) - np.log1p(-rising), -746.0, 37.5)
+    values = np.clip(logit(rising), -746.0, 37.5)
     # Doubles of one sign are ordered as their bits are. As integers, each must exceed the one before it by at least 1.
-    bits = logit.view(np.int64)
+    bits = values.view(np.int64)
     steps = np.where(bits < 0, np.int64(np.iinfo(np.int64).min) - bits, bits)
     place = np.arange(len(steps))
     steps = np.maximum.accumulate(steps - place) + place

@@ -104,12 +104,13 @@ def score(predictions: Predictions, *, resamples: int = 1000, seed: int = 0, con
 
     spreads: list[list[Interval | None]] = [[None, None] for _ in rankings]
     mean_spread: list[Interval | None] = [None, None]
-    if resamples != 0 and defined.any():
+    if resamples != 0:
         draws = bootstrap(rankings, p.patient, resamples=resamples, seed=seed)
         for i, values in enumerate(draws):
             for k in np.flatnonzero(defined):
                 spreads[k][i] = interval(values[:, k], confidence)
-            mean_spread[i] = interval(values[:, defined].mean(axis=1), confidence)  # of the same findings in each draw
+            if defined.any():  # the same findings in each draw
+                mean_spread[i] = interval(values[:, defined].mean(axis=1), confidence)
 
     findings = tuple(
         Score(
