@@ -11,13 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from cxrjax.errors import CxrError
-
-MEAN = "mean"
-"""The `finding` of the score row that holds the mean over all findings."""
+from cxrjax.evaluate.scores import MEAN
 
 Row = Mapping[str, Any]
 """One score: finding, auroc, auroc_low, auroc_high, average_precision, average_precision_low, average_precision_high,
-positives, negatives, reason (why a value is NaN, else empty). Or one training log line: step, epoch, train_loss, ..."""
+positives, negatives, reason (why a value is NaN, or which findings the mean leaves out). Or one training log line:
+step, epoch, train_loss, ..."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,7 @@ class StudyReport:
       cams: finding -> size -> Cam.
       image_sizes: i[N, 2], width and height of the original images.
       control: a table of control runs.
+      tables: any others that belong to the scores.
       provenance: nested dict: fingerprints, versions, device, seeds, timings.
     """
 
@@ -144,6 +144,7 @@ class StudyReport:
     cams: Mapping[str, Mapping[str, Cam]] = field(default_factory=dict)
     image_sizes: np.ndarray | None = None
     control: Table | None = None
+    tables: Sequence[Table] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):

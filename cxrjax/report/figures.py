@@ -7,20 +7,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from cxrjax.evaluate.scores import MEAN
 from cxrjax.report import pictures, plots
-from cxrjax.report.content import MEAN, RunReport, StudyReport
+from cxrjax.report.content import RunReport, StudyReport
 from cxrjax.report.style import GRID, INK, WIDE, styled, words
 
 _STANDING_OUT = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 
 def study_figures(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
-    """All figures that a study has the parts for, by name: those of `study_plots`, gradcam and summary."""
+    """All figures that a study has the parts for, by name: those of `study_plots`, and gradcam."""
     drawn = study_plots(report, width)
     if report.cams:
         drawn["gradcam"] = pictures.gradcam_grid(report.cams, report.findings, report.sizes, width=width)
-    if report.scores:
-        drawn["summary"] = summary(report)
     return drawn
 
 
@@ -43,8 +42,8 @@ def study_plots(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
     return drawn
 
 
-def run_plots(report: RunReport, width: float = WIDE) -> dict[str, Figure]:
-    """The plots that a run has the parts for, by name: roc, reliability, training."""
+def run_figures(report: RunReport, width: float = WIDE) -> dict[str, Figure]:
+    """All figures that a run has the parts for, by name: roc, reliability, training."""
     drawn: dict[str, Figure] = {}
     if report.curves:
         drawn["roc"] = plots.roc_grid({report.title: report.curves}, report.findings, [report.title], width=width)

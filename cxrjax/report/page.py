@@ -43,12 +43,13 @@ class Picture:
 def study_page(report: StudyReport) -> str:
     """The page of a resolution study as HTML."""
     plots = _plots(*(figures.study_plots(report, width) for width in (style.WIDE, style.NARROW)))
+    scores = {model: report.scores[model] for model in report.models}
     return _render(
         "study.html.j2",
         report=report,
         plots=plots,
-        auc=tables.lines(report.scores, report.findings, report.sizes),
-        precision=tables.lines(report.scores, report.findings, report.sizes, "average_precision"),
+        auc=tables.lines(scores, report.findings, report.sizes),
+        precision=tables.lines(scores, report.findings, report.sizes, "average_precision"),
         field_table=_field_table(report.fields),
         cams={finding: _pictures(finding, row) for finding, row in report.cams.items() if row},
     )
@@ -56,7 +57,7 @@ def study_page(report: StudyReport) -> str:
 
 def run_page(report: RunReport) -> str:
     """The page of one evaluated run as HTML."""
-    plots = _plots(*(figures.run_plots(report, width) for width in (style.WIDE, style.NARROW)))
+    plots = _plots(*(figures.run_figures(report, width) for width in (style.WIDE, style.NARROW)))
     rows = {report.title: report.scores}
     auc, precision = (tables.lines(rows, report.findings, (), metric) for metric in tables.METRICS)
     lines = [replace(a, cells=a.cells + p.cells) for a, p in zip(auc, precision, strict=True)]

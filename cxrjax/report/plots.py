@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from cxrjax.report.content import MEAN, Curve, Reliability, Row
+from cxrjax.evaluate.scores import MEAN
+from cxrjax.report.content import Curve, Reliability, Row
 from cxrjax.report.style import GRID, INK, MUTED, PAPER, WIDE, colours, ink_on, panel_grid, styled, words
 
 MARKERS = "DsP^"

@@ -2,9 +2,7 @@
 
 import io
 import math
-import os
 import re
-import uuid
 import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,6 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from cxrjax.errors import CxrError
+from cxrjax.files import beside
 
 WIDE, NARROW = 7.2, 3.4
 """Figure widths in inches: two columns of a journal (a desktop), one column (a telephone)."""
@@ -128,15 +127,10 @@ def render(figure: Figure, kind: str, dpi: int = 200) -> bytes:
 
 
 def write(path: str | Path, data: bytes) -> Path:
-    """Write a file beside its place and move it there, so that no half of it is ever seen."""
+    """Write a file whole and return its path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_bytes(data)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with beside(path) as temporary:
+        temporary.write_bytes(data)
     return path
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from cxrjax.report.content import MEAN, Row
+from cxrjax.evaluate.scores import MEAN
+from cxrjax.report.content import Row
 
 METRICS = {"auroc": "AUC", "average_precision": "Average precision"}
 COLUMNS = (
@@ -33,13 +34,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One finding (or the mean): numbers of positive and negative images, and a cell per model."""
+    """One finding (or the mean): numbers of positive and negative images, a cell per model, a note on all of them."""
 
     finding: str
     positives: int | None
     negatives: int | None
     cells: tuple[Cell, ...]
     is_mean: bool = False
+    note: str = ""
 
 
 def lines(
@@ -59,28 +61,27 @@ def lines(
     table = {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
     result = []
     for finding in (*findings, MEAN):
-        rows = {model: of_model.get(finding) for model, of_model in table.items()}
+        rows: dict[str, Row] = {model: of_model.get(finding, {}) for model, of_model in table.items()}
         if not any(rows.values()):
             continue
-        values = {model: math.nan if row is None else _number(row.get(metric)) for model, row in rows.items()}
+        values = {model: _number(row.get(metric)) for model, row in rows.items()}
         best = _highest(values.values())
         best_size = _highest(value for model, value in values.items() if model in sizes)
-        cells = tuple(
-            Cell(
-                value,
-                *_texts(rows[model], metric),
-                _shown(value) == best,
-                model in sizes and _shown(value) == best_size,
-            )
-            for model, value in values.items()
+        cells = []
+        for model, value in values.items():
+            text, interval = _texts(rows[model], metric)
+            cells.append(Cell(value, text, interval, text == best, model in sizes and text == best_size))
+        count = next((row for row in rows.values() if row.get("positives") is not None), {})
+        notes = {str(rows[model].get("reason") or "") for model, value in values.items() if not math.isnan(value)}
+        note = "; ".join(sorted(notes - {""}))
+        result.append(
+            Line(finding, count.get("positives"), count.get("negatives"), tuple(cells), finding == MEAN, note)
         )
-        counted = next((row for row in rows.values() if row and row.get("positives") is not None), {})
-        result.append(Line(finding, counted.get("positives"), counted.get("negatives"), cells, finding == MEAN))
     return result
 
 
-def _texts(row: Row | None, metric: str) -> tuple[str, str]:
-    if row is None:
+def _texts(row: Row, metric: str) -> tuple[str, str]:
+    if not row:
         return "–", ""
     value, low, high = (_number(row.get(metric + part)) for part in ("", "_low", "_high"))
     if math.isnan(value):
@@ -119,7 +120,7 @@ def terminal(
             text = Text(cell.text, style="bold" if cell.best else "")
             note = cell.interval if cell.text != "n/a" or not cell.interval else f"({cell.interval})"
             cells.append(text.append(f"\n{note}" if note else "", style="not bold dim"))
-        name = Text("Mean" if line.is_mean else line.finding)
+        name = Text("Mean" if line.is_mean else line.finding).append(f"\n{line.note}" if line.note else "", style="dim")
         table.add_row(name, "" if line.positives is None else f"{line.positives:,}", *cells)
     return table
 

@@ -3,7 +3,8 @@
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from cxrjax.report.content import MEAN, Cam, Claim, Curve, Field, Reliability, RunReport, StudyReport, Table
+from cxrjax.evaluate.scores import MEAN
+from cxrjax.report.content import Cam, Claim, Curve, Field, Reliability, RunReport, StudyReport, Table
 
 FINDINGS = ("Cardiomegaly", "Pleural Effusion", "Mass", "Nodule", "Pneumothorax", "Reticulation", "Support Devices")
 SIZES = ("32 px", "64 px", "128 px")
