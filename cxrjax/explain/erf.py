@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 from cxrjax.errors import CxrError
 from cxrjax.explain.inputs import batches, checked, feature_map
 from cxrjax.models.inputs import prepare
+from cxrjax.models.layers import storage
 from cxrjax.models.network import Network
 
 Estimator = Literal["exact", "probe", "sum"]
@@ -169,7 +170,7 @@ def _moments(
 ) -> Float[Array, "H W"]:
     """Sum over images and passes of the gradient's moment: one pass forward, `parallel` at a time backward."""
     model = network.model()
-    wide = jnp.promote_types(network.dtype, jnp.float32)
+    wide = storage(network.dtype)
     prepared = prepare(images, network.inputs, network.dtype)
     black, white = prepare(jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1), network.inputs, wide)
     contrast = (white - black)[None]  # what one unit of grey is in each channel
@@ -184,7 +185,8 @@ def _moments(
     def direction(number: Array) -> Float[Array, "B K"]:
         """The combination of channels that pass `number` differentiates; none in the padding."""
         if estimator == "exact":
-            chosen = jnp.broadcast_to(jnp.arange(features.shape[1]) == number, features.shape)
+            one = (jnp.arange(features.shape[1]) == number).astype(jnp.int32)
+            chosen = jnp.broadcast_to(one, features.shape)
         elif estimator == "probe":
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), number))(index)
             chosen = jax.vmap(lambda key: jax.random.rademacher(key, features.shape[1:], jnp.int32))(keys)

@@ -1,6 +1,6 @@
 """What the explanations take: images in batches of one size, and the name of a feature map."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -37,22 +37,33 @@ def batches(
         yield images[np.minimum(index, len(images) - 1)], np.where(index < len(images), index, -1)
 
 
+@jax.tree_util.register_static
+class Name(str):
+    """A feature map's name as part of a pytree: dictionaries leave traced functions sorted, a list keeps its order."""
+
+    __slots__ = ()
+
+
+def named(maps: Mapping[str, Array]) -> list[tuple[Name, Array]]:
+    """Feature maps with their names, in the backbone's order, as a traced function may return them."""
+    return [(Name(name), value) for name, value in maps.items()]
+
+
 def feature_map(network: Network, images: UInt8[np.ndarray, "N H W 1"], name: str | None) -> tuple[str, tuple]:
     """Name (the last by default) and shape (1, h, w, C) of a feature map of one image; nothing is computed.
 
     Raises:
       CxrError: no such feature map, or images the network does not take.
     """
-    order: list[str] = []  # traced dictionaries come back sorted; the backbone's order is kept here
+    image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    shapes = {str(key): maps.shape for key, maps in _features.eval_shape(network, image)}
+    name = name_in(shapes, name)
+    return name, shapes[name]
 
-    def features(network: Network, images: Array) -> dict[str, Array]:
-        maps = network.model().features(prepare(images, network.inputs, network.dtype))
-        order[:] = maps
-        return maps
 
-    maps = jax.eval_shape(features, network, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
-    name = name_in(order, name)
-    return name, maps[name].shape
+@jax.jit
+def _features(network: Network, images: UInt8[Array, "B H W 1"]) -> list[tuple[Name, Array]]:
+    return named(network.model().features(prepare(images, network.inputs, network.dtype)))
 
 
 def name_in(names: Iterable[str], name: str | None) -> str:

@@ -15,7 +15,7 @@ import jax
 
 from cxrjax.errors import CxrError
 from cxrjax.explain.dataflow import propagate
-from cxrjax.explain.inputs import name_in
+from cxrjax.explain.inputs import name_in, named
 from cxrjax.explain.reach import Reach
 from cxrjax.models.network import Network
 
@@ -107,23 +107,18 @@ def fields_of(
     Returns:
       A `ReceptiveField` per name.
     """
-    order: list[str] = []  # jaxprs sort dictionaries by key; the backbone's order is kept here
-
-    def ordered(images: jax.Array, *rest: Any) -> dict[str, Any]:
-        maps = features(images, *rest)
-        order[:] = maps
-        return {f"{i:04d}": value for i, value in enumerate(maps.values())}
-
-    closed = jax.make_jaxpr(ordered)(image, *rest)
+    program, maps = jax.make_jaxpr(lambda *args: named(features(*args)), return_shape=True)(image, *rest)
     pixels = (Reach.of_image(1, image.shape), Reach.of_image(2, image.shape))
-    unknown = [None] * (len(closed.jaxpr.invars) - 1)
-    values = propagate(closed.jaxpr, list(closed.consts), [pixels, *unknown])
+    unknown = [None] * (len(program.jaxpr.invars) - 1)
+    values = propagate(program.jaxpr, list(program.consts), [pixels, *unknown])
     fields = {}
-    for name, value, out in zip(order, values, closed.out_avals, strict=True):
+    for (name, out), value in zip(maps, values, strict=True):
         if not isinstance(value, tuple):
-            raise CxrError(f"feature map {name!r} does not depend on the image")
+            raise CxrError(f"feature map {str(name)!r} does not depend on the image")
         rows, columns = (reach.read(3, 0, out.shape[3] - 1, 0) for reach in value)  # over all channels
-        fields[name] = ReceptiveField(name, _window(rows, 1), _window(columns, 2), rows.whole or columns.whole)
+        fields[str(name)] = ReceptiveField(
+            str(name), _window(rows, 1), _window(columns, 2), rows.whole or columns.whole
+        )
     return fields
 
 
