@@ -1,7 +1,7 @@
 """The demo: a resolution study on the embedded phantom, in minutes on two CPU cores.
 
 Paper     none; it shows on synthetic radiographs what the study of `resolution` asks of real ones
-Command   cxrjax demo            (or: cxrjax study resolution --config demo --workdir RUN, after cxrjax prepare cxr_phantom)
+Command   cxrjax demo
 Argument  the side of the images in px; without one, the study's list of sizes is what matters
 Hardware  two CPU cores, 2 GB
 Time      unmeasured
@@ -21,6 +21,7 @@ def get_config(arg: str = ""):
     config.data.dataset = "cxr_phantom"
     config.data.stored = "128"
     config.data.size = int(arg or SIZES[-1])
+    config.data.uncertain = "ignore"
     config.split.name = "official"
     config.augment.flip = 0.5
 
@@ -36,6 +37,8 @@ def get_config(arg: str = ""):
     config.evaluate.batch = 100
 
     config.study.sizes = SIZES
+    config.study.fine = ("Nodule", "Pneumothorax", "Reticulation", "Support Devices")
+    config.study.coarse = ("Cardiomegaly", "Pleural Effusion", "Mass")
     config.study.control = ("Cardiomegaly", "Pleural Effusion", "Mass")
     config.study.control_size = SIZES[-1]
     return config

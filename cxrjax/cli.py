@@ -79,10 +79,17 @@ def _prepare(arguments: argparse.Namespace) -> Any:
     from cxrjax.data.prepare import prepare
 
     options = {name: getattr(arguments, name) for name in ("patients", "seed") if getattr(arguments, name) is not None}
-    return prepare(
+    prepared = prepare(
         arguments.dataset, source=arguments.source, data_dir=arguments.data_dir, size=arguments.size,
         allow_missing=arguments.allow_missing, workers=arguments.workers, **options,
     )  # fmt: skip
+    done = "was prepared before" if prepared.reused else f"prepared in {prepared.seconds:.0f} s"
+    stdout.print(
+        f"{prepared.images:,} images of {prepared.patients:,} patients, {prepared.bytes / 1e6:,.0f} MB, {done}: "
+        f"{prepared.directory}\nfingerprint {prepared.fingerprint}",
+        soft_wrap=True,
+    )
+    return {**vars(prepared), "directory": str(prepared.directory)}
 
 
 def _train(arguments: argparse.Namespace) -> Any:
@@ -116,7 +123,7 @@ def _score(arguments: argparse.Namespace) -> Any:
     scores = score_files(arguments.predictions, arguments.labels, resamples=arguments.resamples, seed=arguments.seed)
     rows = scores.rows()
     stdout.print(terminal({"AUROC": rows}, [row["finding"] for row in rows if row["finding"] != "mean"]))
-    return scores.to_json()
+    return scores.as_dict()
 
 
 def _explain(arguments: argparse.Namespace) -> Any:
@@ -164,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "--source", type=Path, help="folder with the images and tables; without it they are downloaded"
     )
     prepare.add_argument("--data-dir", type=Path, default=Path("data"), help="where prepared data sets lie")
-    prepare.add_argument("--size", help="stored side in px, or native")
+    prepare.add_argument("--size", type=_size, help="stored side in px, or native (default: native; the phantom's is 256)")
     prepare.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
     prepare.add_argument("--workers", type=int, help="processes; default: all cores")
     prepare.add_argument("--patients", type=int, help="cxr_phantom: how many patients to make")
@@ -210,6 +217,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "--config.KEY=VALUE changes one key of the recipe, for example --config.train.epochs=3. The keys: " + _keys()
     )
+
+
+def _size(text: str) -> int | None:
+    return None if text == "native" else int(text)
 
 
 def _keys() -> str:

@@ -9,11 +9,13 @@ import json
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
 from cxrjax.errors import CxrError
+
+Config: TypeAlias = Any  # a ConfigDict: its attributes are whatever was put into it, so to a type checker it is Any
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs"
 
@@ -29,9 +31,9 @@ CHOICES = {
 }
 
 
-def default() -> ConfigDict:
+def default() -> Config:
     """Every key a run knows, with its default and meaning."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.title = ""  # shown in reports
     config.seed = 0  # initial weights, order of the records, augmentation
 
@@ -102,6 +104,8 @@ def default() -> ConfigDict:
     config.study = ConfigDict()
     config.study.sizes = ()  # each is a run of this recipe with that argument
     config.study.seeds = (0,)
+    config.study.fine = ()  # findings expected to gain with resolution
+    config.study.coarse = ()  # findings expected not to
     config.study.control = ()  # findings of the control run; empty: no control
     config.study.control_size = 0
     config.study.erf_images = 32
@@ -109,7 +113,7 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply `--config.key=value` overrides.
 
     Args:
@@ -137,7 +141,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return validate(config)
 
 
-def read(file: Path) -> ConfigDict:
+def read(file: Path) -> Config:
     """The config that a run wrote beside its results (`config.json`)."""
     try:
         stored = json.loads(file.read_text())
@@ -152,7 +156,7 @@ def read(file: Path) -> ConfigDict:
     return validate(config)
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
     """The config as `{'a.b': value}`; an empty group has no entry."""
     flat = {}
     for key, value in config.items():
@@ -160,7 +164,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def validate(config: ConfigDict) -> ConfigDict:
+def validate(config: Config) -> Config:
     """Check the values that can be checked without data; returns the config."""
     flat = flatten(config)
     for key, choices in CHOICES.items():
@@ -177,7 +181,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _reject_unknown(config: ConfigDict, where: str) -> None:
+def _reject_unknown(config: Config, where: str) -> None:
     if not isinstance(config, ConfigDict):
         raise CxrError(f"{where}: get_config returned {type(config).__name__}, not a ConfigDict: start from default()")
     known = flatten(default())
@@ -194,10 +198,12 @@ def _unknown(key: str) -> str:
     leaf = {k.rpartition(".")[2]: k for k in known}
     near = difflib.get_close_matches(key, known, 1, 0.5)
     near = near or [leaf[m] for m in difflib.get_close_matches(key.rpartition(".")[2], list(leaf), 1, 0.5)]
-    return f"unknown config key {key}" + (f"; did you mean {near[0]}?" if near else "; `cxrjax train --help` lists them")
+    return f"unknown config key {key}" + (
+        f"; did you mean {near[0]}?" if near else "; `cxrjax train --help` lists them"
+    )
 
 
-def _override(config: ConfigDict, override: str) -> None:
+def _override(config: Config, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise CxrError(f"override --config.{override} has no value: write --config.{key}=VALUE")
@@ -215,7 +221,7 @@ def _override(config: ConfigDict, override: str) -> None:
     _set(config, key, value)
 
 
-def _set(config: ConfigDict, key: str, value: Any) -> None:
+def _set(config: Config, key: str, value: Any) -> None:
     *groups, leaf = key.split(".")
     node = config
     for group in groups:

@@ -1,5 +1,7 @@
 """The `data` x `space` mesh: batches are split over `data`, the rows of each image over `space`."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -37,7 +39,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
-    """Where each field of a `Batch` lies: images over both axes, the rest over `data`."""
-    rows = NamedSharding(mesh, P("data"))
-    return Batch(image=NamedSharding(mesh, P("data", "space")), label=rows, known=rows, valid=rows, record=rows)
+def batch_shardings(mesh: Mesh) -> Any:
+    """A `Batch` of shardings, where each field lies: images over both axes, the rest over `data`."""
+    image: Any = NamedSharding(mesh, P("data", "space"))
+    rows: Any = NamedSharding(mesh, P("data"))
+    return Batch(image=image, label=rows, known=rows, valid=rows, record=rows)

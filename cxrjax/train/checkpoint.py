@@ -18,10 +18,13 @@ Shapes = dict[str, list]
 class Checkpoints:
     """The `checkpoints/` folder of a run. Use as a context manager: leaving it waits for writes under way."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, reading: bool = False):
+        """Open the folder; `reading` leaves it as it is, also while another process trains in it."""
         self.directory = directory.resolve()
-        self._last = _manager(self.directory / "last", keep=2)
-        self._best = _manager(self.directory / "best", keep=1)
+        if reading and not (self.directory / "best").is_dir():
+            raise CxrError(f"{self.directory / 'best'} is missing: train the run first")
+        self._last = _manager(self.directory / "last", keep=2, reading=reading)
+        self._best = _manager(self.directory / "best", keep=1, reading=reading)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -66,8 +69,10 @@ class Checkpoints:
         self._best.wait_until_finished()
 
 
-def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+def _manager(directory: Path, keep: int, reading: bool) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=not reading, create=not reading, read_only=reading
+    )
     return ocp.CheckpointManager(directory, options=options, item_names=("state", "about"))
 
 

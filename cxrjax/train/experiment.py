@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from cxrjax.config import Config
 from cxrjax.data.images import Augment
 from cxrjax.data.pipeline import Examples, examples
 from cxrjax.data.records import Records, open_records
@@ -24,14 +24,14 @@ from cxrjax.parallel.mesh import make_mesh
 class Experiment:
     """What a config names, opened. `network` is freshly initialised until a checkpoint fills it."""
 
-    config: ConfigDict
+    config: Config
     records: Records
     split: Split
     findings: tuple[str, ...]
     mesh: jax.sharding.Mesh
 
     @classmethod
-    def open(cls, config: ConfigDict) -> "Experiment":
+    def open(cls, config: Config) -> "Experiment":
         """Open the data and lay out the devices.
 
         Raises:
@@ -59,7 +59,6 @@ class Experiment:
     def parts(self) -> dict[str, Examples]:
         """The examples of train, validation and test, after the view filter and the label policy."""
         data = self.config.data
-        policy = LabelPolicy(uncertain=data.uncertain, not_mentioned=data.not_mentioned)
         views = {str(view) for view in self.records.view}
         unknown = sorted(set(data.views) - views)
         if unknown:
@@ -69,8 +68,14 @@ class Experiment:
         parts = {}
         for name, rows in self.split.parts.items():
             rows = rows[np.isin(self.records.view[rows], data.views)] if data.views else rows
-            parts[name] = examples(self.records, rows, self.findings, policy)
+            parts[name] = self.part_of_rows(rows)
         return parts
+
+    def part_of_rows(self, rows: np.ndarray) -> Examples:
+        """Any rows of the records table, with the targets that the label policy gives them."""
+        data = self.config.data
+        policy = LabelPolicy(uncertain=data.uncertain, not_mentioned=data.not_mentioned)
+        return examples(self.records, rows, self.findings, policy)
 
     def part(self, name: str) -> Examples:
         """One part, which must have images."""

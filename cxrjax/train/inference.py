@@ -1,6 +1,7 @@
 """A network over many records: logits in the records' order, whatever the batches and devices."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings
 
-PredictStep = Callable[[Network, jax.Array], jax.Array]
+PredictStep = Callable[[Network, Any], jax.Array]
 
 
 def logits_of(
@@ -40,7 +41,9 @@ def logits_of(
     devices = mesh.shape["data"]
     batch = -(-batch // devices) * devices
     shardings = batch_shardings(mesh)
-    batches = evaluation_batches(examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.valid))
+    batches = evaluation_batches(
+        examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.valid)
+    )
     parts = []
     for placed in ahead(batches, lambda b: place(b, shardings)):
         parts.append(step(network, placed.image))  # not read yet: the device runs ahead of the host

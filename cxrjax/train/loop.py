@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
-from ml_collections import ConfigDict
 
+from cxrjax.config import Config
 from cxrjax.console import bar
 from cxrjax.data.pipeline import Batch, training_batches
 from cxrjax.data.placement import ahead, place, process_shard
@@ -42,7 +42,7 @@ class InterruptedRunError(CxrError):
         self.number = number
 
 
-def train(config: ConfigDict, directory: Path, auroc: Auroc, experiment: Experiment | None = None) -> Progress:
+def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment | None = None) -> Progress:
     """Train what the config says in `directory`, from its newest checkpoint if it has one.
 
     A run that is killed at any moment and started again ends with the same bits as one never killed: batch k
@@ -141,7 +141,7 @@ class _Trainer:
     def _at_epoch_end(self) -> bool:
         return self.progress.step == self.steps_per_epoch * (self.progress.validated + 1)
 
-    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+    def _batches(self) -> Generator[tuple[Batch, np.ndarray], None, None]:
         """Batches on the devices, two ahead, each with its rows of the records table on the host."""
         data, shardings = self.config.data, batch_shardings(self.experiment.mesh)
         stream = training_batches(

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
+
+from cxrjax.config import Config
 
 
-def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+def schedule(config: Config, steps: int) -> optax.Schedule:
     """The learning rate at each step.
 
     `constant` and `plateau` hold `rate` after the warm-up (the plateau's factor lives in the state, since it
@@ -22,7 +23,7 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.rate, warmup), after], [warmup])
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Gradients to directions of unit rate; the step multiplies them by the rate of the hour."""
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     if config.name == "sgd":

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-from ml_collections import ConfigDict
 
-from cxrjax.config import flatten
+from cxrjax.config import Config, flatten
 from cxrjax.config import read as read_config
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
@@ -27,7 +26,7 @@ class Run:
       CxrError: another process trains there, or the directory belongs to another config.
     """
 
-    def __init__(self, directory: Path, config: ConfigDict):
+    def __init__(self, directory: Path, config: Config):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(directory / ".lock")
@@ -47,7 +46,7 @@ class Run:
         """Let others train here."""
         self._lock.close()
 
-    def _claim(self, config: ConfigDict) -> None:
+    def _claim(self, config: Config) -> None:
         file = self.directory / "config.json"
         if file.exists():
             refuse_other(flatten(read_config(file)), flatten(config), self.directory)
@@ -59,7 +58,7 @@ def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], directory: Path
 
     More epochs are one run, unless the rate's course depends on their number.
     """
-    free = list(_FREE)
+    free: list[str] = list(_FREE)
     if wanted["optimizer.schedule"] != "cosine" and not wanted["optimizer.warmup"]:
         free.append("train.epochs")
     differing = [

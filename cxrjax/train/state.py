@@ -25,12 +25,13 @@ class TrainState:
 
     @classmethod
     def create(cls, network: Network, optimizer: optax.GradientTransformation, seed: int) -> "TrainState":
-        """The state before the first step."""
+        """The state before the first step; it shares no array with the network, since the step donates it."""
+        params, stats = jax.tree.map(jnp.copy, (network.params, network.stats))
         return cls(
             step=jnp.zeros((), jnp.int32),
-            params=network.params,
-            stats=network.stats,
-            optimizer=optimizer.init(network.params),
+            params=params,
+            stats=stats,
+            optimizer=optimizer.init(params),
             rate_factor=jnp.ones((), jnp.float32),
             key=jax.random.PRNGKey(seed),
         )

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cxrjax.data.pipeline import Batch
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings, replicated
 from cxrjax.train.losses import masked_bce
 from cxrjax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
+Placed = Any  # a Batch whose fields lie on the devices
 
 
 def make_train_step(
@@ -24,7 +24,7 @@ def make_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     accumulate: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Placed], tuple[TrainState, Metrics]]:
     """The jitted training step; it donates the state it is given.
 
     The batch is the effective one: it is cut into `accumulate` parts that pass one after the other, and the
@@ -34,13 +34,13 @@ def make_train_step(
     Metrics: `loss`, `gradient_norm`, `rate`, each f32[].
     """
 
-    def loss_of(params: Any, stats: Any, part: Batch, key: jax.Array, total: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_of(params: Any, stats: Any, part: Placed, key: jax.Array, total: jax.Array) -> tuple[jax.Array, Any]:
         model = dataclasses.replace(network, params=params, stats=stats)
         logits, stats = model.apply(part.image, train=True, key=key)
         loss, _ = masked_bce(logits, part.label, part.known, part.valid)
         return loss / total.astype(loss.dtype), stats
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
         total = jnp.maximum(jnp.sum(batch.known & batch.valid[:, None], dtype=jnp.float32), 1.0)
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
 
@@ -78,7 +78,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_shardings(mesh)), out_shardings=(whole, whole))
 
 
-def make_predict_step(mesh: Mesh) -> Callable[[Network, jax.Array], jax.Array]:
+def make_predict_step(mesh: Mesh) -> Callable[[Network, Any], jax.Array]:
     """The jitted evaluation step: `(network, images uint8[B,H,W,1]) -> logits f32[B,K]` on every device."""
 
     def predict(network: Network, image: jax.Array) -> jax.Array:

@@ -21,16 +21,16 @@ from cxrjax.train.losses import masked_bce
 def test_mean_equals_sklearn_over_what_is_known(logits, label, known, valid):
     total, count = masked_bce(jnp.array(logits), jnp.array(label, jnp.float32), jnp.array(known), jnp.array(valid))
     mask = known & valid[:, None]
-    assert count == mask.sum()
+    assert float(count) == mask.sum()
     if mask.any():
         probability = 1 / (1 + np.exp(-logits[mask].astype(np.float64)))
         expected = log_loss(label[mask], probability, labels=[False, True])
-        np.testing.assert_allclose(total / count, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(float(total / count), expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(
             mean_bce(logits.astype(np.float64), label * 1.0, mask), expected, rtol=1e-7, atol=1e-12
         )
     else:
-        assert total == 0
+        assert float(total) == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,0 +1,125 @@
+"""What a resolution study was to show, whether this one shows it, and what it cannot show: in plain words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from cxrjax.evaluate.comparison import Difference, difference
+from cxrjax.evaluate.scores import Scores
+from cxrjax.report.content import Claim, Field
+from cxrjax.studies.study import STACKED, VOTED, Study
+
+MARGIN = 0.01
+"""A gain in AUROC that would matter; a coarse finding 'does not gain' if its interval stays below this."""
+
+PHANTOM_NOTES = (
+    "The radiographs of this study are drawn by a program. They prove that the whole path works, from files to this "
+    "report, and that a finding drawn finer needs more pixels. They prove nothing about patients: real findings are "
+    "not independent, their sizes overlap, and labels from reports err in ways that are not drawn here.",
+    "The networks are small and trained for minutes. Where a coarse finding is found worse in larger images, that is "
+    "an effect of this budget and of learning all findings together, not a law of optics: the control run is the same "
+    "network, on the same images, with only the coarse findings to learn.",
+)
+
+
+def assess(study: Study, fields: Mapping[str, Field]) -> list[Claim]:
+    """Each claim with its statistics; differences are of mean AUROC, with patients drawn in pairs."""
+    config, tables, sizes = study.config, study.tables, study.sizes
+    options = {"resamples": config.evaluate.resamples or 1000, "confidence": config.evaluate.confidence}
+    small, large = sizes[0], sizes[-1]
+    found = []
+
+    if config.study.fine:
+        gain = difference(tables[large], tables[small], config.study.fine, **options)
+        found.append(
+            Claim(
+                f"Fine findings ({_names(config.study.fine)}) gain with resolution",
+                _verdict(gain.low > 0, gain.high < 0),
+                f"mean AUROC at {large} less that at {small}: {gain}",
+            )
+        )
+    if config.study.coarse:
+        gain = difference(tables[large], tables[small], config.study.coarse, **options)
+        found.append(
+            Claim(
+                f"Coarse findings ({_names(config.study.coarse)}) do not",
+                _verdict(gain.high < MARGIN, gain.low > MARGIN),
+                f"mean AUROC at {large} less that at {small}: {gain}; a gain below {MARGIN} counts as none",
+            )
+        )
+    found.append(_ensemble_claim(study, options))
+    diameters = [fields[name].diameter_fraction for name in sizes]
+    found.append(
+        Claim(
+            "The effective receptive field shrinks relative to the image as resolution rises",
+            _verdict(bool(np.all(np.diff(diameters) < 0)), bool(np.all(np.diff(diameters) >= 0))),
+            ", ".join(f"{value:.0%} of the width at {name}" for name, value in zip(sizes, diameters, strict=True)),
+        )
+    )
+    if study.control is not None and study.control.name in sizes:
+        gain = control_gain(study, options)
+        found.append(
+            Claim(
+                f"What coarse findings lose at {study.control.name} is a matter of budget: alone, they are learnt",
+                _verdict(gain.low > 0, gain.high < 0),
+                f"mean AUROC of the control run less that of the run on all findings: {gain}",
+            )
+        )
+    return found
+
+
+def control_gain(study: Study, options: Mapping[str, Any]) -> Difference:
+    """Mean AUROC of the control run less that of the run of its size on all findings."""
+    assert study.control is not None
+    control, together = study.control.test, study.tables[study.control.name][0]
+    return difference([control], [together.select(control.findings)], control.findings, **options)
+
+
+def lead(study: Study, scores: Mapping[str, Scores]) -> list[str]:
+    """The opening: what was done, and the numbers that matter most."""
+    experiment = study.first[0].experiment
+    images = {name: len(part.row) for name, part in experiment.parts.items()}
+    means = {name: of.mean.auroc for name, of in scores.items()}
+    best = max(study.sizes, key=lambda name: means[name])
+    return [
+        f"{study.config.model.name} was trained at {_names(study.sizes)} on {images['train']:,} images of "
+        f"{experiment.records.dataset}; each run kept its best epoch of {images['validation']:,} validation images, on "
+        f"which the ensemble's weights were learnt too. All scores are of {images['test']:,} test images of other "
+        "patients.",
+        f"The best single size on average is {best} (mean AUROC {means[best]:.3f}); the stacked ensemble reaches "
+        f"{means[STACKED]:.3f}, plain voting {means[VOTED]:.3f}.",
+    ]
+
+
+def notes(study: Study) -> Sequence[str]:
+    """What this study does and does not prove."""
+    kept = PHANTOM_NOTES if study.first[0].experiment.records.dataset == "cxr_phantom" else ()
+    if study.control is None:
+        kept = kept[:1]
+    seeds = (
+        "Every model was trained once: the intervals are of the test patients, and say nothing of how much another "
+        "training seed would change."
+        if len(study.members) == 1
+        else f"Figures and intervals are those of training seed {next(iter(study.members))}; claims average all seeds."
+    )
+    return (*kept, seeds)
+
+
+def _ensemble_claim(study: Study, options: Mapping[str, Any]) -> Claim:
+    findings = study.first[0].experiment.findings
+    gains = {name: difference(study.tables[STACKED], study.tables[name], findings, **options) for name in study.sizes}
+    nearest = min(gains, key=lambda name: gains[name].value)
+    return Claim(
+        "The stacked ensemble beats every single size on average",
+        _verdict(all(gain.low > 0 for gain in gains.values()), any(gain.high < 0 for gain in gains.values())),
+        f"mean AUROC of the ensemble less that of {nearest}, the best single size: {gains[nearest]}",
+    )
+
+
+def _verdict(yes: bool, no: bool) -> Literal["yes", "no", "undecided"]:
+    return "yes" if yes else "no" if no else "undecided"
+
+
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,89 @@
+"""One run, evaluated: predictions, scores, figures and a page in its directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cxrjax.console import stdout
+from cxrjax.errors import CxrError
+from cxrjax.evaluate.auc import roc_curve
+from cxrjax.evaluate.predict import open_run, predict
+from cxrjax.evaluate.predictions import Predictions
+from cxrjax.evaluate.scores import Scores, score
+from cxrjax.files import write_json
+from cxrjax.report import figures, style
+from cxrjax.report.content import Curve, RunReport
+from cxrjax.report.page import write_page
+from cxrjax.report.tables import terminal
+from cxrjax.train.metrics import read_metrics
+
+
+def evaluate_run(
+    directory: Path, *, part: str = "test", data_dir: Path | None = None, resamples: int | None = None
+) -> dict[str, Any]:
+    """Predict one part with the best checkpoint, score it, and write everything into the run's directory.
+
+    Writes `predictions/PART.parquet`, `predictions/PART.json` (the scores), `figures/PART-*.svg` and
+    `report/index.html`.
+
+    Returns:
+      The scores as one dict, ready for JSON.
+    """
+    experiment, network, about = open_run(directory, data_dir)
+    config = experiment.config
+    predictions = predict(experiment, network, part)
+    predictions.write(directory / "predictions" / f"{part}.parquet")
+    draws: int = config.evaluate.resamples if resamples is None else resamples
+    scores = score(predictions, resamples=draws, seed=config.seed, confidence=config.evaluate.confidence)
+    result = {"part": part, "checkpoint": about, **scores.as_dict()}
+    write_json(directory / "predictions" / f"{part}.json", result)
+
+    report = RunReport(
+        title=f"{config.title or config.model.name}, {config.data.size} px, {part} part",
+        findings=predictions.findings,
+        scores=scores.rows(),
+        interval=interval_text(scores),
+        curves=curves(predictions),
+        training=epochs(directory),
+        provenance={**provenance(directory), "checkpoint": about},
+    )
+    for name, figure in figures.run_figures(report).items():
+        style.save(figure, directory / "figures" / f"{part}-{name}.svg")
+    page = write_page(report, directory / "report" / "index.html")
+    stdout.print(terminal({part: scores.rows()}, predictions.findings))
+    stdout.print(f"report: {page}")
+    return result
+
+
+def interval_text(scores: Scores) -> str:
+    """How the intervals were made, in words."""
+    if not scores.resamples:
+        return ""
+    people = f"{scores.patients:,} patients, {scores.resamples:,} resamples"
+    return f"{scores.confidence:.0%} percentile bootstrap over {people}"
+
+
+def curves(predictions: Predictions) -> dict[str, Curve]:
+    """The ROC curve of every finding that has one."""
+    drawn = {}
+    for k, finding in enumerate(predictions.findings):
+        curve = roc_curve(predictions.logit[:, k], predictions.label[:, k], predictions.known[:, k])
+        if curve is not None:
+            drawn[finding] = Curve(curve.fpr, curve.tpr)
+    return drawn
+
+
+def epochs(directory: Path) -> list[dict[str, Any]]:
+    """One line an epoch of a run's metrics, as the report wants them."""
+    rows = [row for row in read_metrics(directory / "metrics.jsonl") if "val_loss" in row]
+    return [row | {"train_loss": row["train_mean_loss"]} for row in rows]
+
+
+def provenance(directory: Path) -> dict[str, Any]:
+    """What `run.json` says of how the numbers came about."""
+    try:
+        return json.loads((directory / "run.json").read_text())
+    except FileNotFoundError:
+        raise CxrError(
+            f"{directory / 'run.json'} is missing: {directory} is not the directory of a trained run"
+        ) from None
