@@ -116,7 +116,7 @@ class Predictions:
           CxrError: a file or column is missing, or a value is not what it should be; the message names it.
         """
         table = tables.read(Path(path))
-        id_column = table.name_of(tables.ID)
+        ids = table.ids()
         patient_column = table.find(tables.PATIENT)
         kind = "logit" if table.with_prefix("logit") else "prob"
         scores = table.with_prefix(kind)
@@ -125,7 +125,6 @@ class Predictions:
         findings = tuple(scores)
         values = np.stack([table.numbers(column) for column in scores.values()], axis=1)
         wrong = np.argwhere(np.isnan(values) if kind == "logit" else ~((values >= 0) & (values <= 1)))
-        ids = table.strings(id_column)
         if len(wrong):
             row, k = wrong[0]
             fault = "not a number" if np.isnan(values[row, k]) else "not a probability"

@@ -83,11 +83,7 @@ def read_labels(path: Path, findings: Sequence[str]) -> Labels:
       CxrError: a column is missing, an image has two rows, or a value is no label.
     """
     table = tables.read(Path(path))
-    ids = table.strings(table.name_of(tables.ID))
-    names, first = np.unique(ids, return_index=True)
-    if len(names) < len(ids):
-        again = np.setdiff1d(np.arange(len(ids)), first)[0]
-        raise CxrError(f"{path}: row {again + 1} repeats the id {ids[again]}; keep one row per image")
+    ids = table.ids()
     patient = table.find(tables.PATIENT)
     listed = table.find(["Finding Labels"])
     label = _from_columns(table, findings) if listed is None else _from_list(table, listed, findings)

@@ -84,6 +84,19 @@ class Table:
                 found[finding] = column
         return found
 
+    def ids(self) -> np.ndarray:
+        """The images' names, str[N], of the column that `ID` allows.
+
+        Raises:
+          CxrError: there is no such column, or two rows are of one image.
+        """
+        ids = self.strings(self.name_of(ID))
+        names, first = np.unique(ids, return_index=True)
+        if len(names) < len(ids):
+            again = np.setdiff1d(np.arange(len(ids)), first)[0]
+            raise CxrError(f"{self.path}: row {again + 1} repeats the id {ids[again]}; keep one row per image")
+        return ids
+
     def strings(self, column: str) -> np.ndarray:
         """A column as str[N].
 

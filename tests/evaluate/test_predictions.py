@@ -157,7 +157,7 @@ def test_tables_that_no_statistic_could_use_are_refused(change, message):
         ("id,prob_Mass\na,0.5\nb,\n", r"row 2 \(id b\): the score of Mass is nan, not a number"),
         ("id,logit_Mass\na,nan\nb,1\n", r"row 1 \(id a\): the score of Mass is nan, not a number"),
         ("id,prob_Mass\na,0.5\nb,high\n", "column 'prob_Mass' is 'high' in row 2, not a number"),
-        ("id,prob_Mass\na,0.5\na,0.5\n", "row 2 repeats the id a"),
+        ("id,prob_Mass\na,0.5\na,0.5\n", "peer.csv: row 2 repeats the id a"),
         ("id,prob_Mass\na,0.5\n,0.5\n", "column 'id' is empty in row 2"),
         ("id,prob_Mass,label_Mass\na,0.5,3\n", "column 'label_Mass' is 3 in row 1; a label is"),
         ("id,prob_Mass,prob_Edema,label_Mass\na,0.5,0.5,1\n", "no column label_Edema, though others"),
