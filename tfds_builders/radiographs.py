@@ -25,7 +25,7 @@ from tensorflow_datasets.core.utils.py_utils import classproperty
 
 from cxrjax import console
 from cxrjax.data.images import PNG_SIGNATURE, decode, encode, resize
-from cxrjax.data.records import Record, Records, fingerprint, read_directory, write_table
+from cxrjax.data.records import Record, Records, as_table, fingerprint, read_directory, write_table
 from cxrjax.data.splits import check_leakage
 from cxrjax.errors import CxrError
 
@@ -228,6 +228,6 @@ def check(records: Sequence[Record], findings: Sequence[str]) -> Sequence[Record
         if record.id in seen:
             raise CxrError(f"two records have the id {record.id}; ids must be unique")
         seen.add(record.id)
-    table = Records.of(records, findings, dataset="source")
+    table = Records(None, "source", "table", tuple(findings), "", as_table(records, findings))
     check_leakage(table, {part: np.flatnonzero(table.official == part) for part in ("train_val", "test")})
     return records
