@@ -39,9 +39,9 @@ def main() -> None:
 
 def sheet(seed: int, rows: int, size: int, outlined: bool) -> np.ndarray:
     """A grid of radiographs: a row per patient, a column without finding and one for each finding alone."""
-    people = population(seed, 40)
-    women, men = (sorted({r.patient: r for r in people if r.sex == sex}.values(), key=lambda r: r.id) for sex in "FM")
-    chosen = [pair[k % 2] for k, pair in enumerate(zip(women, men, strict=False))][:rows]
+    views = ("PA", "AP", "PA")
+    people = {view: [r for r in population(seed, 40) if r.view == view] for view in views}
+    chosen = [people[views[row % 3]][3 * row] for row in range(rows)]
     columns = ("No finding", *PHANTOM)
     step = size + GAP
     page = np.zeros((CAPTION + rows * step, len(columns) * step - GAP), np.uint8)

@@ -6,9 +6,8 @@ The patient's right side is on the left of the image (side -1), the left side on
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
-from cxrjax.data.phantom.drawing import Points, band, ellipse, spline
+from cxrjax.data.phantom.drawing import Points, ellipse, outline, spline
 from cxrjax.data.phantom.population import Radiograph
 
 RIGHT, LEFT = -1, 1
@@ -21,16 +20,27 @@ CARDIOTHORACIC = {False: (0.42, 0.545), True: (0.555, 0.66)}
 _LUNG = np.array([
     (0.22, -0.375), (0.38, -0.400), (0.55, -0.368), (0.71, -0.285), (0.84, -0.160), (0.94, 0.000), (0.985, 0.150),
     (1.00, 0.255), (1.005, 0.310), (0.985, 0.318), (0.93, 0.275), (0.80, 0.222), (0.60, 0.190), (0.40, 0.193),
-    (0.22, 0.225), (0.11, 0.265), (0.10, 0.150), (0.10, 0.000), (0.12, -0.150), (0.14, -0.280),
+    (0.26, 0.215), (0.18, 0.235), (0.14, 0.130), (0.11, 0.000), (0.12, -0.150), (0.14, -0.280),
 ])  # fmt: skip
 _DOME = slice(9, 17)  # its points on the diaphragm
 # Outline of the heart: x over its width (re-centred below), y over its height from the top.
 _HEART = np.array([
-    (-0.16, -0.06), (-0.28, 0.12), (-0.345, 0.34), (-0.36, 0.56), (-0.32, 0.78), (-0.22, 0.96), (0.05, 1.06),
-    (0.32, 1.08), (0.52, 1.00), (0.625, 0.86), (0.635, 0.72), (0.575, 0.54), (0.46, 0.34), (0.335, 0.16), (0.24, 0.00),
-    (0.10, -0.10),
+    (-0.14, -0.06), (-0.24, 0.12), (-0.30, 0.34), (-0.315, 0.56), (-0.28, 0.78), (-0.18, 0.96), (0.05, 1.05),
+    (0.33, 1.07), (0.54, 1.00), (0.665, 0.87), (0.685, 0.74), (0.63, 0.56), (0.50, 0.36), (0.35, 0.18), (0.23, 0.00),
+    (0.08, -0.10),
 ])  # fmt: skip
-_RIBS = 10
+# Outlines of a shoulder blade and a humerus: x over the thorax's half-width.
+_BLADE = np.array([
+    (1.05, -0.285), (0.98, -0.17), (0.97, -0.04), (1.02, 0.035), (1.07, 0.02), (1.13, -0.09), (1.20, -0.20),
+    (1.27, -0.235), (1.26, -0.30), (1.40, -0.335), (1.38, -0.350), (1.20, -0.325),
+])  # fmt: skip
+_HUMERUS = np.array([
+    (1.24, -0.29), (1.30, -0.325), (1.40, -0.325), (1.47, -0.285), (1.50, -0.21), (1.54, -0.05), (1.60, 0.20),
+    (1.66, 0.60), (1.52, 0.60), (1.45, 0.20), (1.37, -0.05), (1.28, -0.21),
+])  # fmt: skip
+_RIBS, _RIBS_TO_STERNUM = 10, 7
+_BEHIND = np.linspace(0.16, np.pi / 2, 14)  # angles along a rib: from the spine to the side of the chest
+_FRONT = np.linspace(np.pi / 2, 2.62, 12)  # and on to where bone ends and cartilage, which does not show, begins
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,11 @@ class Anatomy:
       heart: outline of the heart.
       mediastinum: outline of the vessels above the heart, the aortic knob included.
       hila: centre of each hilum, by side.
-      ribs_behind: centre lines of the posterior ribs.
-      ribs_front: centre lines of the anterior ribs.
-      rib_width: their width.
+      ribs_behind: outlines of the posterior ribs.
+      ribs_front: outlines of the anterior ribs.
       clavicles: outlines.
-      arms: outlines of scapulae, humeri and their heads.
+      scapulae: outlines of the shoulder blades.
+      humeri: outlines of the upper arms' bones.
       vertebrae: outlines of the vertebral bodies.
       airway: centre lines of the trachea and the main bronchi.
       skin: outline of the body.
@@ -63,9 +73,9 @@ class Anatomy:
     hila: dict[int, Points]
     ribs_behind: Points
     ribs_front: Points
-    rib_width: float
     clavicles: list[Points]
-    arms: list[Points]
+    scapulae: list[Points]
+    humeri: list[Points]
     vertebrae: list[Points]
     airway: list[Points]
     skin: Points
@@ -113,7 +123,8 @@ def anatomy(radiograph: Radiograph) -> Anatomy:
     lowest, highest = CARDIOTHORACIC[radiograph.shows("Cardiomegaly")]
     rank = u(0.2, 1.0) if portable else u(0.0, 0.8)  # nearer the tube, the heart of a portable film looks larger
     heart_width = 2 * half_width * (lowest + rank * (highest - lowest))
-    heart_top, heart_base = u(-0.10, -0.03), 0.245 * tall + depth + u(-0.01, 0.02)
+    medial = lungs[LEFT][lungs[LEFT][:, 0] < 0.32 * half_width, 1].max()
+    heart_top, heart_base = u(-0.10, -0.03), medial + u(0.00, 0.02)
     heart = spline(_HEART + rng.normal(0, 0.008, _HEART.shape), closed=True)
     heart[:, 0] *= heart_width / np.ptp(heart[:, 0])
     heart[:, 1] = heart_top + heart[:, 1] * (heart_base - heart_top)
@@ -129,62 +140,56 @@ def anatomy(radiograph: Radiograph) -> Anatomy:
     }
 
     behind, front = _ribs(rng, half_width, tall, lungs)
+    scapulae, humeri = _arms(rng, half_width, portable)
     return Anatomy(
         half_width=half_width, heart_width=heart_width, lungs=lungs, heart=heart, mediastinum=mediastinum, hila=hila,
-        ribs_behind=behind, ribs_front=front, rib_width=u(0.018, 0.023),
-        clavicles=_clavicles(rng, half_width), arms=_arms(rng, half_width, portable),
+        ribs_behind=behind, ribs_front=front,
+        clavicles=_clavicles(rng, half_width), scapulae=scapulae, humeri=humeri,
         vertebrae=_vertebrae(u(0.062, 0.074)), airway=_airway(rng, hila), skin=_skin(half_width, u(1.14, 1.24)),
         breasts=_breasts(rng, half_width) if radiograph.sex == "F" else [],
     )  # fmt: skip
 
 
 def _ribs(rng: np.random.Generator, half_width: float, tall: float, lungs: dict[int, Points]) -> tuple[Points, Points]:
-    """Centre lines of posterior and anterior ribs: the two halves of tilted rings seen from the front."""
+    """Outlines of posterior and anterior ribs: the two halves of tilted rings seen from the front."""
     start = (np.linspace(-0.425, 0.215, _RIBS) + rng.uniform(-0.012, 0.012)) * tall
     fall = np.linspace(0.055, 0.15, _RIBS) * rng.uniform(0.85, 1.15)
     descent = np.linspace(0.07, 0.15, _RIBS) * rng.uniform(0.85, 1.15)
-    behind = np.linspace(0.16, np.pi / 2, 14)
-    front = np.linspace(np.pi / 2, 2.62, 12)
-    lines = {"behind": [], "front": []}
+    reach = []
     for side in SIDES:
-        lung = lungs[side]
-        top, base = int(lung[:, 1].argmin()), int((side * lung[:, 0]).argmax())
-        reach = np.interp(start + fall, lung[top : base + 1, 1], side * lung[top : base + 1, 0]) + 0.004
-        for y, dy, slope, x in zip(start, fall, descent, np.maximum(reach, 0.42 * half_width), strict=True):
-            lift = 0.015 * np.sin(2 * behind)
-            lines["behind"].append(np.stack([side * x * np.sin(behind), y + dy * (1 - np.cos(behind)) - lift], axis=1))
-            lines["front"].append(np.stack([side * x * np.sin(front), y + dy - slope * np.cos(front)], axis=1))
-    order = [k for k in range(2 * _RIBS) if k % _RIBS < 7]  # the lower ribs end in cartilage, which does not show
-    return np.array(lines["behind"]), np.array(lines["front"])[order]
+        lung = lungs[side] * (side, 1)
+        wall = lung[lung[:, 1].argmin() : lung[:, 0].argmax() + 1]
+        reach.append(side * np.maximum(np.interp(start + fall, wall[:, 1], wall[:, 0]) + 0.004, 0.42 * half_width))
+    reach = np.stack(reach)[..., None]
+    behind = fall[:, None] * (1 - np.cos(_BEHIND)) - 0.015 * np.sin(2 * _BEHIND) + start[:, None]
+    front = (start + fall)[:, None] - descent[:, None] * np.cos(_FRONT)
+    front, foremost = front[:_RIBS_TO_STERNUM], reach[:, :_RIBS_TO_STERNUM]
+    behind = np.stack([reach * np.sin(_BEHIND), np.stack([behind, behind])], axis=-1).reshape(-1, len(_BEHIND), 2)
+    front = np.stack([foremost * np.sin(_FRONT), np.stack([front, front])], axis=-1).reshape(-1, len(_FRONT), 2)
+    width = rng.uniform(0.018, 0.023)
+    return outline(behind, width), outline(front, 1.15 * width)
 
 
 def _clavicles(rng: np.random.Generator, half_width: float) -> list[Points]:
     """Outlines of the clavicles: two flat S, thick at the sternum."""
     line = np.array([(0.045, -0.250), (0.10, -0.272), (0.20, -0.300), (0.30, -0.333), (0.40, -0.350), (0.46, -0.345)])
-    width = np.interp(np.linspace(0, 1, 26), [0, 0.12, 0.5, 1], [0.034, 0.027, 0.019, 0.026])[:, None]
+    width = np.interp(np.linspace(0, 1, 26), [0, 0.04, 0.12, 0.5, 0.95, 1], [0.018, 0.032, 0.027, 0.019, 0.025, 0.012])[
+        :, None
+    ]
     height = rng.uniform(-0.03, 0.01)
     shapes = []
     for side in SIDES:
         curve = spline(line * (half_width / 0.36, 1) + (0, height + rng.uniform(-0.008, 0.008)), samples=5)
-        lower, upper = band(curve, width)
-        shapes.append(np.concatenate([lower, upper[::-1]]) * (side, 1))
+        shapes.append(outline(curve, width) * (side, 1))
     return shapes
 
 
-def _arms(rng: np.random.Generator, half_width: float, portable: bool) -> list[Points]:
-    """Outlines of shoulder blades, humeral heads and shafts; on a portable film the blades overlie the lungs."""
+def _arms(rng: np.random.Generator, half_width: float, portable: bool) -> tuple[list[Points], list[Points]]:
+    """Outlines of shoulder blades and humeri; on a portable film the blades overlie the lungs."""
     inward = rng.uniform(0.06, 0.14) if portable else rng.uniform(-0.06, 0.03)
-    blade = np.array([
-        (1.05, -0.285), (0.98, -0.17), (0.97, -0.04), (1.02, 0.035), (1.07, 0.02), (1.13, -0.09), (1.22, -0.20),
-        (1.30, -0.25), (1.26, -0.30),
-    ])  # fmt: skip
-    shapes = []
-    for side in SIDES:
-        scapula = spline((blade - (inward, 0)) * (half_width, 1), closed=True)
-        head = ellipse((half_width * 1.36, -0.265), (0.050, 0.056))
-        shaft = np.array([(1.30, -0.25), (1.50, -0.25), (1.60, 0.05), (1.64, 0.5), (1.49, 0.5), (1.44, 0.05)])
-        shapes += [shape * (side, 1) for shape in (scapula, head, shaft * (half_width, 1))]
-    return shapes
+    blade = spline(_BLADE - (inward, 0), closed=True) * (half_width, 1)
+    humerus = spline(_HUMERUS, closed=True, samples=3) * (half_width, 1) + (0, rng.uniform(-0.02, 0.02))
+    return [blade * (side, 1) for side in SIDES], [humerus * (side, 1) for side in SIDES]
 
 
 def _vertebrae(pitch: float) -> list[Points]:
@@ -224,43 +229,3 @@ def _breasts(rng: np.random.Generator, half_width: float) -> list[Points]:
         rng.uniform(0.11, 0.17),
     )
     return [ellipse((side * x * half_width, y), (wide * half_width, high), -0.25 * side) for side in SIDES]
-
-
-def vessels(shape: Anatomy, seed: int) -> list[tuple[Points, float, float]]:
-    """The lung's vessels, branching from the hila: (lines, width, brightness) from coarse to fine.
-
-    26 branches and 90 twigs per lung.
-    """
-    rng = np.random.default_rng([seed, 1])
-    strokes: dict[tuple[float, float], list[Points]] = {}
-    for side in SIDES:
-        tree, twigs = _tree(rng, shape.hila[side], shape.lungs[side], side)
-        for calibre, group in ((1.0, tree[:10]), (0.55, tree[10:])):
-            for piece, (width, light) in enumerate(((0.0085, 150), (0.0062, 135), (0.0042, 115), (0.0026, 95))):
-                lines = group[:, 3 * piece : 3 * piece + 4]
-                strokes.setdefault((width * calibre, light * calibre**0.25), []).append(lines)
-        strokes.setdefault((0.0017, 80.0), []).append(twigs)
-    return [(np.concatenate(lines), width, light) for (width, light), lines in sorted(strokes.items())]
-
-
-def _tree(rng: np.random.Generator, hilum: Points, lung: Points, side: int) -> tuple[Points, Points]:
-    """26 branches of 13 points from a hilum towards the lung's border, and 90 twigs of 4 points off them."""
-    spoke = lung - hilum
-    angles, reach = np.arctan2(spoke[:, 1], side * spoke[:, 0]), np.hypot(*spoke.T)
-    order = angles.argsort()
-    angle = np.linspace(-1.35, 1.4, 26)[rng.permutation(26)] + rng.uniform(-0.1, 0.1, 26)
-    length = np.interp(angle, angles[order], reach[order]) * rng.uniform(0.7, 0.97, 26)
-    t = np.linspace(0.05, 1, 13)
-    bend = rng.uniform(-0.16, 0.16, (26, 1)) * t * (1 - t) * 2 + rng.normal(0, 0.006, (26, 13)).cumsum(axis=1)
-    along = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    across = np.stack([-along[:, 1], along[:, 0]], axis=1)
-    path = length[:, None, None] * (t[:, None] * along[:, None] + bend[..., None] * across[:, None])
-    tree = hilum + (path + rng.normal(0, 0.008, (26, 1, 2))) * (side, 1)
-
-    parent, knot = rng.integers(0, 26, 90), rng.integers(3, 12, 90)
-    root = tree[parent, knot]
-    heading = np.arctan2(*(tree[parent, knot + 1] - root).T[::-1]) + rng.choice([-1, 1], 90) * rng.uniform(0.4, 1.0, 90)
-    s = np.linspace(0, 1, 4)
-    turn = heading[:, None] + rng.uniform(-0.5, 0.5, (90, 1)) * s
-    steps = np.stack([np.cos(turn), np.sin(turn)], axis=-1) * (rng.uniform(0.03, 0.085, (90, 1)) * s)[..., None]
-    return tree, root[:, None] + steps

@@ -95,8 +95,10 @@ class Film:
             cv2.fillPoly(layer, [contour], float(value), cv2.LINE_AA, _SHIFT)
         return layer
 
-    def stroke(self, layer: Layer, lines: Points | Sequence[Points], width: float, value: float) -> Layer:
-        """Draw lines of a width in image widths.
+    def stroke(
+        self, layer: Layer, lines: Points | Sequence[Points], width: float, value: float, *, closed: bool = False
+    ) -> Layer:
+        """Draw lines, or the edges of closed contours, of a width in image widths.
 
         A line thinner than the finest pencil is drawn fainter instead, so its light is the same at every size.
         """
@@ -104,7 +106,7 @@ class Film:
         wanted = width * self.size
         pencil = int(np.argmax(1.5 * widths >= wanted)) if 1.5 * widths[-1] >= wanted else len(widths) - 1
         strength = value * min(wanted / widths[pencil], 1.5)
-        cv2.polylines(layer, self._many(lines), False, min(strength, 255.0), _PENCILS[pencil], cv2.LINE_AA, _SHIFT)
+        cv2.polylines(layer, self._many(lines), closed, min(strength, 255.0), _PENCILS[pencil], cv2.LINE_AA, _SHIFT)
         return layer
 
     def inside(self, contours: Iterable[Points]) -> Layer:
@@ -114,13 +116,20 @@ class Film:
             cv2.fillPoly(layer, [contour], 255.0, cv2.LINE_8, _SHIFT)
         return layer
 
+    def trace(self, lines: Sequence[Points], width: float) -> Layer:
+        """A hard mask (0 or 255) of lines of a width in image widths, at least one pixel."""
+        drawn = [np.rint(line / 2**_SHIFT).astype(np.int32) for line in self._many(lines)]
+        return cv2.polylines(self.blank(), drawn, False, 255, max(1, round(width * self.size)))
+
     def smooth(self, layer: Layer, sigma: float) -> Layer:
         """The layer blurred by a Gaussian of `sigma` image widths; below a third of a pixel it stays as it is."""
         pixels = sigma * self.size
         return cv2.GaussianBlur(layer, (0, 0), pixels) if pixels > 1 / 3 else layer
 
 
-def ellipse(centre: Sequence[float], radii: Sequence[float], angle: float = 0.0, points: int = 28) -> Points:
+def ellipse(
+    centre: Sequence[float] | np.ndarray, radii: Sequence[float], angle: float = 0.0, points: int = 28
+) -> Points:
     """The contour of an ellipse turned by `angle` radians."""
     t = np.linspace(0, 2 * np.pi, points, endpoint=False)
     x, y = radii[0] * np.cos(t), radii[1] * np.sin(t)
@@ -128,12 +137,13 @@ def ellipse(centre: Sequence[float], radii: Sequence[float], angle: float = 0.0,
     return np.stack([centre[0] + c * x - s * y, centre[1] + s * x + c * y], axis=1)
 
 
-def band(line: Points, width: float | Float[np.ndarray, "n 1"]) -> tuple[Points, Points]:
-    """The two edges of a band of a width along a line."""
-    along = np.gradient(line, axis=-2)
-    normal = np.stack([-along[..., 1], along[..., 0]], axis=-1)
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-9
-    return line - 0.5 * width * normal, line + 0.5 * width * normal
+def outline(lines: Points, width: float | Float[np.ndarray, "n 1"]) -> Points:
+    """The outline of a band of a width along each line: down its one edge and back up the other."""
+    along = np.empty_like(lines)
+    along[..., 1:-1, :] = lines[..., 2:, :] - lines[..., :-2, :]
+    along[..., 0, :], along[..., -1, :] = lines[..., 1, :] - lines[..., 0, :], lines[..., -1, :] - lines[..., -2, :]
+    normal = along[..., ::-1] * (-0.5, 0.5) * width / np.hypot(along[..., :1], along[..., 1:])
+    return np.concatenate([lines - normal, (lines + normal)[..., ::-1, :]], axis=-2)
 
 
 @functools.lru_cache(maxsize=1)
@@ -157,8 +167,8 @@ def mesh(period: float = 6 / 256) -> Float32[np.ndarray, "bank bank"]:
     rng = np.random.default_rng(20201103)
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) * MESH_DENSITY * period
     noise = np.fft.rfft2(rng.standard_normal((side, side)))
-    waves = np.fft.irfft2(noise * np.exp(-0.5 * ((frequency - 0.6) / 0.15) ** 2), s=(side, side))
+    waves = np.fft.irfft2(noise * np.exp(-0.5 * ((frequency - 0.62) / 0.13) ** 2), s=(side, side))
     ridges = np.exp(-np.abs(waves / waves.std()) * 2)
-    high_pass = np.exp(-((0.62 / np.maximum(frequency, 1e-6)) ** 6))
+    high_pass = np.exp(-((0.92 / np.maximum(frequency, 1e-6)) ** 6))
     texture = np.fft.irfft2(np.fft.rfft2(ridges) * high_pass, s=(side, side))
     return (texture / texture.std()).astype(np.float32)

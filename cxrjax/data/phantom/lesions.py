@@ -30,10 +30,9 @@ class Opacity:
 
 @dataclass(frozen=True)
 class Pneumothorax:
-    """Air between chest wall and lung: the collapsed lung's outline, the pleural line, its contrast."""
+    """Air between chest wall and lung: its outline, the pleural line, the line's contrast."""
 
-    side: int
-    collapsed: Points
+    air: Points
     line: Points
     contrast: float
 
@@ -55,14 +54,38 @@ class Device:
     contrast: float
 
 
+@dataclass(frozen=True)
+class Findings:
+    """All findings of a radiograph but cardiomegaly, which is the shape of the heart; None or empty where absent."""
+
+    effusion: Effusion | None
+    mass: list[Opacity]
+    nodules: list[Opacity]
+    pneumothorax: Pneumothorax | None
+    reticulation: Reticulation | None
+    devices: list[Device]
+
+
+def findings(radiograph: Radiograph, shape: Anatomy) -> Findings:
+    """The findings that a radiograph shows; each is drawn of its own random numbers, so none influences another."""
+    return Findings(
+        effusion=_effusion(radiograph, shape),
+        mass=_mass(radiograph, shape),
+        nodules=_nodules(radiograph, shape),
+        pneumothorax=_pneumothorax(radiograph, shape),
+        reticulation=_reticulation(radiograph, shape),
+        devices=_devices(radiograph, shape),
+    )
+
+
 def _rng(radiograph: Radiograph, finding: str) -> np.random.Generator | None:
-    """The finding's own random numbers; None where it is absent. So no finding influences another."""
+    """The finding's own random numbers; None where it is absent."""
     if not radiograph.shows(finding):
         return None
     return np.random.default_rng([radiograph.disease, PHANTOM.index(finding)])
 
 
-def effusion(radiograph: Radiograph, shape: Anatomy) -> Effusion | None:
+def _effusion(radiograph: Radiograph, shape: Anatomy) -> Effusion | None:
     """Fluid on one side, in a quarter of cases on both; highest at the chest wall."""
     rng = _rng(radiograph, "Pleural Effusion")
     if rng is None:
@@ -70,11 +93,11 @@ def effusion(radiograph: Radiograph, shape: Anatomy) -> Effusion | None:
     sides = SIDES if rng.random() < 0.25 else (SIDES[rng.integers(2)],)
     below = {}
     for side in sides:
-        height = rng.uniform(0.07, 0.18)
+        height = rng.uniform(0.09, 0.22)
         base = shape.lungs[side][:, 1].max()
         x = np.array([-0.1, 0.12, 0.35, 0.60, 0.80, 0.95, 1.15]) * side * shape.half_width
-        rise = np.array([0.50, 0.52, 0.56, 0.64, 0.78, 1.0, 1.15])
-        meniscus = spline(np.stack([x, shape.dome(side) - 0.02 - height * (rise - 0.5) * 1.3], axis=1))
+        rise = np.array([0.35, 0.35, 0.37, 0.43, 0.56, 0.82, 1.15])
+        meniscus = spline(np.stack([x, shape.dome(side) - height * rise], axis=1))
         meniscus[:, 1] = np.minimum(meniscus[:, 1], base)
         below[side] = np.concatenate([meniscus, [(1.2 * side, 0.7), (-0.1 * side, 0.7)]])
     return Effusion(below)
@@ -89,7 +112,7 @@ def _place(rng: np.random.Generator, shape: Anatomy, margin: float) -> np.ndarra
     return np.array([side * rng.uniform(min(inner, middle), max(wall, middle)), y])
 
 
-def mass(radiograph: Radiograph, shape: Anatomy) -> list[Opacity]:
+def _mass(radiograph: Radiograph, shape: Anatomy) -> list[Opacity]:
     """One lobulated mass, 7 to 10 % of the image's width; none where absent."""
     rng = _rng(radiograph, "Mass")
     if rng is None:
@@ -101,7 +124,7 @@ def mass(radiograph: Radiograph, shape: Anatomy) -> list[Opacity]:
     return [Opacity(centre + outline, rng.uniform(0.26, 0.38))]
 
 
-def nodules(radiograph: Radiograph, shape: Anatomy) -> list[Opacity]:
+def _nodules(radiograph: Radiograph, shape: Anatomy) -> list[Opacity]:
     """Two to five round nodules, 2.5 to 4 % of the image's width; none where absent."""
     rng = _rng(radiograph, "Nodule")
     if rng is None:
@@ -116,7 +139,7 @@ def nodules(radiograph: Radiograph, shape: Anatomy) -> list[Opacity]:
     return spots
 
 
-def pneumothorax(radiograph: Radiograph, shape: Anatomy) -> Pneumothorax | None:
+def _pneumothorax(radiograph: Radiograph, shape: Anatomy) -> Pneumothorax | None:
     """The lung drawn off the chest wall, most at the apex; its edge is a thin line."""
     rng = _rng(radiograph, "Pneumothorax")
     if rng is None:
@@ -128,7 +151,9 @@ def pneumothorax(radiograph: Radiograph, shape: Anatomy) -> Pneumothorax | None:
     upper = np.clip((down - lung[:, 1]) / 0.25, 0, 1)
     shrink = collapse * lateral * upper
     collapsed = lung + (hilum - lung) * shrink[:, None]
-    return Pneumothorax(side, collapsed, collapsed[_longest_run(shrink > 0.02)], rng.uniform(0.40, 0.55))
+    parted = _longest_run(shrink > 0.01)
+    line = collapsed[parted]
+    return Pneumothorax(np.concatenate([lung[parted], line[::-1]]), line, rng.uniform(0.40, 0.55))
 
 
 def _longest_run(chosen: np.ndarray) -> np.ndarray:
@@ -139,7 +164,7 @@ def _longest_run(chosen: np.ndarray) -> np.ndarray:
     return max((run for run in runs if chosen[run[0]]), key=len)
 
 
-def reticulation(radiograph: Radiograph, shape: Anatomy) -> Reticulation | None:
+def _reticulation(radiograph: Radiograph, shape: Anatomy) -> Reticulation | None:
     """A net of fine lines over the middle and lower zone of one lung or both."""
     rng = _rng(radiograph, "Reticulation")
     if rng is None:
@@ -149,29 +174,35 @@ def reticulation(radiograph: Radiograph, shape: Anatomy) -> Reticulation | None:
     for side in sides:
         centre = (side * rng.uniform(0.5, 0.7) * shape.half_width, rng.uniform(-0.02, 0.12))
         outlines.append(ellipse(centre, (rng.uniform(0.10, 0.16), rng.uniform(0.13, 0.22)), rng.uniform(-0.4, 0.4)))
-    return Reticulation(outlines, rng.uniform(0.10, 0.15), (rng.uniform(), rng.uniform()))
+    return Reticulation(outlines, rng.uniform(0.08, 0.12), (rng.uniform(), rng.uniform()))
 
 
-def devices(radiograph: Radiograph, shape: Anatomy) -> list[Device]:
+def _devices(radiograph: Radiograph, shape: Anatomy) -> list[Device]:
     """One or two of: jugular catheter, subclavian catheter, gastric tube, chest tube, pacing lead."""
     rng = _rng(radiograph, "Support Devices")
     if rng is None:
         return []
-    wide, dome = shape.half_width, shape.dome(LEFT)
-    side, tip = SIDES[rng.integers(2)], rng.uniform(-0.08, 0.03)
-    courses = (
-        [(-0.24 * wide, -0.60), (-0.20 * wide, -0.40), (-0.10 * wide, -0.25), (-0.15 * wide, tip - 0.08), (-0.15 * wide, tip)],
-        [(1.35 * side * wide, -0.20), (0.9 * side * wide, -0.285), (0.45 * side * wide, -0.285),
-         (0.10 * side * wide, -0.23), (-0.12 * wide, -0.17), (-0.16 * wide, tip)],
-        [(0.02, -0.60), (0.015, -0.3), (0.02, 0.0), (0.03, dome), (0.25 * wide, dome + 0.07), (0.48 * wide, dome + 0.10)],
-        [(1.4 * side * wide, 0.20), (1.0 * side * wide, 0.12), (0.78 * side * wide, -0.02), (0.6 * side * wide, -0.2),
-         (0.45 * side * wide, -0.29)],
-        [(0.9 * wide, -0.22), (0.6 * wide, -0.27), (0.1 * wide, -0.24), (-0.16 * wide, -0.12), (-0.14 * wide, 0.10),
-         (0.15 * wide, 0.17), (0.42 * wide, 0.155)],
-    )  # fmt: skip
-    chosen = rng.choice(len(courses), size=rng.integers(1, 3), replace=False)
+    side, tip, dome = SIDES[rng.integers(2)], rng.uniform(-0.08, 0.03), shape.dome(LEFT)
+    cava, stomach = (-0.15, tip), [(0.08, dome), (0.25, dome + 0.07), (0.48, dome + 0.10)]
+    courses = (  # x over the thorax's half-width
+        [(-0.26, -0.60), (-0.22, -0.40), (-0.13, -0.25), (-0.14, tip - 0.08), cava],
+        [(1.35 * side, -0.20), (0.9 * side, -0.285), (0.45 * side, -0.285), (0.10 * side, -0.23), (-0.12, -0.17), cava],
+        [(0.05, -0.60), (0.04, -0.30), (0.06, 0.00), *stomach],
+        [(1.4 * side, 0.20), (1.0 * side, 0.12), (0.78 * side, -0.02), (0.6 * side, -0.20), (0.45 * side, -0.29)],
+        [
+            (0.9, -0.22),
+            (0.6, -0.27),
+            (0.1, -0.24),
+            (-0.13, -0.15),
+            (-0.16, -0.02),
+            (-0.08, 0.11),
+            (0.15, 0.17),
+            (0.4, 0.16),
+        ],
+    )
     contrast = rng.uniform(0.30, 0.45)
-    return [
-        Device(spline(np.array(courses[k]) + rng.normal(0, 0.008, (len(courses[k]), 2)), samples=8), contrast)
-        for k in chosen
-    ]
+    lines = []
+    for k in rng.choice(len(courses), size=rng.integers(1, 3), replace=False):
+        course = np.array(courses[k]) * (shape.half_width, 1)
+        lines.append(Device(spline(course + rng.normal(0, 0.008, course.shape), samples=8), contrast))
+    return lines

@@ -1,70 +1,28 @@
 """From a description to pixels: grey images and masks of the findings, at any size.
 
 What is soft (tissue, lungs, bones) is drawn on grids of fixed size and enlarged or averaged; what is fine (vessels,
-edges, lines, texture, noise) is drawn at the image's own size. So every size shows the same picture.
+edges, lines, texture, noise) is drawn at the image's own size. So every size shows the same picture. Layers are
+summed as grey levels of attenuation, then developed by the film's curve.
 """
-
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int8, UInt8
 
 from cxrjax.data.phantom import lesions
-from cxrjax.data.phantom.anatomy import SIDES, Anatomy, anatomy, vessels
-from cxrjax.data.phantom.drawing import MESH_DENSITY, Film, Layer, Points, band, ellipse, grain, mesh
+from cxrjax.data.phantom.anatomy import LEFT, RIGHT, Anatomy, anatomy
+from cxrjax.data.phantom.drawing import MESH_DENSITY, Film, Layer, ellipse, grain, mesh
+from cxrjax.data.phantom.exposure import Exposure, exposure
 from cxrjax.data.phantom.population import Radiograph
+from cxrjax.data.phantom.vessels import Vessels, vessels
 from cxrjax.errors import CxrError
 from cxrjax.findings import PHANTOM
 
-COARSE, SOFT = 64, 256  # pixels of the grids on which tissue, and lungs and bones, are drawn
-_UPRIGHT = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-_CONTRAST = 0.6 * 255  # grey levels before the film's curve of a contrast of 1 in aerated lung
 Grey = Float32[np.ndarray, "size size"]
 
-
-@dataclass(frozen=True)
-class Exposure:
-    """How one image was taken: pose, tube and film; nothing of it depends on the findings."""
-
-    pose: Float[np.ndarray, "2 3"]
-    gain: float
-    gamma: float
-    noise: float
-    uneven: Float32[np.ndarray, "4 4"]
-    grain_origin: tuple[int, int]
-    electrodes: list[Points]
-    marker: tuple[str, float, float]
-    gastric_bubble: Points | None
-    collimator: Points | None
-
-
-def exposure(radiograph: Radiograph) -> Exposure:
-    """The circumstances of a radiograph: a function of its exposure's seed and its view."""
-    rng = np.random.default_rng([radiograph.exposure, 2])
-    portable = radiograph.view == "AP"
-    zoom, angle = rng.uniform(0.90, 1.06) if portable else rng.uniform(0.86, 1.02), np.deg2rad(rng.uniform(-6, 6))
-    c, s = zoom * np.cos(angle), zoom * np.sin(angle)
-    shift = rng.uniform(-0.035, 0.035, 2)
-    electrodes = [
-        ellipse((rng.uniform(-0.42, 0.42), rng.uniform(-0.36, 0.25)), (0.0115, 0.0115), points=16)
-        for _ in range(rng.integers(0, 5) if portable else rng.integers(0, 2))
-    ]
-    side = SIDES[rng.integers(2)]
-    marker = ("L" if side > 0 else "R", side * rng.uniform(0.38, 0.44), rng.uniform(-0.44, -0.36))
-    bubble = rng.uniform((0.16, 0.27), (0.22, 0.31)), rng.uniform((0.04, 0.02), (0.08, 0.04))
-    inset = rng.uniform(0.0, 0.035, 4)
-    field = np.array([
-        (-0.5 + inset[0], -0.5 + inset[1]), (0.5 - inset[2], -0.5 + inset[1]), (0.5 - inset[2], 0.5 - inset[3]),
-        (-0.5 + inset[0], 0.5 - inset[3]),
-    ])  # fmt: skip
-    return Exposure(
-        pose=np.array([[c, -s, shift[0]], [s, c, shift[1]]]),
-        gain=rng.uniform(0.90, 1.15), gamma=rng.uniform(0.80, 1.25), noise=rng.uniform(3.0, 6.5) * (1.3 if portable else 1),
-        uneven=rng.normal(0, 6, (4, 4)).astype(np.float32), grain_origin=(int(rng.integers(512)), int(rng.integers(512))),
-        electrodes=electrodes, marker=marker, gastric_bubble=ellipse(*bubble) if rng.random() < 0.6 else None,
-        collimator=field if rng.random() < 0.4 else None,
-    )  # fmt: skip
+COARSE, SOFT = 64, 256  # pixels of the grids on which tissue, and lungs and bones, are drawn
+_CONTRAST = 0.8 * 255  # grey levels before the film's curve of a contrast of 1 in aerated lung
+_UPRIGHT = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def render(radiograph: Radiograph, size: int) -> UInt8[np.ndarray, "size size"]:
@@ -82,23 +40,23 @@ def render(radiograph: Radiograph, size: int) -> UInt8[np.ndarray, "size size"]:
     Raises:
       CxrError: if `size` is below 16.
     """
-    _check(size)
-    shape, taken = anatomy(radiograph), exposure(radiograph)
-    findings = _Findings(radiograph, shape)
+    shape, taken, findings = _described(radiograph, size)
     soft, fine = Film(SOFT, taken.pose), Film(size, taken.pose)
 
     aeration = _aeration(soft, shape, findings)
     grey = _tissue(Film(COARSE, taken.pose), shape, taken)
-    cv2.scaleAdd(aeration.astype(np.float32), -78 / 255, grey, grey)
-    _add_bones(grey, soft, shape)
-    _add_opacities(grey, soft, findings)
+    cv2.scaleAdd(aeration.astype(np.float32), -80 / 255, grey, grey)
+    _add_bones(grey, soft, shape, aeration)
+    _add_opacities(grey, soft, findings, taken)
+    trunks, twigs = vessels(shape, radiograph.body)
+    cv2.accumulate(soft.smooth(_vessels(soft, trunks, aeration, findings), 0.0022), grey)
 
     grey, air = _resize(grey, size), _resize(aeration, size)
-    cv2.accumulate(_vessels(fine, shape, radiograph.body, air, findings), grey)
-    _add_edges(grey, fine, shape)
+    cv2.accumulate(_vessels(fine, twigs, air, findings), grey)
+    cv2.accumulate(_edges(fine, shape, air), grey)
     if findings.reticulation:
         _add_mesh(grey, soft, findings.reticulation, aeration)
-    _add_lines(grey, fine, findings, taken)
+    cv2.accumulate(_lines(fine, findings, taken), grey)
     return _developed(grey, taken)
 
 
@@ -112,12 +70,14 @@ def masks(radiograph: Radiograph, size: int) -> dict[str, Bool[np.ndarray, "size
       radiograph: what is drawn.
       size: pixels along each side, at least 16.
 
+    Returns:
+      A mask for each finding of `PHANTOM` that is present, in that order.
+
     Raises:
       CxrError: if `size` is below 16.
     """
-    _check(size)
-    shape = anatomy(radiograph)
-    film, found = Film(size, exposure(radiograph).pose), _Findings(radiograph, shape)
+    shape, taken, found = _described(radiograph, size)
+    film = Film(size, taken.pose)
     heart = film.inside([shape.heart])
     result = {}
     if radiograph.shows("Cardiomegaly"):
@@ -130,92 +90,83 @@ def masks(radiograph: Radiograph, size: int) -> dict[str, Bool[np.ndarray, "size
     if found.nodules:
         result["Nodule"] = film.inside(spot.outline for spot in found.nodules)
     if found.pneumothorax:
-        lung = film.inside([shape.lungs[found.pneumothorax.side]])
-        result["Pneumothorax"] = lung & ~film.inside([found.pneumothorax.collapsed])
+        result["Pneumothorax"] = film.inside([found.pneumothorax.air])
     if found.reticulation:
         net = film.inside(found.reticulation.outlines) & film.inside(shape.lungs.values())
         result["Reticulation"] = net & ~heart & ~film.inside([shape.mediastinum])
     if found.devices:
-        courses = [film.pixels(device.line) for device in found.devices]
-        lines = [np.rint(course / 64).astype(np.int32) for course in courses]
-        result["Support Devices"] = cv2.polylines(film.blank(), lines, False, 255, max(1, round(0.012 * size)))
+        result["Support Devices"] = film.trace([device.line for device in found.devices], 0.012)
     return {finding: result[finding] > 0 for finding in PHANTOM if finding in result}
 
 
-class _Findings:
-    """All findings of a radiograph; None or empty where absent."""
-
-    def __init__(self, radiograph: Radiograph, shape: Anatomy):
-        self.effusion = lesions.effusion(radiograph, shape)
-        self.mass = lesions.mass(radiograph, shape)
-        self.nodules = lesions.nodules(radiograph, shape)
-        self.pneumothorax = lesions.pneumothorax(radiograph, shape)
-        self.reticulation = lesions.reticulation(radiograph, shape)
-        self.devices = lesions.devices(radiograph, shape)
-
-
-def _check(size: int) -> None:
+def _described(radiograph: Radiograph, size: int) -> tuple[Anatomy, Exposure, lesions.Findings]:
     if size < 16:
         raise CxrError(f"phantom: an image needs at least 16 pixels along each side, got {size}")
+    shape = anatomy(radiograph)
+    return shape, exposure(radiograph), lesions.findings(radiograph, shape)
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if size < len(image) else cv2.INTER_CUBIC)
 
 
-def _aeration(film: Film, shape: Anatomy, findings: _Findings) -> Layer:
+def _aeration(film: Film, shape: Anatomy, findings: lesions.Findings) -> Layer:
     """How much of the way through the chest is air: the lungs less heart, great vessels and fluid."""
-    layer = film.fill(film.blank(), shape.lungs.values(), 255)
+    lungs = film.fill(film.blank(), shape.lungs.values(), 255)
+    layer = lungs
     if findings.effusion:
-        film.fill(layer, findings.effusion.below.values(), 14)  # outside the lungs it is overwritten below
-        outside = film.fill(film.blank(), shape.lungs.values(), 255)
-        layer = cv2.min(layer, outside)
+        layer = cv2.min(lungs, film.fill(film.blank(255), findings.effusion.below.values(), 12))
     film.fill(layer, [shape.mediastinum], 20)
     film.fill(layer, [shape.heart], 26)
     return film.smooth(layer, 0.0035)
 
 
 def _tissue(film: Film, shape: Anatomy, taken: Exposure) -> Grey:
-    """Air, trunk, abdomen, great vessels, heart and hila, on the soft grid."""
-    w = shape.half_width
-    dome = (shape.dome(SIDES[0]) + shape.dome(SIDES[1])) / 2
-    bulk = np.array([(-1.1 * w, dome + 0.05), (1.1 * w, dome + 0.05), (1.2 * w, 0.8), (-1.2 * w, 0.8)])
+    """Air, trunk, abdomen, spine, great vessels, heart, hila, arms and breasts, drawn coarsely, on the soft grid."""
+    wide, top = shape.half_width, (shape.dome(RIGHT) + shape.dome(LEFT)) / 2 + 0.05
+    bulk = np.array([(-1.1 * wide, top), (1.1 * wide, top), (1.2 * wide, 0.8), (-1.2 * wide, 0.8)])
     spine = np.array([(-0.045, -0.7), (0.045, -0.7), (0.055, 0.8), (-0.055, 0.8)])
-    hila = [ellipse(hilum + (0, 0.015), (0.032, 0.055), -0.35 * side) for side, hilum in shape.hila.items()]
-    parts = (
-        ([shape.skin], 112, 0.012), ([bulk], 36, 0.05), ([spine], 20, 0.016), ([shape.mediastinum], 16, 0.014),
-        ([shape.heart], 30, 0.030), (hila, 22, 0.016), (shape.arms[1::3] + shape.arms[2::3], 22, 0.02),
-    )  # fmt: skip
+    hila = [
+        ellipse(centre + np.array([0.01 * side, 0.012]), (0.026, 0.05), -0.4 * side)
+        for side, centre in shape.hila.items()
+    ]
     total = film.blank(8)
-    for contours, value, blur in parts:
-        cv2.add(total, film.smooth(film.fill(film.blank(), contours, value), blur), total)
+    for blur, parts in (
+        (0.012, [([shape.skin], 112)]),
+        (0.016, [([spine], 20), ([shape.mediastinum], 14), (hila, 20), (shape.humeri, 20), (shape.breasts, 15)]),
+        (0.030, [([shape.heart], 30)]),
+        (0.050, [([bulk], 36)]),
+    ):
+        layer = film.blank()
+        for contours, value in parts:
+            cv2.add(layer, film.fill(film.blank(), contours, value), layer)
+        cv2.add(total, film.smooth(layer, blur), total)
     if taken.gastric_bubble is not None:
         cv2.subtract(total, film.smooth(film.fill(film.blank(), [taken.gastric_bubble], 30), 0.008), total)
     grey = cv2.resize(total.astype(np.float32), (SOFT, SOFT), interpolation=cv2.INTER_CUBIC)
     return cv2.add(grey, cv2.resize(taken.uneven, (SOFT, SOFT), interpolation=cv2.INTER_CUBIC))
 
 
-def _add_bones(grey: Grey, film: Film, shape: Anatomy) -> None:
-    """Ribs, clavicles, arms, vertebrae and breasts brighten, the airway darkens."""
-    lower, upper = band(np.concatenate([shape.ribs_behind]), shape.rib_width)
-    behind = np.concatenate([lower, upper[:, ::-1]], axis=1)
-    lower, upper = band(shape.ribs_front, 1.15 * shape.rib_width)
-    front = np.concatenate([lower, upper[:, ::-1]], axis=1)
+def _add_bones(grey: Grey, film: Film, shape: Anatomy, aeration: Layer) -> None:
+    """Ribs, clavicles, arms and vertebrae brighten, the airway darkens."""
+    bones = _through(aeration, film.fill(film.blank(), shape.ribs_behind, 4 * 20))
+    cv2.add(bones, _through(aeration, film.fill(film.blank(), shape.ribs_front, 4 * 13)), bones)
+    for contours, value in ((shape.clavicles, 24), (shape.vertebrae, 7), (shape.scapulae, 12), (shape.humeri, 12)):
+        cv2.add(bones, film.fill(film.blank(), contours, 4 * value), bones)
+    cv2.scaleAdd(film.smooth(bones, 0.003).astype(np.float32), 1 / 4, grey, grey)
     airway = film.stroke(film.blank(), shape.airway[:1], 0.030, 255)
     film.stroke(airway, shape.airway[1:], 0.020, 190)
-    layers = [
-        (film.fill(film.blank(), behind, 255), 17, 0.0025), (film.fill(film.blank(), front, 255), 13, 0.003),
-        (film.fill(film.blank(), shape.clavicles, 255), 24, 0.003), (film.fill(film.blank(), shape.vertebrae, 255), 13, 0.004),
-        (film.fill(film.blank(), shape.arms, 255), 18, 0.004), (airway, -26, 0.005),
-    ]  # fmt: skip
-    if shape.breasts:
-        layers.append((film.fill(film.blank(), shape.breasts, 255), 17, 0.006))
-    for layer, value, blur in layers:
-        cv2.scaleAdd(film.smooth(layer, blur).astype(np.float32), value / 255, grey, grey)
+    cv2.scaleAdd(film.smooth(airway, 0.005).astype(np.float32), -26 / 255, grey, grey)
 
 
-def _add_opacities(grey: Grey, film: Film, findings: _Findings) -> None:
-    """Masses and nodules brighten."""
+def _through(air: Layer, layer: Layer) -> Layer:
+    """A layer as it shows through: whole over aerated lung, three tenths of it over heart and abdomen."""
+    return cv2.multiply(layer, cv2.convertScaleAbs(air, alpha=0.7, beta=77), scale=1 / 255)
+
+
+def _add_opacities(grey: Grey, film: Film, findings: lesions.Findings, taken: Exposure) -> None:
+    """Masses, nodules and electrodes brighten."""
+    cv2.accumulate(film.fill(film.blank(), taken.electrodes, 60), grey)
     for spots, blur in ((findings.mass, 0.004), (findings.nodules, 0.003)):
         if spots:
             layer = film.blank()
@@ -224,81 +175,67 @@ def _add_opacities(grey: Grey, film: Film, findings: _Findings) -> None:
             cv2.scaleAdd(film.smooth(layer, blur).astype(np.float32), _CONTRAST / 255, grey, grey)
 
 
-def _vessels(film: Film, shape: Anatomy, seed: int, air: Layer, findings: _Findings) -> Layer:
-    """The lung's vessels, where there is air around them and no pneumothorax."""
+def _vessels(film: Film, tree: Vessels, air: Layer, findings: lesions.Findings) -> Layer:
+    """Vessels of the lung, where there is air around them and no pneumothorax."""
     layer = film.blank()
-    for lines, width, light in reversed(vessels(shape, seed)):
-        film.stroke(layer, lines, width, 0.45 * light)
-    layer = cv2.multiply(film.smooth(layer, 0.0012), air, scale=1 / 255)
+    for lines, width, contrast in tree:
+        film.stroke(layer, lines, width, contrast * _CONTRAST)
+    layer = cv2.multiply(layer, air, scale=1 / 255)
     if findings.pneumothorax:
-        lung = film.fill(film.blank(), [shape.lungs[findings.pneumothorax.side]], 255)
-        film.fill(lung, [findings.pneumothorax.collapsed], 0)
-        layer = cv2.subtract(layer, lung)
+        film.fill(layer, [findings.pneumothorax.air], 0)
     return layer
 
 
-def _add_edges(grey: Grey, film: Film, shape: Anatomy) -> None:
-    """The cortex of ribs, clavicles and shoulder blades: thin brighter edges."""
+def _edges(film: Film, shape: Anatomy, air: Layer) -> Layer:
+    """The cortex of the bones: thin brighter edges."""
     layer = film.blank()
-    for line, width in ((shape.ribs_behind, shape.rib_width), (shape.ribs_front, 1.15 * shape.rib_width)):
-        lower, upper = band(line, width)
-        film.stroke(layer, [*lower, *upper], 0.0022, 22)
-    closed = [
-        np.concatenate([outline, outline[:1]]) for outline in (*shape.clavicles, *shape.arms[::3], *shape.arms[1::3])
-    ]
-    film.stroke(layer, closed, 0.003, 30)
-    plates = [np.concatenate([outline, outline[:1]]) for outline in shape.vertebrae]
-    film.stroke(layer, plates, 0.002, 15)
-    cv2.accumulate(layer, grey)
+    film.stroke(layer, shape.ribs_behind, 0.0022, 20, closed=True)
+    film.stroke(layer, shape.ribs_front, 0.0022, 17, closed=True)
+    layer = _through(air, layer)
+    for contours, value in ((shape.clavicles, 24), (shape.scapulae, 14), (shape.humeri, 9), (shape.vertebrae, 5)):
+        film.stroke(layer, contours, 0.003, value, closed=True)
+    return layer
 
 
 def _add_mesh(grey: Grey, film: Film, found: lesions.Reticulation, aeration: Layer) -> None:
     """Reticulation: texture of mean zero, where the region is aerated."""
     amount = film.smooth(film.fill(film.blank(), found.outlines, 255), 0.02)
-    amount = _resize(cv2.multiply(amount, aeration, scale=1 / 255).astype(np.float32), len(grey))
+    amount = _resize(cv2.multiply(amount, aeration, scale=1 / 255), len(grey)).astype(np.float32)
     top, left = (int(part * MESH_DENSITY) for part in found.origin)
     texture = _resize(mesh()[top : top + MESH_DENSITY, left : left + MESH_DENSITY], len(grey))
     cv2.scaleAdd(cv2.multiply(amount, texture), found.contrast * _CONTRAST / 255, grey, grey)
 
 
-def _add_lines(grey: Grey, film: Film, findings: _Findings, taken: Exposure) -> None:
-    """The pleural line, tubes, electrodes and the side marker."""
-    layer = film.blank()
-    for electrode in taken.electrodes:
-        film.fill(layer, [electrode], 60)
-        film.stroke(layer, [np.concatenate([electrode, electrode[:1]])], 0.004, 45)
-    thin = [(found.line, found.contrast) for found in findings.devices]
+def _lines(film: Film, findings: lesions.Findings, taken: Exposure) -> Layer:
+    """The pleural line, tubes, the electrodes' rims and the side marker."""
+    layer = film.stroke(film.blank(), taken.electrodes, 0.004, 45, closed=True)
+    for device in findings.devices:
+        film.stroke(layer, [device.line], lesions.LINE_WIDTH, device.contrast * _CONTRAST)
     if findings.pneumothorax:
-        thin.append((findings.pneumothorax.line, findings.pneumothorax.contrast))
-    for line, contrast in thin:
-        film.stroke(layer, [line], lesions.LINE_WIDTH, contrast * _CONTRAST)
-    letter, x, y = taken.marker
-    upright = Film(film.size, _UPRIGHT)
-    upright.stroke(layer, [stroke * 0.03 + (x, y) for stroke in _LETTERS[letter]], 0.006, 150)
-    cv2.accumulate(layer, grey)
-
-
-_LETTERS = {
-    "L": [np.array([(-0.5, -1.0), (-0.5, 1.0), (0.6, 1.0)])],
-    "R": [np.array([(-0.5, 1.0), (-0.5, -1.0), (0.2, -1.0), (0.55, -0.75), (0.55, -0.3), (0.2, 0.0), (-0.5, 0.0)]),
-          np.array([(0.1, 0.0), (0.6, 1.0)])],
-}  # fmt: skip
+        contrast = findings.pneumothorax.contrast * _CONTRAST
+        film.stroke(layer, [findings.pneumothorax.line], lesions.LINE_WIDTH, contrast)
+    return Film(film.size, _UPRIGHT).stroke(layer, taken.marker, 0.006, 150)
 
 
 def _developed(grey: Grey, taken: Exposure) -> Layer:
     """Noise, the film's curve, the collimator's border."""
     size = len(grey)
-    image = cv2.addWeighted(
-        grey, 1, _grain(size, taken.grain_origin), taken.noise * min(1, size / 1024) / 32, 0, dtype=cv2.CV_8U
-    )
+    noise = taken.noise * min(1, size / 1024) / 32  # what a larger pixel collects is noisy in proportion less
+    image = cv2.addWeighted(grey, 1, _grain(size, taken.grain_origin), noise, 0, dtype=cv2.CV_8U)
     dose = np.arange(256) / 255 * taken.gain
     curve = ((1 - np.exp(-2 * dose)) / (1 - np.exp(-2))) ** taken.gamma
     image = cv2.LUT(image, np.rint(255 * curve).clip(0, 255).astype(np.uint8))
     if taken.collimator is not None:
-        upright = Film(size, _UPRIGHT)
-        field = upright.fill(upright.blank(12), [taken.collimator], 255)
-        image = cv2.multiply(image, field, scale=1 / 255)
+        left, top, right, bottom = taken.collimator
+        across, down = _covered(size, left, right), _covered(size, top, bottom)
+        image = cv2.multiply(image, np.rint(255 * np.outer(down, across)).astype(np.uint8), scale=1 / 255)
     return image
+
+
+def _covered(size: int, start: float, end: float) -> Float[np.ndarray, " size"]:
+    """How much of each pixel of a row lies between two places, at least a little: scattered rays blacken no border."""
+    edge = (np.arange(size + 1) / size - 0.5).clip(start, end)
+    return np.maximum(np.diff(edge) * size, 0.06)
 
 
 def _grain(size: int, origin: tuple[int, int]) -> Int8[np.ndarray, "size size"]:
