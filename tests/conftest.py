@@ -26,3 +26,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the real data in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared phantom of 60 patients at 32 px: the `--data-dir` that holds it."""
+    from cxrjax.data.prepare import prepare
+
+    data = tmp_path_factory.mktemp("data")
+    prepare("cxr_phantom", data_dir=data, size=32, patients=60)
+    return data

@@ -83,14 +83,17 @@ class _Trainer:
         self._check_watch()
 
         optimizer = make_optimizer(config.optimizer)
-        self.schedule = schedule(config.optimizer, self.steps)
         self.train_step = make_train_step(
-            experiment.network, optimizer, self.schedule, experiment.mesh, experiment.accumulate
+            experiment.network,
+            optimizer,
+            schedule(config.optimizer, self.steps),
+            experiment.mesh,
+            experiment.accumulate,
         )
         self.predict_step = make_predict_step(experiment.mesh)
         state = TrainState.create(experiment.network, optimizer, config.seed)
         self.state = jax.device_put(state, replicated(experiment.mesh))
-        self.progress = Progress()
+        self.progress, self._last_rate = Progress(), math.nan
         restored = checkpoints.restore_last(self.state)
         if restored:
             self.state, self.progress = restored[0], Progress(**restored[1])
@@ -164,6 +167,7 @@ class _Trainer:
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
                 self._not_finite(step, values, rows)
             self.progress.loss_sum += values["loss"]
+            self._last_rate = values["rate"]
             if step % self.config.train.log_every == 0:
                 self.writer.write_scalars(step, {f"train_{name}": value for name, value in values.items()})
 
@@ -186,7 +190,7 @@ class _Trainer:
                 "train_mean_loss": progress.loss_sum / self.steps_per_epoch,
                 "val_loss": loss,
                 "val_auroc": auroc,
-                "rate": float(self.schedule(progress.step) * self.state.rate_factor),
+                "rate": self._last_rate,
                 "seconds": progress.seconds,
             },
         )

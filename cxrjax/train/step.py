@@ -62,8 +62,8 @@ def make_train_step(
             start = (jax.tree.map(jnp.zeros_like, state.params), state.stats, zero)
             (gradient, stats, loss), _ = jax.lax.scan(part_step, start, (parts, keys))
 
-        rate = (schedule(state.step) * state.rate_factor).astype(jnp.float32)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises float decays to integer counts
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
+            rate = (schedule(state.step) * state.rate_factor).astype(jnp.float32)
             direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda p, d: p - rate.astype(p.dtype) * d, state.params, direction)
         metrics = {

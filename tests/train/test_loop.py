@@ -1,0 +1,109 @@
+"""The loop in one process: what it writes, when it stops, what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cxrjax.errors import CxrError
+from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.train import loop
+from cxrjax.train.checkpoint import Checkpoints
+from cxrjax.train.experiment import Experiment
+from cxrjax.train.metrics import read_metrics
+from cxrjax.train.optimizer import make_optimizer
+from cxrjax.train.run import Run
+from cxrjax.train.state import TrainState
+
+
+def last_state(config, directory):
+    experiment = Experiment.open(config)
+    like = TrainState.create(experiment.network, make_optimizer(config.optimizer), 0)
+    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+        return checkpoints.restore_last(like)
+
+
+def test_a_run_leaves_all_that_says_how_it_came_about(tiny, tmp_path):
+    config = tiny()
+    progress = loop.train(config, tmp_path, mean_auroc)
+    assert (progress.step, progress.validated) == (12, 3)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train_loss" in row] == [2, 4, 6, 8, 10, 12]
+    assert [row["epoch"] for row in rows if "val_loss" in row] == [1, 2, 3]
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert described["steps"] == 12
+    assert set(described["fingerprints"]) == {"data", "split"}
+    assert described["images"]["train"] > 20
+    assert (tmp_path / "split.csv").exists()
+    assert any((tmp_path / "events").iterdir())
+    state, saved = last_state(config, tmp_path)
+    assert int(state.step) == saved["step"] == 12
+
+
+def test_a_finished_run_is_left_alone_and_more_epochs_go_on(tiny, tmp_path):
+    config = tiny("optimizer.schedule=constant", "optimizer.warmup=0")
+    loop.train(config, tmp_path, mean_auroc)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert loop.train(config, tmp_path, mean_auroc).step == 12
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    longer = tiny("optimizer.schedule=constant", "optimizer.warmup=0", "train.epochs=4")
+    assert loop.train(longer, tmp_path, mean_auroc).step == 16
+
+
+@pytest.mark.parametrize("override", ["optimizer.rate=0.5", "train.epochs=9", "model.options.growth=8"])
+def test_another_config_is_refused_and_the_key_named(tiny, tmp_path, override):
+    with Run(tmp_path, tiny()):
+        pass
+    with pytest.raises(CxrError, match=override.partition("=")[0]):
+        loop.train(tiny(override), tmp_path, mean_auroc)
+
+
+def test_two_runs_in_one_directory_are_refused(tiny, tmp_path):
+    with Run(tmp_path, tiny()), pytest.raises(CxrError, match="another process"):
+        loop.train(tiny(), tmp_path, mean_auroc)
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(tiny, tmp_path):
+    values = iter([0.6, 0.8, 0.7, 0.75, 0.9])
+    config = tiny("train.epochs=5", "train.patience=2")
+    progress = loop.train(config, tmp_path, lambda *_: next(values))
+    assert progress.stopped_early
+    assert (progress.validated, progress.best, progress.best_step) == (4, 0.8, 8)
+    with Checkpoints(tmp_path / "checkpoints", reading=True) as checkpoints:
+        network = Experiment.open(config).network
+        _, about = checkpoints.restore_best({"params": network.params, "stats": network.stats})
+    assert about["step"] == 8
+    assert loop.train(config, tmp_path, lambda *_: 1.0).validated == 4  # stopped early stays stopped
+
+
+def test_plateau_halves_the_rate_after_three_epochs_without_a_lower_loss(tiny, tmp_path, monkeypatch):
+    losses = iter([1.0, 0.9, 0.95, 0.9, 0.92, 0.91, 0.91, 0.95])
+    monkeypatch.setattr(loop, "mean_bce", lambda *_: next(losses))
+    config = tiny("optimizer.schedule=plateau", "optimizer.warmup=0", "train.epochs=8", "train.steps_per_epoch=1")
+    loop.train(config, tmp_path, mean_auroc)
+    rates = [row["rate"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    np.testing.assert_allclose(np.array(rates) / config.optimizer.rate, [1] * 5 + [0.5] * 3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_records_and_checkpoint(tiny, tmp_path):
+    config = tiny("optimizer.name=sgd", "optimizer.clip=0", "optimizer.schedule=constant", "train.epochs=50",
+                  "optimizer.warmup=0", "optimizer.rate=1e12", "train.save_every=1")  # fmt: skip
+    with pytest.raises(
+        CxrError, match=r"at step \d+, for records p\d+_s\d+_\d+, .*the last good checkpoint is|no checkpoint"
+    ):
+        loop.train(config, tmp_path, mean_auroc)
+    restored = last_state(config, tmp_path)
+    if restored is not None:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored[0].params))
+
+
+def test_validation_labels_that_define_no_auroc_are_refused_before_training(tiny, tmp_path):
+    config = tiny("split.name=small", "split.sizes=(20, 1, 5)")
+    with pytest.raises(CxrError, match=r"train\.watch=val_loss"):
+        loop.train(config, tmp_path, mean_auroc)
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused(tiny):
+    with pytest.raises(CxrError, match=r"train\.batch = 4"):
+        _ = Experiment.open(tiny("train.per_device=3")).accumulate
