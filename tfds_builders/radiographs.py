@@ -25,7 +25,7 @@ from tensorflow_datasets.core.utils.py_utils import classproperty
 
 from cxrjax import console
 from cxrjax.data.images import PNG_SIGNATURE, decode, encode, resize
-from cxrjax.data.records import Record, Records, as_table, fingerprint, read_directory, write_table
+from cxrjax.data.records import Record, Records, as_table, read_directory, write_table
 from cxrjax.data.splits import check_leakage
 from cxrjax.errors import CxrError
 
@@ -141,10 +141,8 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
         with contextlib.ExitStack() as self._closing:  # after an error, the images under way are dropped
             super()._download_and_prepare(dl_manager, download_config)
         directory = Path(self.data_path)
-        about = [self.name, str(self.builder_config_name), str(self.version), *self.FINDINGS]
-        mark = fingerprint(self._written, *about)
-        empty = Records.of((), self.FINDINGS, dataset=self.name, config=str(self.builder_config_name))
-        write_table(directory, self._written, replace(empty, fingerprint=mark, options=self.options))
+        about = {"dataset": self.name, "config": str(self.builder_config_name), "version": str(self.version)}
+        write_table(directory, self._written, self.FINDINGS, options=self.options, **about)
         read_directory(directory).verify()
 
     def _shard_iterators_per_split(
@@ -158,9 +156,8 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _examples(self, records: Sequence[Record]) -> Generator[tuple[int, dict[str, Any]], None, None]:
         with console.bar(f"{self.name}/{self.builder_config_name}", len(records)) as advance:
-            for row, (record, stored) in enumerate(
-                in_order(lambda record: (record, self._store(record)), records, workers=self.workers)
-            ):
+            images = in_order(self._store, records, workers=self.workers)
+            for row, (record, stored) in enumerate(zip(records, images, strict=True)):
                 self._written.append(replace(record, sha256=stored.sha256))
                 yield row, self._example(record, stored)
                 advance()

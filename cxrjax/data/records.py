@@ -135,7 +135,7 @@ class Records:
         cls, records: Sequence[Record], findings: Sequence[str], *, dataset: str, config: str = "table"
     ) -> "Records":
         """Make the table of records that have no stored images."""
-        mark = fingerprint(records, dataset, config, *findings)
+        mark = fingerprint(records, dataset, config, "", *findings)
         return cls(None, dataset, config, tuple(findings), mark, as_table(records, findings))
 
     def __len__(self) -> int:
@@ -251,11 +251,20 @@ def fingerprint(records: Sequence[Record], *about: str) -> str:
     return digest.hexdigest()
 
 
-def write_table(directory: Path, records: Sequence[Record], about: Records) -> None:
-    """Put the table beside the shards, with what `about` says of them."""
-    header = {"format": FORMAT, "dataset": about.dataset, "config": about.config, "findings": about.findings}
-    header |= {"fingerprint": about.fingerprint, "options": about.options}
-    table = as_table(records, about.findings).replace_schema_metadata({"cxrjax": json.dumps(header)})
+def write_table(
+    directory: Path,
+    records: Sequence[Record],
+    findings: Sequence[str],
+    *,
+    dataset: str,
+    config: str,
+    version: str = "",
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Put the table beside the shards, with its fingerprint and what else `open_records` says."""
+    header = {"format": FORMAT, "dataset": dataset, "config": config, "findings": findings, "options": options or {}}
+    header["fingerprint"] = fingerprint(records, dataset, config, version, *findings)
+    table = as_table(records, findings).replace_schema_metadata({"cxrjax": json.dumps(header)})
     pq.write_table(table, directory / TABLE, compression="zstd")
 
 

@@ -138,10 +138,10 @@ def test_damage_is_found(tmp_path):
     swapped = [1, 0, *range(2, len(records))]
     builder = Builder(patients=4, config="64")._records(None)
     rows = [replace(builder[row], sha256="00") for row in swapped]
-    write_table(prepared.directory, rows, records)
+    write_table(prepared.directory, rows, PHANTOM, dataset="cxr_phantom", config="64")
     with pytest.raises(CxrError, match=r"record 0 of .* is not .*: delete that folder and prepare it again"):
         read_directory(prepared.directory).verify()
-    write_table(prepared.directory, rows[:-1], records)
+    write_table(prepared.directory, rows[:-1], PHANTOM, dataset="cxr_phantom", config="64")
     with pytest.raises(CxrError, match=rf"holds {len(records)} images, its table {len(records) - 1}"):
         read_directory(prepared.directory).verify()
 
