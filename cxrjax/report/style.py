@@ -66,7 +66,7 @@ STYLE: dict[Any, Any] = {
     "ytick.major.width": 0.6,
 }
 
-_RAMP = LinearSegmentedColormap.from_list("sizes", ["#52bfb0", "#2b93c4", "#4460b8", "#7a4db3"])
+_RAMP = LinearSegmentedColormap.from_list("sizes", ["#58c6b6", "#2f98c8", "#4a69c0", "#6a3a9c"])
 
 
 def styled():
@@ -81,10 +81,10 @@ def colours(sizes: int, ensembles: int = 0) -> list[str]:
 
 
 def ink_on(colour: str) -> str:
-    """White or near-black, whichever is read better on a hex colour (WCAG relative luminance)."""
-    channel = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    luminance = 0.2126 * channel[0] + 0.7152 * channel[1] + 0.0722 * channel[2]
-    return WHITE if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.057 else "#101418"
+    """White or black, whichever is read better on a hex colour: a contrast of at least 4.5 (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return WHITE if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def words(text: object, most: int = 30) -> str:

@@ -3,11 +3,13 @@
 import csv as _csv
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
@@ -107,22 +109,29 @@ def terminal(
     metric: str = "auroc", title: str | None = None,
 ) -> TerminalTable:  # fmt: skip
     """A table for the terminal: the score of each finding and model over its interval, the best in bold."""
-    table = TerminalTable(title=None if title is None else Text(title), title_justify="left", header_style="bold")
-    table.add_column("Finding")
-    table.add_column("Positive", justify="right")
+    table = TerminalTable(
+        title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column(METRICS[metric], overflow="fold")
     for model in scores:
-        table.add_column(Text(model), justify="right")
+        table.add_column(Text(model), justify="right", min_width=11, overflow="fold")
     for line in lines(scores, findings, sizes, metric):
         if line.is_mean:
             table.add_section()
-        cells = []
-        for cell in line.cells:
-            text = Text(cell.text, style="bold" if cell.best else "")
-            note = cell.interval if cell.text != "n/a" or not cell.interval else f"({cell.interval})"
-            cells.append(text.append(f"\n{note}" if note else "", style="not bold dim"))
-        name = Text("Mean" if line.is_mean else line.finding).append(f"\n{line.note}" if line.note else "", style="dim")
-        table.add_row(name, "" if line.positives is None else f"{line.positives:,}", *cells)
+        note = line.note if line.positives is None else f"{line.positives:,} positive"
+        table.add_row(
+            _two_lines("Mean" if line.is_mean else line.finding, note),
+            *(_two_lines(cell.text, _short_interval(cell), bold=cell.best) for cell in line.cells),
+        )
     return table
+
+
+def _two_lines(text: str, note: str, *, bold: bool = False) -> Text:
+    return Text.assemble((text, "bold" if bold else ""), (f"\n{note}" if note else "", "dim"))
+
+
+def _short_interval(cell: Cell) -> str:
+    return f"({cell.interval})" if math.isnan(cell.value) and cell.interval else re.sub(r"\b0\.", ".", cell.interval)
 
 
 def csv(scores: Mapping[str, Sequence[Row]]) -> str:

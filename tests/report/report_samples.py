@@ -69,6 +69,9 @@ def gaussian_field(size, sigma):
     return Field(field, np.pi * (diameter / size / 2) ** 2, diameter, diameter / size, theoretical_px=87)
 
 
+BARE = {"weights": None, "curves": {}, "training": {}, "fields": {}, "cams": {}}
+
+
 def study_report(**changes):
     rng = np.random.default_rng(1)
     scores, curves = scores_and_curves()
