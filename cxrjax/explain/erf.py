@@ -66,15 +66,15 @@ def measure(
     translate: float = 0.25,
     mass: float = TWO_SIGMA,
     seed: int = 0,
-    batch_size: int = 4,
-    parallel: int = 8,
+    batch_size: int = 1,
+    parallel: int = 16,
 ) -> ERF:
     """The effective receptive field of the central position of a feature map, the network in evaluation mode.
 
     Equation 1: ERF(p, q) = 1/(K N) sum over channels k and images i of (d f^k(x_i, u, v) / d x_i(p, q))^2, with
     (u, v) the centre (h // 2, w // 2) of the map. x_i(p, q) is the grey value between black 0 and white 1, before it is
     normalised and repeated to the network's channels. The gradient passes through the network's compute type and is
-    summed in float32 over a batch, in float64 over batches.
+    summed in float32 over what runs side by side, in float64 over the rest.
 
     Args:
       network: a trained network.
@@ -90,8 +90,8 @@ def measure(
         is black.
       mass: the share of the map that its size holds; 0.9545 is two sigma.
       seed: of the shifts and the random signs.
-      batch_size: images per forward pass.
-      parallel: backward passes that run side by side; memory grows with `batch_size * parallel`.
+      batch_size: images side by side.
+      parallel: backward passes of each image side by side; memory grows with `batch_size * parallel`.
 
     Raises:
       CxrError: an option out of range, no such feature map, wrong images, or a gradient that is zero everywhere.
@@ -102,11 +102,16 @@ def measure(
     channels, position = shape[3], (shape[1] // 2, shape[2] // 2)
     passes = {"exact": channels, "probe": probes, "sum": 1}[estimator]
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    parallel = min(parallel, passes)
     total = np.zeros(images.shape[1:3], np.float64)
     for batch, index in batches(images, batch_size):
-        options = {"layer": name, "estimator": estimator, "passes": passes, "moment": moment}
-        shifted = translated(batch, translate, rng)
-        total += np.asarray(_moments(network, shifted, index, key, parallel=min(parallel, passes), **options))
+        shifted = jnp.asarray(translated(batch, translate, rng))
+        for start in range(0, passes, parallel):
+            numbers = np.arange(start, start + parallel, dtype=np.int32)
+            numbers[numbers >= passes] = -1  # so that the last chunk has the size of the others
+            total += np.asarray(
+                _moments(network, shifted, index, numbers, key, layer=name, estimator=estimator, moment=moment)
+            )
     # Each pass of `probe` estimates the whole sum over channels; the passes of `exact` are its terms.
     terms = channels * len(images) * (probes if estimator == "probe" else 1)
     field = np.abs(total) / terms
@@ -155,21 +160,23 @@ def translated(
     return shifted
 
 
-@partial(jax.jit, static_argnames=("layer", "estimator", "passes", "moment", "parallel"))
+@partial(jax.jit, static_argnames=("layer", "estimator", "moment"))
 def _moments(
     network: Network,
     images: UInt8[Array, "B H W 1"],
     index: Int32[Array, " B"],
+    numbers: Int32[Array, " P"],
     key: PRNGKeyArray,
     *,
     layer: str,
     estimator: Estimator,
-    passes: int,
     moment: Moment,
-    parallel: int,
 ) -> Float[Array, "H W"]:
-    """Sum over images and passes of the gradient's moment: one pass forward, `parallel` at a time backward."""
-    model = network.model()
+    """Sum over images and over backward passes, of these numbers, of the gradient's moment; -1 counts as none.
+
+    A loop over all passes within the compiled function would spare the forward pass of each call, but the CPU runs
+    convolutions in compiled loops many times slower.
+    """
     wide = storage(network.dtype)
     prepared = prepare(images, network.inputs, network.dtype)
     black, white = prepare(jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1), network.inputs, wide)
@@ -177,32 +184,26 @@ def _moments(
 
     def at_centre(grey: Float[Array, "B H W 1"]) -> Float[Array, "B K"]:
         """Central features of the images plus `grey`, which is zero: it is there to be differentiated by."""
-        maps = model.features(prepared + (grey * contrast).astype(network.dtype))[layer]
+        maps = network.model().features(prepared + (grey * contrast).astype(network.dtype))[layer]
         return maps[:, maps.shape[1] // 2, maps.shape[2] // 2].astype(wide)
 
     features, backward = jax.vjp(at_centre, jnp.zeros(images.shape, wide))
 
-    def direction(number: Array) -> Float[Array, "B K"]:
-        """The combination of channels that pass `number` differentiates; none in the padding."""
+    def gradient(number: Int32[Array, ""]) -> Float[Array, "B H W 1"]:
+        """The gradient of the combination of channels that makes up pass `number`."""
         if estimator == "exact":
-            one = (jnp.arange(features.shape[1]) == number).astype(jnp.int32)
+            one = jax.nn.one_hot(number, features.shape[1], dtype=jnp.int32)
             chosen = jnp.broadcast_to(one, features.shape)
         elif estimator == "probe":
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), number))(index)
             chosen = jax.vmap(lambda key: jax.random.rademacher(key, features.shape[1:], jnp.int32))(keys)
         else:
             chosen = jnp.ones(features.shape, jnp.int32)
-        used = (index >= 0) & (number < passes)  # the last chunk may be longer than what is left
-        return jnp.where(used[:, None], chosen, 0).astype(wide)
+        used = (index >= 0) & (number >= 0)
+        return backward(jnp.where(used[:, None], chosen, 0).astype(wide))[0]
 
-    def chunk(total: Array, numbers: Array) -> tuple[Array, None]:
-        (gradients,) = jax.vmap(lambda number: backward(direction(number)))(numbers)
-        terms = {"square": jnp.square, "absolute": jnp.abs, "mean": lambda g: g}[moment](gradients)
-        return total + terms.sum((0, 1, 4)), None
-
-    numbers = jnp.arange(-(-passes // parallel) * parallel).reshape(-1, parallel)
-    total, _ = jax.lax.scan(chunk, jnp.zeros(images.shape[1:3], wide), numbers)
-    return total
+    terms = {"square": jnp.square, "absolute": jnp.abs, "mean": lambda g: g}[moment](jax.vmap(gradient)(numbers))
+    return terms.sum((0, 1, 4))
 
 
 def _check(estimator: str, probes: int, moment: str, translate: float, mass: float, parallel: int) -> None:
