@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from cxrjax.data.phantom import Radiograph, anatomy, masks, population, render, with_findings
 from cxrjax.data.phantom.anatomy import LEFT, RIGHT
@@ -128,6 +129,16 @@ def test_heart_to_thorax_ratio_decides_cardiomegaly(people):
     assert ratio[enlarged].min() > 0.55 > ratio[~enlarged].max()
     assert ratio[~enlarged].min() > 0.4
     assert ratio[enlarged].max() < 0.67
+
+
+def test_no_border_of_the_heart_alone_decides_cardiomegaly(people):
+    enlarged = [r.shows("Cardiomegaly") for r in people[:1000]]
+    cues = []
+    for radiograph in people[:1000]:
+        shape, zoom = anatomy(radiograph), np.linalg.norm(exposure(radiograph).pose[:, 0])
+        left, right = shape.heart[:, 0].max(), shape.heart[:, 0].min()
+        cues.append(zoom * np.array([left, -right, left - shape.half_width, -right - shape.half_width, left - right]))
+    assert max(roc_auc_score(enlarged, cue) for cue in np.transpose(cues)) < 0.94
 
 
 def test_ratio_is_what_the_image_shows(people):
@@ -250,7 +261,6 @@ def test_image_is_a_radiograph(people):
         assert image[lungs].mean() + 40 < image[heart].mean()
         across = np.flatnonzero(heart.any(axis=0))
         assert across.mean() > np.flatnonzero(lungs.any(axis=0)).mean()  # the apex points to the patient's left
-        assert image.dtype.kind == "f"
         assert 60 < image.mean() < 210
 
 

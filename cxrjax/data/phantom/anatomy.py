@@ -110,7 +110,7 @@ def anatomy(radiograph: Radiograph) -> Anatomy:
     rng = np.random.default_rng([radiograph.body, 0])
     u = rng.uniform
     portable = radiograph.view == "AP"
-    half_width, tall = u(0.30, 0.40), u(0.94, 1.06)
+    half_width, tall = u(0.29, 0.40), u(0.94, 1.06)
     depth = u(-0.012, 0.012) - 0.022 * portable  # a portable film is taken in shallower inspiration
 
     lungs = {}
@@ -127,6 +127,8 @@ def anatomy(radiograph: Radiograph) -> Anatomy:
     heart_top, heart_base = u(-0.10, -0.03), medial + u(0.00, 0.02)
     heart = spline(_HEART + rng.normal(0, 0.008, _HEART.shape), closed=True)
     heart[:, 0] *= heart_width / np.ptp(heart[:, 0])
+    shift = u(-0.13, 0.13) * half_width  # so neither border alone tells the heart's size
+    heart[:, 0] += min(shift, 0.94 * half_width - heart[:, 0].max())
     heart[:, 1] = heart_top + heart[:, 1] * (heart_base - heart_top)
 
     slim, knob = u(0.17, 0.22) * half_width, u(0.02, 0.10) * half_width
@@ -213,7 +215,7 @@ def _skin(half_width: float, girth: float) -> Points:
     """Outline of neck, shoulders and trunk."""
     wall = girth * half_width
     left = np.array([
-        (0.095, -0.70), (0.100, -0.46), (0.150, -0.415), (0.30, -0.385), (0.44, -0.355), (0.56, -0.28), (0.66, -0.05),
+        (0.095, -0.70), (0.100, -0.46), (0.150, -0.440), (0.30, -0.405), (0.44, -0.360), (0.56, -0.28), (0.66, -0.05),
         (0.70, 0.40), (0.66, 0.70), (wall + 0.07, 0.60), (wall + 0.045, 0.30), (wall + 0.03, 0.10), (wall + 0.01, 0.12),
         (wall, 0.25), (wall + 0.005, 0.45), (wall + 0.01, 0.72),
     ])  # fmt: skip

@@ -56,8 +56,8 @@ def exposure(radiograph: Radiograph) -> Exposure:
     c, s = zoom * np.cos(angle), zoom * np.sin(angle)
     pose = np.array([[c, -s, rng.uniform(-0.035, 0.035)], [s, c, rng.uniform(-0.035, 0.035)]])
     electrodes = [
-        ellipse((rng.uniform(-0.42, 0.42), rng.uniform(-0.36, 0.25)), (0.0115, 0.0115), points=16)
-        for _ in range(rng.integers(0, 5) if portable else rng.integers(0, 2))
+        ellipse((rng.uniform(-0.42, 0.42), rng.uniform(-0.36, 0.25)), (0.0095, 0.0095), points=16)
+        for _ in range(rng.integers(0, 4) if portable else rng.integers(0, 2))
     ]
     side = SIDES[rng.integers(2)]
     place = (side * rng.uniform(0.38, 0.44), rng.uniform(-0.44, -0.36))

@@ -174,7 +174,7 @@ def _reticulation(radiograph: Radiograph, shape: Anatomy) -> Reticulation | None
     for side in sides:
         centre = (side * rng.uniform(0.5, 0.7) * shape.half_width, rng.uniform(-0.02, 0.12))
         outlines.append(ellipse(centre, (rng.uniform(0.10, 0.16), rng.uniform(0.13, 0.22)), rng.uniform(-0.4, 0.4)))
-    return Reticulation(outlines, rng.uniform(0.08, 0.12), (rng.uniform(), rng.uniform()))
+    return Reticulation(outlines, rng.uniform(0.065, 0.095), (rng.uniform(), rng.uniform()))
 
 
 def _devices(radiograph: Radiograph, shape: Anatomy) -> list[Device]:

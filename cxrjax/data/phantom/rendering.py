@@ -21,7 +21,7 @@ from cxrjax.findings import PHANTOM
 Grey = Float32[np.ndarray, "size size"]
 
 COARSE, SOFT = 64, 256  # pixels of the grids on which tissue, and lungs and bones, are drawn
-_CONTRAST = 0.8 * 255  # grey levels before the film's curve of a contrast of 1 in aerated lung
+_CONTRAST = 255  # grey levels before the film's curve that become, in aerated lung, about the whole range
 _UPRIGHT = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
@@ -166,7 +166,7 @@ def _through(air: Layer, layer: Layer) -> Layer:
 
 def _add_opacities(grey: Grey, film: Film, findings: lesions.Findings, taken: Exposure) -> None:
     """Masses, nodules and electrodes brighten."""
-    cv2.accumulate(film.fill(film.blank(), taken.electrodes, 60), grey)
+    cv2.accumulate(film.fill(film.blank(), taken.electrodes, 40), grey)
     for spots, blur in ((findings.mass, 0.004), (findings.nodules, 0.003)):
         if spots:
             layer = film.blank()

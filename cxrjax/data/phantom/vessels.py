@@ -18,13 +18,13 @@ def vessels(shape: Anatomy, seed: int) -> tuple[Vessels, Vessels]:
     both = [_tree(rng, shape.hila[side], shape.lungs[side], side) for side in SIDES]
     trunks, branches, twigs = (np.concatenate(level) for level in zip(*both, strict=True))
     broad = [
-        (branches[:, :5], 0.0036, 0.20),
-        (trunks[:, 9:], 0.0036, 0.20),
-        (trunks[:, 6:10], 0.0050, 0.22),
-        (trunks[:, 3:7], 0.0068, 0.24),
-        (trunks[:, :4], 0.0085, 0.24),
+        (branches[:, :5], 0.0036, 0.16),
+        (trunks[:, 9:], 0.0036, 0.16),
+        (trunks[:, 6:10], 0.0050, 0.18),
+        (trunks[:, 3:7], 0.0068, 0.19),
+        (trunks[:, :4], 0.0085, 0.19),
     ]
-    return broad, [(twigs, 0.0015, 0.15), (branches[:, 4:], 0.0024, 0.17)]
+    return broad, [(twigs, 0.0015, 0.12), (branches[:, 4:], 0.0024, 0.14)]
 
 
 def _tree(rng: np.random.Generator, hilum: Points, lung: Points, side: int) -> tuple[Points, Points, Points]:
