@@ -27,6 +27,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if overrides and not hasattr(arguments, "config"):
         parser.error(f"cxrjax {arguments.verb} takes no {overrides[0].partition('=')[0]}")
     arguments.overrides = overrides
+    if not arguments.debug:
+        _quiet()
     try:
         result = arguments.run(arguments)
         if arguments.json:
@@ -38,6 +40,13 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         return _fail(*_explain_error(error))
+
+
+def _quiet() -> None:
+    """Libraries' own remarks are for developers."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
 
 
 def _explain_error(error: Exception) -> tuple[str, int]:
@@ -153,8 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
         )  # fmt: skip
         sub.set_defaults(run=run)
         sub.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
@@ -162,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = verb("demo", _demo, "the main job on the embedded phantom data, from rendering to the report")
-    demo.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="where everything goes")
+    demo.add_argument(
+        "--workdir", type=Path, default=Path("runs/demo"), help="where everything goes (default: runs/demo)"
+    )
     demo.add_argument("--full", action="store_true", help="also at 256 and 512 px, with several seeds")
 
     prepare = verb("prepare", _prepare, "turn a source of radiographs into sharded records of one size")
@@ -170,12 +180,16 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--source", type=Path, help="folder with the images and tables; without it they are downloaded"
     )
-    prepare.add_argument("--data-dir", type=Path, default=Path("data"), help="where prepared data sets lie")
-    prepare.add_argument("--size", type=_size, help="stored side in px, or native (default: native; the phantom's is 256)")
+    prepare.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="where prepared data sets lie (default: data)"
+    )
+    prepare.add_argument(
+        "--size", type=_size, help="stored side in px, or native (default: native; the phantom's is 256)"
+    )
     prepare.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
-    prepare.add_argument("--workers", type=int, help="processes; default: all cores")
-    prepare.add_argument("--patients", type=int, help="cxr_phantom: how many patients to make")
-    prepare.add_argument("--seed", type=int, help="cxr_phantom: of the patients")
+    prepare.add_argument("--workers", type=int, help="threads; default: one a core")
+    prepare.add_argument("--patients", type=int, help="cxr_phantom: how many patients to draw (default: 2600)")
+    prepare.add_argument("--seed", type=int, help="cxr_phantom: of the patients (default: 0)")
 
     train = verb("train", _train, "train one config; goes on by itself where it was stopped")
     _add_config(train)
@@ -189,8 +203,10 @@ def _parser() -> argparse.ArgumentParser:
         "--predictions", type=Path, required=True, help="CSV or Parquet with an id and prob_<finding> columns"
     )
     score.add_argument("--labels", type=Path, help="CSV or Parquet with labels, or NIH's Data_Entry_2017 table")
-    score.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of patients; 0: no intervals")
-    score.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    score.add_argument(
+        "--resamples", type=int, default=1000, help="bootstrap resamples of patients (default: 1000; 0: no intervals)"
+    )
+    score.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
 
     explain = verb("explain", _explain, "where a trained network looks: effective receptive field, or Grad-CAM")
     _add_run(explain)
@@ -231,7 +247,7 @@ def _keys() -> str:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="the directory of a trained run")
-    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument("--split", default="test", help="train, validation or test (default: test)")
     parser.add_argument("--data-dir", type=Path, help="where the prepared data lie now; default: where they were")
 
 

@@ -10,6 +10,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import pytest
 
+from cxrjax import config as configs
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
 SHARED = ROOT.parent / "shared"
@@ -36,3 +38,22 @@ def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("data")
     prepare("cxr_phantom", data_dir=data, size=32, patients=60)
     return data
+
+
+TINY = (
+    "data.stored=32", "data.threads=1", "split.name=random", "split.fractions=(0.5, 0.25, 0.25)",
+    "model.options.growth=4", "model.options.blocks=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
+    "train.steps_per_epoch=4", "train.epochs=3", "train.log_every=2", "mesh.data=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(phantom_data):
+    """Overrides of `demo:32` that make a run of 12 steps."""
+    return [f"data.dir={phantom_data}", *TINY]
+
+
+@pytest.fixture
+def tiny(tiny_overrides):
+    """`tiny(*overrides) -> config`."""
+    return lambda *more: configs.load("demo:32", [*tiny_overrides, *more])

@@ -50,7 +50,9 @@ class Run:
         file = self.directory / "config.json"
         if file.exists():
             refuse_other(flatten(read_config(file)), flatten(config), self.directory)
-        write_json(file, config.to_dict())
+        stored = config.to_dict()
+        stored["data"]["dir"] = str(Path(config.data.dir).resolve())  # found again from any working directory
+        write_json(file, stored)
 
 
 def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:

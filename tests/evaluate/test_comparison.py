@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from cxrjax.errors import CxrError
+from cxrjax.evaluate.comparison import difference
+from cxrjax.evaluate.predictions import Predictions
+
+
+def table(seed, strength, n=60):
+    rng = np.random.default_rng(7)
+    label = rng.integers(0, 2, (n, 2)).astype(float)
+    patient = np.array([f"p{i // 2}" for i in range(n)])
+    noise = np.random.default_rng(seed).standard_normal((n, 2))
+    ids = np.array([f"i{i:03}" for i in range(n)])
+    return Predictions(ids, patient, ("A", "B"), strength * label + noise, label, np.ones((n, 2), bool))
+
+
+def test_the_interval_is_that_of_a_paired_loop_over_sklearn():
+    first, second = table(0, 1.5), table(1, 0.5)
+    found = difference([first], [second], ["A", "B"], resamples=200, seed=3)
+    names, owner = np.unique(first.patient, return_inverse=True)
+    gains = []
+    for number in range(200):
+        drawn = np.random.default_rng([3, number]).integers(len(names), size=len(names))
+        weight = np.bincount(drawn, minlength=len(names))[owner]
+        mean = [
+            np.mean([roc_auc_score(t.label[:, k], t.logit[:, k], sample_weight=weight) for k in range(2)])
+            for t in (first, second)
+        ]
+        gains.append(mean[0] - mean[1])
+    np.testing.assert_allclose((found.low, found.high), np.quantile(gains, [0.025, 0.975]), atol=1e-9)
+    exact = [np.mean([roc_auc_score(t.label[:, k], t.logit[:, k]) for k in range(2)]) for t in (first, second)]
+    assert found.value == pytest.approx(exact[0] - exact[1])
+    assert found.low > 0
+
+
+def test_a_model_does_not_differ_from_itself():
+    found = difference([table(0, 1)], [table(0, 1)], ["B"], resamples=20)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_other_images_are_refused():
+    with pytest.raises(CxrError, match="same images"):
+        difference([table(0, 1)], [table(0, 1, n=58)], ["A"], resamples=20)

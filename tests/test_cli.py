@@ -1,0 +1,211 @@
+"""The verbs as a user gives them: the whole path on a tiny phantom, and one clear line for every mistake."""
+
+import importlib.abc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cxrjax import cli
+from cxrjax.evaluate.predictions import Predictions
+
+
+class NoTensorFlow(importlib.abc.MetaPathFinder):
+    """Fails on any attempt to import TensorFlow or PyTorch, installed or not."""
+
+    def find_spec(self, fullname, path, target=None):
+        assert fullname.partition(".")[0] not in ("tensorflow", "torch"), f"{fullname} was imported"
+
+
+@pytest.fixture(autouse=True)
+def _no_tensorflow(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [NoTensorFlow(), *sys.meta_path])
+
+
+def run(capsys, *words):
+    """Exit code, standard output, and standard error as one line."""
+    code = cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_overrides, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    words = ["train", "--config", "demo:32", "--workdir", str(directory)]
+    assert cli.main([*words, *(f"--config.{word}" for word in tiny_overrides)]) == 0
+    return directory
+
+
+def test_prepare_reports_what_it_made_and_that_it_was_there(capsys, tmp_path):
+    words = ("prepare", "cxr_phantom", "--data-dir", tmp_path / "d", "--size", 32, "--patients", 5, "--json")
+    code, out, _ = run(capsys, *words, tmp_path / "first.json")
+    assert code == 0
+    assert "images of 5 patients" in out
+    first = json.loads((tmp_path / "first.json").read_text())
+    code, out, _ = run(capsys, *words, tmp_path / "second.json")
+    assert code == 0
+    assert "was prepared before" in out
+    assert json.loads((tmp_path / "second.json").read_text())["fingerprint"] == first["fingerprint"]
+
+
+def test_evaluate_writes_predictions_scores_and_a_page(capsys, trained, tmp_path):
+    code, _, err = run(capsys, "evaluate", trained, "--resamples", 50, "--json", tmp_path / "scores.json")
+    assert code == 0, err
+    result = json.loads((tmp_path / "scores.json").read_text())
+    predictions = Predictions.read(trained / "predictions" / "test.parquet")
+    assert result["images"] == len(predictions)
+    mean = result["scores"][-1]
+    assert mean["finding"] == "mean"
+    assert mean["auroc_low"] <= mean["auroc"] <= mean["auroc_high"]
+    page = (trained / "report" / "index.html").read_text()
+    assert "Reticulation" in page
+    code, _, _ = run(capsys, "score", "--predictions", trained / "predictions" / "test.parquet", "--resamples", 50, "--json",
+                     tmp_path / "again.json")  # fmt: skip
+    assert code == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert [row["auroc"] for row in again["scores"]] == [row["auroc"] for row in result["scores"]]
+
+
+def test_explain_writes_arrays_pictures_and_numbers(capsys, trained):
+    code, out, err = run(capsys, "explain", trained, "erf", "--images", 4)
+    assert code == 0, err
+    assert "equivalent diameter" in " ".join(out.split())
+    erf = json.loads((trained / "explain" / "erf.json").read_text())
+    with np.load(trained / "explain" / "erf.npz") as arrays:
+        assert arrays["map"].shape == (32, 32)
+        area = np.sort(arrays["map"], axis=None)[::-1].cumsum() / arrays["map"].sum()
+    assert erf["area_fraction"] == pytest.approx((np.searchsorted(area, erf["mass"]) + 1) / 32**2, abs=2 / 32**2)
+
+    code, out, err = run(capsys, "explain", trained, "gradcam", "--findings", "Mass,Cardiomegaly", "--images", 2)
+    assert code == 0, err
+    with np.load(trained / "explain" / "gradcam.npz") as arrays:
+        assert list(arrays["finding"]) == ["Mass", "Cardiomegaly"]
+        assert arrays["map"].shape[:2] == (len(arrays["id"]), 2)
+    found = json.loads((trained / "explain" / "gradcam.json").read_text())["findings"]
+    assert 0 <= found["Mass"]["hits"] <= found["Mass"]["images"]
+    assert len(list((trained / "explain" / "gradcam" / "Mass").glob("*.png"))) == min(2, found["Mass"]["images"])
+
+
+@pytest.mark.slow
+def test_a_study_makes_one_report_of_several_sizes(capsys, tiny_overrides, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from cxrjax.config import load\n\n\ndef get_config(arg=''):\n"
+        "    config = load(f'demo:{arg or 32}')\n    config.study.sizes = (16, 32)\n    config.study.seeds = (0, 1)\n"
+        "    config.study.control_size = 32\n    config.study.erf_images = 4\n    config.evaluate.resamples = 50\n"
+        "    return config\n"
+    )
+    words = ("study", "resolution", "--config", recipe, "--workdir", tmp_path / "study", "--json", tmp_path / "s.json")
+    code, out, err = run(capsys, *words, *(f"--config.{word}" for word in tiny_overrides))
+    assert code == 0, err
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert set(result["scores"]) == {"16 px", "32 px", "stacked", "voted"}
+    assert all(abs(sum(of.values()) - 1) < 1e-9 for of in result["weights"].values())
+    assert {claim["supported"] for claim in result["claims"]} <= {"yes", "no", "undecided"}
+    assert sorted(p.name for p in (tmp_path / "study" / "runs").iterdir()) == [
+        "16px", "16px-seed1", "32px", "32px-seed1", "control-32px",
+    ]  # fmt: skip
+    page = (tmp_path / "study" / "report" / "index.html").read_text()
+    for words_of_the_page in ("2 training seeds", "drawn by a program", "stacked", "control"):
+        assert words_of_the_page in page
+    assert "report:" in out
+
+
+TRAIN = ("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}")
+BAD = [
+    (("train", "--config", "demo", "--workdir", "{tmp}", "--config.train.epoch=3"), "did you mean train.epochs"),
+    (("train", "--config", "nowhere", "--workdir", "{tmp}"), "no config file nowhere"),
+    (("train", "--config", "demo", "--workdir", "{tmp}", "--config.data.dir={tmp}"), "cxrjax prepare cxr_phantom"),
+    (
+        ("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.data.findings=('Mas',)"),
+        "did you mean Mass",
+    ),
+    (("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.model.options.grow=3"), "growth"),
+    (("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.data.views=LL"), "AP, PA"),
+    (("evaluate", "{tmp}"), "is not the directory of a run"),
+    (("explain", "{tmp}", "erf"), "is not the directory of a run"),
+    (("score", "--predictions", "{tmp}/none.csv"), "none.csv"),
+    (("prepare", "chestxray15", "--data-dir", "{tmp}"), "chestxray14"),
+    (("prepare", "chestxray14", "--data-dir", "{tmp}", "--source", "{tmp}"), "Data_Entry_2017"),
+    (("study", "resolution", "--config", "densenet121", "--workdir", "{tmp}"), "two sizes"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_mistake_is_one_clear_line_and_code_1(capsys, tmp_path, phantom_data, words, message):
+    data = [f"--config.data.dir={phantom_data}", "--config.data.stored=32"]
+    words = [part for word in words for part in (data if word == "{data}" else [word.format(tmp=tmp_path)])]
+    code, out, err = run(capsys, *words)
+    assert code == 1
+    assert message in err
+    assert err.startswith("cxrjax: ")
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    "words", [("frobnicate",), ("demo", "--config.seed=1"), ("train",), ("evaluate", "x", "--nonsense")]
+)
+def test_words_that_are_no_command_exit_with_2(words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(words))
+    assert stopped.value.code == 2
+
+
+def test_a_checkpoint_of_another_model_is_named(capsys, trained, tmp_path, tiny_overrides):
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "checkpoints" / "best").symlink_to(trained / "checkpoints" / "best")
+    (other / "checkpoints" / "last").symlink_to(trained / "checkpoints" / "last")
+    config = json.loads((trained / "config.json").read_text())
+    config["model"]["options"]["growth"] = 6
+    (other / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, "evaluate", other)
+    assert code == 1
+    assert "is of another model" in err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_when_there_is_room(capsys, small_disk, tiny_overrides):
+    words = [
+        "train",
+        "--config",
+        "demo:32",
+        "--workdir",
+        small_disk / "run",
+        *(f"--config.{w}" for w in tiny_overrides),
+    ]
+    (small_disk / "ballast").write_bytes(bytes(200_000))
+    code, out, err = run(capsys, *words)
+    assert code == 1
+    assert "the disk is full" in err
+    assert "Traceback" not in out + err
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert "trained 12 steps" in out
+
+
+def test_help_names_every_verb_and_key():
+    whole = subprocess.run(
+        [sys.executable, "-m", "cxrjax.cli", "train", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "train.steps_per_epoch" in whole.stdout
+    assert Path(cli.__file__).name == "cli.py"

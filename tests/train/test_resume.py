@@ -1,0 +1,144 @@
+"""Killed at any moment and started again, a run ends with the bits of one that never was."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cxrjax import config as configs
+from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.train.checkpoint import Checkpoints
+from cxrjax.train.experiment import Experiment
+from cxrjax.train.loop import train
+from cxrjax.train.metrics import read_metrics
+from cxrjax.train.optimizer import make_optimizer
+from cxrjax.train.state import TrainState
+
+STEPS = 60
+OPTIONS = (
+    "train.epochs=5",
+    "train.steps_per_epoch=12",
+    "train.save_every=1",
+    "augment.rotation=20",
+    "augment.shift=0.1",
+)
+
+
+def words(overrides, directory):
+    return ["train", "--config", "demo:32", "--workdir", str(directory), *(f"--config.{word}" for word in overrides)]
+
+
+def start(overrides, directory):
+    """The command line in a process of its own, with the tests' compilation cache."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cxrjax.cli", *words(overrides, directory)],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def newest(directory: Path) -> int:
+    """The newest whole checkpoint's step."""
+    folder = directory / "checkpoints" / "last"
+    return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+
+
+def final(overrides, directory):
+    """Every array of the last state and of the best network, as bytes, and the progress less its clock."""
+    config = configs.load("demo:32", overrides)
+    experiment = Experiment.open(config)
+    like = TrainState.create(experiment.network, make_optimizer(config.optimizer), 0)
+    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+        restored = checkpoints.restore_last(like)
+        best, _ = checkpoints.restore_best({"params": like.params, "stats": like.stats})
+    assert restored is not None
+    state, progress = restored
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+              for path, leaf in jax.tree_util.tree_leaves_with_path((state, best))}  # fmt: skip
+    return arrays, {name: value for name, value in progress.items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_overrides, tmp_path_factory):
+    """A run that was never stopped, and its overrides."""
+    overrides = [*tiny_overrides, *OPTIONS]
+    directory = tmp_path_factory.mktemp("unbroken")
+    train(configs.load("demo:32", overrides), directory, mean_auroc)
+    return overrides, directory
+
+
+def without_clock(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_no_bit(unbroken, tmp_path):
+    overrides, reference = unbroken
+    rng = random.Random(20261121)
+    kills = 0
+    for _ in range(40):
+        before = newest(tmp_path)
+        process = start(overrides, tmp_path)
+        # Two in three die some way into the steps and the writing of checkpoints, the others at any time since the start.
+        patience = None if rng.random() < 2 / 3 else rng.uniform(0.5, 6)
+        deadline = time.monotonic() + (patience or 120)
+        while time.monotonic() < deadline and process.poll() is None:
+            if patience is None and newest(tmp_path) > before + rng.randrange(4):
+                time.sleep(rng.uniform(0, 0.05))
+                break
+            time.sleep(0.005)
+        if process.poll() is not None:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+        if kills >= 12:
+            break
+    assert kills >= 10
+    process = start(overrides, tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert newest(tmp_path) == STEPS
+    assert final(overrides, tmp_path) == final(overrides, reference)
+    assert without_clock(read_metrics(tmp_path / "metrics.jsonl")) == without_clock(
+        read_metrics(reference / "metrics.jsonl")
+    )
+    assert not list(tmp_path.rglob("*orbax-checkpoint-tmp*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly_and_the_run_goes_on(unbroken, tmp_path, number):
+    overrides, reference = unbroken
+    overrides = [*overrides, "train.save_every=0"]
+    process = start(overrides, tmp_path)
+    while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path / "metrics.jsonl"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    step = newest(tmp_path)
+    assert 0 < step < STEPS
+    assert f"stopped by {number.name} at step {step} of {STEPS}" in " ".join(errors.split())
+    process = start(overrides, tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert final(overrides, tmp_path) == final(overrides, reference)
+
+
+def test_saving_inside_an_epoch_changes_no_bit(unbroken, tmp_path):
+    overrides, reference = unbroken
+    train(configs.load("demo:32", [*overrides, "train.save_every=5", "data.threads=3"]), tmp_path, mean_auroc)
+    assert final(overrides, tmp_path) == final(overrides, reference)
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == STEPS
