@@ -4,6 +4,7 @@ Haque et al., "Effect of image resolution on automated classification of chest X
 "Understanding the effective receptive field in deep convolutional neural networks" (2016).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -67,7 +68,8 @@ def measure(
     mass: float = TWO_SIGMA,
     seed: int = 0,
     batch_size: int = 1,
-    parallel: int = 16,
+    parallel: int | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> ERF:
     """The effective receptive field of the central position of a feature map, the network in evaluation mode.
 
@@ -91,27 +93,32 @@ def measure(
       mass: the share of the map that its size holds; 0.9545 is two sigma.
       seed: of the shifts and the random signs.
       batch_size: images side by side.
-      parallel: backward passes of each image side by side; memory grows with `batch_size * parallel`.
+      parallel: backward passes of each image side by side; memory grows with `batch_size * parallel`. By default as
+        many as make 2^20 pixels: 16 for one image of 256 x 256, and 1 from 1024 x 1024 on.
+      advance: told how many backward passes were done, each time some were; there are `passes` per image in all
+        (`console.bar` gives one).
 
     Raises:
       CxrError: an option out of range, no such feature map, wrong images, or a gradient that is zero everywhere.
     """
-    _check(estimator, probes, moment, translate, mass, parallel)
+    _check(estimator, probes, moment, translate, mass)
     images = checked(images)
     name, shape = feature_map(network, images, layer)
     channels, position = shape[3], (shape[1] // 2, shape[2] // 2)
     passes = {"exact": channels, "probe": probes, "sum": 1}[estimator]
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    parallel = min(parallel, passes)
+    side_by_side = min(parallel or max(2**20 // (batch_size * images[0].size), 1), passes)
     total = np.zeros(images.shape[1:3], np.float64)
     for batch, index in batches(images, batch_size):
         shifted = jnp.asarray(translated(batch, translate, rng))
-        for start in range(0, passes, parallel):
-            numbers = np.arange(start, start + parallel, dtype=np.int32)
+        for start in range(0, passes, side_by_side):
+            numbers = np.arange(start, start + side_by_side, dtype=np.int32)
             numbers[numbers >= passes] = -1  # so that the last chunk has the size of the others
             total += np.asarray(
                 _moments(network, shifted, index, numbers, key, layer=name, estimator=estimator, moment=moment)
             )
+            if advance is not None:
+                advance(int((index >= 0).sum() * (numbers >= 0).sum()))
     # Each pass of `probe` estimates the whole sum over channels; the passes of `exact` are its terms.
     terms = channels * len(images) * (probes if estimator == "probe" else 1)
     field = np.abs(total) / terms
@@ -206,15 +213,15 @@ def _moments(
     return terms.sum((0, 1, 4))
 
 
-def _check(estimator: str, probes: int, moment: str, translate: float, mass: float, parallel: int) -> None:
+def _check(estimator: str, probes: int, moment: str, translate: float, mass: float) -> None:
     if estimator not in get_args(Estimator):
         raise CxrError(f"no estimator {estimator!r}; choose one of {', '.join(get_args(Estimator))}")
     if moment not in get_args(Moment):
         raise CxrError(f"no moment {moment!r}; choose one of {', '.join(get_args(Moment))}")
     if estimator == "probe" and moment != "square":
         raise CxrError(f"random signs estimate squares only: for the moment {moment!r} use the estimator exact or sum")
-    if min(probes, parallel) < 1 or not 0 <= translate < 1 or not 0 < mass <= 1:
+    if probes < 1 or not 0 <= translate < 1 or not 0 < mass <= 1:
         raise CxrError(
-            f"out of range: probes ({probes}) and parallel ({parallel}) must be at least 1, translate ({translate}) "
-            f"in [0, 1), mass ({mass}) above 0 and at most 1"
+            f"out of range: probes ({probes}) must be at least 1, translate ({translate}) in [0, 1), "
+            f"mass ({mass}) above 0 and at most 1"
         )

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.receptive_field import ReceptiveField, fields_of
+from cxrjax.explain.receptive_field import ReceptiveField, fields_of, receptive_fields, theoretical
+from cxrjax.models import create
+from cxrjax.models.network import Network
 
 SIDE = 96
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -201,3 +203,27 @@ def test_rematerialised_modules_and_order_of_maps():
 def test_a_map_without_the_image_is_an_error():
     with pytest.raises(CxrError, match="'bias' does not depend on the image"):
         fields_of(lambda images: {"bias": jnp.zeros((1, 4, 4, 1))}, f32(1, 8, 8, 1))
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_densenet121_has_the_papers_field(remat):
+    fields = receptive_fields(Network.of(create("densenet121", classes=2, remat=remat)))
+    # stem 7x7/2 and 3x3/2; 3x3 per layer at strides 4, 8, 16, 32; 2x2/2 in each transition
+    sizes = {"stem": 1 + 6 + 2 * 2, "block1": 11 + 6 * 8, "block2": 59 + 4 + 12 * 16, "block3": 255 + 8 + 24 * 32}
+    assert {name: fields[name].size for name in sizes} == sizes
+    assert (fields["final"].size, fields["final"].stride, fields["final"].whole) == (2071, 32, False)
+
+
+def test_a_real_networks_field_is_the_support_of_its_gradient():
+    with jax.enable_x64(True):
+        model = create("densenet_small", classes=2, dtype="float64", stem_pool="none", blocks=(1, 1), growth=4)
+        network = Network.of(model)
+        positive = jax.tree.map(lambda p: jnp.abs(p) + 0.1, network.params)
+        network = Network(positive, network.stats, network.skeleton)
+        field = theoretical(network, image_size=64)
+        (top, bottom), columns = support(lambda x: network.model().features(x)["final"], (8, 8), side=64)
+        assert field.rows.at(8) == (top, bottom)
+        assert field.columns.at(8) == columns
+        assert field == theoretical(network, "final", image_size=64)
+        with pytest.raises(CxrError, match="no feature map 'block7'; this network has stem, block1, block2, final"):
+            theoretical(network, "block7", image_size=64)
