@@ -74,6 +74,8 @@ class DenseNet(Backbone):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
         make = Maker(dtype, seed)
         width = positive("bottleneck", bottleneck) * positive("growth", growth)
+        if isinstance(blocks, str) or not isinstance(blocks, Sequence):
+            raise CxrError(f"blocks must be a sequence of layer numbers such as (6, 12, 24, 16), not {blocks!r}")
         self.blocks = len(blocks)
         self.stem_pool = one_of("stem_pool", stem_pool, STEM_POOLS)
         if self.blocks == 0 or positive("stem_kernel", stem_kernel) % 2 == 0:

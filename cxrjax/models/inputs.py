@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from cxrjax.errors import CxrError
+from cxrjax.models.layers import storage
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def prepare(images: UInt8[Array, "B H W 1"], spec: InputSpec, dtype) -> Float[Ar
         )
     if images.ndim != 4 or images.shape[-1] != 1:
         raise CxrError(f"a network takes grey images of shape B x H x W x 1, not {' x '.join(map(str, images.shape))}")
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = storage(dtype)
     scale = [(spec.high - spec.low) / 255 / std for std in spec.std]
     shift = [(spec.low - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True)]
     per_channel = (1, 1, 1, spec.channels)

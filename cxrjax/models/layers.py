@@ -16,7 +16,7 @@ Maps = Float[Array, "B H W C"]
 
 def storage(dtype) -> np.dtype:
     """The type of parameters and batch statistics, and of norm arithmetic, for a compute type: float32 at least."""
-    return np.dtype(jnp.promote_types(dtype, jnp.float32))
+    return np.promote_types(dtype, np.float32)
 
 
 class Maker:
@@ -31,6 +31,8 @@ class Maker:
     """
 
     def __init__(self, dtype, seed: int):
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise CxrError(f"seed must be a whole number, 0 or above, not {seed!r}")
         self.dtype = np.dtype(dtype)
         self.param_dtype = storage(dtype)
         self._generator = np.random.Generator(np.random.PCG64(seed))

@@ -1,0 +1,184 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import Parity, relative_error
+
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.network import Network, parameter_count
+from cxrjax.models.pretrained import load_published
+
+TINY = {"growth": 4, "blocks": (2, 1), "stem_channels": 4}
+
+
+@pytest.fixture(scope="module")
+def parity(shared) -> Parity:
+    return Parity(shared / "parity", "tv-densenet121")
+
+
+def reference(parity: Parity, dtype: str) -> Network:
+    model = create("densenet121", classes=1000, dtype=dtype)
+    load_published(model, parity.state_dict())
+    return Network.of(model)
+
+
+def test_inference_agrees_with_torchvision(parity):
+    network = reference(parity, "float32")
+
+    @jax.jit
+    def run(network: Network, images: jax.Array) -> Any:
+        def class_sum(images):
+            model = network.model()
+            features = model.features(images)
+            logits = model.head(features)
+            return logits[:, 3].sum(), (features["final"], logits)
+
+        gradient, (maps, logits) = jax.grad(class_sum, has_aux=True)(images)
+        return maps, logits, gradient
+
+    images = jnp.asarray(parity.images())
+    maps, logits, _ = run(network, images)
+    assert logits.dtype == jnp.float32
+    assert relative_error(logits, parity.results["eval_logits"]) < 1e-4
+    assert relative_error(maps, parity.results["eval_features"].transpose(0, 2, 3, 1)) < 1e-4
+
+    # One value before a ReLU is so near 0 (3e-7 of its map's mean) that rounding decides its sign, and the reference
+    # has the other one, which is 0.4 % of the gradient. A millionth more bias puts it on the reference's side.
+    norm = network.params["denseblock1"]["denselayer3"]["norm2"]
+    norm["bias"] = norm["bias"].at[81].add(1e-6)
+    gradient = run(network, images)[-1]
+    assert relative_error(gradient, parity.results["eval_input_gradient"].transpose(0, 2, 3, 1)) < 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "gradient_error"), [("float32", 1e-2), ("float64", 1e-3)])
+def test_training_agrees_with_torchvision(parity, dtype, gradient_error):
+    """In float32, signs of values that are 0 but for rounding move the first convolution's gradient by 0.3-0.8 %."""
+
+    @jax.jit
+    def run(network: Network, images: jax.Array) -> Any:
+        def loss(params):
+            model = dataclasses.replace(network, params=params).model()
+            logits = model(images, train=True)
+            return logits[0, 3] - 0.5 * logits[1, 3], (logits, Network.of(model).stats)
+
+        gradient, (logits, stats) = jax.grad(loss, has_aux=True)(network.params)
+        return logits, gradient["conv0"]["kernel"], gradient["classifier"]["output"]["kernel"][:, 3], stats
+
+    with jax.enable_x64(dtype == "float64"):
+        network = reference(parity, dtype)
+        logits, first, last, stats = jax.device_get(run(network, jnp.asarray(parity.images(), dtype)))
+    assert relative_error(logits, parity.results["train_logits"]) < 1e-4
+    assert relative_error(first, parity.results["train_grad_first_conv"].transpose(2, 3, 1, 0)) < gradient_error
+    assert relative_error(last, parity.results["train_grad_classifier_row3"]) < 1e-3
+    assert relative_error(stats["norm0"]["mean"], parity.results["train_first_bn_mean"]) < 1e-3
+    assert relative_error(stats["norm5"]["mean"], parity.results["train_last_bn_mean"]) < 1e-3
+
+
+def test_parameter_counts():
+    assert parameter_count(create("densenet121", classes=14)) == 6_968_206
+    # 7,569,486 in the paper, whose tool adds the batch statistics.
+    network = Network.of(create("densenet121", classes=14, hidden=512))
+    assert parameter_count(network) + parameter_count(network.stats) == 7_569_486
+
+
+def test_stages_halve_and_odd_sizes_round_as_in_torch():
+    network = Network.of(create("densenet121", classes=3, growth=4, blocks=(1, 1, 1, 1), stem_channels=4))
+    images = jax.ShapeDtypeStruct((2, 131, 97, 3), jnp.float32)
+    features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
+    # (n + 1) // 2 for the stem's padded convolution and pooling, n // 2 for the transitions.
+    assert {name: maps.shape[1:3] for name, maps in features.items()} == {
+        "stem": (33, 25), "block1": (33, 25), "block2": (16, 12), "block3": (8, 6), "block4": (4, 3), "final": (4, 3),
+    }  # fmt: skip
+    assert list(features) == ["stem", "block1", "block2", "block3", "block4", "final"]
+
+
+@pytest.mark.parametrize("name", ["densenet_small", "simple_cnn"])
+def test_recomputing_changes_nothing(name):
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (3, 40, 48, 1), np.uint8)
+    options = TINY if name == "densenet_small" else {}
+    results = {}
+    with jax.enable_x64(True):
+        for remat in ("none", "layer"):
+            network = Network.of(create(name, classes=3, dtype="float64", remat=remat, seed=1, **options))
+
+            def loss(params, network=network):
+                logits, stats = dataclasses.replace(network, params=params).apply(images, train=True)
+                return jnp.square(logits).sum(), (logits, stats)
+
+            step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+            if remat == "layer":
+                assert "prevent_cse" in str(step.trace(network.params).jaxpr)  # else this test compares nothing
+            results[remat] = jax.device_get(step(network.params))
+    assert results["none"][0][0].dtype == np.float64
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), *results.values())
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_a_training_step_moves_the_statistics_once(remat):
+    network = Network.of(create("densenet_small", classes=2, remat=remat, **TINY))
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), np.uint8)
+
+    @jax.jit
+    def step(network, images):
+        def loss(params):
+            logits, stats = dataclasses.replace(network, params=params).apply(images, train=True)
+            return logits.sum(), stats
+
+        return jax.grad(loss, has_aux=True)(network.params)[1]
+
+    once = step(network, images)
+    for before, after in zip(jax.tree.leaves(network.stats), jax.tree.leaves(once), strict=True):
+        assert not np.array_equal(before, after)
+    # The same images again: the mean has moved 1 - 0.9^2 of the way to theirs, after 1 - 0.9 the first time.
+    twice = step(dataclasses.replace(network, stats=once), images)
+    first, second = once["norm0"]["mean"], twice["norm0"]["mean"]
+    np.testing.assert_allclose(second, 1.9 * first, rtol=1e-5)
+
+
+def test_inference_leaves_the_statistics_alone():
+    network = Network.of(create("densenet_small", classes=2, **TINY))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
+    _, stats = jax.jit(lambda network: network.apply(images))(network)
+    jax.tree.map(np.testing.assert_array_equal, stats, network.stats)
+
+
+def test_bfloat16_is_close_to_float32():
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), np.uint8)
+    logits = {}
+    for dtype in ("bfloat16", "float32"):
+        network = Network.of(create("densenet_small", classes=5, dtype=dtype, seed=2))
+        assert {leaf.dtype for leaf in jax.tree.leaves((network.params, network.stats))} == {np.dtype("float32")}
+        logits[dtype], stats = jax.jit(lambda network: network.apply(images, train=True))(network)
+        assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {np.dtype("float32")}
+        assert logits[dtype].dtype == jnp.float32
+    assert 1e-5 < relative_error(logits["bfloat16"], logits["float32"]) < 0.03
+
+
+def test_statistics_are_of_the_global_batch_on_any_mesh():
+    network = Network.of(create("densenet_small", classes=2, **TINY))
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 1), np.uint8)
+    apply = jax.jit(lambda network, images: network.apply(images, train=True))
+    alone = apply(network, images)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "space"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "space"))
+    sharded = apply(jax.device_put(network, whole), jax.device_put(images, split))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone, sharded)
+
+
+def test_too_small_images_are_refused():
+    network = Network.of(create("densenet121", classes=2, growth=2, blocks=(1, 1, 1, 1), stem_channels=2))
+    with pytest.raises(CxrError, match="too small"):
+        jax.eval_shape(lambda n, i: n.apply(i)[0], network, jax.ShapeDtypeStruct((1, 16, 16, 1), jnp.uint8))
+
+
+def test_one_value_per_channel_cannot_train():
+    network = Network.of(create("densenet_small", classes=2, **TINY))
+    images = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8)
+    with pytest.raises(CxrError, match="larger batch"):
+        jax.eval_shape(lambda n, i: n.apply(i, train=True)[0], network, images)

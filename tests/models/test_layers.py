@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cxrjax.errors import CxrError
+from cxrjax.models.heads import Classifier
+from cxrjax.models.layers import BatchNorm, Maker, average_pool, max_pool
+
+
+def test_batch_norm_agrees_with_its_closed_form():
+    rng = np.random.default_rng(1)
+    maps = rng.normal(3.0, 2.0, (2, 3, 5, 4))
+    norm = BatchNorm(4, dtype=jnp.float32)
+    norm.scale[...] = scale = jnp.array([0.5, 1.0, 2.0, -1.0])
+    norm.bias[...] = bias = jnp.array([0.0, 1.0, -1.0, 0.3])
+    normal = (maps - maps.mean((0, 1, 2))) / np.sqrt(maps.var((0, 1, 2)) + 1e-5)
+    ours = norm(jnp.asarray(maps, jnp.float32), train=True)
+    np.testing.assert_allclose(ours, normal * np.asarray(scale) + np.asarray(bias), atol=2e-6)
+    # PyTorch: running = 0.9 running + 0.1 batch, from 0 and 1, with the unbiased variance.
+    mean, var = 0.1 * maps.mean((0, 1, 2)), 0.9 + 0.1 * maps.var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+    ours = norm(jnp.asarray(maps, jnp.float32), train=False)
+    expected = (maps - mean) / np.sqrt(var + 1e-5) * np.asarray(scale) + np.asarray(bias)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_batch_norm_of_bfloat16_computes_in_float32():
+    maps = jnp.asarray(np.random.default_rng(2).normal(100, 1, (4, 8, 8, 3)), jnp.bfloat16)
+    norm = BatchNorm(3, dtype=jnp.bfloat16)
+    ours = norm(maps, train=True)
+    assert ours.dtype == jnp.bfloat16
+    assert norm.mean.dtype == norm.var.dtype == jnp.float32
+    exact = np.asarray(maps, np.float64)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * exact.mean((0, 1, 2)), rtol=1e-5)
+    normal = (exact - exact.mean((0, 1, 2))) / exact.std((0, 1, 2))
+    np.testing.assert_allclose(np.asarray(ours, np.float64), normal, rtol=2**-8, atol=2e-3)
+
+
+def test_batch_norm_does_not_cancel_where_the_running_mean_is_near():
+    """Far from 0, E[x^2] - E[x]^2 has no digit left in float32; moments about the running mean keep theirs."""
+    maps = np.random.default_rng(3).normal(10_000, 1, (4, 8, 8, 1))
+    norm = BatchNorm(1, dtype=jnp.float32)
+    norm.mean[...] = jnp.array([10_000.5])
+    norm(jnp.asarray(maps, jnp.float32), train=True)
+    exact = maps.astype(np.float32).astype(np.float64).var(ddof=1)
+    np.testing.assert_allclose((norm.var[0] - 0.9) / 0.1, exact, rtol=1e-4)
+
+
+def test_batch_norm_gradient_agrees_with_finite_differences():
+    with jax.enable_x64(True):
+        maps = jnp.asarray(np.random.default_rng(4).normal(1, 2, (2, 2, 2, 2)))
+        weights = jnp.asarray(np.random.default_rng(5).normal(size=maps.shape))
+
+        def loss(maps):
+            return (BatchNorm(2, dtype=jnp.float64)(maps, train=True) * weights).sum()
+
+        gradient = np.asarray(jax.grad(loss)(maps)).ravel()
+        loss = jax.jit(loss)
+        for k, step in enumerate(np.eye(maps.size).reshape(maps.size, *maps.shape) * 1e-5):
+            assert abs((loss(maps + step) - loss(maps - step)) / 2e-5 - gradient[k]) < 1e-7
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (5, 4), (9, 7)])
+def test_pooling_leaves_out_what_fills_no_window(height, width):
+    maps = np.random.default_rng(height * 10 + width).normal(size=(1, height, width, 2)).astype(np.float32)
+    windows = maps[:, : height // 2 * 2, : width // 2 * 2].reshape(1, height // 2, 2, width // 2, 2, 2)
+    np.testing.assert_array_equal(max_pool(jnp.asarray(maps), 2, 2), windows.max((2, 4)))
+    np.testing.assert_allclose(average_pool(jnp.asarray(maps), 2, 2), windows.mean((2, 4)), atol=1e-6)
+    padded = max_pool(jnp.asarray(maps), 3, 2, padding=1)
+    assert padded.shape == (1, (height + 1) // 2, (width + 1) // 2, 2)
+    np.testing.assert_array_equal(padded[0, 0, 0], maps[0, :2, :2].max((0, 1)))
+
+
+def test_a_convolution_pads_and_strides_as_torch_says():
+    make = Maker(jnp.float32, 0)
+    images = np.random.default_rng(6).normal(size=(1, 7, 6, 2)).astype(np.float32)
+    conv = make.conv(2, 3, 3, stride=2, padding=1)
+    padded, kernel = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))), np.asarray(conv.kernel[...])
+    ours = conv(jnp.asarray(images))
+    assert ours.shape == (1, 4, 3, 3)
+    for row, column in np.ndindex(4, 3):
+        patch = padded[0, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
+        np.testing.assert_allclose(ours[0, row, column], np.tensordot(patch, kernel, 3), atol=1e-5)
+
+
+@pytest.mark.parametrize(("pooling", "width"), [("average", 5), ("max", 5), ("average+max", 10)])
+def test_the_head_pools_as_told(pooling, width):
+    maps = np.random.default_rng(7).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    head = Classifier(Maker(jnp.float32, 0), 5, 3, pooling=pooling)
+    pooled = {"average": [maps.mean((1, 2))], "max": [maps.max((1, 2))]}
+    pooled["average+max"] = pooled["average"] + pooled["max"]
+    vector = np.concatenate(pooled[pooling], -1)
+    kernel = np.asarray(head.output.kernel[...])
+    assert kernel.shape == (width, 3)
+    np.testing.assert_allclose(head(jnp.asarray(maps), train=False), vector @ kernel, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key_in_training():
+    head = Classifier(Maker(jnp.float32, 0), 2000, 1, dropout=0.4)
+    head.output.kernel[...] = jnp.ones((2000, 1)) / 2000
+    maps = jnp.ones((3, 1, 1, 2000))
+    np.testing.assert_allclose(head(maps, train=False), 1.0, rtol=1e-5)
+    dropped = head(maps, train=True, key=jax.random.key(0))[:, 0]
+    assert len(set(map(float, dropped))) == 3
+    np.testing.assert_allclose(dropped, 1.0, atol=0.1)  # 5 standard deviations: sqrt(.4 / .6 / 2000) = .018
+    np.testing.assert_array_equal(dropped, head(maps, train=False, key=jax.random.key(0))[:, 0])
+    with pytest.raises(CxrError, match="random key"):
+        head(maps, train=True)

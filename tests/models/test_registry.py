@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.network import parameter_count
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("densenet12", {}, "unknown network 'densenet12': did you mean 'densenet121'"),
+        ("densenet_small", {"grwth": 8}, "unknown option of densenet_small 'grwth': did you mean 'growth'"),
+        ("simple_cnn", {"growth": 8}, "unknown option of simple_cnn 'growth'"),
+        ("densenet_small", {"pooling": "avg"}, "unknown pooling 'avg': did you mean 'average'"),
+        ("densenet_small", {"stem_pool": "3"}, "unknown stem_pool '3'"),
+        ("densenet_small", {"dtype": "float16"}, "unknown dtype 'float16': did you mean 'bfloat16'"),
+        ("densenet_small", {"dtype": int}, "unknown dtype 'int"),
+        ("densenet_small", {"dtype": "float64"}, "JAX_ENABLE_X64"),
+        ("densenet_small", {"remat": "layers"}, "unknown remat 'layers': did you mean 'layer'"),
+        ("densenet_small", {"classes": 0}, "classes must be a whole number above 0"),
+        ("densenet_small", {"growth": 2.5}, "growth must be"),
+        ("densenet_small", {"growth": True}, "growth must be"),
+        ("densenet_small", {"blocks": (2, 0)}, "layers of a block must be"),
+        ("densenet_small", {"blocks": ()}, "at least one block"),
+        ("densenet_small", {"blocks": 2}, "blocks must be a sequence"),
+        ("densenet_small", {"stem_kernel": 4}, "odd stem_kernel"),
+        ("densenet_small", {"dropout": 1.0}, "dropout must be"),
+        ("simple_cnn", {"hidden": -1}, "hidden must be"),
+        ("simple_cnn", {"seed": -1}, "seed must be"),
+    ],
+)
+def test_what_is_wrong_is_named(name, options, message):
+    with pytest.raises(CxrError, match=message):
+        create(name, **{"classes": 3, **options})
+
+
+def test_types_and_their_names_are_the_same():
+    by_name, by_type = (create("simple_cnn", classes=2, dtype=dtype) for dtype in ("float32", np.float32))
+    assert by_name.dtype == by_type.dtype == np.dtype("float32")
+
+
+def test_the_small_densenet_is_the_one_described():
+    """Counted by hand: growth 8, bottleneck 2x, blocks (2, 2, 2), 5x5 stem of 16, both poolings in the head."""
+    stem = 5 * 5 * 16 + 2 * 16
+    layer = lambda channels: 2 * channels + channels * 16 + 2 * 16 + 3 * 3 * 16 * 8  # noqa: E731
+    block = layer(16) + layer(24)
+    transition = 2 * 32 + 32 * 16
+    head = 2 * 32 + (2 * 32 * 7 + 7)
+    assert parameter_count(create("densenet_small", classes=7)) == stem + 3 * block + 2 * transition + head
