@@ -3,6 +3,8 @@
 import argparse
 import errno
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,10 +45,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Libraries' own remarks are for developers."""
+    """Libraries' own remarks are for developers; what they raise is reported here, in one line."""
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = lambda _: None  # of Orbax's threads, when the error is under way already
 
 
 def _explain_error(error: Exception) -> tuple[str, int]:
@@ -55,7 +58,8 @@ def _explain_error(error: Exception) -> tuple[str, int]:
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause):
-            where = f" (writing {cause.filename})" if getattr(cause, "filename", None) else ""
+            named = getattr(cause, "filename", None) or next(iter(re.findall(r'"(/[^"]+)"', str(cause))), None)
+            where = f" (writing {named})" if named else ""
             return f"the disk is full{where}: free some space and give the same command again, it goes on", 1
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError) and error.filename:
@@ -251,5 +255,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, help="where the prepared data lie now; default: where they were")
 
 
+def entry() -> None:
+    """The program. A failure ends it at once: threads of a write that failed would go on to complain at length."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
