@@ -30,6 +30,7 @@ from cxrjax.train.inference import logits_of
 from cxrjax.train.step import make_predict_step
 
 _MASK_SIDE = 256  # on which masks are compared with maps
+_PROBES = 16  # random backward passes an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,12 @@ class Cams:
 
 
 def erf_run(
-    directory: Path, *, part: str = "test", data_dir: Path | None = None, estimator: str = "probe", images: int = 32
+    directory: Path,
+    *,
+    part: str = "test",
+    data_dir: Path | None = None,
+    estimator: erf.Estimator = "probe",
+    images: int = 32,
 ) -> dict[str, Any]:
     """The effective receptive field of a run: `explain/erf.npz`, `erf.png` and `erf.json` in its directory."""
     experiment, network, _ = open_run(directory, data_dir)
@@ -63,17 +69,28 @@ def erf_run(
     return result
 
 
-def measure_field(experiment: Experiment, network: Network, part: str, estimator: str, images: int) -> Field:
+def measure_field(experiment: Experiment, network: Network, part: str, estimator: erf.Estimator, images: int) -> Field:
     """Equation 1 over images spread evenly over a part."""
     rows = experiment.part(part).row
     chosen = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(int)]
-    measured = erf.measure(network, load_images(experiment, chosen), estimator=estimator, seed=experiment.config.seed)  # pyright: ignore
+    config = experiment.config
+    passes = {"sum": 1, "probe": _PROBES}.get(estimator)  # exact: one a channel, which only the network knows
+    total = None if passes is None else passes * len(chosen)
+    with bar(f"receptive field at {config.data.size} px", total, unit="passes") as advance:
+        measured = erf.measure(
+            network,
+            load_images(experiment, chosen),
+            estimator=estimator,
+            probes=_PROBES,
+            seed=config.seed,
+            advance=advance,
+        )
     reach = theoretical(network)
     return Field(
         map=measured.map / measured.map.max(),
         area_fraction=measured.area_fraction,
         diameter_px=measured.diameter,
-        diameter_fraction=measured.diameter / experiment.config.data.size,
+        diameter_fraction=measured.diameter / config.data.size,
         theoretical_px=reach.size,
         mass=measured.mass,
     )
