@@ -45,6 +45,6 @@ def bar(description: str, total: int | None, *, unit: str = "images", start: int
         task = progress.add_task(description, total=total, completed=start, unit=unit)
 
         def advance(n: int = 1, description: str | None = None) -> None:
-            progress.update(task, advance=n, **({} if description is None else {"description": description}))
+            progress.update(task, advance=n, description=description)
 
         yield advance

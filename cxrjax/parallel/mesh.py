@@ -1,5 +1,6 @@
 """The `data` x `space` mesh: batches are split over `data`, the rows of each image over `space`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from cxrjax.data.pipeline import Batch
 from cxrjax.errors import CxrError
 
 
-def make_mesh(data: int = 0, space: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 0, space: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes `data` and `space`.
 
     Args:

@@ -103,8 +103,8 @@ def _control_claim(study: Study, options: Mapping[str, Any]) -> Claim:
     }
     best = min(losses, key=lambda name: losses[name].value)
     return Claim(
-        f"Trained on them alone, the network finds {_names(control.findings)} at {study.control.name} as well as at any "
-        "size",
+        f"Trained on nothing else, the network at {study.control.name} finds {_names(control.findings)} as well as "
+        "at any size",
         _verdict(losses[best].low > -MARGIN, losses[best].high < -MARGIN),
         f"mean AUROC of this control less that of {best}, their best size: {losses[best]}; "
         f"a loss below {MARGIN} counts as none",

@@ -87,7 +87,7 @@ def test_kills_at_random_moments_change_no_bit(unbroken, tmp_path):
     for _ in range(40):
         before = newest(tmp_path)
         process = start(overrides, tmp_path)
-        # Two in three die some way into the steps and the writing of checkpoints, the others at any time since the start.
+        # Two in three die among steps and the writing of checkpoints, the others at any time since the start.
         patience = None if rng.random() < 2 / 3 else rng.uniform(0.5, 6)
         deadline = time.monotonic() + (patience or 120)
         while time.monotonic() < deadline and process.poll() is None:
