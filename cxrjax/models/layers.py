@@ -104,7 +104,8 @@ class BatchNorm(nnx.Module):
         wide = maps.astype(storage(self.dtype))
         mean, var = self._batch_statistics(wide) if train else (self.mean[...], self.var[...])
         scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
-        return ((wide - _spread(mean)) * _spread(scale) + _spread(self.bias[...])).astype(self.dtype)
+        offset = self.bias[...] - mean * scale  # one multiplication and addition per value, as PyTorch does
+        return (wide * _spread(scale) + _spread(offset)).astype(self.dtype)
 
     def _batch_statistics(self, maps: Maps) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
         """Mean and biased variance of the batch; moves the running statistics."""

@@ -118,6 +118,29 @@ def test_recomputing_changes_nothing(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), *results.values())
 
 
+@pytest.mark.parametrize(("remat", "linear"), [("none", False), ("layer", True)])
+def test_recomputing_keeps_memory_linear_in_depth(remat, linear):
+    def kept(depth: int) -> int:
+        """Bytes that the forward pass hands to the backward pass, parameters included."""
+        options = {"growth": 4, "blocks": (depth,), "pooling": "average"}
+        network = Network.of(create("densenet_small", classes=2, remat=remat, **options))
+
+        def backward(network, images):
+            def run(params):
+                return dataclasses.replace(network, params=params).apply(images, train=True)[0]
+
+            return jax.vjp(run, network.params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(backward, network, jax.ShapeDtypeStruct((2, 128, 128, 1), jnp.uint8)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    shallow, middle, deep = kept(3), kept(6), kept(9)
+    bend = ((deep - middle) - (middle - shallow)) / (middle - shallow)
+    assert bend < 0.02 if linear else bend > 0.15
+    if linear:  # of three layers: their own maps, 2 x 32 x 32 x 4 float32, and little else
+        assert middle - shallow < 1.3 * 3 * 2 * 32 * 32 * 4 * 4
+
+
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_a_training_step_moves_the_statistics_once(remat):
     network = Network.of(create("densenet_small", classes=2, remat=remat, **TINY))
