@@ -128,7 +128,16 @@ def _spread(per_channel: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
 
 
 def max_pool(maps: Maps, window: int, stride: int, padding: int = 0) -> Maps:
-    """Maximum over square windows, as `torch.nn.MaxPool2d`: what does not fill a window is left out."""
+    """Maximum over square windows, as `torch.nn.MaxPool2d`: what does not fill a window is left out.
+
+    Windows that neither overlap nor are padded are an axis to reduce: on the CPU a training step of the small DenseNet
+    takes half the time it takes with the gradient of `reduce_window`. Equal largest values then share the gradient.
+    """
+    if window == stride and padding == 0:
+        _check_fits(maps, window, padding)
+        B, H, W, C = maps.shape
+        whole = maps[:, : H // window * window, : W // window * window]
+        return whole.reshape(B, H // window, window, W // window, window, C).max((2, 4))
     return _pool(maps, -np.inf, jax.lax.max, window, stride, padding)
 
 
