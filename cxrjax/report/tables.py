@@ -3,7 +3,6 @@
 import csv as _csv
 import io
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -110,11 +109,13 @@ def terminal(
 ) -> TerminalTable:  # fmt: skip
     """A table for the terminal: the score of each finding and model over its interval, the best in bold."""
     table = TerminalTable(
-        title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    table.add_column(METRICS[metric], overflow="fold")
+        title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
+    longest = max((len(word) for finding in findings for word in finding.split()), default=0)
+    table.add_column(METRICS[metric], min_width=min(max(longest, 12), 24), overflow="fold")
     for model in scores:
-        table.add_column(Text(model), justify="right", min_width=11, overflow="fold")
+        table.add_column(Text(model), justify="right", min_width=9, overflow="fold")
     for line in lines(scores, findings, sizes, metric):
         if line.is_mean:
             table.add_section()
@@ -131,7 +132,9 @@ def _two_lines(text: str, note: str, *, bold: bool = False) -> Text:
 
 
 def _short_interval(cell: Cell) -> str:
-    return f"({cell.interval})" if math.isnan(cell.value) and cell.interval else re.sub(r"\b0\.", ".", cell.interval)
+    if math.isnan(cell.value) and cell.interval:
+        return f"({cell.interval})"
+    return cell.interval.replace("0.", ".").replace("1.000", "1.00")  # nine characters
 
 
 def csv(scores: Mapping[str, Sequence[Row]]) -> str:
