@@ -200,7 +200,7 @@ def _devices(radiograph: Radiograph, shape: Anatomy) -> list[Device]:
             (0.4, 0.16),
         ],
     )
-    contrast = rng.uniform(0.30, 0.45)
+    contrast = rng.uniform(0.45, 0.60)
     lines = []
     for k in rng.choice(len(courses), size=rng.integers(1, 3), replace=False):
         course = np.array(courses[k]) * (shape.half_width, 1)
