@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
     config.optimizer.decay = 1e-4
     config.optimizer.clip = 1.0
     config.train.batch = 16
-    config.train.epochs = 10
+    config.train.epochs = 12
     config.evaluate.batch = 100
 
     config.study.sizes = SIZES

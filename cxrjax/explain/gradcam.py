@@ -41,7 +41,7 @@ def gradcam(
 
     Returns:
       f32, not negative, at the resolution h x w of A, in logits: with a head of average pooling and one linear layer,
-      the map before its ReLU adds up to the logit less its bias. See `normalise`, `resize` and `overlay`.
+      the map before its ReLU adds up to the logit less its bias. See `normalise` and `resize`.
 
     Raises:
       CxrError: no such finding or feature map, a map that the head does not read, or wrong images.
@@ -100,27 +100,3 @@ def resize(maps: Float[np.ndarray, "*maps h w"], height: int, width: int) -> Flo
     flat = np.asarray(maps, np.float32).reshape(-1, *maps.shape[-2:])
     large = [cv2.resize(single, (width, height), interpolation=cv2.INTER_LINEAR) for single in flat]
     return np.stack(large).reshape(*maps.shape[:-2], height, width)
-
-
-def overlay(
-    image: UInt8[np.ndarray, "H W 1"] | UInt8[np.ndarray, "H W"],
-    heat: Float[np.ndarray, "h w"],
-    *,
-    opacity: float = 0.5,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A grey image with a map in [0, 1] laid over it in colour (Turbo, from blue to red), RGB.
-
-    The colour's opacity at a pixel is `opacity` times the map there, so what the map leaves out stays as it is.
-
-    Raises:
-      CxrError: a map outside [0, 1] (see `normalise`), or an image that is not grey uint8.
-    """
-    grey = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-    if grey.dtype != np.uint8 or grey.ndim != 2:
-        raise CxrError(f"an overlay needs one grey uint8 image, not {image.dtype} of shape {image.shape}")
-    if not ((heat >= 0) & (heat <= 1)).all():
-        raise CxrError(f"an overlay needs a map in [0, 1], not {heat.min():g} to {heat.max():g}: normalise it first")
-    large = np.clip(resize(heat, *grey.shape), 0, 1)
-    colour = cv2.applyColorMap(np.rint(large * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
-    share = opacity * large[..., None]
-    return np.rint(share * colour + (1 - share) * grey[..., None]).astype(np.uint8)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.gradcam import _gradcam, gradcam, normalise, overlay, resize
+from cxrjax.explain.gradcam import _gradcam, gradcam, normalise, resize
 from cxrjax.models import create
 from cxrjax.models.inputs import prepare
 from cxrjax.models.network import Network
@@ -94,25 +94,6 @@ def test_resizing_interpolates_between_centres():
     columns = np.clip((np.arange(8) + 0.5) / 4 - 0.5, 0, 1)
     rows = np.clip((np.arange(4) + 0.5) / 2 - 0.5, 0, 1)
     np.testing.assert_allclose(large[0, 0], 2 * rows[:, None] + columns, atol=1e-6)
-
-
-def test_overlay_colours_only_where_the_map_is():
-    image = np.full((8, 8, 1), 100, np.uint8)
-    heat = np.zeros((8, 8), np.float32)
-    heat[:, 4:] = 1
-    coloured = overlay(image, heat, opacity=1)
-    assert coloured.shape == (8, 8, 3)
-    assert (coloured[:, :4] == 100).all()
-    red, green, blue = coloured[0, 7].astype(int)
-    assert red > 100 > max(green, blue)  # Turbo ends in dark red
-    np.testing.assert_array_equal(overlay(image, heat * 0), np.repeat(image, 3, axis=2))
-    np.testing.assert_array_equal(overlay(image[..., 0], heat, opacity=1), coloured)
-    with pytest.raises(CxrError, match="normalise it first"):
-        overlay(image, heat * 2)
-    with pytest.raises(CxrError, match=r"in \[0, 1\]"):
-        overlay(image, heat * np.nan)
-    with pytest.raises(CxrError, match="grey uint8"):
-        overlay(image / 255, heat)
 
 
 def test_networks_that_differ_in_parameters_share_one_compilation():
