@@ -35,6 +35,7 @@ def get_config(arg: str = ""):
     config.train.batch = 16
     config.train.epochs = 12
     config.evaluate.batch = 100
+    config.mesh.data = 1
 
     config.study.sizes = SIZES
     config.study.fine = ("Nodule", "Pneumothorax", "Reticulation", "Support Devices")

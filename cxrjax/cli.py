@@ -12,7 +12,7 @@ from typing import Any
 
 from cxrjax import __version__
 from cxrjax.config import load
-from cxrjax.console import stderr, stdout
+from cxrjax.console import say, stderr, stdout
 from cxrjax.errors import CxrError
 from cxrjax.files import write_text
 
@@ -31,6 +31,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments.overrides = overrides
     if not arguments.debug:
         _quiet()
+    if arguments.json == "-":
+        stdout.file = sys.stderr  # standard output holds the JSON and nothing else
     try:
         result = arguments.run(arguments)
         if arguments.json:
@@ -85,7 +87,8 @@ def _write_json(file: str, result: Any) -> None:
 def _demo(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.demo import demo
 
-    return demo(arguments.workdir, full=arguments.full)
+    recipe = "demo_full" if arguments.full else "demo"
+    return demo(arguments.workdir or Path("runs") / recipe.replace("_", "-"), recipe=recipe)
 
 
 def _prepare(arguments: argparse.Namespace) -> Any:
@@ -97,10 +100,9 @@ def _prepare(arguments: argparse.Namespace) -> Any:
         allow_missing=arguments.allow_missing, workers=arguments.workers, **options,
     )  # fmt: skip
     done = "was prepared before" if prepared.reused else f"prepared in {prepared.seconds:.0f} s"
-    stdout.print(
+    say(
         f"{prepared.images:,} images of {prepared.patients:,} patients, {prepared.bytes / 1e6:,.0f} MB, {done}: "
-        f"{prepared.directory}\nfingerprint {prepared.fingerprint}",
-        soft_wrap=True,
+        f"{prepared.directory}\nfingerprint {prepared.fingerprint}"
     )
     return {**vars(prepared), "directory": str(prepared.directory)}
 
@@ -117,7 +119,7 @@ def _train(arguments: argparse.Namespace) -> Any:
         else f", best {config.train.watch} {abs(progress.best):.4f} at step {progress.best_step}"
     )
     early = ", stopped early" if progress.stopped_early else ""
-    stdout.print(f"trained {progress.step} steps{early}{best}: {arguments.workdir}")
+    say(f"trained {progress.step} steps{early}{best}: {arguments.workdir}")
     return {"directory": str(arguments.workdir), **vars(progress)}
 
 
@@ -174,9 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = verb("demo", _demo, "the main job on the embedded phantom data, from rendering to the report")
-    demo.add_argument(
-        "--workdir", type=Path, default=Path("runs/demo"), help="where everything goes (default: runs/demo)"
-    )
+    demo.add_argument("--workdir", type=Path, help="where everything goes (default: runs/demo, or runs/demo-full)")
     demo.add_argument("--full", action="store_true", help="also at 256 and 512 px, with several seeds")
 
     prepare = verb("prepare", _prepare, "turn a source of radiographs into sharded records of one size")

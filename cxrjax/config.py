@@ -6,6 +6,7 @@ A recipe is a Python file with `get_config(arg="")` that starts from `default()`
 import ast
 import difflib
 import json
+import math
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,24 @@ CHOICES = {
     "data.uncertain": ("zeros", "ones", "ignore"),
     "data.not_mentioned": ("negative", "unknown"),
     "split.name": ("random", "official", "files", "small"),
-    "model.dtype": ("float32", "bfloat16", "float64"),
+    "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "layer"),
     "optimizer.name": ("adam", "adamw", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "plateau"),
     "train.watch": ("val_loss", "val_auroc"),
+    "study.erf_estimator": ("exact", "probe", "sum"),
 }
+
+# key: lowest, highest
+RANGES = {
+    "data.size": (1, math.inf), "data.threads": (1, math.inf), "train.batch": (1, math.inf),
+    "train.per_device": (0, math.inf), "train.epochs": (1, math.inf), "train.steps_per_epoch": (0, math.inf),
+    "train.patience": (0, math.inf), "train.save_every": (0, math.inf), "train.log_every": (1, math.inf),
+    "optimizer.rate": (1e-300, math.inf), "optimizer.epsilon": (1e-300, math.inf), "optimizer.warmup": (0, 1),
+    "optimizer.factor": (0, 1), "optimizer.plateau": (1, math.inf), "optimizer.decay": (0, math.inf),
+    "optimizer.clip": (0, math.inf), "evaluate.batch": (1, math.inf), "evaluate.resamples": (0, math.inf),
+    "evaluate.confidence": (0.01, 0.9999), "study.erf_images": (1, math.inf), "seed": (0, math.inf),
+}  # fmt: skip
 
 
 def default() -> Config:
@@ -149,9 +162,14 @@ def read(file: Path) -> Config:
         raise CxrError(f"{file} is missing: {file.parent} is not the directory of a run") from None
     except json.JSONDecodeError as error:
         raise CxrError(f"{file} is not JSON ({error}): restore it, or train again in another directory") from None
-    config = default()
     _reject_unknown(ConfigDict(stored), str(file))
-    for key, value in flatten(ConfigDict(stored)).items():
+    return from_dict(stored)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config with these values, groups nested; lists, which is what JSON has, become tuples."""
+    config = default()
+    for key, value in flatten(ConfigDict(values)).items():
         _set(config, key, tuple(value) if isinstance(value, list) else value)
     return validate(config)
 
@@ -172,12 +190,10 @@ def validate(config: Config) -> Config:
             near = difflib.get_close_matches(str(flat[key]), choices, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise CxrError(f"config key {key} is {flat[key]!r}, and must be one of {', '.join(choices)}{hint}")
-    for key in ("data.size", "train.batch", "train.epochs", "train.log_every", "evaluate.batch", "data.threads"):
-        if flat[key] < 1:
-            raise CxrError(f"config key {key} is {flat[key]}, and must be at least 1")
-    for key in ("optimizer.rate", "optimizer.epsilon"):
-        if not flat[key] > 0:
-            raise CxrError(f"config key {key} is {flat[key]}, and must be above 0")
+    for key, (low, high) in RANGES.items():
+        if not low <= flat[key] <= high:
+            most = "" if high == math.inf else f" and at most {high}"
+            raise CxrError(f"config key {key} is {flat[key]}, and must be at least {low}{most}")
     return config
 
 

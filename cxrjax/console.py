@@ -13,6 +13,11 @@ stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 
 
+def say(text: str) -> None:
+    """Print text as it is, whatever names are in it, in lines as long as they are."""
+    stdout.print(text, markup=False, soft_wrap=True)
+
+
 class _Rate(_Column):
     """Units per second of a task, as `231 images/s`."""
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from cxrjax import cli
+from cxrjax.config import default, flatten
 from cxrjax.evaluate.predictions import Predictions
+from cxrjax.studies.demo import demo
 
 
 class TensorFlowIsThere(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -201,9 +203,50 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_when_there_is_room(sm
     assert "trained 12 steps" in went_on.stdout
 
 
-def test_help_names_every_verb_and_key():
+@pytest.mark.slow
+def test_the_demo_draws_trains_and_reports(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from cxrjax.config import load\n\n\ndef get_config(arg=''):\n    config = load(f'demo:{arg or 32}')\n"
+        "    config.data.stored = '32'\n    config.study.sizes = (16, 32)\n    config.study.control_size = 32\n"
+        "    config.train.epochs = 1\n    config.train.steps_per_epoch = 3\n    config.evaluate.resamples = 20\n"
+        "    config.study.erf_images = 2\n    return config\n"
+    )
+    result = demo(tmp_path / "demo", recipe=str(recipe), patients=60)
+    assert Path(result["report"]).is_file()
+    assert result["seconds"] > 0
+
+
+def test_json_on_standard_output_is_all_there_is(capsys, trained):
+    code, out, _ = run(capsys, "evaluate", trained, "--resamples", 0, "--json", "-")
+    assert code == 0
+    assert json.loads(out)["part"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("study.sizes=(32, 16)", "must rise"),
+        ("data.findings=('Mass',)", "study.fine names"),
+        ("study.control=('Hernia',)", "study.control names Hernia"),
+        ("study.erf_estimator=prob", "did you mean probe"),
+        ("evaluate.confidence=95", "evaluate.confidence"),
+    ],
+)
+def test_a_study_finds_its_mistakes_before_training(capsys, tmp_path, phantom_data, override, message):
+    words = ("study", "resolution", "--config", "demo", "--workdir", tmp_path / "study")
+    more = [
+        f"--config.{word}" for word in (f"data.dir={phantom_data}", "data.stored=32", "study.sizes=(16, 32)", override)
+    ]
+    code, _, err = run(capsys, *words, *more)
+    assert code == 1
+    assert message in err
+    assert not (tmp_path / "study").exists()
+
+
+def test_help_names_every_key():
     whole = subprocess.run(
         [sys.executable, "-m", "cxrjax.cli", "train", "--help"], capture_output=True, text=True, check=True
     )
-    assert "train.steps_per_epoch" in whole.stdout
-    assert Path(cli.__file__).name == "cli.py"
+    for key in flatten(default()):
+        assert key in whole.stdout

@@ -40,6 +40,10 @@ def test_overrides_have_the_keys_type(tmp_path):
         ("train.epochs=many", "train.epochs takes a value of type int"),
         ("optimizer.schedule=cosin", "did you mean cosine"),
         ("train.epochs=0", "must be at least 1"),
+        ("train.patience=-1", "must be at least 0"),
+        ("optimizer.clip=-1", "must be at least 0"),
+        ("optimizer.warmup=2", "at most 1"),
+        ("model.dtype=float64", "must be one of"),
         ("seed", "has no value"),
     ],
 )

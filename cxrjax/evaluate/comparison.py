@@ -1,5 +1,6 @@
 """Do two models differ? Paired bootstrap over patients: both are measured on the same draws."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,16 @@ from cxrjax.findings import positions
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean AUROC of one model less that of another, and its percentile interval."""
+    """Mean AUROC of one model less that of another, its percentile interval, and the findings left out as undefined."""
 
     value: float
     low: float
     high: float
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+        without = f", without {', '.join(self.left_out)} (one class only)" if self.left_out else ""
+        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f}){without}"
 
 
 def difference(
@@ -38,7 +41,8 @@ def difference(
     Args:
       first: tables of one model, one a training seed; their AUROCs are averaged.
       second: tables of the other, of the same images and patients.
-      findings: over which AUROC is averaged; both models must have them.
+      findings: over which AUROC is averaged; both models must have them. Those that the labels leave undefined are
+        left out, and named in the result.
       resamples: draws of patients.
       seed: of the draws.
       confidence: share of the draws that the interval holds.
@@ -50,9 +54,18 @@ def difference(
     for table in (*first, *second):
         if not (np.array_equal(table.id, first[0].id) and np.array_equal(table.patient, everyone)):
             raise CxrError("models can only be compared on the same images in the same order: predict the same part")
-    values, draws = zip(*(_mean_auroc(tables, findings, resamples, seed) for tables in (first, second)), strict=True)
+    defined = [f for f in findings if not any(_ranking(table, f).reason for table in (*first, *second))]
+    left_out = tuple(finding for finding in findings if finding not in defined)
+    if not defined:
+        return Difference(math.nan, math.nan, math.nan, left_out)
+    values, draws = zip(*(_mean_auroc(tables, defined, resamples, seed) for tables in (first, second)), strict=True)
     spread = interval(draws[0] - draws[1], confidence)
-    return Difference(float(values[0] - values[1]), spread.low, spread.high)
+    return Difference(float(values[0] - values[1]), spread.low, spread.high, left_out)
+
+
+def _ranking(table: Predictions, finding: str) -> Ranking:
+    [k] = positions([finding], table.findings)
+    return Ranking.of(table.logit[:, k], table.label[:, k], table.known[:, k])
 
 
 def _mean_auroc(
@@ -61,8 +74,7 @@ def _mean_auroc(
     """Mean over tables and findings, of the sample and of each draw."""
     values, draws = [], []
     for table in tables:
-        columns = positions(findings, table.findings)
-        rankings = [Ranking.of(table.logit[:, k], table.label[:, k], table.known[:, k]) for k in columns]
+        rankings = [_ranking(table, finding) for finding in findings]
         every = np.ones((len(table), 1), np.int64)
         values.append([ranking.measure(every)[0][0] for ranking in rankings])
         draws.append(bootstrap(rankings, table.patient, resamples=resamples, seed=seed)[0])

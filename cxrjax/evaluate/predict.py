@@ -14,6 +14,7 @@ from cxrjax.parallel.mesh import replicated
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
+from cxrjax.train.run import same_identity
 from cxrjax.train.step import make_predict_step
 
 
@@ -28,10 +29,13 @@ def open_run(directory: Path, data_dir: Path | None = None) -> tuple[Experiment,
       CxrError: not a run, data not found, no checkpoint, or a checkpoint of another model.
     """
     config = read(directory / "config.json")
-    if data_dir is not None:
-        with config.unlocked():
+    with config.unlocked():
+        if data_dir is not None:
             config.data.dir = str(data_dir)
+        if config.mesh.data * config.mesh.space > len(jax.devices()):  # trained on a larger machine
+            config.mesh.data, config.mesh.space = 0, 1
     experiment = Experiment.open(config)
+    same_identity(directory, experiment.fingerprints)
     network = experiment.network
     like = jax.device_put({"params": network.params, "stats": network.stats}, replicated(experiment.mesh))
     with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:

@@ -101,7 +101,7 @@ def _control_claim(study: Study, options: Mapping[str, Any]) -> Claim:
         for name, tables in study.tables.items()
         if name in study.sizes
     }
-    best = min(losses, key=lambda name: losses[name].value)
+    best = min(losses, key=lambda name: np.nan_to_num(losses[name].value, nan=np.inf))
     return Claim(
         f"Trained on nothing else, the network at {study.control.name} finds {_names(control.findings)} as well as "
         "at any size",
@@ -114,7 +114,7 @@ def _control_claim(study: Study, options: Mapping[str, Any]) -> Claim:
 def _ensemble_claim(study: Study, options: Mapping[str, Any]) -> Claim:
     findings = study.first[0].experiment.findings
     gains = {name: difference(study.tables[STACKED], study.tables[name], findings, **options) for name in study.sizes}
-    nearest = min(gains, key=lambda name: gains[name].value)
+    nearest = min(gains, key=lambda name: np.nan_to_num(gains[name].value, nan=np.inf))
     return Claim(
         "The stacked ensemble beats every single size on average",
         _verdict(all(gain.low > 0 for gain in gains.values()), any(gain.high < 0 for gain in gains.values())),

@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from scipy.special import expit
 
-from cxrjax.console import bar, stdout
+from cxrjax.console import bar, say
 from cxrjax.data.images import resize
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.predict import open_run
@@ -59,9 +59,10 @@ def erf_run(
     _save_arrays(folder / "erf.npz", map=field.map)
     style.save(pictures.erf_maps({name: field}), folder / "erf.png")
     result = {key: value for key, value in dataclasses.asdict(field).items() if key != "map"}
-    result |= {"estimator": estimator, "images": images, "part": part, "image_px": experiment.config.data.size}
+    used = min(images, len(experiment.part(part)))
+    result |= {"estimator": estimator, "images": used, "part": part, "image_px": experiment.config.data.size}
     write_json(folder / "erf.json", result)
-    stdout.print(
+    say(
         f"{field.mass:.2%} of the effective receptive field lie in {field.area_fraction:.1%} of the image, an "
         f"equivalent diameter of {field.diameter_px:.1f} px ({field.diameter_fraction:.0%} of the width); "
         f"theoretical: {field.theoretical_px:.0f} px\n{folder / 'erf.png'}"
@@ -136,7 +137,7 @@ def gradcam_run(
     result["resolvable"] = resolvable(cams.maps.shape[-2:])
     write_json(folder / "gradcam.json", result)
     _print_localisation(result)
-    stdout.print(f"overlays: {folder / 'gradcam'}")
+    say(f"overlays: {folder / 'gradcam'}")
     return result
 
 
@@ -203,25 +204,25 @@ def _localised(cams: Cams, finding: str, positives: Positives) -> dict[str, Any]
 
 
 def _write_overlay(experiment: Experiment, cams: Cams, finding: str, row: int, folder: Path) -> None:
-    name = re.sub(r"[^\w.-]", "_", str(experiment.records.id[row]).removesuffix(".png"))
+    name = quote(str(experiment.records.id[row]).removesuffix(".png"), safe=" ")
     cam = cam_of(experiment, cams, finding, row)
     side = max(320, cam.image.shape[0])
-    with beside(folder / re.sub(r"[^\w.-]", "_", finding) / f"{name}.png") as temporary:
+    with beside(folder / quote(finding, safe=" ") / f"{name}.png") as temporary:
         Image.fromarray(pictures.overlay(cam, side)).save(temporary, "PNG")
 
 
 def _print_localisation(result: dict[str, Any]) -> None:
     for finding, of in result["findings"].items():
         if "hit_rate" in of:
-            stdout.print(
+            say(
                 f"{finding:24} {of['hits']:4d} of {of['images']:4d} maps point at it: {of['hit_rate']:.2f} "
                 f"({of['low']:.2f}-{of['high']:.2f}), by chance {of['chance']:.2f}"
             )
         else:
-            stdout.print(f"{finding:24} {of['images']:4d} images, none with a mask or box")
+            say(f"{finding:24} {of['images']:4d} images, none with a mask or box")
     if not result["resolvable"]:
         rows, columns = result["map"]
-        stdout.print(f"the maps have only {rows} x {columns} cells: too coarse for pointing to mean much")
+        say(f"the maps have only {rows} x {columns} cells: too coarse for pointing to mean much")
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray) -> None:

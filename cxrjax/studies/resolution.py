@@ -1,14 +1,15 @@
 """Which resolution does each finding need? One run a size, their stacked ensemble, and one report."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cxrjax.config import load
-from cxrjax.console import stdout
+from cxrjax.config import Config, load
+from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
 from cxrjax.evaluate.predict import open_run, predict
@@ -22,6 +23,7 @@ from cxrjax.studies import claims
 from cxrjax.studies.explanation import cam_of, compute_cams, measure_field
 from cxrjax.studies.single import curves, epochs, interval_text, provenance
 from cxrjax.studies.study import STACKED, VOTED, Member, Study
+from cxrjax.train.experiment import Experiment
 from cxrjax.train.loop import train
 
 
@@ -40,6 +42,7 @@ def resolution(spec: str, overrides: Sequence[str], directory: Path) -> dict[str
     if len(config.study.sizes) < 2:
         raise CxrError(f"config key study.sizes is {config.study.sizes}: a study of resolution needs two sizes or more")
     recipe = spec.partition(":")[0]
+    _check(config, load(f"{recipe}:{config.study.sizes[0]}", overrides))
     members = {
         seed: [_member(recipe, overrides, directory, size, seed) for size in config.study.sizes]
         for seed in config.study.seeds
@@ -49,6 +52,21 @@ def resolution(spec: str, overrides: Sequence[str], directory: Path) -> dict[str
         size, findings = config.study.control_size or config.study.sizes[-1], tuple(config.study.control)
         control = _member(recipe, overrides, directory, size, config.study.seeds[0], findings)
     return _report(Study(config, members, control), directory)
+
+
+def _check(config: Config, smallest: Config) -> None:
+    """Find before hours of training what would stop the report after them."""
+    sizes = list(config.study.sizes)
+    if sizes != sorted(set(sizes)):
+        raise CxrError(f"config key study.sizes is {config.study.sizes}: sizes must rise")
+    findings = Experiment.open(smallest).findings
+    for key in ("fine", "coarse", "control"):
+        missing = [finding for finding in config.study[key] if finding not in findings]
+        if missing:
+            raise CxrError(
+                f"config key study.{key} names {', '.join(missing)}, which the runs do not learn; "
+                f"they learn {', '.join(findings)}"
+            )
 
 
 def _member(
@@ -137,8 +155,12 @@ def _control_table(study: Study) -> Table | None:
     if size is not None:
         together = study.first[size].test.select(control.test.findings)
         models.append({row["finding"]: row["auroc"] for row in score(together, resamples=0).rows()})
-    rows = [[finding, *(f"{model[finding]:.3f}" for model in models)] for finding in alone]
+    rows = [[finding, *(_auroc_text(model[finding]) for model in models)] for finding in alone]
     return Table("AUROC of the same network trained on these findings only", columns, rows)
+
+
+def _auroc_text(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.3f}"
 
 
 def _seed_tables(study: Study) -> list[Table]:
@@ -152,7 +174,8 @@ def _seed_tables(study: Study) -> list[Table]:
         for name, of in study.tables.items()
     }
     for k, finding in enumerate((*findings, "Mean")):
-        rows.append([finding, *(f"{of[:, k].mean():.3f} ± {of[:, k].std(ddof=1):.3f}" for of in values.values())])
+        means = [(_auroc_text(of[:, k].mean()), _auroc_text(of[:, k].std(ddof=1))) for of in values.values()]
+        rows.append([finding, *(f"{mean} ± {spread}" for mean, spread in means)])
     return [
         Table(f"AUROC over {len(study.members)} training seeds, mean ± standard deviation", ["Finding", *values], rows)
     ]
@@ -162,7 +185,7 @@ def _provenance(study: Study) -> dict[str, Any]:
     first = provenance(study.first[0].directory)
     members = [member for of in study.members.values() for member in of] + ([study.control] if study.control else [])
     seconds = {member.directory.name: provenance(member.directory)["train_seconds"] for member in members}
-    shared = ("fingerprints", "images", "versions", "device", "devices", "mesh", "host")
+    shared = ("identity", "images", "versions", "device", "devices", "mesh", "host")
     return {name: first[name] for name in shared} | {
         "seeds": list(study.members),
         "model": study.config.model.name,
@@ -190,8 +213,8 @@ def _write(report: StudyReport, scores: dict[str, Scores], found: list[Claim], d
     page = write_page(report, directory / "report" / "index.html")
     stdout.print(terminal(report.scores, report.findings, report.sizes, title=report.title))
     for claim in found:
-        stdout.print(f"{claim.supported:>9}  {claim.statement}: {claim.evidence}", markup=False)
-    stdout.print(f"report: {page}", markup=False, soft_wrap=True)
+        say(f"{claim.supported:>9}  {claim.statement}: {claim.evidence}")
+    say(f"report: {page}")
     return result | {"report": str(page)}
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cxrjax.console import stdout
+from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import roc_curve
 from cxrjax.evaluate.predict import open_run, predict
@@ -51,7 +51,7 @@ def evaluate_run(
         style.save(figure, directory / "figures" / f"{part}-{name}.svg")
     page = write_page(report, directory / "report" / "index.html")
     stdout.print(terminal({part: scores.rows()}, predictions.findings))
-    stdout.print(f"report: {page}")
+    say(f"report: {page}")
     return result
 
 

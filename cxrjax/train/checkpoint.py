@@ -39,7 +39,13 @@ class Checkpoints:
         return self._last.latest_step()
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Start writing the state; returns when the arrays are safe to donate, before they are on disk."""
+        """Start writing the state; returns when the arrays are safe to donate, before they are on disk.
+
+        The best network that the progress speaks of is on disk before the state is: no kill can part them.
+        """
+        self._best.wait_until_finished()
+        if step in self._last.all_steps():  # a stop came between an epoch's last step and its validation
+            self._last.delete(step)
         _save(self._last, step, state, progress)
 
     def save_best(self, step: int, network: Any, about: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from cxrjax.data.pipeline import Examples, examples
 from cxrjax.data.records import Records, open_records
 from cxrjax.data.splits import Split, make_split
 from cxrjax.errors import CxrError
-from cxrjax.findings import LabelPolicy
+from cxrjax.findings import LabelPolicy, positions
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
@@ -44,10 +45,16 @@ class Experiment:
             config.split.name,
             seed=config.split.seed,
             fractions=config.split.fractions,
-            files=[Path(f) for f in config.split.files] or None,
+            files=_files(config.split.files),
             sizes=config.split.sizes or None,
         )
         findings = tuple(config.data.findings) or records.findings
+        positions(findings, records.findings)
+        if config.data.stored.isdigit() and config.data.size > int(config.data.stored):
+            raise CxrError(
+                f"config key data.size = {config.data.size} is more than the {config.data.stored} px that are stored: "
+                "enlarged images hold no more detail; prepare a larger size and set data.stored"
+            )
         if config.data.size % mesh.shape["space"]:
             raise CxrError(
                 f"config key data.size = {config.data.size} rows cannot be divided over mesh.space = "
@@ -130,6 +137,24 @@ class Experiment:
         """Optimiser steps that make an epoch."""
         return self.config.train.steps_per_epoch or max(len(self.part("train").row) // self.config.train.batch, 1)
 
+    @property
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data and the split."""
         return {"data": self.records.fingerprint, "split": self.split.fingerprint}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run's result depends on beside its config: data, split, and images normalised together.
+
+        Reading it checks all that can be wrong with a config before anything is written.
+        """
+        for part in ("train", "validation"):
+            self.part(part)
+        _ = self.network
+        return self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
+
+
+def _files(names: tuple[str, ...]) -> Path | list[Path] | None:
+    """The split's files as `make_split` takes them: one CSV, or three lists."""
+    paths = [Path(name) for name in names]
+    return paths[0] if len(paths) == 1 else paths or None

@@ -59,9 +59,11 @@ def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment 
       InterruptedRunError: SIGTERM or SIGINT came; the state is saved.
     """
     experiment = experiment or Experiment.open(config)
-    with Run(directory, config), ExitStack() as stack:
+    check_watch(experiment)
+    with Run(directory, config, experiment.identity), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
         trainer = _Trainer(experiment, directory, checkpoints, auroc)
+        trainer.describe()
         if trainer.finished:
             return trainer.progress
         trainer.writer = stack.enter_context(MetricWriter(directory, trainer.progress.step))
@@ -80,7 +82,6 @@ class _Trainer:
         self.validation = experiment.part("validation")
         self.steps_per_epoch = experiment.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
-        self._check_watch()
 
         optimizer = make_optimizer(config.optimizer)
         self.train_step = make_train_step(
@@ -101,8 +102,7 @@ class _Trainer:
     def run(self) -> Progress:
         """Go on from where the progress stands to the last epoch, or to an early stop."""
         train, progress = self.config.train, self.progress
-        self._describe()
-        clock = time.perf_counter()
+        self._clock = time.perf_counter()
         batches = self._batches()
         total = self.steps * train.batch
         with bar(self._label(), total, start=progress.step * train.batch) as advance, _signals() as received:
@@ -111,15 +111,13 @@ class _Trainer:
                 while True:
                     if self._at_epoch_end:
                         self._settle(pending, 0)
-                        progress.seconds += time.perf_counter() - clock
-                        clock = time.perf_counter()
-                        self._end_epoch()
+                        self._end_epoch(lambda _: self._stop(received))
                         self._save()
                     if self.finished:
                         break
                     if received:
                         self._settle(pending, 0)
-                        self._stop(received[0])
+                        self._stop(received)
                     batch, rows = next(batches)
                     self.state, metrics = self.train_step(self.state, batch)
                     progress.step += 1
@@ -132,7 +130,7 @@ class _Trainer:
             finally:
                 batches.close()
         self.checkpoints.wait()
-        self._describe()
+        self.describe()
         return progress
 
     @property
@@ -171,12 +169,13 @@ class _Trainer:
             if step % self.config.train.log_every == 0:
                 self.writer.write_scalars(step, {f"train_{name}": value for name, value in values.items()})
 
-    def _end_epoch(self) -> None:
-        """Validate; lower the rate, remember the best, or stop early."""
+    def _end_epoch(self, stop: Callable[[int], None]) -> None:
+        """Validate, asking `stop` after each batch; lower the rate, remember the best, or stop early."""
         config, progress = self.config, self.progress
+        self._tick()
         logits = logits_of(
             self.state.network(self.experiment.network), self.validation, self.predict_step, self.experiment.mesh,
-            size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads,
+            size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads, advance=stop,
         ).astype(np.float64)  # fmt: skip
         loss = mean_bce(logits, self.validation.label, self.validation.known)
         auroc = self.auroc(logits, self.validation.label, self.validation.known)
@@ -220,11 +219,20 @@ class _Trainer:
             self.state = dataclasses.replace(self.state, rate_factor=factor)
             progress.since_lowest = 0
 
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+
     def _save(self) -> None:
+        self._tick()
         self.checkpoints.save(self.progress.step, self.state, dataclasses.asdict(self.progress))
 
-    def _stop(self, number: int) -> None:
-        """Save and leave, at the wish of a signal."""
+    def _stop(self, received: list[int]) -> None:
+        """Save and leave, if a signal wished so."""
+        if not received:
+            return
+        number = received[0]
         if self.checkpoints.last_step != self.progress.step and self.progress.step:
             self._save()
         self.checkpoints.wait()
@@ -242,7 +250,7 @@ class _Trainer:
         raise CxrError(
             f"the loss is {values['loss']} and the gradient's norm {values['gradient_norm']} at step {step}, "
             f"for records {', '.join(ids)}; {self._last_good()}. Look at those images and labels; "
-            "else lower optimizer.rate, or set optimizer.clip=1"
+            "else lower optimizer.rate, or set optimizer.clip=1, in another --workdir"
         )
 
     def _last_good(self) -> str:
@@ -255,17 +263,7 @@ class _Trainer:
         best = "" if self.progress.best is None else f", best {self.config.train.watch} {abs(self.progress.best):.3f}"
         return f"{self.config.data.size} px, epoch {epoch}/{self.config.train.epochs}{best}"
 
-    def _check_watch(self) -> None:
-        """An AUROC that no validation label defines cannot choose a checkpoint: say so before training."""
-        label, known = self.validation.label > 0.5, self.validation.known
-        defined = ((label & known).any(0) & (~label & known).any(0)).any()
-        if self.config.train.watch == "val_auroc" and not defined:
-            raise CxrError(
-                f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} "
-                "validation images; use --config.train.watch=val_loss, or a larger validation part"
-            )
-
-    def _describe(self) -> None:
+    def describe(self) -> None:
         """`run.json` and the split: everything needed to say again how the numbers came about."""
         if jax.process_index():
             return
@@ -275,7 +273,7 @@ class _Trainer:
             describe_run(experiment.mesh)
             | {
                 "seed": self.config.seed,
-                "fingerprints": experiment.fingerprints(),
+                "identity": experiment.identity,
                 "findings": list(experiment.findings),
                 "images": {name: len(part.row) for name, part in experiment.parts.items()},
                 "steps": self.progress.step,
@@ -283,6 +281,18 @@ class _Trainer:
             },
         )
         save_split(experiment.split, experiment.records, self.directory / "split.csv")
+
+
+def check_watch(experiment: Experiment) -> None:
+    """An AUROC that no validation label defines cannot choose a checkpoint: say so before training."""
+    validation = experiment.part("validation")
+    label, known = validation.label > 0.5, validation.known
+    defined = ((label & known).any(0) & (~label & known).any(0)).any()
+    if experiment.config.train.watch == "val_auroc" and not defined:
+        raise CxrError(
+            f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} "
+            "validation images; use --config.train.watch=val_loss, or a larger validation part"
+        )
 
 
 def mean_bce(

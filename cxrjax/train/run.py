@@ -1,6 +1,7 @@
 """The directory of a run: who may write in it, which config it belongs to, and where things lie."""
 
 import fcntl
+import json
 import os
 import platform
 from importlib.metadata import version
@@ -9,7 +10,7 @@ from typing import IO, Any
 
 import jax
 
-from cxrjax.config import Config, flatten
+from cxrjax.config import Config, flatten, from_dict
 from cxrjax.config import read as read_config
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
@@ -22,16 +23,21 @@ _FREE_GROUPS = ("mesh.", "evaluate.", "study.")
 class Run:
     """A run's directory, locked while it is open for training.
 
+    Args:
+      directory: made if absent.
+      config: what is to be trained.
+      identity: what else must not change while the run lasts: see `Experiment.identity`.
+
     Raises:
-      CxrError: another process trains there, or the directory belongs to another config.
+      CxrError: another process trains there, or what was trained there so far is of another config or other data.
     """
 
-    def __init__(self, directory: Path, config: Config):
+    def __init__(self, directory: Path, config: Config, identity: dict[str, Any]):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(directory / ".lock")
         try:
-            self._claim(config)
+            self._claim(config, identity)
         except BaseException:
             self.close()
             raise
@@ -46,13 +52,15 @@ class Run:
         """Let others train here."""
         self._lock.close()
 
-    def _claim(self, config: Config) -> None:
+    def _claim(self, config: Config, identity: dict[str, Any]) -> None:
         file = self.directory / "config.json"
-        if file.exists():
-            refuse_other(flatten(read_config(file)), flatten(config), self.directory)
-        stored = config.to_dict()
-        stored["data"]["dir"] = str(Path(config.data.dir).resolve())  # found again from any working directory
-        write_json(file, stored)
+        wanted = config.to_dict()
+        wanted["data"]["dir"] = str(Path(config.data.dir).resolve())  # found again from any working directory
+        wanted["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
+        if file.exists() and any((self.directory / "checkpoints").glob("last/[0-9]*")):
+            refuse_other(flatten(read_config(file)), flatten(from_dict(wanted)), self.directory)
+            same_identity(self.directory, identity)
+        write_json(file, wanted)
 
 
 def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
@@ -74,6 +82,22 @@ def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], directory: Path
         raise CxrError(
             f"{directory} holds a run of another config: {key} is {stored.get(key)!r} there and "
             f"{wanted.get(key)!r} here{more}; choose another --workdir, or the same config to go on"
+        )
+
+
+def same_identity(directory: Path, identity: dict[str, Any]) -> None:
+    """Raise if the data, the split or the images at once are not those that the run began with.
+
+    Other data would be split anew, and patients trained on could come to be tested on.
+    """
+    file = directory / "run.json"
+    stored = json.loads(file.read_text()).get("identity", identity) if file.exists() else identity
+    differing = [name for name in identity if stored.get(name) != identity[name]]
+    if differing:
+        name = differing[0]
+        raise CxrError(
+            f"{directory} was trained with another {name}: {stored.get(name)} then, {identity[name]} now; "
+            "give it the prepared data it began with (--data-dir, data.dir), or train in another directory"
         )
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -38,6 +40,15 @@ def test_the_interval_is_that_of_a_paired_loop_over_sklearn():
 def test_a_model_does_not_differ_from_itself():
     found = difference([table(0, 1)], [table(0, 1)], ["B"], resamples=20)
     assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_a_finding_of_one_class_is_left_out_and_named():
+    first, second = (dataclasses.replace(t, label=t.label * [1, 0]) for t in (table(0, 1.5), table(1, 0.5)))
+    found = difference([first], [second], ["A", "B"], resamples=50)
+    assert found == dataclasses.replace(difference([first], [second], ["A"], resamples=50), left_out=("B",))
+    assert "without B" in str(found)
+    nothing = difference([first], [second], ["B"], resamples=50)
+    assert np.isnan(nothing.value)
 
 
 def test_other_images_are_refused():

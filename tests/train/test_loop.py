@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from cxrjax.data.prepare import prepare
+from cxrjax.data.splits import save as save_split
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.evaluate.predict import open_run
 from cxrjax.train import loop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
@@ -33,7 +36,7 @@ def test_a_run_leaves_all_that_says_how_it_came_about(tiny, tmp_path):
     assert [row["epoch"] for row in rows if "val_loss" in row] == [1, 2, 3]
     described = json.loads((tmp_path / "run.json").read_text())
     assert described["steps"] == 12
-    assert set(described["fingerprints"]) == {"data", "split"}
+    assert set(described["identity"]) == {"data", "split", "images at once"}
     assert described["images"]["train"] > 20
     assert (tmp_path / "split.csv").exists()
     assert any((tmp_path / "events").iterdir())
@@ -53,14 +56,70 @@ def test_a_finished_run_is_left_alone_and_more_epochs_go_on(tiny, tmp_path):
 
 @pytest.mark.parametrize("override", ["optimizer.rate=0.5", "train.epochs=9", "model.options.growth=8"])
 def test_another_config_is_refused_and_the_key_named(tiny, tmp_path, override):
-    with Run(tmp_path, tiny()):
-        pass
+    loop.train(tiny("train.epochs=1", "train.steps_per_epoch=1"), tmp_path, mean_auroc)
     with pytest.raises(CxrError, match=override.partition("=")[0]):
-        loop.train(tiny(override), tmp_path, mean_auroc)
+        loop.train(tiny("train.epochs=1", "train.steps_per_epoch=1", override), tmp_path, mean_auroc)
+
+
+def test_a_refused_config_leaves_room_for_the_right_one(tiny, tmp_path):
+    with pytest.raises(CxrError, match="did you mean Nodule"):
+        loop.train(tiny("data.findings=('Nodul',)"), tmp_path, mean_auroc)
+    assert not list(tmp_path.iterdir())
+    with Run(tmp_path, tiny("optimizer.rate=0.5"), {}):
+        pass  # claimed, and killed before its first checkpoint
+    assert loop.train(tiny("train.epochs=1"), tmp_path, mean_auroc).step == 4
+
+
+def test_other_data_are_refused(tiny, tmp_path, tmp_path_factory):
+    config = tiny("train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup=0")
+    loop.train(config, tmp_path / "run", mean_auroc)
+    prepare("cxr_phantom", data_dir=tmp_path / "other", size=32, patients=40)
+    with pytest.raises(CxrError, match="was trained with another data"):
+        loop.train(tiny("train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup=0",
+                        f"data.dir={tmp_path / 'other'}"), tmp_path / "run", mean_auroc)  # fmt: skip
+    with pytest.raises(CxrError, match="was trained with another data"):
+        open_run(tmp_path / "run", tmp_path / "other")
+
+
+def test_a_run_of_many_devices_is_opened_on_few(tiny, tmp_path):
+    config = tiny("train.epochs=1", "mesh.data=4")
+    loop.train(config, tmp_path, mean_auroc)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["mesh"]["data"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    experiment, network, _ = open_run(tmp_path)
+    assert experiment.mesh.shape["data"] == 8
+    assert network.classes == 7
+
+
+def test_images_are_not_enlarged(tiny):
+    with pytest.raises(CxrError, match=r"data\.size = 64 is more than the 32 px"):
+        Experiment.open(tiny("data.size=64"))
+
+
+def test_a_saved_split_is_a_split(tiny, tmp_path):
+    first = Experiment.open(tiny())
+    save_split(first.split, first.records, tmp_path / "split.csv")
+    again = Experiment.open(tiny("split.name=files", f"split.files=('{tmp_path / 'split.csv'}',)"))
+    for part, rows in first.split.parts.items():
+        np.testing.assert_array_equal(again.split.parts[part], rows)
+
+
+def test_the_best_network_is_on_disk_before_the_state_that_speaks_of_it(tiny, tmp_path, monkeypatch):
+    seen = []
+    original = Checkpoints.save
+
+    def save(self, step, state, progress):
+        original(self, step, state, progress)
+        seen.append((tmp_path / "checkpoints" / "best" / str(progress["best_step"])).is_dir())
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    loop.train(tiny(), tmp_path, mean_auroc)
+    assert seen == [True] * 3
 
 
 def test_two_runs_in_one_directory_are_refused(tiny, tmp_path):
-    with Run(tmp_path, tiny()), pytest.raises(CxrError, match="another process"):
+    with Run(tmp_path, tiny(), {}), pytest.raises(CxrError, match="another process"):
         loop.train(tiny(), tmp_path, mean_auroc)
 
 
@@ -89,9 +148,8 @@ def test_plateau_halves_the_rate_after_three_epochs_without_a_lower_loss(tiny, t
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_records_and_checkpoint(tiny, tmp_path):
     config = tiny("optimizer.name=sgd", "optimizer.clip=0", "optimizer.schedule=constant", "train.epochs=50",
                   "optimizer.warmup=0", "optimizer.rate=1e12", "train.save_every=1")  # fmt: skip
-    with pytest.raises(
-        CxrError, match=r"at step \d+, for records p\d+_s\d+_\d+, .*the last good checkpoint is|no checkpoint"
-    ):
+    named = r"at step \d+, for records p\d+_s\d+_\d+, .*(the last good checkpoint is|no checkpoint was saved)"
+    with pytest.raises(CxrError, match=named):
         loop.train(config, tmp_path, mean_auroc)
     restored = last_state(config, tmp_path)
     if restored is not None:

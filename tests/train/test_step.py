@@ -89,8 +89,11 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 
 def test_padding_and_unknown_labels_change_nothing():
-    net, batch = network(), make_batch()
-    other = batch._replace(label=np.where(batch.known, batch.label, 1 - batch.label))
+    net, batch = network(), make_batch()._replace(valid=np.arange(8) < 6)
+    counts = batch.known & batch.valid[:, None]
+    other = batch._replace(
+        label=np.where(counts, batch.label, 1 - batch.label), known=batch.known | ~batch.valid[:, None]
+    )
     first, second = run(net, batch, make_mesh(1, 1)), run(net, other, make_mesh(1, 1))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
