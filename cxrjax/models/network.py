@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu.parameter_overview import count_parameters
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
@@ -90,9 +91,7 @@ class Network:
 
 
 def parameter_count(of: Any) -> int:
-    """Number of parameters, batch statistics left out, of a module, a `Network` or a tree of arrays."""
-    if isinstance(of, nnx.Module):
-        of = nnx.state(of, nnx.Param)
-    elif isinstance(of, Network):
-        of = of.params
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(of))
+    """Number of parameters, batch statistics left out, of a module, a `Network` or nested dicts of arrays."""
+    if isinstance(of, Backbone):
+        of = Network.of(of)
+    return count_parameters(of.params if isinstance(of, Network) else of)

@@ -217,6 +217,7 @@ def _print_localisation(result: dict[str, Any]) -> None:
             say(
                 f"{finding:24} {of['hits']:4d} of {of['images']:4d} maps point at it: {of['hit_rate']:.2f} "
                 f"({of['low']:.2f}-{of['high']:.2f}), by chance {of['chance']:.2f}"
+                + (f"; {of['empty']} maps are empty" if of["empty"] else "")
             )
         else:
             say(f"{finding:24} {of['images']:4d} images, none with a mask or box")

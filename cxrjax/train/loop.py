@@ -21,6 +21,7 @@ from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.data.splits import save as save_split
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
+from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
@@ -275,6 +276,7 @@ class _Trainer:
                 "seed": self.config.seed,
                 "identity": experiment.identity,
                 "findings": list(experiment.findings),
+                "parameters": parameter_count(experiment.network),
                 "images": {name: len(part.row) for name, part in experiment.parts.items()},
                 "steps": self.progress.step,
                 "train_seconds": round(self.progress.seconds, 1),
