@@ -239,7 +239,7 @@ def test_sizes_show_the_same_picture(people, size):
         large = cv2.resize(render(radiograph, 1024), (size, size), interpolation=cv2.INTER_AREA).astype(np.float64)
         image = render(radiograph, size).astype(np.float64)
         assert np.corrcoef(large.ravel(), image.ravel())[0, 1] > 0.99
-        smooth = [cv2.GaussianBlur(picture, (0, 0), 1.5) for picture in (large, image)]  # each size has noise of its own
+        smooth = [cv2.GaussianBlur(picture, (0, 0), 1.5) for picture in (large, image)]  # sizes differ in noise
         assert np.abs(smooth[0] - smooth[1]).mean() < 1.5
 
 
