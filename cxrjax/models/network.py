@@ -94,4 +94,4 @@ def parameter_count(of: Any) -> int:
     """Number of parameters, batch statistics left out, of a module, a `Network` or nested dicts of arrays."""
     if isinstance(of, Backbone):
         of = Network.of(of)
-    return count_parameters(of.params if isinstance(of, Network) else of)
+    return int(count_parameters(of.params if isinstance(of, Network) else of))
