@@ -1,5 +1,6 @@
 """Progress bars for long work: on standard error, with rate and time left; silent where nobody looks."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from rich.progress import Task as _Task
 from rich.text import Text
 
 stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files are as wide as tables need
 
 
 def say(text: str) -> None:
