@@ -95,7 +95,7 @@ class _Trainer:
         self.predict_step = make_predict_step(experiment.mesh)
         state = TrainState.create(experiment.network, optimizer, config.seed)
         self.state = jax.device_put(state, replicated(experiment.mesh))
-        self.progress, self._last_rate = Progress(), math.nan
+        self.progress = Progress()
         restored = checkpoints.restore_last(self.state)
         if restored:
             self.state, self.progress = restored[0], Progress(**restored[1])
@@ -136,8 +136,8 @@ class _Trainer:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, or the watched metric stopped getting better."""
-        return self.progress.stopped_early or self.progress.step >= self.steps
+        """All epochs are done and validated, or the watched metric stopped getting better."""
+        return self.progress.stopped_early or (self.progress.step >= self.steps and not self._at_epoch_end)
 
     @property
     def _at_epoch_end(self) -> bool:
@@ -166,7 +166,7 @@ class _Trainer:
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
                 self._not_finite(step, values, rows)
             self.progress.loss_sum += values["loss"]
-            self._last_rate = values["rate"]
+            self.progress.rate = values["rate"]
             if step % self.config.train.log_every == 0:
                 self.writer.write_scalars(step, {f"train_{name}": value for name, value in values.items()})
 
@@ -190,7 +190,7 @@ class _Trainer:
                 "train_mean_loss": progress.loss_sum / self.steps_per_epoch,
                 "val_loss": loss,
                 "val_auroc": auroc,
-                "rate": self._last_rate,
+                "rate": progress.rate,
                 "seconds": progress.seconds,
             },
         )

@@ -51,6 +51,7 @@ class Progress:
     step: int = 0
     validated: int = 0  # epochs whose validation is done
     loss_sum: float = 0.0  # over this epoch's steps
+    rate: float = 0.0  # of the last step
     best: float | None = None  # of the watched metric
     best_step: int = 0
     since_best: int = 0  # epochs

@@ -1,6 +1,7 @@
 """The loop in one process: what it writes, when it stops, what it refuses."""
 
 import json
+import signal
 
 import jax
 import numpy as np
@@ -90,6 +91,28 @@ def test_a_run_of_many_devices_is_opened_on_few(tiny, tmp_path):
     experiment, network, _ = open_run(tmp_path)
     assert experiment.mesh.shape["data"] == 8
     assert network.classes == 7
+
+
+def test_a_signal_during_the_last_validation_loses_nothing(tiny, tmp_path, monkeypatch):
+    config, validations, original = tiny(), [], loop.logits_of
+    loop.train(config, tmp_path / "unbroken", mean_auroc)
+
+    def interrupted(*words, advance, **more):
+        validations.append(1)
+        if len(validations) == 3:
+            signal.raise_signal(signal.SIGTERM)
+            advance(1)
+        return original(*words, advance=advance, **more)
+
+    monkeypatch.setattr(loop, "logits_of", interrupted)
+    with pytest.raises(loop.InterruptedRunError, match="at step 12 of 12"):
+        loop.train(config, tmp_path / "broken", mean_auroc)
+    assert last_state(config, tmp_path / "broken")[1]["validated"] == 2
+    assert loop.train(config, tmp_path / "broken", mean_auroc).validated == 3
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("unbroken", "broken")]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds", None)
+    assert rows[0] == rows[1]
 
 
 def test_images_are_not_enlarged(tiny):
