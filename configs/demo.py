@@ -4,7 +4,7 @@ Paper     none; it shows on synthetic radiographs what the study of `resolution`
 Command   cxrjax demo
 Argument  the side of the images in px; without one, the study's list of sizes is what matters
 Hardware  two CPU cores, 2 GB
-Time      4 min 13 s and 4 min 25 s in two runs, nothing cached (training 23, 33 and 67 s, control 71 s)
+Time      4.2 and 4.4 minutes in two runs, nothing cached (training 23, 33 and 67 s, control 71 s)
 Memory    1.2 GB resident at most
 Score     mean test AUROC .771, .874 and .985 at 32, 64 and 128 px; stacked .995, voted .993 (seed 0)
 """

@@ -67,7 +67,7 @@ def test_a_refused_config_leaves_room_for_the_right_one(tiny, tmp_path):
         loop.train(tiny("data.findings=('Nodul',)"), tmp_path, mean_auroc)
     assert not list(tmp_path.iterdir())
     with Run(tmp_path, tiny("optimizer.rate=0.5"), {}):
-        pass  # claimed, and killed before its first checkpoint
+        assert (tmp_path / "config.json").exists()  # claimed, and killed before its first checkpoint
     assert loop.train(tiny("train.epochs=1"), tmp_path, mean_auroc).step == 4
 
 
