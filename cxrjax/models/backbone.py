@@ -29,9 +29,13 @@ class Backbone(nnx.Module):
       dtype: compute type; parameters and statistics are float32 (float64 with float64).
       remat: "none", or "layer" to recompute layer by layer in the backward pass.
       published: where published weights keep ours, as (our path, their path) prefixes; the first that fits holds.
+      stem: paths of the first convolution and of the norm after it (empty where there is none).
+      replaceable: top-level modules that belong to the task, not to the features: new weights may leave them out.
     """
 
     published: ClassVar[tuple[tuple[str, str], ...]] = ()
+    stem: ClassVar[tuple[str, str]]
+    replaceable: ClassVar[tuple[str, ...]] = ("classifier",)
 
     def __init__(self, *, classes: int, inputs: InputSpec, dtype: np.dtype, remat: str):
         self.classes = positive("classes", classes)
@@ -40,7 +44,7 @@ class Backbone(nnx.Module):
         self.remat = one_of("remat", remat, REMATS)
         self.classifier: Classifier
 
-    def features(self, images: Maps, *, train: bool = False) -> OrderedDict[str, Maps]:
+    def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Named feature maps in order, coarsest last; the last, "final", is what the head takes.
 
         An `OrderedDict`, since JAX sorts the keys of a plain one wherever it passes through a transformation.
@@ -48,6 +52,7 @@ class Backbone(nnx.Module):
         Args:
           images: prepared images (`cxrjax.models.inputs.prepare`), of the compute type.
           train: normalise by the batch's statistics, and move the running ones.
+          key: for stochastic depth, which is active where a key is given (and the family has it).
 
         Raises:
           CxrError: wrong rank, channels or type; images too small.
@@ -67,8 +72,8 @@ class Backbone(nnx.Module):
         return self.classifier(features["final"], train=train, key=key)
 
     def __call__(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> Float[Array, "B K"]:
-        """`head` of `features`."""
-        return self.head(self.features(images, train=train), train=train, key=key)
+        """`head` of `features`, which get the key in training only: Monte Carlo dropout is the head's."""
+        return self.head(self.features(images, train=train, key=key if train else None), train=train, key=key)
 
     def check(self, images: Maps) -> None:
         """Raise a `CxrError` unless these are prepared images for this network."""

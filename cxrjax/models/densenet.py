@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PRNGKeyArray
 
 from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Backbone
@@ -45,12 +46,13 @@ class DenseNet(Backbone):
       stem_kernel: its size, odd.
       stem_stride: its stride.
       stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
-      pooling: of the head: "average", "max" or "average+max".
+      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
       hidden: units of a hidden layer in the head; 0 for none.
       dropout: in the head.
     """
 
     published: ClassVar = (("classifier.output", "classifier"), ("", "features"))
+    stem: ClassVar = ("conv0", "norm0")
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class DenseNet(Backbone):
         self.norm5 = make.norm(channels)
         self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
-    def features(self, images: Maps, *, train: bool = False) -> OrderedDict[str, Maps]:
+    def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Maps after the stem, of each block ("block1", ... before any norm), and "final" (norm and ReLU)."""
         self.check(images)
         maps = [recomputed(DenseNet._stem, self.remat)(self, images, train)]

@@ -1,5 +1,7 @@
 """From the last feature maps to one logit per finding."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,10 +11,20 @@ from cxrjax.errors import CxrError
 from cxrjax.models.layers import Maker, Maps, storage
 from cxrjax.models.options import one_of, positive
 
+SHARPNESS = 10.0  # of log-sum-exp pooling: towards 0 it is the mean, towards infinity the maximum
+
+
+def _log_sum_exp(maps: Maps) -> Float[Array, "B C"]:
+    """Between mean and maximum: log(mean(exp(r x))) / r (Wang et al. 2017, arXiv:1705.02315, eq. 2)."""
+    positions = maps.shape[1] * maps.shape[2]
+    return (jax.nn.logsumexp(SHARPNESS * maps, axis=(1, 2)) - math.log(positions)) / SHARPNESS
+
+
 POOLINGS = {
     "average": lambda maps: maps.mean((1, 2)),
     "max": lambda maps: maps.max((1, 2)),
     "average+max": lambda maps: jnp.concatenate([maps.mean((1, 2)), maps.max((1, 2))], axis=-1),
+    "log-sum-exp": _log_sum_exp,
 }
 
 
@@ -25,7 +37,7 @@ class Classifier(nnx.Module):
       make: maker of the network's layers.
       channels: of the maps.
       classes: number of findings.
-      pooling: "average", "max" or "average+max" (both, concatenated).
+      pooling: "average", "max", "average+max" (both, concatenated) or "log-sum-exp".
       hidden: units of the hidden layer; 0 for none.
       dropout: share of values dropped, 0 <= dropout < 1.
     """

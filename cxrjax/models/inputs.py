@@ -56,6 +56,12 @@ UNIT = InputSpec(channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
 GREY = InputSpec(channels=1, mean=(0.5,), std=(0.25,))
 """One channel of -2..2, about centred on a radiograph's grey values."""
 
+XRV = InputSpec(channels=1, mean=(0.0,), std=(1.0,), low=-1024.0, high=1024.0)
+"""One channel of -1024..1024, as torchxrayvision's weights expect it."""
+
+NAMED = {"imagenet": IMAGENET, "unit": UNIT, "grey": GREY, "xrv": XRV}
+"""What a config may call them."""
+
 
 def prepare(images: UInt8[Array, "B H W 1"], spec: InputSpec, dtype) -> Float[Array, "B H W C"]:
     """Scale, repeat and normalise grey images; arithmetic in float32 at least, result in `dtype`.

@@ -47,7 +47,15 @@ class Maker:
         return jnp.asarray(self._generator.uniform(-bound, bound, shape), dtype)
 
     def conv(
-        self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = False,
     ) -> nnx.Conv:
         """A square convolution with PyTorch's padding: `padding` zeros on each side."""
         return nnx.Conv(
@@ -56,6 +64,7 @@ class Maker:
             (kernel, kernel),
             strides=(stride, stride),
             padding=((padding, padding), (padding, padding)),
+            feature_group_count=groups,
             use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -40,10 +40,9 @@ def load_published(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Loa
       CxrError: keys are missing or unexpected, or arrays have another shape, are not floating-point, or not finite;
         the message lists all of them.
     """
-    slots = {
-        _published_name(model, path): variable
-        for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    }
+    names = published_names(model)
+    state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    slots = {names[tuple(map(str, path))]: variable for path, variable in state}
     counters = {name.replace("running_mean", _COUNTER) for name in slots if name.endswith(".running_mean")}
     faults = [f"missing {name}" for name in sorted(slots.keys() - state_dict.keys())]
     faults += [f"unexpected {name}" for name in sorted(state_dict.keys() - slots.keys() - counters)]
@@ -67,6 +66,12 @@ def load_published(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Loa
         values=sum(array.size for array in arrays.values()),
         dropped=tuple(sorted(counters & state_dict.keys())),
     )
+
+
+def published_names(model: Backbone) -> dict[tuple[str, ...], str]:
+    """What published weights call each of the network's arrays, by our path."""
+    state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {tuple(map(str, path)): _published_name(model, path) for path, _ in state}
 
 
 def _published_name(model: Backbone, path: tuple) -> str:

