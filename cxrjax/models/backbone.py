@@ -1,8 +1,9 @@
 """What every network can do: features, head, and both in a row."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,19 @@ class Backbone(nnx.Module):
                 f"this network takes prepared {self.dtype} images, not {images.dtype}: "
                 "use Network.apply for uint8, or inputs.prepare with model.inputs and model.dtype"
             )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A named network: its family, what images it expects, and where it differs from the family's defaults.
+
+    `reference` is the implementation or paper that defines it.
+    """
+
+    family: Callable[..., Backbone]
+    inputs: InputSpec
+    settings: dict[str, Any]
+    reference: str
 
 
 def compute_dtype(dtype) -> np.dtype:

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from cxrjax.errors import CxrError
-from cxrjax.models.backbone import Backbone
+from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
-from cxrjax.models.inputs import InputSpec
+from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import BatchNorm, Maker, Maps, average_pool, max_pool, recomputed
 from cxrjax.models.options import one_of, positive
 
@@ -166,3 +166,21 @@ class Transition(nnx.Module):
 
 def _norm_relu(norm: BatchNorm, maps: Maps, train: bool) -> Maps:
     return nnx.relu(norm(maps, train=train))
+
+
+_SMALL = {
+    "growth": 8,
+    "blocks": (2, 2, 2),
+    "bottleneck": 2,
+    "stem_channels": 16,
+    "stem_kernel": 5,
+    "stem_pool": "2x2",
+    "pooling": "average+max",
+}
+
+ARCHITECTURES = {
+    "densenet121": Architecture(DenseNet, IMAGENET, {}, "torchvision densenet121"),
+    "densenet169": Architecture(DenseNet, IMAGENET, {"blocks": (6, 12, 32, 32)}, "torchvision densenet169"),
+    "densenet201": Architecture(DenseNet, IMAGENET, {"blocks": (6, 12, 48, 32)}, "torchvision densenet201"),
+    "densenet_small": Architecture(DenseNet, GREY, _SMALL, "ours, for CPUs"),
+}

@@ -7,9 +7,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from cxrjax.models.backbone import Backbone
+from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
-from cxrjax.models.inputs import InputSpec
+from cxrjax.models.inputs import UNIT, InputSpec
 from cxrjax.models.layers import Maker, Maps, max_pool, recomputed
 
 WIDTHS = (32, 64, 128)
@@ -72,3 +72,8 @@ class Stage(nnx.Module):
     def __call__(self, maps: Maps, train: bool) -> Maps:
         """The maps after this stage; `train` changes nothing, there is no norm."""
         return nnx.relu(max_pool(self.conv(maps), 2, 2))
+
+
+ARCHITECTURES = {
+    "simple_cnn": Architecture(SimpleCNN, UNIT, {}, "the simple CNN of the attention-fusion paper"),
+}
