@@ -10,7 +10,6 @@ from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.inputs import InputSpec
 from cxrjax.models.options import one_of
 
-
 ARCHITECTURES = densenet.ARCHITECTURES | simple.ARCHITECTURES
 
 _COMMON = {"self", "classes", "inputs", "dtype", "remat", "seed"}
