@@ -26,9 +26,11 @@ CHOICES = {
     "split.name": ("random", "official", "files", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "layer"),
+    "model.inputs": ("", "imagenet", "unit", "grey", "xrv"),
     "optimizer.name": ("adam", "adamw", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "plateau"),
     "train.watch": ("val_loss", "val_auroc"),
+    "train.statistics": ("auto", "batch", "frozen"),
     "study.erf_estimator": ("exact", "probe", "sum"),
 }
 
@@ -80,11 +82,16 @@ def default() -> Config:
     config.model.name = "densenet_small"
     config.model.dtype = "float32"  # what the network computes in; parameters stay float32
     config.model.remat = "none"  # none | layer: recompute inside dense layers, for memory
+    config.model.inputs = (
+        ""  # how grey is scaled and normalised: imagenet | unit | grey | xrv; empty: the network's own
+    )
+    config.model.init_from = ""  # directory of `cxrjax weights convert`; empty: random initial values
     config.model.options = ConfigDict()  # of the model's family, checked by it
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam | adamw | sgd (momentum beta1)
     config.optimizer.rate = 1e-3
+    config.optimizer.rates = ""  # factors on the rate by module, such as "backbone=0.1, denseblock4=0.5"
     config.optimizer.schedule = "constant"  # constant | cosine | plateau
     config.optimizer.warmup = 0.0  # fraction of all steps with a rising rate
     config.optimizer.factor = 0.5  # plateau: rate times this ...
@@ -100,6 +107,8 @@ def default() -> Config:
     config.train.per_device = 0  # images on a device at once; 0: as many as the batch gives
     config.train.epochs = 10
     config.train.steps_per_epoch = 0  # 0: every training record once
+    config.train.freeze = ""  # modules that do not learn, separated by commas; backbone: all but the head
+    config.train.statistics = "auto"  # of norms: batch | frozen (running ones, untouched); auto: frozen with backbone
     config.train.watch = "val_auroc"  # val_auroc | val_loss: chooses the best checkpoint
     config.train.patience = 0  # stop after so many epochs without a better one; 0: never
     config.train.save_every = 0  # steps between checkpoints inside an epoch; 0: each epoch's end only

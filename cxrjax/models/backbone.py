@@ -72,9 +72,21 @@ class Backbone(nnx.Module):
         """
         return self.classifier(features["final"], train=train, key=key)
 
-    def __call__(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> Float[Array, "B K"]:
-        """`head` of `features`, which get the key in training only: Monte Carlo dropout is the head's."""
-        return self.head(self.features(images, train=train, key=key if train else None), train=train, key=key)
+    def __call__(
+        self,
+        images: Maps,
+        *,
+        train: bool = False,
+        key: PRNGKeyArray | None = None,
+        backbone_in_training: bool = True,
+    ) -> Float[Array, "B K"]:
+        """`head` of `features`, which get the key in training only: Monte Carlo dropout is the head's.
+
+        With `backbone_in_training` False, features are computed as at inference also in training.
+        """
+        training = train and backbone_in_training
+        features = self.features(images, train=training, key=key if training else None)
+        return self.head(features, train=train, key=key)
 
     def check(self, images: Maps) -> None:
         """Raise a `CxrError` unless these are prepared images for this network."""

@@ -73,7 +73,12 @@ class Network:
         return nnx.merge(self.skeleton.graph, self.params, self.stats)
 
     def apply(
-        self, images: UInt8[Array, "B H W 1"], *, train: bool = False, key: PRNGKeyArray | None = None
+        self,
+        images: UInt8[Array, "B H W 1"],
+        *,
+        train: bool = False,
+        key: PRNGKeyArray | None = None,
+        backbone_in_training: bool = True,
     ) -> tuple[Float[Array, "B K"], dict[str, Any]]:
         """Logits of grey images, and the batch statistics afterwards.
 
@@ -81,12 +86,14 @@ class Network:
           images: grey values 0..255.
           train: normalise by the batch's statistics, and move the running ones.
           key: for dropout, which is active where a key is given.
+          backbone_in_training: False computes features as at inference also in training, and leaves statistics alone.
 
         Raises:
           CxrError: images that are not uint8 B x H x W x 1, or too small for the network.
         """
         model = self.model()
-        logits = model(prepare(images, self.inputs, self.dtype), train=train, key=key)
+        prepared = prepare(images, self.inputs, self.dtype)
+        logits = model(prepared, train=train, key=key, backbone_in_training=backbone_in_training)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxrjax.config import Config
+from cxrjax.console import say
 from cxrjax.data.images import Augment
 from cxrjax.data.pipeline import Examples, examples
 from cxrjax.data.records import Records, open_records
@@ -17,13 +18,15 @@ from cxrjax.data.splits import Split, make_split
 from cxrjax.errors import CxrError
 from cxrjax.findings import LabelPolicy, positions
 from cxrjax.models import create
+from cxrjax.models.inputs import NAMED
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
+from cxrjax.train.learning import Learning
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config names, opened. `network` is freshly initialised until a checkpoint fills it."""
+    """What a config names, opened."""
 
     config: Config
     records: Records
@@ -97,7 +100,7 @@ class Experiment:
 
     @cached_property
     def network(self) -> Network:
-        """The network as it is before training."""
+        """The network that the config describes, with random initial values; a checkpoint fills it."""
         model = self.config.model
         options = dict(model.options.items())
         return Network.of(
@@ -107,9 +110,32 @@ class Experiment:
                 dtype=jnp.dtype(model.dtype),
                 remat=model.remat,
                 seed=self.config.seed,
+                inputs=NAMED[model.inputs] if model.inputs else None,
                 **options,
             )
         )
+
+    @cached_property
+    def start(self) -> Network:
+        """The network as it is before training: from `model.init_from`, where that is set.
+
+        Raises:
+          CxrError: weights of another architecture, or for other inputs.
+        """
+        from cxrjax.weights import start_from
+
+        model = self.config.model
+        if not model.init_from:
+            return self.network
+        network, notes = start_from(self.network, model.name, Path(model.init_from), self.findings)
+        for note in notes:
+            say(f"{model.init_from}: {note}")
+        return network
+
+    @cached_property
+    def learning(self) -> Learning:
+        """Which parameters learn, and how fast each does."""
+        return Learning.of(self.network, self.config)
 
     @property
     def augment(self) -> Augment:
@@ -150,8 +176,14 @@ class Experiment:
         """
         for part in ("train", "validation"):
             self.part(part)
-        _ = self.network
-        return self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
+        _ = self.network, self.learning
+        identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
+        if self.config.model.init_from:
+            from cxrjax.weights import read_converted
+
+            card, _ = read_converted(Path(self.config.model.init_from))
+            identity |= {"initial weights": card.sha256}
+        return identity
 
 
 def _files(names: tuple[str, ...]) -> Path | list[Path] | None:

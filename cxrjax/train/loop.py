@@ -91,9 +91,10 @@ class _Trainer:
             schedule(config.optimizer, self.steps),
             experiment.mesh,
             experiment.accumulate,
+            experiment.learning,
         )
         self.predict_step = make_predict_step(experiment.mesh)
-        state = TrainState.create(experiment.network, optimizer, config.seed)
+        state = TrainState.create(experiment.start, optimizer, config.seed, experiment.learning)
         self.state = jax.device_put(state, replicated(experiment.mesh))
         self.progress = Progress()
         restored = checkpoints.restore_last(self.state)
@@ -277,6 +278,7 @@ class _Trainer:
                 "identity": experiment.identity,
                 "findings": list(experiment.findings),
                 "parameters": parameter_count(experiment.network),
+                "parameters that learn": parameter_count(experiment.learning.split(experiment.network.params)[0]),
                 "images": {name: len(part.row) for name, part in experiment.parts.items()},
                 "steps": self.progress.step,
                 "train_seconds": round(self.progress.seconds, 1),

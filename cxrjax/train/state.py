@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from cxrjax.models.network import Network
+from cxrjax.train.learning import Learning, everything
 
 
 @jax.tree_util.register_dataclass
@@ -24,14 +25,19 @@ class TrainState:
     key: UInt32[Array, " 2"]  # of dropout; folded with the step
 
     @classmethod
-    def create(cls, network: Network, optimizer: optax.GradientTransformation, seed: int) -> "TrainState":
-        """The state before the first step; it shares no array with the network, since the step donates it."""
+    def create(
+        cls, network: Network, optimizer: optax.GradientTransformation, seed: int, learning: Learning | None = None
+    ) -> "TrainState":
+        """The state before the first step; it shares no array with the network, since the step donates it.
+
+        The optimiser keeps moments of the parameters that learn only.
+        """
         params, stats = jax.tree.map(jnp.copy, (network.params, network.stats))
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             stats=stats,
-            optimizer=optimizer.init(params),
+            optimizer=optimizer.init((learning or everything(network)).split(params)[0]),
             rate_factor=jnp.ones((), jnp.float32),
             key=jax.random.PRNGKey(seed),
         )
