@@ -37,7 +37,8 @@ def main(words: Sequence[str] | None = None) -> int:
         result = arguments.run(arguments)
         if arguments.json:
             _write_json(arguments.json, result)
-        return 0
+        failed = result.get("failed") if isinstance(result, dict) else None
+        return _fail(_failures(failed), 1) if failed else 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
@@ -67,6 +68,11 @@ def _explain_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", 1
     return f"a fault of cxrjax itself, {type(error).__name__}: {error}; --debug shows where", 1
+
+
+def _failures(failed: dict[str, str]) -> str:
+    """Parts of the work that could not be done, while the rest was."""
+    return "; ".join([f"{len(failed)} could not be used", *list(failed.values())[:5]])
 
 
 def _fail(message: str, code: int) -> int:
@@ -141,6 +147,20 @@ def _score(arguments: argparse.Namespace) -> Any:
     return scores.as_dict()
 
 
+def _predict(arguments: argparse.Namespace) -> Any:
+    from cxrjax.console import bar
+    from cxrjax.evaluate.classify import classify, image_files, open_trained
+    from cxrjax.report.tables import highest
+
+    trained, files = open_trained(arguments.directory), image_files(arguments.images)
+    with bar("classifying", len(files)) as advance:
+        result = classify(trained, files, size=arguments.size, batch=arguments.batch, advance=advance)
+    if arguments.out:
+        result.write(arguments.out)
+    stdout.print(highest(result.id, result.findings, result.probability))
+    return result.as_dict()
+
+
 def _explain(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies import explanation
 
@@ -211,6 +231,18 @@ def _parser() -> argparse.ArgumentParser:
         "--resamples", type=int, default=1000, help="bootstrap resamples of patients (default: 1000; 0: no intervals)"
     )
     score.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+
+    predict = verb("predict", _predict, "probabilities for image files; those that cannot be used are named")
+    predict.add_argument(
+        "directory", type=Path, metavar="RUN", help="the directory of a trained run, or of converted weights"
+    )
+    predict.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE",
+        help="files or folders; .npy: float N x H x W x C, prepared as the network expects",
+    )  # fmt: skip
+    predict.add_argument("--size", type=int, default=0, help="side in px; default: the one trained at")
+    predict.add_argument("--batch", type=int, default=16, help="images at once (default: 16)")
+    predict.add_argument("--out", type=Path, help="also write a table, .csv or .parquet, which score reads")
 
     explain = verb("explain", _explain, "where a trained network looks: effective receptive field, or Grad-CAM")
     _add_run(explain)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cxrjax.errors import CxrError
@@ -61,6 +62,33 @@ XRV = InputSpec(channels=1, mean=(0.0,), std=(1.0,), low=-1024.0, high=1024.0)
 
 NAMED = {"imagenet": IMAGENET, "unit": UNIT, "grey": GREY, "xrv": XRV}
 """What a config may call them."""
+
+
+def check_range(images: Float[np.ndarray, "B H W C"], spec: InputSpec) -> None:
+    """Refuse prepared images whose values cannot have been normalised as the network expects.
+
+    Allowed is the range that black to white covers, widened by its own width on both sides; values must spread over a
+    hundredth of it at least, and where that range holds negative values some must be negative.
+
+    Args:
+      images: prepared by somebody else; `prepare` needs no check.
+      spec: what the network expects.
+
+    Raises:
+      CxrError: values out of range, without spread, not finite, or of another number of channels.
+    """
+    if images.ndim != 4 or images.shape[-1] != spec.channels:
+        raise CxrError(f"prepared images must be B x H x W x {spec.channels}, not {' x '.join(map(str, images.shape))}")
+    low = min((spec.low - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True))
+    high = max((spec.high - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True))
+    least, most = float(images.min()), float(images.max())
+    width = high - low
+    inside = low - width <= least and most <= high + width  # False for NaN too
+    if not inside or most - least < width / 100 or (low < 0 <= least):
+        raise CxrError(
+            f"prepared images hold values from {least:.4g} to {most:.4g}, but this network expects black at {low:.4g} "
+            f"and white at {high:.4g}: give grey images as uint8, which are scaled here, or normalise them so"
+        )
 
 
 def prepare(images: UInt8[Array, "B H W 1"], spec: InputSpec, dtype) -> Float[Array, "B H W C"]:

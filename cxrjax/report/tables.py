@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
@@ -124,6 +126,19 @@ def terminal(
             _two_lines("Mean" if line.is_mean else line.finding, note),
             *(_two_lines(cell.text, _short_interval(cell), bold=cell.best) for cell in line.cells),
         )
+    return table
+
+
+def highest(
+    names: Sequence[str], findings: Sequence[str], probability: Float[np.ndarray, "N K"], most: int = 40
+) -> TerminalTable:
+    """The likeliest findings of each image, for a terminal; what is more than `most` images is counted only."""
+    table = TerminalTable("image", "likeliest findings", box=box.SIMPLE_HEAD, show_edge=False)
+    for name, row in list(zip(names, probability, strict=True))[:most]:
+        order = np.argsort(-row)[:4]
+        table.add_row(Text(name), ", ".join(f"{findings[k]} {row[k]:.3f}" for k in order))
+    if len(names) > most:
+        table.add_row(Text(f"and {len(names) - most} more", "dim"))
     return table
 
 

@@ -101,19 +101,7 @@ class Experiment:
     @cached_property
     def network(self) -> Network:
         """The network that the config describes, with random initial values; a checkpoint fills it."""
-        model = self.config.model
-        options = dict(model.options.items())
-        return Network.of(
-            create(
-                model.name,
-                classes=len(self.findings),
-                dtype=jnp.dtype(model.dtype),
-                remat=model.remat,
-                seed=self.config.seed,
-                inputs=NAMED[model.inputs] if model.inputs else None,
-                **options,
-            )
-        )
+        return network_of(self.config, len(self.findings))
 
     @cached_property
     def start(self) -> Network:
@@ -122,11 +110,11 @@ class Experiment:
         Raises:
           CxrError: weights of another architecture, or for other inputs.
         """
-        from cxrjax.weights import start_from
-
         model = self.config.model
         if not model.init_from:
             return self.network
+        from cxrjax.weights import start_from
+
         network, notes = start_from(self.network, model.name, Path(model.init_from), self.findings)
         for note in notes:
             say(f"{model.init_from}: {note}")
@@ -184,6 +172,22 @@ class Experiment:
             card, _ = read_converted(Path(self.config.model.init_from))
             identity |= {"initial weights": card.sha256}
         return identity
+
+
+def network_of(config: Config, classes: int) -> Network:
+    """The network that a config describes, with random initial values."""
+    model = config.model
+    return Network.of(
+        create(
+            model.name,
+            classes=classes,
+            dtype=jnp.dtype(model.dtype),
+            remat=model.remat,
+            seed=config.seed,
+            inputs=NAMED[model.inputs] if model.inputs else None,
+            **dict(model.options.items()),
+        )
+    )
 
 
 def _files(names: tuple[str, ...]) -> Path | list[Path] | None:
