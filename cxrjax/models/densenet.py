@@ -16,14 +16,8 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import BatchNorm, Maker, Maps, average_pool, max_pool, recomputed
+from cxrjax.models.layers import STEM_POOLS, BatchNorm, Maker, Maps, average_pool, recomputed
 from cxrjax.models.options import one_of, positive
-
-STEM_POOLS = {
-    "3x3": lambda maps: max_pool(maps, 3, 2, padding=1),
-    "2x2": lambda maps: max_pool(maps, 2, 2),
-    "none": lambda maps: maps,
-}
 
 
 class DenseNet(Backbone):

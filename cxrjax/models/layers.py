@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +29,21 @@ class Maker:
     Args:
       dtype: compute type.
       seed: of the initial values.
+      fan: what the deviation of a convolution's initial values goes by: its connections "in" or "out".
     """
 
-    def __init__(self, dtype, seed: int):
+    def __init__(self, dtype, seed: int, *, fan: Literal["in", "out"] = "in"):
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise CxrError(f"seed must be a whole number, 0 or above, not {seed!r}")
         self.dtype = np.dtype(dtype)
         self.param_dtype = storage(dtype)
+        self._fan = fan
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._unused = nnx.Rngs(0)  # nnx layers ask for one; the initialisers below do not
 
     def _kaiming_normal(self, _key, shape, dtype) -> jax.Array:
-        deviation = np.sqrt(2 / np.prod(shape[:-1]))  # fan in; He et al. 2015, arXiv:1502.01852
+        height, width, inputs, outputs = shape
+        deviation = np.sqrt(2 / (height * width * (inputs if self._fan == "in" else outputs)))  # arXiv:1502.01852
         return jnp.asarray(self._generator.standard_normal(shape) * deviation, dtype)
 
     def _torch_uniform(self, _key, shape, dtype) -> jax.Array:
@@ -148,6 +152,13 @@ def max_pool(maps: Maps, window: int, stride: int, padding: int = 0) -> Maps:
         whole = maps[:, : H // window * window, : W // window * window]
         return whole.reshape(B, H // window, window, W // window, window, C).max((2, 4))
     return _pool(maps, -np.inf, jax.lax.max, window, stride, padding)
+
+
+STEM_POOLS = {
+    "3x3": lambda maps: max_pool(maps, 3, 2, padding=1),
+    "2x2": lambda maps: max_pool(maps, 2, 2),
+    "none": lambda maps: maps,
+}
 
 
 def average_pool(maps: Maps, window: int, stride: int) -> Maps:

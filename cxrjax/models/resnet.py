@@ -1,0 +1,185 @@
+"""ResNet: every block adds to its input.
+
+He et al. 2016, arXiv:1512.03385. Module names are torchvision's, so that its weights fit by name, and as there the
+3x3 convolution of a bottleneck has the stride ("version 1.5"; the paper gives it to the first 1x1).
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from cxrjax.errors import CxrError
+from cxrjax.models.backbone import Architecture, Backbone
+from cxrjax.models.heads import Classifier
+from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
+from cxrjax.models.layers import STEM_POOLS, Maker, Maps, recomputed
+from cxrjax.models.options import one_of, positive
+
+
+class ResNet(Backbone):
+    """ResNet as torchvision defines it; the defaults are ResNet50.
+
+    Args:
+      classes: number of findings.
+      inputs: what the network expects of its images.
+      dtype: compute type.
+      remat: "none" or "layer", which recomputes block by block.
+      seed: of the initial values.
+      block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
+      layers: blocks per stage; each stage but the first halves height and width.
+      width: channels of the stem and of the first stage's 3x3 convolutions; each stage doubles them.
+      stem_kernel: size of the first convolution, odd.
+      stem_stride: its stride.
+      stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
+      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
+      hidden: units of a hidden layer in the head; 0 for none.
+      dropout: in the head.
+    """
+
+    published: ClassVar = (("classifier.output", "fc"),)
+    stem: ClassVar = ("conv1", "bn1")
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        inputs: InputSpec,
+        dtype: np.dtype,
+        remat: str,
+        seed: int,
+        block: str = "bottleneck",
+        layers: Sequence[int] = (3, 4, 6, 3),
+        width: int = 64,
+        stem_kernel: int = 7,
+        stem_stride: int = 2,
+        stem_pool: str = "3x3",
+        pooling: str = "average",
+        hidden: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
+        make = Maker(dtype, seed, fan="out")
+        block_type = BLOCKS[one_of("block", block, BLOCKS)]
+        if isinstance(layers, str) or not isinstance(layers, Sequence):
+            raise CxrError(f"layers must be a sequence of block numbers such as (3, 4, 6, 3), not {layers!r}")
+        self.stages = len(layers)
+        self.stem_pool = one_of("stem_pool", stem_pool, STEM_POOLS)
+        if self.stages == 0 or positive("stem_kernel", stem_kernel) % 2 == 0:
+            raise CxrError(f"a ResNet needs at least one stage and an odd stem_kernel, not {layers!r}, {stem_kernel}")
+        stride = positive("stem_stride", stem_stride)
+        channels = positive("width", width)
+        self.conv1 = make.conv(inputs.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
+        self.bn1 = make.norm(channels)
+        for stage, depth in enumerate(layers, start=1):
+            blocks = nnx.List()
+            for number in range(positive("blocks of a stage", depth)):
+                halve = stage > 1 and number == 0
+                blocks.append(block_type(make, channels, width, stride=2 if halve else 1))
+                channels = width * block_type.expansion
+            setattr(self, f"layer{stage}", blocks)
+            width *= 2
+        self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+
+    def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
+        """Maps after the stem and each stage: "stem", "layer1", ..., "final"."""
+        self.check(images)
+        maps = recomputed(ResNet._stem, self.remat)(self, images, train)
+        named = OrderedDict(stem=maps)
+        for stage in range(1, self.stages + 1):
+            for block in getattr(self, f"layer{stage}"):
+                maps = recomputed(type(block).__call__, self.remat)(block, maps, train)
+            named[f"layer{stage}" if stage < self.stages else "final"] = maps
+        return named
+
+    def _stem(self, images: Maps, train: bool) -> Maps:
+        return STEM_POOLS[self.stem_pool](nnx.relu(self.bn1(self.conv1(images), train=train)))
+
+
+class Block(nnx.Module):
+    """Convolutions, each with a norm, whose result is added to the block's input; ReLU after the sum.
+
+    Where the block changes the shape, a 1x1 convolution and a norm ("downsample") fit the input to it.
+    """
+
+    expansion: ClassVar[int]
+
+    def __init__(self, make: Maker, channels: int, width: int, stride: int):
+        outputs = width * self.expansion
+        self.downsample: nnx.List[Any] = nnx.List()
+        if stride > 1 or channels != outputs:
+            self.downsample = nnx.List([make.conv(channels, outputs, 1, stride=stride), make.norm(outputs)])
+
+    def __call__(self, maps: Maps, train: bool) -> Maps:
+        """The block's maps, of `width * expansion` channels."""
+        shortcut = maps
+        if self.downsample:
+            conv, norm = self.downsample
+            shortcut = norm(conv(maps), train=train)
+        return nnx.relu(self.residual(maps, train) + shortcut)
+
+    def residual(self, maps: Maps, train: bool) -> Maps:
+        """What is added to the input."""
+        raise TypeError(f"{type(self).__name__} does not say what it adds")
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions; the first has the stride."""
+
+    expansion: ClassVar = 1
+
+    def __init__(self, make: Maker, channels: int, width: int, stride: int):
+        self.conv1 = make.conv(channels, width, 3, stride=stride, padding=1)
+        self.bn1 = make.norm(width)
+        self.conv2 = make.conv(width, width, 3, padding=1)
+        self.bn2 = make.norm(width)
+        super().__init__(make, channels, width, stride)
+
+    def residual(self, maps: Maps, train: bool) -> Maps:
+        """What is added to the input."""
+        maps = nnx.relu(self.bn1(self.conv1(maps), train=train))
+        return self.bn2(self.conv2(maps), train=train)
+
+
+class Bottleneck(Block):
+    """1x1 convolution to `width` channels, 3x3 with the stride, 1x1 to four times as many."""
+
+    expansion: ClassVar = 4
+
+    def __init__(self, make: Maker, channels: int, width: int, stride: int):
+        self.conv1 = make.conv(channels, width, 1)
+        self.bn1 = make.norm(width)
+        self.conv2 = make.conv(width, width, 3, stride=stride, padding=1)
+        self.bn2 = make.norm(width)
+        self.conv3 = make.conv(width, width * self.expansion, 1)
+        self.bn3 = make.norm(width * self.expansion)
+        super().__init__(make, channels, width, stride)
+
+    def residual(self, maps: Maps, train: bool) -> Maps:
+        """What is added to the input."""
+        maps = nnx.relu(self.bn1(self.conv1(maps), train=train))
+        maps = nnx.relu(self.bn2(self.conv2(maps), train=train))
+        return self.bn3(self.conv3(maps), train=train)
+
+
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+_SMALL = {
+    "block": "basic",
+    "layers": (1, 1, 1),
+    "width": 16,
+    "stem_kernel": 5,
+    "stem_pool": "2x2",
+    "pooling": "average+max",
+}
+
+ARCHITECTURES = {
+    "resnet18": Architecture(ResNet, IMAGENET, {"block": "basic", "layers": (2, 2, 2, 2)}, "torchvision resnet18"),
+    "resnet34": Architecture(ResNet, IMAGENET, {"block": "basic"}, "torchvision resnet34"),
+    "resnet50": Architecture(ResNet, IMAGENET, {}, "torchvision resnet50"),
+    "resnet101": Architecture(ResNet, IMAGENET, {"layers": (3, 4, 23, 3)}, "torchvision resnet101"),
+    "resnet_small": Architecture(ResNet, GREY, _SMALL, "ours, for CPUs"),
+}
