@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 from cxrjax.data.images import Augment, Warp, resize
 from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
-from cxrjax.findings import LabelPolicy, positions, targets
+from cxrjax.findings import NO_FINDING, LabelPolicy, no_finding, positions, targets
 
 
 class Batch(NamedTuple):
@@ -45,7 +45,7 @@ class Examples:
     Attributes:
       records: the prepared data set that the images come from.
       row: rows of its table, n of them.
-      label: target values, 0 or 1.
+      label: target values, 0 or 1, or between where the label policy smooths.
       known: whether each target is known.
     """
 
@@ -63,12 +63,18 @@ def examples(
 ) -> Examples:
     """The given rows of a data set with the wanted findings' targets.
 
+    `No Finding` may be wanted of a data set that does not have it: it is derived.
+
     Raises:
       CxrError: a finding is unknown, or a label is not one of 1, 0, -1, -2.
     """
     rows = np.asarray(rows, np.int32)
-    wanted = positions(findings, records.findings)
-    return Examples(records, rows, *targets(records.labels[rows][:, wanted], policy))
+    labels, names = records.labels[rows], records.findings
+    if NO_FINDING in findings and NO_FINDING not in names:
+        labels, names = np.column_stack([labels, no_finding(labels, names)]), (*names, NO_FINDING)
+    wanted = positions(findings, names)
+    label, known = targets(labels, policy, findings=names, ids=records.id[rows])
+    return Examples(records, rows, label[:, wanted], known[:, wanted])
 
 
 def training_batches(

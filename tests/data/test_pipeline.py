@@ -100,6 +100,20 @@ def test_an_unknown_finding_is_refused():
 # --- training
 
 
+def test_smoothed_targets_and_a_derived_no_finding():
+    records = InMemory(40)
+    policy = LabelPolicy("smooth", exceptions={"Nodule": LabelPolicy("ones")})
+    data = examples(records, range(40), ["Nodule", "Mass", "No Finding"], policy)
+    mass, nodule = records.labels[:, 0], records.labels[:, 1]
+    np.testing.assert_array_equal(data.label[:, 0], np.isin(nodule, (1, -1)))
+    smoothed = data.label[mass == -1, 1]
+    assert len(set(smoothed.tolist())) == len(smoothed) > 3
+    assert ((smoothed >= 0.55) & (smoothed <= 0.85)).all()
+    np.testing.assert_array_equal(data.label[:, 2] == 1, (records.labels <= 0).all(1) & (records.labels != -1).all(1))
+    alone = examples(records, np.flatnonzero(mass == -1)[::-1], ["Mass"], LabelPolicy("smooth"))
+    np.testing.assert_array_equal(alone.label[::-1, 0], smoothed)
+
+
 def test_a_batch_holds_the_records_images_and_targets():
     data = examples(InMemory(10, size=8), [8, 3, 5, 6], ("Effusion", "Mass"), LabelPolicy())
     for batch in first(3, training(data, augment=Augment())):
