@@ -72,21 +72,31 @@ class Backbone(nnx.Module):
         """
         return self.classifier(features["final"], train=train, key=key)
 
-    def __call__(
+    def heads(
+        self, features: Mapping[str, Maps], *, train: bool = False, key: PRNGKeyArray | None = None
+    ) -> OrderedDict[str, Float[Array, "B K"]]:
+        """The logits of every head that is trained, by name; the prediction last. Most networks have one."""
+        return OrderedDict(prediction=self.head(features, train=train, key=key))
+
+    def __call__(self, images: Maps, **how: Any) -> Float[Array, "B K"]:
+        """The prediction: the last of `outputs`, whose arguments it takes."""
+        return list(self.outputs(images, **how).values())[-1]
+
+    def outputs(
         self,
         images: Maps,
         *,
         train: bool = False,
         key: PRNGKeyArray | None = None,
         backbone_in_training: bool = True,
-    ) -> Float[Array, "B K"]:
-        """`head` of `features`, which get the key in training only: Monte Carlo dropout is the head's.
+    ) -> OrderedDict[str, Float[Array, "B K"]]:
+        """`heads` of `features`, which get the key in training only: Monte Carlo dropout is the head's.
 
         With `backbone_in_training` False, features are computed as at inference also in training.
         """
         training = train and backbone_in_training
         features = self.features(images, train=training, key=key if training else None)
-        return self.head(features, train=train, key=key)
+        return self.heads(features, train=train, key=key)
 
     def check(self, images: Maps) -> None:
         """Raise a `CxrError` unless these are prepared images for this network."""

@@ -1,5 +1,6 @@
 """A network as plain data: what `jax.jit`, `jax.grad` and checkpoints take."""
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -80,7 +81,19 @@ class Network:
         key: PRNGKeyArray | None = None,
         backbone_in_training: bool = True,
     ) -> tuple[Float[Array, "B K"], dict[str, Any]]:
-        """Logits of grey images, and the batch statistics afterwards.
+        """Logits of grey images, and the batch statistics afterwards; see `outputs`."""
+        outputs, stats = self.outputs(images, train=train, key=key, backbone_in_training=backbone_in_training)
+        return list(outputs.values())[-1], stats
+
+    def outputs(
+        self,
+        images: UInt8[Array, "B H W 1"],
+        *,
+        train: bool = False,
+        key: PRNGKeyArray | None = None,
+        backbone_in_training: bool = True,
+    ) -> tuple[OrderedDict[str, Float[Array, "B K"]], dict[str, Any]]:
+        """Logits of every head for grey images, the prediction last, and the batch statistics afterwards.
 
         Args:
           images: grey values 0..255.
@@ -93,8 +106,8 @@ class Network:
         """
         model = self.model()
         prepared = prepare(images, self.inputs, self.dtype)
-        logits = model(prepared, train=train, key=key, backbone_in_training=backbone_in_training)
-        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        outputs = model.outputs(prepared, train=train, key=key, backbone_in_training=backbone_in_training)
+        return outputs, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
 def parameter_count(of: Any) -> int:
