@@ -1,22 +1,150 @@
-"""Losses over findings that are not exclusive; what is unknown or padding costs nothing."""
+"""Losses over findings, exclusive or not; what is unknown or padding costs nothing.
 
+Each returns a sum and how many costs entered it, so that accumulated and sharded batches have one mean:
+`total / max(count, 1)`. All is computed from logits, in float32 at least, so that certain networks neither overflow
+nor lose their gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float64, Shaped
+
+from cxrjax.errors import CxrError
+from cxrjax.models.options import one_of
 
 
-def masked_bce(
-    logits: Float[Array, "B K"], label: Float[Array, "B K"], known: Bool[Array, "B K"], valid: Bool[Array, " B"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Binary cross-entropy summed over known labels of valid images, and how many there are.
+@dataclass(frozen=True)
+class Loss:
+    """A loss of logits against labels.
 
-    Returns sums, so that accumulated and sharded batches have one mean: `total / max(count, 1)`.
+    Attributes:
+      cost: of each label, `(logits f[B, K], label f[B, K]) -> f[B, K]`; of each image, f[B, 1], where exclusive.
+      exclusive: whether the K findings are classes of which an image has exactly one.
+    """
+
+    cost: Callable[[Float[Array, "B K"], Float[Array, "B K"]], Float[Array, "B k"]]
+    exclusive: bool = False
+
+    def __call__(
+        self,
+        logits: Float[Array, "B K"],
+        label: Float[Array, "B K"],
+        known: Bool[Array, "B K"],
+        valid: Bool[Array, " B"],
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The sum of the costs that count, and how many these are; float32, or float64 if the logits are.
+
+        Args:
+          logits: any finite value.
+          label: 0 to 1 (soft labels allowed); each row sums to 1 where the classes are exclusive.
+          known: false where the label is to be ignored; an image of exclusive classes needs all its labels.
+          valid: false where the image is padding.
+        """
+        logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
+        cost, counts = self.cost(logits, label.astype(logits.dtype)), self.counts(known, valid)
+        return jnp.sum(cost, where=counts), jnp.sum(counts, dtype=cost.dtype)
+
+    def counts(self, known: Bool[Array, "B K"], valid: Bool[Array, " B"]) -> Bool[Array, "B k"]:
+        """Which costs count: of labels, or [B, 1] of images where the classes are exclusive."""
+        return (jnp.all(known, axis=1, keepdims=True) if self.exclusive else known) & valid[:, None]
+
+    def mean(
+        self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+    ) -> float:
+        """The mean over a whole table, in float64; NaN if no label is known."""
+        with jax.enable_x64(True):
+            arrays = (jnp.asarray(logits, jnp.float64), jnp.asarray(label, jnp.float64), jnp.asarray(known, bool))
+            total, count = self(*arrays, jnp.ones(len(logits), bool))
+            return float(total) / float(count) if count > 0 else float("nan")
+
+
+def make_loss(name: str, *, prevalence: Shaped[np.ndarray, " K"] | None = None, **options: Any) -> Loss:
+    """A loss by its name.
+
+    - `bce`: binary cross-entropy, a finding at a time.
+    - `weighted_bce`: the same, each positive label weighing w_p of its finding and each negative one w_n. Option
+      `weighting`: "counter" (default) to counter imbalance, w_p = the frequency of negatives and w_n = that of
+      positives; "literal" swaps them.
+    - `focal`: -alpha (1 - p_t)^gamma log p_t (Lin et al., ICCV 2017). Options `alpha` (0.25), `gamma` (2.0), and
+      `weighting`: "uniform" (default), the same alpha for every label, or "balanced", alpha for positive labels and
+      1 - alpha for negative ones.
+    - `cross_entropy`: categorical, softmax over exclusive classes; its mean is over images.
 
     Args:
-      logits: any finite value; the loss is finite and exact in the tails (softplus form).
-      label: 0 to 1 (soft labels allowed).
-      known: false where the label is to be ignored.
-      valid: false where the image is padding.
+      name: one of the above.
+      prevalence: of each finding in training, see `prevalence_of`; only `weighted_bce` needs it.
+      options: of that loss.
+
+    Raises:
+      CxrError: no such loss, no such option, or a value out of range.
     """
-    counts = (known & valid[:, None]).astype(logits.dtype)
-    return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, label.astype(logits.dtype)) * counts), jnp.sum(counts)
+    maker, defaults = _LOSSES[one_of("loss", name, _LOSSES)]
+    for option in options:
+        one_of(f"option of the loss {name}", option, defaults)
+    if name == "weighted_bce":
+        return maker(prevalence=prevalence, **defaults | options)
+    return maker(**defaults | options)
+
+
+def prevalence_of(label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]) -> Float64[np.ndarray, " K"]:
+    """Each finding's mean label over the known ones; 0.5, which favours neither side, where none is known."""
+    count = np.count_nonzero(known, axis=0)
+    total = np.sum(label, axis=0, where=known, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), 0.5)
+
+
+def _bce() -> Loss:
+    return Loss(optax.sigmoid_binary_cross_entropy)
+
+
+def _weighted_bce(prevalence: Shaped[np.ndarray, " K"] | None, weighting: str) -> Loss:
+    one_of("weighting of the loss weighted_bce", weighting, ("counter", "literal"))
+    if prevalence is None:
+        raise CxrError("the loss weighted_bce takes its weights from the prevalence of each finding: give prevalence")
+    positives = np.asarray(prevalence, np.float64)
+    if positives.ndim != 1 or not ((positives >= 0) & (positives <= 1)).all():
+        raise CxrError(f"prevalence {positives} is not one fraction from 0 to 1 per finding")
+    of_positive, of_negative = (1 - positives, positives) if weighting == "counter" else (positives, 1 - positives)
+
+    def cost(logits: Float[Array, "B K"], label: Float[Array, "B K"]) -> Float[Array, "B K"]:
+        w_p, w_n = (jnp.asarray(weight, logits.dtype)[None] for weight in (of_positive, of_negative))
+        return -w_p * label * jax.nn.log_sigmoid(logits) - w_n * (1 - label) * jax.nn.log_sigmoid(-logits)
+
+    return Loss(cost)
+
+
+def _focal(alpha: float, gamma: float, weighting: str) -> Loss:
+    one_of("weighting of the loss focal", weighting, ("uniform", "balanced"))
+    numbers = all(isinstance(value, int | float) for value in (alpha, gamma))
+    if not (numbers and 0 < alpha <= 1 and 0 <= gamma < np.inf):
+        raise CxrError(f"the loss focal takes alpha in (0, 1] and gamma from 0 up, not alpha={alpha}, gamma={gamma}")
+
+    def cost(logits: Float[Array, "B K"], label: Float[Array, "B K"]) -> Float[Array, "B K"]:
+        if weighting == "balanced":
+            return optax.sigmoid_focal_loss(logits, label, alpha=alpha, gamma=gamma)
+        return alpha * optax.sigmoid_focal_loss(logits, label, gamma=gamma)
+
+    return Loss(cost)
+
+
+def _cross_entropy() -> Loss:
+    return Loss(lambda logits, label: optax.softmax_cross_entropy(logits, label)[:, None], exclusive=True)
+
+
+_LOSSES: dict[str, tuple[Callable[..., Loss], dict[str, Any]]] = {
+    "bce": (_bce, {}),
+    "weighted_bce": (_weighted_bce, {"weighting": "counter"}),
+    "focal": (_focal, {"alpha": 0.25, "gamma": 2.0, "weighting": "uniform"}),
+    "cross_entropy": (_cross_entropy, {}),
+}
+LOSSES = tuple(_LOSSES)
+"""The names that `make_loss` knows."""
+
+masked_bce = make_loss("bce")
+"""Binary cross-entropy over the known labels of valid images."""
