@@ -54,7 +54,8 @@ class Record:
       sex: M, F or "" unknown.
       source: the collection that the image comes from.
       labels: one label per finding of the data set: 1, 0, -1 uncertain, -2 not mentioned.
-      official: the data set's own part, "train_val" or "test"; "" without one.
+      official: the data set's own part, "train", "validation", "test", or "train_val", of which validation is drawn; ""
+        without one.
       boxes: where findings are.
       sha256: hex digest of the image as its source gave it.
     """

@@ -14,13 +14,17 @@ import numpy as np
 from jaxtyping import Int32
 
 from cxrjax.data.records import Records
+from cxrjax.data.stratification import stratify
 from cxrjax.errors import CxrError
+from cxrjax.findings import POSITIVE
 
 Rows = Int32[np.ndarray, " n"]
 Parts = Mapping[str, Rows]
 
 PARTS = ("train", "validation", "test")
-NAMES = ("official", "random", "small", "files")
+NAMES = ("official", "random", "stratified", "folds", "small", "files")
+OFFICIAL = (*PARTS, "train_val")
+"""What a record's official part may be; of train_val, validation is drawn."""
 SPELLINGS = MappingProxyType({
     "train": "train", "training": "train", "validation": "validation", "validate": "validation", "valid": "validation",
     "val": "validation", "test": "test", "testing": "test",
@@ -51,28 +55,46 @@ def make_split(
     fractions: Sequence[float] = (0.7, 0.1, 0.2),
     files: Path | str | Mapping[str, Path | str] | Sequence[Path | str] | None = None,
     sizes: Mapping[str, int] | Sequence[int] | None = None,
+    folds: int = 5,
+    fold: int = 0,
+    share: float = 1.0,
 ) -> Split:
     """Split the records; no patient is ever in two parts.
 
     Args:
       records: what to split.
-      name: "official": the data set's own test part, and of the patients of the rest fractions[1] / (fractions[0] +
-        fractions[1]) for validation. "random": `fractions` of the patients. "small": `sizes` images per part, of
-        patients drawn at random. "files": as `files` say.
+      name: "official": the data set's own parts; where it has no validation part, fractions[1] / (fractions[0] +
+        fractions[1]) of its training patients are drawn for it. "random": `fractions` of the patients. "stratified":
+        `fractions` of the images and of each finding's positive ones, as nearly as whole patients allow. "folds":
+        number `fold` of `folds` stratified parts is for testing; the rest is divided, stratified too, into training and
+        validation as `fractions` are to each other. "small": `sizes` images per part, of patients drawn at random.
+        "files": as `files` say.
       seed: of whatever is drawn.
       fractions: of the patients, for training, validation and test; they add up to 1.
       files: one CSV with the columns id and part, of exactly these records or some of them; or a list of names per
         part (a mapping, or three files in the order train, validation, test), which may name images that are not
         prepared, as published lists do of a subset.
       sizes: images per part.
+      folds: how many there are.
+      fold: which of them is for testing, from 0.
+      share: of the patients, drawn first; the others are in no part. For "random", "stratified" and "folds".
 
     Raises:
-      CxrError: a patient would be in two parts (it is named), a part would be empty, a file or row cannot be used.
+      CxrError: a patient would be in two parts (it is named), a part would be empty, a file or row cannot be used, a
+        number is out of its range.
     """
+    if share != 1 and name in ("official", "small", "files"):
+        raise CxrError(f"the {name} split takes all patients; a share of them is for random, stratified and folds")
     if name == "official":
         parts = _official(records, seed, fractions)
     elif name == "random":
-        parts = _random(records, seed, fractions)
+        rows = _some_patients(records, seed, share)
+        parts = _by_patient(records, rows, seed, dict(zip(PARTS, _fractions(fractions), strict=True)))
+    elif name == "stratified":
+        rows = _some_patients(records, seed, share)
+        parts = _stratified(records, rows, [seed], dict(zip(PARTS, _fractions(fractions), strict=True)))
+    elif name == "folds":
+        parts = _fold(records, _some_patients(records, seed, share), seed, fractions, folds, fold)
     elif name == "small":
         parts = _small(records, seed, sizes)
     elif name == "files":
@@ -131,19 +153,50 @@ def _fingerprint(records: Records, parts: Parts) -> str:
 
 def _official(records: Records, seed: int, fractions: Sequence[float]) -> Parts:
     train, validation, _ = _fractions(fractions)
-    unknown = np.flatnonzero(~np.isin(records.official, ("train_val", "test")))
+    unknown = np.flatnonzero(~np.isin(records.official, OFFICIAL))
     if len(unknown):
         raise CxrError(
             f"{len(unknown):,} images of {records.dataset} are in no official part, the first is "
             f"{records.id[unknown[0]]}; use the random split, or files"
         )
-    rest = np.flatnonzero(records.official == "train_val")
-    parts = _by_patient(records, rest, seed, {"train": train, "validation": validation})
-    return {**parts, "test": np.flatnonzero(records.official == "test")}
+    drawn = np.flatnonzero(records.official == "train_val")
+    parts = _by_patient(records, drawn, seed, {"train": train, "validation": validation})
+    given = {part: np.flatnonzero(records.official == part) for part in PARTS}
+    whole = {part: np.concatenate([rows, parts.get(part, rows[:0])]) for part, rows in given.items()}
+    return {part: rows for part, rows in whole.items() if len(rows) or part == "test" or part in parts}
 
 
-def _random(records: Records, seed: int, fractions: Sequence[float]) -> Parts:
-    return _by_patient(records, np.arange(len(records)), seed, dict(zip(PARTS, _fractions(fractions), strict=True)))
+def _some_patients(records: Records, seed: int, share: float) -> np.ndarray:
+    """All images of a share of the patients; the draw has a seed of its own, beside that of the parts."""
+    if not 0 < share <= 1:
+        raise CxrError(f"the split's share of the patients is {share}; give a number above 0 and up to 1")
+    patients, owner = np.unique(records.patient, return_inverse=True)
+    rank = np.random.default_rng([seed, 1]).permutation(len(patients))
+    return np.flatnonzero(rank[owner] < round(share * len(patients)))
+
+
+def _fold(
+    records: Records, rows: np.ndarray, seed: int, fractions: Sequence[float], folds: int, fold: int
+) -> dict[str, np.ndarray]:
+    if folds < 2 or not 0 <= fold < folds:
+        raise CxrError(f"there is no fold {fold} of {folds}; give 2 folds or more, and one of them counted from 0")
+    train, validation, _ = _fractions(fractions)
+    test = _stratified(records, rows, [seed], {str(k): 1 / folds for k in range(folds)})[str(fold)]
+    rest = np.setdiff1d(rows, test)
+    return {**_stratified(records, rest, [seed, fold], {"train": train, "validation": validation}), "test": test}
+
+
+def _stratified(
+    records: Records, rows: np.ndarray, seed: Sequence[int], shares: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """Give each part its share of the images and of every finding; a part without a share is left out."""
+    shares = {part: share for part, share in shares.items() if share > 0}
+    patients, owner = np.unique(records.patient[rows], return_inverse=True)
+    positives = np.zeros((len(patients), len(records.findings)), int)
+    np.add.at(positives, owner, records.labels[rows] == POSITIVE)
+    total = sum(shares.values())
+    part_of = stratify(positives, np.bincount(owner), [share / total for share in shares.values()], seed)
+    return {part: rows[part_of[owner] == k] for k, part in enumerate(shares)}
 
 
 def _fractions(fractions: Sequence[float]) -> tuple[float, float, float]:

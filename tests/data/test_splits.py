@@ -71,6 +71,23 @@ def test_official_keeps_the_test_part_and_draws_validation_by_patient():
     assert counts == {"train": 66, "validation": 9, "test": 25}  # 75 x .7 / .8 is 65.6
 
 
+def test_official_parts_are_taken_as_they_are():
+    official = ["train", "train", "validation", "test", "train", "validation"]
+    split = make_split(table([1, 1, 2, 3, 4, 5], official), "official", seed=7)
+    assert {part: rows.tolist() for part, rows in split.parts.items()} == {
+        "train": [0, 1, 4], "validation": [2, 5], "test": [3],
+    }  # fmt: skip
+    with pytest.raises(CxrError, match="the official split leaves no image for test; 3 images"):
+        make_split(table([1, 2, 3], ["train", "validation", "train"]), "official")
+    with pytest.raises(CxrError, match=r"patients in two parts \(1\): p1 \(train and test\)"):
+        make_split(table([1, 1, 2], ["train", "test", "validation"]), "official")
+
+
+def test_official_without_validation():
+    split = make_split(HUNDRED, "official", fractions=(0.8, 0, 0.2))
+    assert {part: len(patients(HUNDRED, rows)) for part, rows in split.parts.items()} == {"train": 75, "test": 25}
+
+
 def test_official_needs_official_parts():
     with pytest.raises(CxrError, match=r"1 images of d are in no official part, the first is 00002\.png"):
         make_split(table([1, 2, 3, 4], ["train_val", "test", "", "test"]), "official")
@@ -92,6 +109,100 @@ def test_small_takes_three_numbers_and_says_what_it_lacks():
         make_split(HUNDRED, "small", sizes=(200, 100, 100))
     with pytest.raises(CxrError, match="needs sizes"):
         make_split(HUNDRED, "small")
+
+
+# --- stratified splits and folds
+
+
+def labelled(patients=2000, seed=0):
+    """Patients of 1 to 12 images with labels from common to rare that cluster in patients."""
+    rng = np.random.default_rng(seed)
+    rate = np.array([0.3, 0.1, 0.02, 0.005])
+    tendency = rng.random((patients, 4)) < rate * 2
+    records = []
+    for patient in range(patients):
+        for image in range(min(int(rng.geometric(0.4)), 12)):
+            labels = tuple((tendency[patient] & (rng.random(4) < 0.5)).astype(int).tolist())
+            id = f"{patient}_{image}.png"
+            records.append(Record(id, f"p{patient}", id, "PA", math.nan, "F", "x", labels))
+    return Records.of(records, ("A", "B", "C", "D"), dataset="d")
+
+
+CLUSTERED = labelled()
+
+
+def shares(records, rows):
+    """Of all images, and of each finding's positive ones."""
+    positive = records.labels == 1
+    return np.append(positive[rows].sum(0) / positive.sum(0), len(rows) / len(records))
+
+
+@pytest.mark.parametrize("fractions", [(0.7, 0.1, 0.2), (0.5, 0.25, 0.25), (0.9, 0, 0.1)])
+def test_stratified_parts_have_their_share_of_every_finding(fractions):
+    split = make_split(CLUSTERED, "stratified", fractions=fractions)
+    wanted = {part: share for part, share in zip(PARTS, fractions, strict=True) if share}
+    assert sorted(np.concatenate(list(split.parts.values())).tolist()) == list(range(len(CLUSTERED)))
+    for part, share in wanted.items():
+        got = shares(CLUSTERED, split.parts[part])
+        np.testing.assert_allclose(got[[0, 1, 2, 4]], share, atol=0.01)  # whole patients allow no more for the rarest:
+        assert abs(got[3] - share) * (CLUSTERED.labels[:, 3] == 1).sum() < 2.5
+        assert abs(len(patients(CLUSTERED, split.parts[part])) / 2000 - share) < 0.02
+    assert tuple(split.parts) == tuple(wanted)
+
+
+def test_folds_are_each_tested_once_and_hold_the_same():
+    splits = [make_split(CLUSTERED, "folds", folds=5, fold=k, fractions=(0.72, 0.08, 0.2)) for k in range(5)]
+    tested = np.concatenate([split.parts["test"] for split in splits])
+    assert sorted(tested.tolist()) == list(range(len(CLUSTERED)))
+    assert len({split.fingerprint for split in splits}) == 5
+    for split in splits:
+        np.testing.assert_allclose(shares(CLUSTERED, split.parts["test"])[[0, 1, 2, 4]], 0.2, atol=0.01)
+        np.testing.assert_allclose(shares(CLUSTERED, split.parts["validation"])[[0, 1, 2, 4]], 0.08, atol=0.01)
+        assert sum(map(len, split.parts.values())) == len(CLUSTERED)
+
+
+@pytest.mark.parametrize("name", ["stratified", "folds"])
+def test_stratified_splits_are_functions_of_seed_and_records(name):
+    one, same, other = (make_split(CLUSTERED, name, seed=seed) for seed in (1, 1, 2))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+@given(populations, st.integers(0, 2**32 - 1), st.integers(2, 5))
+def test_folds_keep_patients_together(owners, seed, folds):
+    records = table(owners)
+    tested = []
+    for fold in range(folds):
+        split = make_split(records, "folds", seed=seed, folds=folds, fold=fold)
+        check_leakage(records, split.parts)
+        tested += split.parts["test"].tolist()
+    assert sorted(tested) == list(range(len(records)))
+
+
+@pytest.mark.parametrize("name", ["random", "stratified", "folds"])
+def test_a_share_of_the_patients(name):
+    half = make_split(CLUSTERED, name, share=0.5, seed=3)
+    used = np.concatenate(list(half.parts.values()))
+    assert len(patients(CLUSTERED, used)) == 1000
+    assert len(used) == np.isin(CLUSTERED.patient, list(patients(CLUSTERED, used))).sum(), "whole patients"
+    others = make_split(CLUSTERED, name, share=0.5, seed=4)
+    assert patients(CLUSTERED, used) != patients(CLUSTERED, np.concatenate(list(others.parts.values())))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"name": "folds", "fold": 5}, "no fold 5 of 5; give 2 folds or more, and one of them counted from 0"),
+        ({"name": "folds", "fold": -1}, "no fold -1 of 5"),
+        ({"name": "folds", "folds": 1}, "no fold 0 of 1"),
+        ({"name": "folds", "folds": 400}, "the folds split leaves no image for test; 300 images"),
+        ({"name": "random", "share": 0}, "share of the patients is 0; give a number above 0 and up to 1"),
+        ({"name": "stratified", "share": 1.5}, "share of the patients is 1.5"),
+        ({"name": "official", "share": 0.5}, "the official split takes all patients"),
+    ],
+)
+def test_numbers_out_of_range(call, message):
+    with pytest.raises(CxrError, match=message):
+        [make_split(HUNDRED, **{"fold": k, **call}) for k in range(101 if call.get("folds") == 400 else 1)]
 
 
 def test_leaking_patients_are_named():
@@ -156,7 +267,9 @@ def test_lists_per_part(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(CxrError, match="unknown split 'kfold'; choose one of official, random, small, files"):
+    with pytest.raises(
+        CxrError, match="unknown split 'kfold'; choose one of official, random, stratified, folds, small, files"
+    ):
         make_split(HUNDRED, "kfold")
     with pytest.raises(CxrError, match="needs files"):
         make_split(HUNDRED, "files")
@@ -183,3 +296,24 @@ def test_the_arnoweng_split_of_chestxray14(whole, shared):
     split = make_split(whole, "files", files=lists)
     assert [len(rows) for rows in split.parts.values()] == [78_468, 11_219, 22_433]
     assert [len(patients(whole, rows)) for rows in split.parts.values()] == [21_528, 3_090, 6_187]
+    row_of = {id: row for row, id in enumerate(whole.id.tolist())}
+    for path in lists:  # the lists carry their authors' labels
+        with gzip.open(path, "rt") as file:
+            names, labels = zip(*((line.split()[0], line.split()[1:]) for line in file), strict=True)
+        ours = whole.labels[[row_of[name] for name in names]]
+        assert np.mean(ours != np.array(labels, int)) < 2e-4, "NIH has mended 0.01 % of the labels since"
+
+
+def test_stratified_chestxray14(whole):
+    split = make_split(whole, "stratified", seed=1)
+    for part, share in zip(PARTS, (0.7, 0.1, 0.2), strict=True):
+        np.testing.assert_allclose(shares(whole, split.parts[part]), share, atol=0.005)
+        assert abs(len(patients(whole, split.parts[part])) / 30_805 - share) < 0.005
+    half = make_split(whole, "stratified", share=0.5)
+    used = np.concatenate(list(half.parts.values()))
+    assert len(patients(whole, used)) == round(30_805 / 2)
+    total = (whole.labels[used] == 1).sum(0)
+    np.testing.assert_allclose((whole.labels[half.parts["test"]] == 1).sum(0) / total, 0.2, atol=0.01)
+    for fold in (0, 4):
+        test = make_split(whole, "folds", fold=fold).parts["test"]
+        np.testing.assert_allclose(shares(whole, test), 0.2, atol=0.005)
