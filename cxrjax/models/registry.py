@@ -5,12 +5,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from cxrjax.models import densenet, hrnet, resnet, simple
+from cxrjax.models import densenet, efficientnet, hrnet, resnet, simple
 from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.inputs import InputSpec
 from cxrjax.models.options import one_of
 
-ARCHITECTURES = densenet.ARCHITECTURES | hrnet.ARCHITECTURES | resnet.ARCHITECTURES | simple.ARCHITECTURES
+ARCHITECTURES = (
+    densenet.ARCHITECTURES
+    | efficientnet.ARCHITECTURES
+    | hrnet.ARCHITECTURES
+    | resnet.ARCHITECTURES
+    | simple.ARCHITECTURES
+)
 
 _COMMON = {"self", "classes", "inputs", "dtype", "remat", "seed"}
 

@@ -1,0 +1,237 @@
+"""EfficientNet: inverted bottlenecks with squeeze-and-excitation, widened and deepened together.
+
+Tan and Le 2019, arXiv:1905.11946. Module names are torchvision's, so that its weights fit by name.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from cxrjax.errors import CxrError
+from cxrjax.models.backbone import Architecture, Backbone
+from cxrjax.models.heads import Classifier
+from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
+from cxrjax.models.layers import Maker, Maps, recomputed
+from cxrjax.models.options import positive
+
+# Per stage: expansion, kernel, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
+B0 = (
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
+
+HEAD_DRAWS = 2  # the head folds 0 and 1 into the same key
+
+
+class EfficientNet(Backbone):
+    """EfficientNet as torchvision defines it; the defaults are EfficientNetB0 without dropout.
+
+    Args:
+      classes: number of findings.
+      inputs: what the network expects of its images.
+      dtype: compute type.
+      remat: "none" or "layer", which recomputes block by block.
+      seed: of the initial values.
+      width: what all numbers of channels are multiplied by, and rounded to multiples of 8.
+      depth: what the stages' numbers of blocks are multiplied by, and rounded up.
+      stem_channels: outputs of the first convolution, of stride 2.
+      blocks: per stage (expansion, kernel, stride, channels, blocks), kernels odd; the first one strides.
+      stochastic_depth: share of images for which the last block would leave out its residual; the share grows linearly
+        from 0 at the first block (Huang et al. 2016, arXiv:1603.09382).
+      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
+      hidden: units of a hidden layer in the head; 0 for none.
+      dropout: in the head.
+    """
+
+    published: ClassVar = (("classifier.output", "classifier.1"), ("stages", "features"))
+    stem: ClassVar = ("stages.0.0", "stages.0.1")
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        inputs: InputSpec,
+        dtype: np.dtype,
+        remat: str,
+        seed: int,
+        width: float = 1.0,
+        depth: float = 1.0,
+        stem_channels: int = 32,
+        blocks: Sequence[Sequence[int]] = B0,
+        stochastic_depth: float = 0.2,
+        pooling: str = "average",
+        hidden: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
+        if width <= 0 or depth <= 0:
+            raise CxrError(f"width and depth of an EfficientNet must be above 0, not {width!r} and {depth!r}")
+        if not 0 <= stochastic_depth < 1:
+            raise CxrError(f"stochastic_depth must be at least 0 and below 1, not {stochastic_depth!r}")
+        make = Maker(dtype, seed, fan="out")
+        rows = [_row(row) for row in _sequence(blocks)]
+        counts = [math.ceil(count * depth) for *_, count in rows]
+        channels = _divisible(positive("stem_channels", stem_channels) * width)
+        self.stages = nnx.List([ConvNorm(make, inputs.channels, channels, 3, stride=2)])  # number 0 is the stem
+        for (expansion, kernel, stride, outputs, _), count in zip(rows, counts, strict=True):
+            stage = nnx.List()
+            for _ in range(count):
+                number = sum(map(len, self.stages[1:])) + len(stage)
+                drop = stochastic_depth * number / sum(counts)
+                block = MBConv(make, channels, _divisible(outputs * width), expansion, kernel, stride, drop)
+                stage.append(block)
+                channels, stride = block.outputs, 1
+            self.stages.append(stage)
+        self.stages.append(ConvNorm(make, channels, 4 * channels, 1))
+        self.classifier = Classifier(make, 4 * channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+
+    def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
+        """Maps after the stem and each stage: "stem", "stage1", ..., "final".
+
+        Before each stage whose first block expands comes what that makes, at the size of the stage before:
+        "stage2_expansion", ... (Keras' `block2a_expand_activation`).
+        """
+        self.check(images)
+        stem, *stages, last = self.stages
+        active, block_of = recomputed(ConvNorm.active, self.remat), recomputed(MBConv.__call__, self.remat)
+        maps = active(stem, images, train)
+        named, drawn = OrderedDict(stem=maps), HEAD_DRAWS
+        for stage, blocks in enumerate(stages, start=1):
+            for number, block in enumerate(blocks):
+                own = None if key is None else jax.random.fold_in(key, drawn)
+                expansion, maps = block_of(block, maps, train, own)
+                if number == 0 and block.expands:
+                    named[f"stage{stage}_expansion"] = expansion  # costs nothing where nobody reads it
+                drawn += 1
+            named[f"stage{stage}"] = maps
+        named["final"] = active(last, maps, train)
+        return named
+
+
+class ConvNorm(nnx.List):
+    """A convolution, padded by half its kernel, and its norm: "0" and "1" in published names."""
+
+    def __init__(self, make: Maker, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1):
+        conv = make.conv(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups)
+        super().__init__([conv, make.norm(outputs)])
+
+    def __call__(self, maps: Maps, train: bool) -> Maps:
+        """Both, without an activation."""
+        conv, norm = self
+        return norm(conv(maps), train=train)
+
+    def active(self, maps: Maps, train: bool) -> Maps:
+        """Both, and SiLU."""
+        return nnx.silu(self(maps, train))
+
+
+class SqueezeExcitation(nnx.Module):
+    """Each channel times a factor of 0..1, which two small layers make of all channels' means (arXiv:1709.01507)."""
+
+    def __init__(self, make: Maker, channels: int, squeezed: int):
+        self.fc1 = make.conv(channels, squeezed, 1, bias=True)
+        self.fc2 = make.conv(squeezed, channels, 1, bias=True)
+
+    def __call__(self, maps: Maps) -> Maps:
+        """The maps, rescaled image by image."""
+        means = maps.mean((1, 2), keepdims=True)
+        return maps * nnx.sigmoid(self.fc2(nnx.silu(self.fc1(means))))
+
+
+class MBConv(nnx.Module):
+    """Expansion (1x1), depthwise convolution, squeeze-and-excitation, projection (1x1); added to the input if it fits.
+
+    Args:
+      make: maker of the network's layers.
+      inputs: channels of the input.
+      outputs: channels of the result.
+      expansion: channels in between, in units of `inputs`; there is no first convolution where that changes nothing.
+      kernel: size of the depthwise convolution, odd.
+      stride: its stride.
+      drop: share of images whose result is left out of the sum.
+    """
+
+    def __init__(self, make: Maker, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float):
+        wide = _divisible(inputs * expansion)
+        self.outputs = outputs
+        self.expands = wide != inputs
+        self.adds = stride == 1 and inputs == outputs
+        self.drop = drop
+        self.block = nnx.List([ConvNorm(make, inputs, wide, 1)] if self.expands else [])
+        self.block.extend(
+            [
+                ConvNorm(make, wide, wide, kernel, stride=stride, groups=wide),
+                SqueezeExcitation(make, wide, max(1, inputs // 4)),
+                ConvNorm(make, wide, outputs, 1),
+            ]
+        )
+
+    def __call__(self, maps: Maps, train: bool, key: PRNGKeyArray | None) -> tuple[Maps, Maps]:
+        """The expanded maps, and the block's; with a key, images are left out at random (stochastic depth)."""
+        *expand, depthwise, excite, project = self.block
+        wide = expand[0].active(maps, train) if expand else maps
+        result = project(excite(depthwise.active(wide, train)), train)
+        return wide, maps + self._survivors(result, key) if self.adds else result
+
+    def _survivors(self, maps: Maps, key: PRNGKeyArray | None) -> Maps:
+        """Zero for a share of the images, and the others larger by as much, so that the expectation stays."""
+        if key is None or not self.drop:
+            return maps
+        keep = jax.random.bernoulli(key, 1 - self.drop, (len(maps), 1, 1, 1))
+        return jnp.where(keep, maps / (1 - self.drop), jnp.zeros_like(maps))
+
+
+def _divisible(channels: float) -> int:
+    """The nearest multiple of 8, or the next one where that is more than a tenth too small."""
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * channels else nearest + 8
+
+
+def _sequence(blocks: Any) -> Sequence:
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence) or not blocks:
+        raise CxrError(f"blocks must be a sequence of (expansion, kernel, stride, channels, blocks), not {blocks!r}")
+    return blocks
+
+
+def _row(row: Any) -> Sequence[int]:
+    if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 5:
+        raise CxrError(f"a stage of an EfficientNet is (expansion, kernel, stride, channels, blocks), not {row!r}")
+    for what, value in zip(("expansion", "kernel", "stride", "channels", "blocks"), row, strict=True):
+        positive(f"{what} of a stage", value)
+    if row[1] % 2 == 0:
+        raise CxrError(f"the kernels of an EfficientNet must be odd, not {row[1]}")
+    return row
+
+
+_SMALL = {
+    "stem_channels": 8,
+    "blocks": ((1, 3, 1, 8, 1), (4, 3, 2, 16, 2), (4, 5, 2, 24, 2)),
+    "pooling": "average+max",
+}
+
+
+def _scaled(name: str, width: float, depth: float, dropout: float) -> Architecture:
+    settings = {"width": width, "depth": depth, "dropout": dropout}
+    return Architecture(EfficientNet, IMAGENET, settings, f"torchvision {name}")
+
+
+ARCHITECTURES = {
+    "efficientnet_b0": _scaled("efficientnet_b0", 1.0, 1.0, 0.2),
+    "efficientnet_b1": _scaled("efficientnet_b1", 1.0, 1.1, 0.2),
+    "efficientnet_b2": _scaled("efficientnet_b2", 1.1, 1.2, 0.3),
+    "efficientnet_b3": _scaled("efficientnet_b3", 1.2, 1.4, 0.3),
+    "efficientnet_b4": _scaled("efficientnet_b4", 1.4, 1.8, 0.4),
+    "efficientnet_small": Architecture(EfficientNet, GREY, _SMALL, "ours, for CPUs"),
+}
