@@ -1,14 +1,18 @@
-"""Do two models differ? Paired bootstrap over patients: both are measured on the same draws."""
+"""Do two models differ? On average by paired bootstrap over patients, finding by finding by DeLong's test."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import Ranking
+from cxrjax.evaluate.delong import delong
+from cxrjax.evaluate.ensemble import align
 from cxrjax.evaluate.intervals import bootstrap, interval
+from cxrjax.evaluate.multiplicity import holm
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.findings import positions
 
@@ -61,6 +65,37 @@ def difference(
     values, draws = zip(*(_mean_auroc(tables, defined, resamples, seed) for tables in (first, second)), strict=True)
     spread = interval(draws[0] - draws[1], confidence)
     return Difference(float(values[0] - values[1]), spread.low, spread.high, left_out)
+
+
+def by_finding(first: Predictions, second: Predictions, *, confidence: float = 0.95) -> list[dict[str, Any]]:
+    """Test every finding for a difference in AUROC between two models, images of a patient being one unit.
+
+    Args:
+      first: predictions of one model.
+      second: of the other; the same images and findings in any order.
+      confidence: of the intervals, each finding by itself.
+
+    Returns:
+      A flat row per finding: finding, first and second (the AUROCs), difference (first less second), low, high, z, p
+      (two-sided, see `delong`), p_holm (adjusted for the number of findings that could be tested), reason (why a value
+      is NaN, else empty).
+
+    Raises:
+      CxrError: the tables differ in images, findings, patients or labels.
+    """
+    first, second = align([first, second])
+    rows: list[dict[str, Any]] = []
+    for k, finding in enumerate(first.findings):
+        scores = np.stack([first.logit[:, k], second.logit[:, k]])
+        areas = delong(scores, first.label[:, k], first.known[:, k], first.patient)
+        gap = areas.difference()
+        low, high = gap.interval(confidence)
+        rows.append(
+            {"finding": finding, "first": float(areas.auroc[0]), "second": float(areas.auroc[1])}
+            | {"difference": gap.value, "low": low, "high": high, "z": gap.z, "p": gap.p, "reason": areas.reason}
+        )
+    adjusted = holm(np.array([row["p"] for row in rows]))
+    return [row | {"p_holm": float(p)} for row, p in zip(rows, adjusted, strict=True)]
 
 
 def _ranking(table: Predictions, finding: str) -> Ranking:

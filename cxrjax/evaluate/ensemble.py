@@ -144,21 +144,21 @@ def align(tables: Sequence[Predictions]) -> list[Predictions]:
       CxrError: there are none, or they differ in images, findings, patients or labels; the message names the first.
     """
     if not tables:
-        raise CxrError("ensemble: no predictions to combine")
+        raise CxrError("no predictions are given")
     first = tables[0]
     aligned = [first]
     for number, table in enumerate(tables[1:], 2):
         if set(table.findings) != set(first.findings):
             odd = sorted(set(table.findings) ^ set(first.findings))
-            raise CxrError(f"ensemble: table {number} and the first differ in findings: {', '.join(odd)}")
+            raise CxrError(f"predictions: table {number} and the first differ in findings: {', '.join(odd)}")
         odd = np.setxor1d(table.id, first.id)
         if len(odd):
             raise CxrError(
-                f"ensemble: table {number} and the first differ in {len(odd):,} images ({', '.join(odd[:3])}"
+                f"predictions: table {number} and the first differ in {len(odd):,} images ({', '.join(odd[:3])}"
                 f"{', ...' if len(odd) > 3 else ''}); predict the same images with every model"
             )
         order = np.argsort(table.id)
-        aligned.append(_rows(table, order[np.searchsorted(table.id, first.id, sorter=order)]).select(first.findings))
+        aligned.append(table.take(order[np.searchsorted(table.id, first.id, sorter=order)]).select(first.findings))
         _same_truth(aligned[-1], first, number)
     return aligned
 
@@ -170,17 +170,12 @@ def combine(tables: Sequence[Predictions], weights: Float[np.ndarray, "K S"] | N
     return replace(tables[0], logit=vote(logits) if weights is None else stack(logits, weights))
 
 
-def _rows(table: Predictions, rows: np.ndarray) -> Predictions:
-    arrays = ("id", "patient", "logit", "label", "known")
-    return replace(table, **{name: getattr(table, name)[rows] for name in arrays})
-
-
 def _same_truth(table: Predictions, first: Predictions, number: int) -> None:
     differ = (table.known != first.known) | (first.known & (table.label != first.label))
     differ |= (table.patient != first.patient)[:, None]
     if differ.any():
         row, k = np.argwhere(differ)[0]
         raise CxrError(
-            f"ensemble: table {number} and the first differ in the patient or the label of {first.id[row]}, "
+            f"predictions: table {number} and the first differ in the patient or the label of {first.id[row]}, "
             f"{first.findings[k]}; evaluate every model on the same prepared data"
         )

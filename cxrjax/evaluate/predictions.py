@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from scipy.special import expit, logit
 
 from cxrjax.errors import CxrError
@@ -91,6 +91,11 @@ class Predictions:
         columns = positions(findings, self.findings)
         cells = {name: getattr(self, name)[:, columns] for name in ("logit", "label", "known")}
         return replace(self, findings=tuple(findings), **cells)
+
+    def take(self, rows: Int[np.ndarray, " M"] | Bool[np.ndarray, " N"]) -> "Predictions":
+        """These rows, by number in this order or by a mask."""
+        arrays = ("id", "patient", "logit", "label", "known")
+        return replace(self, **{name: getattr(self, name)[rows] for name in arrays})
 
     def write(self, path: Path) -> None:
         """Write the table, whole or not at all, as the name's ending says; reading it gives the same numbers.
