@@ -7,23 +7,25 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from cxrjax.data import dicom
 from cxrjax.errors import CxrError
 
 Grey = UInt8[np.ndarray, "H W"]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
+DICOM_SIGNATURE = b"DICM"  # behind 128 bytes of anything
 COLOUR_LEVELS, COLOUR_SHARE = 16, 0.01
 
 cv2.setNumThreads(0)  # the loader's threads are the parallelism: OpenCV's own pool would fight with them
 
 
 def decode(data: bytes, name: str) -> Grey:
-    """Decodes an 8-bit PNG or JPEG radiograph to grey.
+    """Decodes an 8-bit PNG or JPEG radiograph, or a DICOM one, to grey.
 
     The content decides, never the file's extension: a JPEG named `.png` is read as a JPEG. A colour file must show a
     grey picture (coloured marks on up to 1 % of the pixels are let pass) and gives its luminance; an opaque alpha
-    channel is dropped. An EXIF orientation is applied, as viewers do.
+    channel is dropped. An EXIF orientation is applied, as viewers do. See `dicom.decode` for DICOM files.
 
     Args:
       data: the whole file.
@@ -33,18 +35,21 @@ def decode(data: bytes, name: str) -> Grey:
       uint8[H, W], 0 black.
 
     Raises:
-      CxrError: empty, cut off or damaged data, anything but PNG and JPEG, more than 8 bits, CMYK, transparency, a
-        colour photograph. Damage inside a JPEG's compressed picture may go unnoticed: only a file's checksum tells.
+      CxrError: empty, cut off or damaged data, anything but PNG, JPEG and DICOM, a PNG or JPEG of more than 8 bits,
+        CMYK, transparency, a colour photograph. Damage inside a JPEG's compressed picture may go unnoticed: only a
+        file's checksum tells.
     """
     if not data:
         raise CxrError(f"{name}: the file is empty (0 bytes); fetch it again")
+    if data[128:132] == DICOM_SIGNATURE:
+        return dicom.decode(data, name)
     transparency = False
     if data.startswith(PNG_SIGNATURE):
         transparency = _check_png(data, name)
     elif data.startswith(JPEG_SIGNATURE):
         _check_jpeg(data, name)
     else:
-        raise CxrError(f"{name}: {_what(data)}, not a PNG or JPEG image; convert it to 8-bit grey PNG")
+        raise CxrError(f"{name}: {_what(data)}, not a PNG, JPEG or DICOM image; convert it to 8-bit grey PNG")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR)
     except cv2.error as error:
@@ -56,6 +61,13 @@ def decode(data: bytes, name: str) -> Grey:
     if transparency:
         _check_opaque(data, name)
     return image if image.ndim == 2 else _luminance(image, name)
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether a file that `decode` takes is just its grey pixels: 8-bit grey PNG, or grey JPEG as it is to be seen."""
+    if data.startswith(PNG_SIGNATURE):
+        return data[24:26] == b"\x08\x00"  # the header's depth and colour type
+    return data.startswith(JPEG_SIGNATURE) and _check_jpeg(data, "") and b"Exif\0\0" not in data[: 1 << 16]
 
 
 def encode(image: Grey, format: str = "png", quality: int = 95) -> bytes:
@@ -204,9 +216,9 @@ def _check_png(data: bytes, name: str) -> bool:
     return transparency
 
 
-def _check_jpeg(data: bytes, name: str) -> None:
-    """Walks the segments to the first scan: 8 bits, 1 or 3 components, and an end behind the scan."""
-    position = 2
+def _check_jpeg(data: bytes, name: str) -> bool:
+    """Walks the segments to the first scan: 8 bits, 1 or 3 components, an end behind the scan. Returns whether grey."""
+    position, components = 2, 0
     while True:
         while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] == b"\xff":
             position += 1  # fill bytes
@@ -226,6 +238,7 @@ def _check_jpeg(data: bytes, name: str) -> None:
         position += 2 + length
     if data.rfind(b"\xff\xd9") < position:
         raise _cut_off(data, name)
+    return components == 1
 
 
 def _check_opaque(data: bytes, name: str) -> None:
@@ -250,8 +263,6 @@ def _cut_off(data: bytes, name: str) -> CxrError:
 
 
 def _what(data: bytes) -> str:
-    if data[128:132] == b"DICM":
-        return "a DICOM file"
     kinds = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP", b"GIF8": "GIF", b"\0\0\0\x0cjP": "JPEG 2000"}
     for signature, kind in kinds.items():
         if data.startswith(signature):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cxrjax.data.images import Augment, Warp, decode, encode, resize
+from cxrjax.data.images import Augment, Warp, decode, encode, is_plain, resize
 from cxrjax.errors import CxrError
 
 
@@ -71,6 +71,28 @@ def test_genuine_jpegs(shared):
         assert np.abs(decode(path.read_bytes(), path.name) - expected).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("image", "format", "plain"),
+    [
+        (smooth(), "PNG", True),
+        (smooth(), "JPEG", True),
+        (Image.fromarray(smooth()).convert("RGB"), "PNG", False),
+        (Image.fromarray(smooth()).convert("RGB"), "JPEG", False),
+        (Image.fromarray(smooth()).convert("P"), "PNG", False),
+        (Image.fromarray(smooth()).convert("1"), "PNG", False),
+    ],
+)
+def test_plain_files_are_8_bit_grey(image, format, plain):
+    assert is_plain(packed(image, format)) == plain
+
+
+def test_a_turned_jpeg_is_not_plain():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert not is_plain(packed(smooth(), "JPEG", exif=exif))
+    assert not is_plain(bytes(200))
+
+
 def test_an_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -109,10 +131,10 @@ def jpeg_of_12_bits():
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"Image Index,Finding Labels\n" * 9, "not a PNG or JPEG"),
+        (b"Image Index,Finding Labels\n" * 9, "not a PNG, JPEG or DICOM image"),
         (packed(smooth(), "TIFF"), "a TIFF file"),
         (packed(smooth(), "BMP"), "a BMP file"),
-        (bytes(128) + b"DICM" + bytes(200), "a DICOM file"),
+        (bytes(128) + b"DICM" + bytes(200), "a DICOM file without an image"),
         (png_of_16_bits(), "16-bit PNG"),
         (jpeg_of_12_bits(), "12-bit JPEG"),
         (packed(Image.fromarray(smooth()).convert("CMYK"), "JPEG"), "CMYK"),
