@@ -1,0 +1,113 @@
+"""Yes or no from a score: thresholds chosen on validation, and how they do elsewhere."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from scipy.special import expit, logit
+
+from cxrjax.errors import CxrError
+from cxrjax.evaluate.auc import Ranking, roc_curve
+from cxrjax.evaluate.predictions import Predictions
+from cxrjax.evaluate.rates import Counts
+from cxrjax.models.options import one_of
+
+RULES = ("youden", "sensitivity", "specificity")
+"""Ways to choose a threshold; see `choose`."""
+
+RATES = ("sensitivity", "specificity", "ppv", "npv", "accuracy", "f1")
+
+
+@dataclass(frozen=True, eq=False)
+class OperatingPoints:
+    """One threshold per finding: an image is called positive where its logit is at least that.
+
+    Attributes:
+      findings: K names.
+      threshold: f64[K], logits; infinite where nothing is called, NaN where the labels allowed no choice.
+      reason: K words, why a threshold is NaN, else empty.
+      rule: what they were chosen by, in words.
+    """
+
+    findings: tuple[str, ...]
+    threshold: Float64[np.ndarray, " K"]
+    reason: tuple[str, ...]
+    rule: str
+
+    def counts(self, predictions: Predictions) -> Counts:
+        """Right and wrong calls of a table; nothing is counted of a finding without a threshold."""
+        table = predictions.select(self.findings)
+        return Counts.of(table.logit >= self.threshold, table.label, table.known & ~np.isnan(self.threshold))
+
+    def apply(self, predictions: Predictions) -> list[dict[str, Any]]:
+        """How these thresholds do on a table, a flat row per finding.
+
+        Returns:
+          finding, threshold (a probability), sensitivity, specificity, ppv, npv, accuracy, f1, tp, fp, fn, tn, reason;
+          NaN where there is no threshold or nothing to count.
+
+        Raises:
+          CxrError: the table lacks a finding.
+        """
+        counts = self.counts(predictions)
+        return [
+            {"finding": finding, "threshold": float(expit(self.threshold[k]))}
+            | {rate: float(getattr(counts, rate)[k]) for rate in RATES}
+            | {kind: int(getattr(counts, kind)[k]) for kind in ("tp", "fp", "fn", "tn")}
+            | {"reason": self.reason[k]}
+            for k, finding in enumerate(self.findings)
+        ]
+
+
+def choose(validation: Predictions, rule: str = "youden", target: float = 0.9) -> OperatingPoints:
+    """Choose each finding's threshold on validation; on test images it would flatter.
+
+    Args:
+      validation: labelled predictions.
+      rule: "youden", the highest sensitivity + specificity - 1 (Youden 1950), of equals the highest threshold;
+        "sensitivity", the highest threshold that finds at least `target` of the positives; "specificity", the lowest
+        that leaves at least `target` of the negatives alone.
+      target: above 0 to 1, for the last two.
+
+    Raises:
+      CxrError: no such rule, or a target out of range.
+    """
+    one_of("rule for operating points", rule, RULES)
+    if not 0 < target <= 1:
+        raise CxrError(f"target={target}: give a fraction above 0 up to 1, such as 0.9")
+    p, thresholds, reasons = validation, [], []
+    for k in range(len(p.findings)):
+        score, label, known = p.logit[:, k], p.label[:, k], p.known[:, k]
+        reasons.append(Ranking.of(score, label, known).reason)
+        if reasons[-1]:
+            thresholds.append(math.nan)
+        elif rule == "youden":
+            curve = roc_curve(score, label, known)
+            thresholds.append(curve.threshold[np.argmax(curve.tpr - curve.fpr)])  # pyright: ignore - it is defined
+        elif rule == "sensitivity":
+            falling = np.sort(score[known & (label > 0)])[::-1]
+            thresholds.append(falling[_at_least(target, len(falling)) - 1])
+        else:
+            rising = np.sort(score[known & (label <= 0)])
+            thresholds.append(np.nextafter(rising[_at_least(target, len(rising)) - 1], np.inf))
+    words = "youden" if rule == "youden" else f"{rule} >= {target:g}"
+    return OperatingPoints(p.findings, np.array(thresholds), tuple(reasons), words)
+
+
+def accuracy(predictions: Predictions, threshold: float = 0.5) -> float:
+    """How many of all known labels, whatever their finding, a threshold on the probability gets right; 0 to 1, or NaN.
+
+    Raises:
+      CxrError: the threshold is not between 0 and 1.
+    """
+    if not 0 < threshold < 1:
+        raise CxrError(f"threshold={threshold}: give a probability between 0 and 1, such as 0.5")
+    right = (predictions.logit >= logit(threshold)) == (predictions.label > 0)
+    return float(right[predictions.known].mean()) if predictions.known.any() else math.nan
+
+
+def _at_least(fraction: float, count: int) -> int:
+    """The smallest number of `count` that is at least that fraction, whatever the product is rounded to."""
+    return max(1, math.ceil(fraction * count - 1e-9))
