@@ -26,13 +26,18 @@ CHOICES = {
     "split.name": ("random", "official", "files", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "layer"),
-    "model.inputs": ("", "imagenet", "unit", "grey", "xrv"),
+    "model.inputs": ("", "imagenet", "imagenet-grey", "unit", "unit-grey", "grey", "xrv"),
     "optimizer.name": ("adam", "adamw", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "plateau"),
-    "train.watch": ("val_loss", "val_auroc"),
+    "loss.name": ("bce", "weighted_bce", "focal", "cross_entropy"),
+    "train.watch": ("val_loss", "val_auroc", "val_accuracy"),
+    "train.heads": ("joint", "alternating"),
     "train.statistics": ("auto", "batch", "frozen"),
     "study.erf_estimator": ("exact", "probe", "sum"),
 }
+
+# Groups whose keys belong to what was chosen, which checks them.
+OPEN_GROUPS = ("model.options.", "loss.options.")
 
 # key: lowest, highest
 RANGES = {
@@ -88,6 +93,10 @@ def default() -> Config:
     config.model.init_from = ""  # directory of `cxrjax weights convert`; empty: random initial values
     config.model.options = ConfigDict()  # of the model's family, checked by it
 
+    config.loss = ConfigDict()
+    config.loss.name = "bce"  # bce | weighted_bce | focal, a finding at a time | cross_entropy over exclusive classes
+    config.loss.options = ConfigDict()  # weighting, alpha, gamma: see cxrjax.train.losses.make_loss
+
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam | adamw | sgd (momentum beta1)
     config.optimizer.rate = 1e-3
@@ -109,7 +118,8 @@ def default() -> Config:
     config.train.steps_per_epoch = 0  # 0: every training record once
     config.train.freeze = ""  # modules that do not learn, separated by commas; backbone: all but the head
     config.train.statistics = "auto"  # of norms: batch | frozen (running ones, untouched); auto: frozen with backbone
-    config.train.watch = "val_auroc"  # val_auroc | val_loss: chooses the best checkpoint
+    config.train.heads = "joint"  # of networks with several heads: joint (the sum of losses) | alternating, by step
+    config.train.watch = "val_auroc"  # val_auroc | val_loss | val_accuracy: chooses the best checkpoint
     config.train.patience = 0  # stop after so many epochs without a better one; 0: never
     config.train.save_every = 0  # steps between checkpoints inside an epoch; 0: each epoch's end only
     config.train.log_every = 20  # steps between lines of metrics.jsonl
@@ -211,7 +221,7 @@ def _reject_unknown(config: Config, where: str) -> None:
         raise CxrError(f"{where}: get_config returned {type(config).__name__}, not a ConfigDict: start from default()")
     known = flatten(default())
     for key in flatten(config):
-        if key not in known and not key.startswith("model.options."):
+        if key not in known and not key.startswith(OPEN_GROUPS):
             raise CxrError(f"{where}: {_unknown(key)}")
     missing = [key for key in known if key not in flatten(config)]
     if missing:
@@ -233,7 +243,7 @@ def _override(config: Config, override: str) -> None:
     if not equals:
         raise CxrError(f"override --config.{override} has no value: write --config.{key}=VALUE")
     known = flatten(config)
-    if key not in known and not key.startswith("model.options."):
+    if key not in known and not key.startswith(OPEN_GROUPS):
         raise CxrError(_unknown(key))
     value: Any = text
     if not isinstance(known.get(key), str):

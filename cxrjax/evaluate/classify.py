@@ -22,6 +22,7 @@ from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings, make_mesh
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import network_of
+from cxrjax.train.losses import log_odds
 from cxrjax.train.step import make_predict_step
 
 IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
@@ -30,11 +31,19 @@ PREPARED = ".npy"
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that can be used: its findings' names, and the side of the images it was trained on (0: unknown)."""
+    """A network that can be used.
+
+    Attributes:
+      network: parameters and statistics.
+      findings: names of its outputs.
+      size: side of the images it was trained on, in px; 0 where that is unknown.
+      loss: name of the loss it was trained with, which says whether the findings are exclusive.
+    """
 
     network: Network
     findings: tuple[str, ...]
-    size: int
+    size: int = 0
+    loss: str = "bce"
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def open_trained(directory: Path) -> Trained:
         from cxrjax.weights import load_converted, read_converted
 
         card, _ = read_converted(directory)
-        return Trained(load_converted(directory), card.labels or tuple(f"output_{k}" for k in range(card.classes)), 0)
+        return Trained(load_converted(directory), card.labels or tuple(f"output_{k}" for k in range(card.classes)))
     config = read(directory / "config.json")
     try:
         findings = tuple(json.loads((directory / "run.json").read_text())["findings"])
@@ -84,7 +93,8 @@ def open_trained(directory: Path) -> Trained:
     network = network_of(config, len(findings))
     with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
         best, _ = checkpoints.restore_best({"params": network.params, "stats": network.stats})
-    return Trained(Network(best["params"], best["stats"], network.skeleton), findings, config.data.size)
+    network = Network(best["params"], best["stats"], network.skeleton)
+    return Trained(network, findings, config.data.size, config.loss.name)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -164,7 +174,7 @@ def classify(
         advance(1)
     names = tuple(found)
     logit = np.array([found[name] for name in names], np.float64).reshape(len(names), len(trained.findings))
-    return Classified(_ids(names), trained.findings, logit, failed)
+    return Classified(_ids(names), trained.findings, log_odds(logit, trained.loss), failed)
 
 
 def _decoded(files: Sequence[Path], size: int, threads: int) -> Iterator[tuple[Path, Future]]:

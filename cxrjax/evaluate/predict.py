@@ -14,6 +14,7 @@ from cxrjax.parallel.mesh import replicated
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
+from cxrjax.train.losses import log_odds
 from cxrjax.train.run import same_identity
 from cxrjax.train.step import make_predict_step
 
@@ -56,7 +57,7 @@ def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
         id=records.id[examples.row],
         patient=records.patient[examples.row],
         findings=experiment.findings,
-        logit=logits.astype(np.float64),
+        logit=log_odds(logits, config.loss.name),
         label=examples.label.astype(np.float64),
         known=examples.known,
     )

@@ -22,6 +22,7 @@ from cxrjax.models.inputs import NAMED
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
 from cxrjax.train.learning import Learning
+from cxrjax.train.losses import Loss, make_loss, prevalence_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,13 @@ class Experiment:
         return network
 
     @cached_property
+    def loss(self) -> Loss:
+        """What is minimised; its class weights come from the training part."""
+        train = self.part("train")
+        prevalence = prevalence_of(train.label, train.known)
+        return make_loss(self.config.loss.name, prevalence=prevalence, **dict(self.config.loss.options.items()))
+
+    @cached_property
     def learning(self) -> Learning:
         """Which parameters learn, and how fast each does."""
         return Learning.of(self.network, self.config)
@@ -164,7 +172,7 @@ class Experiment:
         """
         for part in ("train", "validation"):
             self.part(part)
-        _ = self.network, self.learning
+        _ = self.network, self.learning, self.loss
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:
             from cxrjax.weights import read_converted

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
 
 from cxrjax.config import Config
 from cxrjax.console import bar
@@ -26,6 +25,7 @@ from cxrjax.parallel.mesh import batch_shardings, replicated
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
+from cxrjax.train.losses import log_odds
 from cxrjax.train.metrics import MetricWriter
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.run import Run, describe_run
@@ -92,6 +92,8 @@ class _Trainer:
             experiment.mesh,
             experiment.accumulate,
             experiment.learning,
+            experiment.loss,
+            config.train.heads == "alternating",
         )
         self.predict_step = make_predict_step(experiment.mesh)
         state = TrainState.create(experiment.start, optimizer, config.seed, experiment.learning)
@@ -179,8 +181,10 @@ class _Trainer:
             self.state.network(self.experiment.network), self.validation, self.predict_step, self.experiment.mesh,
             size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads, advance=stop,
         ).astype(np.float64)  # fmt: skip
-        loss = mean_bce(logits, self.validation.label, self.validation.known)
-        auroc = self.auroc(logits, self.validation.label, self.validation.known)
+        loss = self.experiment.loss.mean(logits, self.validation.label, self.validation.known)
+        odds = log_odds(logits, config.loss.name)
+        auroc = self.auroc(odds, self.validation.label, self.validation.known)
+        accuracy = self.experiment.loss.accuracy(logits, self.validation.label, self.validation.known)
         if not math.isfinite(loss):
             raise CxrError(f"the validation loss is {loss} after step {progress.step}; {self._last_good()}")
         progress.validated += 1
@@ -191,6 +195,7 @@ class _Trainer:
                 "train_mean_loss": progress.loss_sum / self.steps_per_epoch,
                 "val_loss": loss,
                 "val_auroc": auroc,
+                "val_accuracy": accuracy,
                 "rate": progress.rate,
                 "seconds": progress.seconds,
             },
@@ -198,7 +203,8 @@ class _Trainer:
         self.writer.flush()
         progress.loss_sum = 0.0
         self._plateau(loss)
-        value = -loss if config.train.watch == "val_loss" else auroc
+        watched = {"val_loss": -loss, "val_auroc": auroc, "val_accuracy": accuracy}
+        value = watched[config.train.watch]
         if progress.best is None or value > progress.best:
             progress.best, progress.best_step, progress.since_best = value, progress.step, 0
             network = {"params": self.state.params, "stats": self.state.stats}
@@ -297,14 +303,6 @@ def check_watch(experiment: Experiment) -> None:
             f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} "
             "validation images; use --config.train.watch=val_loss, or a larger validation part"
         )
-
-
-def mean_bce(
-    logits: Float[np.ndarray, "N K"], label: Float[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
-) -> float:
-    """Binary cross-entropy over known labels in float64, from all logits at once; NaN where nothing is known."""
-    loss = np.logaddexp(0.0, logits) - label * logits
-    return float(loss[known].mean()) if known.any() else math.nan
 
 
 @contextmanager

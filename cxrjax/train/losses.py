@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float64, Shaped
+from scipy.special import logsumexp
 
 from cxrjax.errors import CxrError
 from cxrjax.models.options import one_of
@@ -54,6 +55,19 @@ class Loss:
         """Which costs count: of labels, or [B, 1] of images where the classes are exclusive."""
         return (jnp.all(known, axis=1, keepdims=True) if self.exclusive else known) & valid[:, None]
 
+    def accuracy(
+        self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+    ) -> float:
+        """The share of known labels whose probability is on their side of 0.5; NaN if no label is known.
+
+        Where classes are exclusive it is the share of images whose class is the likeliest.
+        """
+        if self.exclusive:
+            right, counts = logits.argmax(1) == label.argmax(1), known.all(1)
+        else:
+            right, counts = (logits > 0) == (label > 0.5), known
+        return float(right[counts].mean()) if counts.any() else float("nan")
+
     def mean(
         self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
     ) -> float:
@@ -90,6 +104,20 @@ def make_loss(name: str, *, prevalence: Shaped[np.ndarray, " K"] | None = None, 
     if name == "weighted_bce":
         return maker(prevalence=prevalence, **defaults | options)
     return maker(**defaults | options)
+
+
+def log_odds(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray, "N K"]:
+    """What the logistic function takes to a network's probabilities: the logits, or log p / (1 - p) of the softmax.
+
+    Args:
+      logits: as the network gives them.
+      loss: the name of the loss that it was trained with, which says whether the findings are exclusive.
+    """
+    logits = np.asarray(logits, np.float64)
+    if loss != "cross_entropy":
+        return logits
+    others = [logsumexp(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]
+    return logits - np.stack(others, axis=1)
 
 
 def prevalence_of(label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]) -> Float64[np.ndarray, " K"]:

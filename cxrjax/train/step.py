@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings, replicated
 from cxrjax.train.learning import Learning, everything
-from cxrjax.train.losses import masked_bce
+from cxrjax.train.losses import Loss, masked_bce
 from cxrjax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -26,48 +26,57 @@ def make_train_step(
     mesh: Mesh,
     accumulate: int = 1,
     learning: Learning | None = None,
+    loss: Loss = masked_bce,
+    alternating: bool = False,
 ) -> Callable[[TrainState, Placed], tuple[TrainState, Metrics]]:
     """The jitted training step; it donates the state it is given.
 
     The batch is the effective one: it is cut into `accumulate` parts that pass one after the other, and the
-    gradient is that of the mean over all known labels of the whole. Batch statistics are those of each part
-    (over all devices), and running statistics are updated once a part. `learning` says which parameters learn and
-    how fast; all at one rate by default. What is frozen costs no gradient and no optimiser state.
+    gradient is that of the mean of `loss` over the whole. Batch statistics are those of each part (over all devices),
+    and running statistics are updated once a part. `learning` says which parameters learn and how fast; all at one
+    rate by default. What is frozen costs no gradient and no optimiser state.
+
+    A network of several heads minimises the sum of their losses; with `alternating`, one head's at each step in turn.
 
     Metrics: `loss`, `gradient_norm`, `rate`, each f32[].
     """
     learning = learning or everything(network)
 
     def loss_of(
-        params: Any, frozen: Any, stats: Any, part: Placed, key: jax.Array, total: jax.Array
+        params: Any, frozen: Any, stats: Any, part: Placed, key: jax.Array, about: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, Any]:
+        number, total = about
         model = dataclasses.replace(network, params=learning.join(params, frozen), stats=stats)
-        logits, stats = model.apply(part.image, train=True, key=key, backbone_in_training=learning.backbone_in_training)
-        loss, _ = masked_bce(logits, part.label, part.known, part.valid)
-        return loss / total.astype(loss.dtype), stats
+        outputs, stats = model.outputs(
+            part.image, train=True, key=key, backbone_in_training=learning.backbone_in_training
+        )
+        costs = jnp.stack([loss(logits, part.label, part.known, part.valid)[0] for logits in outputs.values()])
+        if alternating:
+            costs = jnp.where(jnp.arange(len(costs)) == number % len(costs), costs, 0)
+        return costs.sum() / total.astype(costs.dtype), stats
 
     def step(state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
         params, frozen = learning.split(state.params)
-        total = jnp.maximum(jnp.sum(batch.known & batch.valid[:, None], dtype=jnp.float32), 1.0)
+        about = state.step, jnp.maximum(jnp.sum(loss.counts(batch.known, batch.valid), dtype=jnp.float32), 1.0)
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
 
         def part_step(carry: tuple, part_and_key: tuple) -> tuple[tuple, None]:
-            gradient, stats, loss = carry
+            gradient, stats, cost = carry
             part, key = part_and_key
-            (part_loss, stats), part_gradient = jax.value_and_grad(loss_of, has_aux=True)(
-                params, frozen, stats, part, key, total
+            (part_cost, stats), part_gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                params, frozen, stats, part, key, about
             )
-            return (jax.tree.map(jnp.add, gradient, part_gradient), stats, loss + part_loss.astype(loss.dtype)), None
+            return (jax.tree.map(jnp.add, gradient, part_gradient), stats, cost + part_cost.astype(cost.dtype)), None
 
         zero = jnp.zeros((), jnp.float32)
         if accumulate == 1:
-            (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-                params, frozen, state.stats, batch, keys[0], total
+            (cost, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                params, frozen, state.stats, batch, keys[0], about
             )
         else:
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             start = (jax.tree.map(jnp.zeros_like, params), state.stats, zero)
-            (gradient, stats, loss), _ = jax.lax.scan(part_step, start, (parts, keys))
+            (gradient, stats, cost), _ = jax.lax.scan(part_step, start, (parts, keys))
 
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
             rate = (schedule(state.step) * state.rate_factor).astype(jnp.float32)
@@ -75,7 +84,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, d: p - rate.astype(p.dtype) * d, params, learning.scale(direction))
         params = learning.join(params, frozen)
         metrics = {
-            "loss": loss.astype(jnp.float32),
+            "loss": cost.astype(jnp.float32),
             "gradient_norm": optax.tree.norm(gradient).astype(jnp.float32),
             "rate": rate,
         }

@@ -15,6 +15,7 @@ from cxrjax.evaluate.predict import open_run
 from cxrjax.train import loop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
+from cxrjax.train.losses import Loss
 from cxrjax.train.metrics import read_metrics
 from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.run import Run
@@ -161,7 +162,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tiny, tmp_path):
 
 def test_plateau_halves_the_rate_after_three_epochs_without_a_lower_loss(tiny, tmp_path, monkeypatch):
     losses = iter([1.0, 0.9, 0.95, 0.9, 0.92, 0.91, 0.91, 0.95])
-    monkeypatch.setattr(loop, "mean_bce", lambda *_: next(losses))
+    monkeypatch.setattr(Loss, "mean", lambda *_: next(losses))
     config = tiny("optimizer.schedule=plateau", "optimizer.warmup=0", "train.epochs=8", "train.steps_per_epoch=1")
     loop.train(config, tmp_path, mean_auroc)
     rates = [row["rate"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
