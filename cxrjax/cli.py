@@ -1,6 +1,7 @@
 """The verbs. Each parses its words here, does its work in the package, and returns what `--json` writes."""
 
 import argparse
+import ast
 import errno
 import json
 import os
@@ -179,6 +180,35 @@ def _study(arguments: argparse.Namespace) -> Any:
     return resolution(arguments.config, arguments.overrides, arguments.workdir)
 
 
+def _weights(arguments: argparse.Namespace) -> Any:
+    from cxrjax.weights import convert
+
+    report = convert(
+        arguments.file, arguments.arch, arguments.out, head=arguments.head, labels=_labels(arguments.labels),
+        inputs=arguments.inputs, channels=arguments.channels, options=dict(arguments.option),
+    )  # fmt: skip
+    for line in report.lines():
+        say(line)
+    return report.as_dict()
+
+
+def _labels(text: str) -> list[str]:
+    """Names separated by commas, or the lines of a file."""
+    if text and Path(text).is_file():
+        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    return [label.strip() for label in text.split(",")] if text else []
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cxrjax", description="Chest X-ray classifiers at full resolution.", epilog=EPILOG, allow_abbrev=False
@@ -258,6 +288,21 @@ def _parser() -> argparse.ArgumentParser:
     study = verb("study", _study, "several runs and one report")
     study.add_argument("what", choices=("resolution",), help="resolution: one run a size, and their stacked ensemble")
     _add_config(study)
+
+    weights = verb("weights", _weights, "published PyTorch or safetensors weights, converted strictly")
+    weights.add_argument("what", choices=("convert",), help="convert: to weights.safetensors and card.json")
+    weights.add_argument("file", type=Path, metavar="FILE", help="safetensors, or what torch.save wrote; never run")
+    weights.add_argument("--arch", required=True, metavar="NAME", help="the network that the weights are of")
+    weights.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the converted weights go")
+    weights.add_argument("--head", choices=("keep", "drop"), default="keep", help="the file's outputs (default: keep)")
+    weights.add_argument(
+        "--labels", default="", metavar="A,B,...", help="names of the outputs, or a file with one a line"
+    )
+    weights.add_argument("--inputs", metavar="NAME", help="what the weights expect: imagenet, unit, grey or xrv")
+    weights.add_argument("--channels", type=int, choices=(1,), help="fold the first convolution to 1 channel")
+    weights.add_argument(
+        "--option", type=_option, action="append", default=[], metavar="KEY=VALUE", help="of the network; repeatable"
+    )
     return parser
 
 

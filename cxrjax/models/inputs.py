@@ -1,7 +1,7 @@
 """From grey bytes to what a network expects, on the device."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,30 @@ GREY = InputSpec(channels=1, mean=(0.5,), std=(0.25,))
 XRV = InputSpec(channels=1, mean=(0.0,), std=(1.0,), low=-1024.0, high=1024.0)
 """One channel of -1024..1024, as torchxrayvision's weights expect it."""
 
-NAMED = {"imagenet": IMAGENET, "unit": UNIT, "grey": GREY, "xrv": XRV}
+
+def one_channel(spec: InputSpec) -> InputSpec:
+    """The one channel that stands for several grey ones: the same values where they are normalised alike.
+
+    Where they are not, its mean and deviation are such that the sum of the normalised channels is that of as many
+    copies of it.
+    """
+    if len(set(zip(spec.mean, spec.std, strict=True))) == 1:
+        mean, std = spec.mean[0], spec.std[0]
+    else:
+        precision = sum(1 / std for std in spec.std)
+        mean = sum(mean / std for mean, std in zip(spec.mean, spec.std, strict=True)) / precision
+        std = spec.channels / precision
+    return replace(spec, channels=1, mean=(mean,), std=(std,))
+
+
+NAMED = {
+    "imagenet": IMAGENET,
+    "imagenet-grey": one_channel(IMAGENET),
+    "unit": UNIT,
+    "unit-grey": one_channel(UNIT),
+    "grey": GREY,
+    "xrv": XRV,
+}
 """What a config may call them."""
 
 

@@ -1,0 +1,276 @@
+"""From a published file of weights to a directory of ours: every key accounted for, or an error."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+
+from cxrjax.errors import CxrError
+from cxrjax.files import write_json
+from cxrjax.models import create
+from cxrjax.models.backbone import Backbone
+from cxrjax.models.inputs import NAMED, XRV, InputSpec
+from cxrjax.models.options import one_of
+from cxrjax.models.pretrained import (
+    Fit,
+    Loaded,
+    fit_published,
+    load_published,
+    published_module,
+    published_name,
+    published_names,
+    published_shapes,
+)
+from cxrjax.models.registry import ARCHITECTURES
+from cxrjax.weights.card import Card, called, sha256, write_converted
+from cxrjax.weights.files import Contents, read_contents
+from cxrjax.weights.fold import fold
+from cxrjax.weights.keys import Named, published
+
+REPORT = "report.json"
+_ALIKE = 0.95  # share of arrays that must fit before another architecture is suggested
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did with every key.
+
+    Attributes:
+      directory: where the weights are.
+      card: what they are.
+      format: of the file.
+      used: our dotted path by the file's key.
+      dropped: why a key of the file was not used.
+      missing: our paths that the file does not fill; they get initial values where the weights are used.
+      notes: what was found and changed, in words.
+    """
+
+    directory: Path
+    card: Card
+    format: str
+    used: dict[str, str]
+    dropped: dict[str, str]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "directory": str(self.directory), "card": self.card.as_dict()}
+
+    def lines(self) -> list[str]:
+        """For a person: counts, and everything out of the ordinary; `report.json` lists every key."""
+        card = self.card
+        outputs = f"{card.classes} outputs" if card.classes else "no head"
+        why: dict[str, list[str]] = {}
+        for key, reason in self.dropped.items():
+            why.setdefault(reason, []).append(key)
+        return [
+            f"{card.source} ({self.format}) -> {card.architecture}, {outputs}, inputs {called(card.inputs)}",
+            *(f"note: {note}" for note in self.notes),
+            f"used: {len(self.used)} keys",
+            *(f"dropped: {_some(keys)}: {reason}" for reason, keys in why.items()),
+            *([f"missing: {_some(list(self.missing))}: initial values stand in"] if self.missing else []),
+            f"written: {self.directory} ({REPORT} lists every key)",
+        ]
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys) if len(keys) <= 4 else f"{', '.join(keys[:2])} ... ({len(keys)} keys)"
+
+
+def convert(
+    file: Path,
+    architecture: str,
+    out: Path,
+    *,
+    head: Literal["keep", "drop"] = "keep",
+    labels: Sequence[str] = (),
+    inputs: str | None = None,
+    channels: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    restricted: bool = False,
+) -> Report:
+    """Convert a published file of weights; on an error nothing is written.
+
+    Args:
+      file: safetensors, or PyTorch's (`read_contents`).
+      architecture: the name of our network.
+      out: directory for `weights.safetensors` (float32), `card.json` and `report.json`.
+      head: "keep" the file's outputs, or "drop" them.
+      labels: names of the outputs, an empty one for an output that means nothing.
+      inputs: what the weights expect of their images, by name (`NAMED`); None for what the file or the architecture
+        says.
+      channels: 1 to fold a first convolution of several channels; None to leave it.
+      options: of the architecture, where it is not the default.
+      restricted: read PyTorch's files with the reader here, even where PyTorch is installed.
+
+    Raises:
+      CxrError: the file cannot be read; a key is missing, unexpected, or of another shape; values are not finite; the
+        file is of another architecture (the message names it) or takes other inputs.
+    """
+    file, out, options = Path(file), Path(out), dict(options or {})
+    one_of("head", head, ("keep", "drop"))
+    one_of("network", architecture, ARCHITECTURES)
+    if channels not in (None, 1):
+        raise CxrError(f"channels = {channels}: weights can be folded to 1 channel only")
+    contents = read_contents(file, restricted=restricted)
+    family = _family(architecture)
+    named = published(contents.arrays, family)
+    try:
+        model, fit, notes = _fit(contents, named, architecture, head, inputs, options)
+    except CxrError as error:
+        raise CxrError(f"{file}: {_suggestion(contents, architecture) or error}") from None
+    notes = [*_origin(contents), *named.notes, *notes]
+    arrays, spec = fit.arrays, model.inputs
+    classes = 0 if head == "drop" else model.classes
+    try:
+        labels = _checked_labels(labels or (contents.labels if classes else ()), classes)
+        if channels == 1:
+            folded = fold(model, arrays)
+            arrays, spec = folded.arrays, folded.inputs
+            notes.append(folded.note(model.inputs.channels))
+    except CxrError as error:
+        raise CxrError(f"{file}: {error}") from None
+    if classes and not labels:
+        notes.append(f"the {classes} outputs have no names: --labels gives them some")
+    original = named.original
+    used = dict(sorted((original[name], ".".join(path)) for path, name in fit.used.items()))
+    dropped = {original[name]: reason for name, reason in sorted(fit.dropped.items())} | named.dropped
+    dropped |= dict.fromkeys(contents.beside, "beside the weights")
+    notes = tuple(notes)
+    card = Card(architecture, classes, spec, file.name, sha256(file), "", options, labels, notes)
+    card = write_converted(out, card, {".".join(path): np.ascontiguousarray(a) for path, a in arrays.items()})
+    report = Report(out, card, contents.format, used, dropped, tuple(".".join(path) for path in fit.missing), notes)
+    write_json(out / REPORT, report.as_dict())
+    return report
+
+
+def load_file(model: Backbone, file: Path, *, leave: Sequence[str] = ()) -> Loaded:
+    """Fill a network with a published file of weights, in place, as `load_published` does.
+
+    Args:
+      model: of the file's architecture.
+      file: safetensors, or PyTorch's.
+      leave: modules, of the model's `replaceable`, that keep their values.
+
+    Raises:
+      CxrError: as `read_contents` and `load_published`, or the file's weights take other inputs; the network stays as
+        it was.
+    """
+    contents = read_contents(file)
+    named = published(contents.arrays, type(model))
+    try:
+        _check_inputs(contents, named, type(model), model.inputs)
+        return load_published(model, named.arrays, leave=leave)
+    except CxrError as error:
+        raise CxrError(f"{file}: {error}") from None
+
+
+def shapes_of(architecture: str, **options: Any) -> Backbone:
+    """The network that `create` would build, with shapes and types for arrays."""
+    return nnx.eval_shape(lambda: create(architecture, **options))
+
+
+def _fit(
+    contents: Contents, named: Named, architecture: str, head: str, inputs: str | None, options: dict[str, Any]
+) -> tuple[Backbone, Fit, list[str]]:
+    """The network that the weights are for, of shapes only; the weights as it wants them; and what to say of it."""
+    family = _family(architecture)
+    bias = named.arrays.get(name := published_name(family, ("classifier", "output", "bias")))
+    outputs = len(bias) if bias is not None and bias.ndim == 1 else 0
+    if head == "keep" and not outputs:
+        raise CxrError(f"there is no head in it, {name} is missing: --head drop takes the rest")
+    spec = NAMED[one_of("inputs", inputs, NAMED)] if inputs else ARCHITECTURES[architecture].inputs
+    spec = XRV if _of_torchxrayvision(contents, named) and not inputs else spec
+    _check_inputs(contents, named, family, spec)
+    model = shapes_of(architecture, classes=outputs or 1, inputs=spec, **options)
+    notes, leave = [], []
+    if head == "drop":
+        leave = ["classifier", *_unfitting(model, named)]
+        notes.append(f"the head{f' ({outputs} outputs)' if outputs else ''} was dropped")
+        notes += [f"module {module} was dropped: it does not fit" for module in leave[1:]]
+    fit = fit_published(model, named.arrays, leave=leave)
+    kinds = {named.arrays[name].dtype.name for name in fit.used.values()} - {"float32"}
+    notes += [f"{kind} values were written as float32" for kind in sorted(kinds)]
+    return model, fit, notes
+
+
+def _unfitting(model: Backbone, named: Named) -> list[str]:
+    """The replaceable modules beside the head that the weights do not fill."""
+    shapes, unfitting = published_shapes(model), set()
+    for path, name in published_names(model).items():
+        if name not in named.arrays or named.arrays[name].shape != shapes[name]:
+            unfitting.add(path[0])
+    return [module for module in model.replaceable if module in unfitting and module != "classifier"]
+
+
+def _of_torchxrayvision(contents: Contents, named: Named) -> bool:
+    return named.torchxrayvision or contents.module.startswith("torchxrayvision.")
+
+
+def _check_inputs(contents: Contents, named: Named, family: type[Backbone], spec: InputSpec) -> None:
+    """Raise a `CxrError` if the weights cannot be for such inputs."""
+    if _of_torchxrayvision(contents, named) and spec != XRV:
+        raise CxrError(f"torchxrayvision's weights take -1024 to 1024: inputs must be xrv, not {called(spec)}")
+    conv = getattr(family, "stem", ("",))[0]
+    first = named.arrays.get(published_name(family, (*conv.split("."), "kernel"))) if conv else None
+    if first is not None and first.ndim == 4 and first.shape[1] != spec.channels:
+        there = first.shape[1]
+        names = [name for name, other in NAMED.items() if other.channels == there]
+        raise CxrError(
+            f"its first convolution takes {there} channels and inputs {called(spec)} give {spec.channels}: "
+            + (f"say what the weights expect, one of {', '.join(names)}, as inputs" if names else "nothing here does")
+            + (", and channels=1 folds them" if spec.channels == 1 else "")
+        )
+
+
+def _suggestion(contents: Contents, architecture: str) -> str:
+    """Which other architecture the weights are of; empty where none fits."""
+    scores = {}
+    for name, other in ARCHITECTURES.items():
+        family = _family(name)
+        arrays = published(contents.arrays, family).arrays
+        conv = getattr(family, "stem", ("",))[0]
+        if not conv or (first := published_name(family, (*conv.split("."), "kernel"))) not in arrays:
+            continue  # of another family: nothing needs building to see that
+        spec = next((spec for spec in NAMED.values() if spec.channels == arrays[first].shape[1]), other.inputs)
+        model = shapes_of(name, classes=1, inputs=spec)
+        names, shapes = published_names(model), published_shapes(model)
+        body = {names[path] for path in names if path[0] not in model.replaceable}
+        there = {name for name in arrays if not name.endswith("num_batches_tracked")}
+        left = tuple(f"{published_module(family, module)}." for module in model.replaceable)
+        there = {name for name in there if not name.startswith(left)}
+        alike = sum(name in arrays and arrays[name].shape == shapes[name] for name in body)
+        scores[name] = alike / max(len(body | there), 1)
+    best = max(scores, key=scores.__getitem__, default=architecture)
+    if best == architecture or scores[best] < _ALIKE:
+        return ""
+    return f"these are weights of {best}, not of {architecture}: give {best} as the architecture (--arch {best})"
+
+
+def _origin(contents: Contents) -> list[str]:
+    """Where in the file the weights were."""
+    return [f"they were under {contents.wrapper} in the file"] * bool(contents.wrapper) + [
+        f"the file holds a whole module, {contents.module}: its arrays were taken, nothing was run"
+    ] * bool(contents.module)
+
+
+def _checked_labels(labels: Sequence[str], classes: int) -> tuple[str, ...]:
+    """Labels, if they can be those of so many outputs."""
+    labels = tuple(labels)
+    named = [label for label in labels if label]
+    if labels and len(labels) != classes:
+        raise CxrError(f"{len(labels)} labels for {classes} outputs" + ("" if classes else ": the head was dropped"))
+    if len(set(named)) < len(named):
+        raise CxrError(f"label {next(label for label in named if named.count(label) > 1)!r} is given twice")
+    return labels
+
+
+def _family(architecture: str) -> type[Backbone]:
+    family = ARCHITECTURES[architecture].family
+    if not isinstance(family, type):
+        raise CxrError(f"{architecture} is no family of its own: there are no published weights for it")
+    return family
