@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from cxrjax.errors import CxrError
 from cxrjax.models.layers import Maker, Maps, storage
-from cxrjax.models.options import one_of, positive
+from cxrjax.models.options import one_of, positive, share
 
 SHARPNESS = 10.0  # of log-sum-exp pooling: towards 0 it is the mean, towards infinity the maximum
 
@@ -26,6 +26,21 @@ POOLINGS = {
     "average+max": lambda maps: jnp.concatenate([maps.mean((1, 2)), maps.max((1, 2))], axis=-1),
     "log-sum-exp": _log_sum_exp,
 }
+
+
+def drop(values: Float[Array, "B ..."], rate: float, key: PRNGKeyArray | None, place: int) -> Float[Array, "B ..."]:
+    """Dropout: a share of the values becomes 0, and the rest grows so that the mean stays; no key, no dropout.
+
+    Args:
+      values: of any shape.
+      rate: share of values dropped, 0 <= rate < 1.
+      key: the network's, common to all its places of dropout.
+      place: which of them this is.
+    """
+    if key is None or not rate:
+        return values
+    keep = jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, values.shape)
+    return jnp.where(keep, values / (1 - rate), jnp.zeros_like(values))
 
 
 class Classifier(nnx.Module):
@@ -52,10 +67,8 @@ class Classifier(nnx.Module):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        if not 0 <= dropout < 1:
-            raise CxrError(f"dropout must be at least 0 and below 1, not {dropout!r}")
         self.pooling = one_of("pooling", pooling, POOLINGS)
-        self.dropout = float(dropout)
+        self.dropout = share("dropout", dropout)
         channels *= 2 if pooling == "average+max" else 1
         self.hidden = nnx.data(None)
         if hidden:
@@ -72,13 +85,7 @@ class Classifier(nnx.Module):
         if train and self.dropout and key is None:
             raise CxrError("training with dropout needs a random key: pass key=")
         vector = POOLINGS[self.pooling](maps.astype(storage(maps.dtype)))
-        vector = self._drop(vector, key, 0)
+        vector = drop(vector, self.dropout, key, 0)
         if self.hidden is not None:
-            vector = self._drop(nnx.relu(self.hidden(vector)), key, 1)
+            vector = drop(nnx.relu(self.hidden(vector)), self.dropout, key, 1)
         return self.output(vector)
-
-    def _drop(self, vector: Float[Array, "B C"], key: PRNGKeyArray | None, place: int) -> Float[Array, "B C"]:
-        if key is None or not self.dropout:
-            return vector
-        keep = jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.dropout, vector.shape)
-        return jnp.where(keep, vector / (1 - self.dropout), jnp.zeros_like(vector))

@@ -1,4 +1,4 @@
-"""What a config may say about a network: one choice of several, or a positive whole number."""
+"""What a config may say about a network: one choice of several, a positive whole number, or a share."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -27,3 +27,10 @@ def positive(what: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CxrError(f"{what} must be a whole number above 0, not {value!r}")
     return value
+
+
+def share(what: str, value: float) -> float:
+    """`value` as a float, if it is a number at least 0 and below 1; else a `CxrError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise CxrError(f"{what} must be at least 0 and below 1, not {value!r}")
+    return float(value)

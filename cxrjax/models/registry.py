@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from cxrjax.models import densenet, efficientnet, hrnet, resnet, simple
+from cxrjax.models import densenet, efficientnet, hrnet, resnet, sequential, simple
 from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.inputs import InputSpec
 from cxrjax.models.options import one_of
@@ -15,6 +15,7 @@ ARCHITECTURES = (
     | efficientnet.ARCHITECTURES
     | hrnet.ARCHITECTURES
     | resnet.ARCHITECTURES
+    | sequential.ARCHITECTURES
     | simple.ARCHITECTURES
 )
 

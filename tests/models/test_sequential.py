@@ -1,0 +1,223 @@
+import dataclasses
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import relative_error
+from scipy.signal import correlate
+
+from cxrjax.errors import CxrError
+from cxrjax.explain.gradcam import gradcam
+from cxrjax.explain.receptive_field import theoretical
+from cxrjax.models import create
+from cxrjax.models.network import Network, parameter_count
+
+NAMES = ("sequential_cnn", "sequential_cnn_v1", "sequential_cnn_v2")
+
+
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def grey(count: int, size: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(7).integers(0, 256, (count, size, size, 1), np.uint8))
+
+
+def test_they_have_as_many_parameters_as_published():
+    published = dict(zip(NAMES, (167_750, 167_750, 16_851_398), strict=True))
+    assert {name: parameter_count(create(name, classes=6)) for name in NAMES} == published
+
+
+def test_version_3_is_the_papers_summary_line_by_line():
+    network = Network.of(create("sequential_cnn", classes=6))
+    paths = [("stage1",), ("stage2",), ("stage3",), ("dense",), ("classifier",)]
+    assert [parameter_count(network.params[path]) for (path,) in paths] == [896, 9248, 9248, 147_584, 774]
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
+    shapes = {"stage1": (2, 31, 31, 32), "stage2": (2, 14, 14, 32), "final": (2, 6, 6, 32)}
+    assert {name: maps.shape for name, maps in features.items()} == shapes
+
+
+def at(tree: Any, path: Sequence[str | int]) -> Any:
+    return reduce(getitem, path, tree)
+
+
+def by_scipy(name: str, network: Network, images: np.ndarray, train: bool) -> tuple[np.ndarray, dict]:
+    """Logits of prepared images, and batch means and unbiased variances by module; float64."""
+    params, stats = jax.device_get((network.params, network.stats))
+    statistics = {}
+
+    def norm(values: np.ndarray, params: dict, *path: str | int) -> np.ndarray:
+        if "norm" not in params:
+            return values
+        rows, running = values.reshape(-1, values.shape[-1]), at(stats, path)
+        statistics[path] = {"mean": rows.mean(0), "var": rows.var(0, ddof=1)}
+        mean, var = (rows.mean(0), rows.var(0)) if train else (running["norm"]["mean"], running["norm"]["var"])
+        return (values - mean) / np.sqrt(var + 1e-5) * params["norm"]["scale"] + params["norm"]["bias"]
+
+    pad = 1 if name.endswith("v2") else 0
+    maps = images
+    for stage in ("stage1", "stage2", "stage3"):
+        kernel, bias = params[stage]["conv"]["kernel"], params[stage]["conv"]["bias"]
+        padded = np.pad(maps, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        per_output = [
+            [correlate(image, kernel[..., o], mode="valid")[..., 0] + bias[o] for o in range(kernel.shape[-1])]
+            for image in padded
+        ]
+        maps = norm(np.maximum(np.array(per_output).transpose(0, 2, 3, 1), 0), params[stage], stage)
+        if not pad:
+            side = maps.shape[1] // 2
+            corners = [maps[:, row : 2 * side : 2, column : 2 * side : 2] for row in (0, 1) for column in (0, 1)]
+            maps = np.max(corners, axis=0)
+    vector = maps.reshape(len(maps), -1)
+    for number, layer in params["dense"].items():
+        vector = np.maximum(vector @ layer["linear"]["kernel"] + layer["linear"]["bias"], 0)
+        vector = norm(vector, layer, "dense", number)
+    return vector @ params["classifier"]["output"]["kernel"] + params["classifier"]["output"]["bias"], statistics
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_they_compute_what_scipy_computes(name, train):
+    size = 9 if name.endswith("v2") else 31
+    rng = np.random.default_rng(0)
+    images = rng.random((4, size, size, 3))
+    with jax.enable_x64(True):
+        options = {"image_size": size, "dropout": 0.0}
+        network = Network.of(create(name, classes=6, dtype="float64", seed=3, **options))
+        random = lambda leaf: jnp.asarray(leaf + rng.uniform(0, 0.3, leaf.shape))  # noqa: E731
+        network = dataclasses.replace(
+            network, params=jax.tree.map(random, network.params), stats=jax.tree.map(random, network.stats)
+        )
+
+        @jax.jit
+        def run(network, images):
+            model = network.model()
+            return model(images, train=train), Network.of(model).stats
+
+        logits, stats = jax.device_get(run(network, images))
+    expected, statistics = by_scipy(name, network, images, train)
+    np.testing.assert_allclose(logits, expected, rtol=1e-11)
+    assert len(statistics) == (5 if name.endswith("v2") else 0)
+    before = jax.device_get(network.stats)
+    for path, batch in statistics.items():
+        for leaf, value in at(before, path)["norm"].items():
+            moved = 0.9 * value + 0.1 * batch[leaf] if train else value
+            np.testing.assert_allclose(at(stats, path)["norm"][leaf], moved, rtol=1e-11)
+
+
+def test_a_key_drops_in_every_stage_and_the_head_draws_the_last():
+    model = create("sequential_cnn", classes=6, seed=1)
+    images = jnp.asarray(np.random.default_rng(0).random((2, 64, 64, 3)), jnp.float32)
+    plain = model.features(images)
+    drawn, again, other = (model.features(images, key=jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(drawn["stage1"], plain["stage1"])  # named before its own dropout
+    for name in ("stage2", "final"):
+        np.testing.assert_array_equal(drawn[name], again[name])
+        assert not np.array_equal(drawn[name], other[name])
+        assert not np.array_equal(drawn[name], plain[name])
+    # Monte Carlo dropout: draws of the head alone, about the prediction.
+    draws = jax.vmap(lambda key: model.head(plain, key=key))(jax.random.split(jax.random.key(2), 500))
+    centre = model(images)
+    assert draws.std(0).min() > 0.01
+    assert relative_error(draws.mean(0), centre) < 0.2
+
+
+def test_the_heads_dropout_drops_the_stated_share_of_the_flattened_maps():
+    model: Any = create("sequential_cnn", classes=6, dropout=0.4)
+    model.dense[0].linear.kernel[...] = jnp.zeros((1152, 128)).at[:, 0].set(1.0)
+    model.classifier.output.kernel[...] = jnp.zeros((128, 6)).at[0].set(1.0)
+    ones = {"final": jnp.ones((200, 6, 6, 32))}
+    kept = model.head(ones, key=jax.random.key(0))[:, 0] * 0.6 / 1152  # each kept value counts 1 / 0.6
+    assert abs(kept.mean() - 0.6) < 0.005
+    assert abs(kept.std() - np.sqrt(0.6 * 0.4 / 1152)) < 0.003
+
+
+def test_version_1_draws_nothing():
+    network = Network.of(create("sequential_cnn_v1", classes=6))
+    images = grey(2, 64)
+    without, _ = network.apply(images, train=True)
+    np.testing.assert_array_equal(network.apply(images, train=True, key=jax.random.key(0))[0], without)
+
+
+def test_recomputing_changes_nothing():
+    images = grey(3, 24)
+    results = {}
+    with jax.enable_x64(True):
+        for remat in ("none", "layer"):
+            options = {"image_size": 24, "dropout": 0.3, "norm": True, "widths": (4, 6), "units": (8, 5)}
+            network = Network.of(create("sequential_cnn", classes=6, dtype="float64", remat=remat, **options))
+
+            def loss(params, network=network):
+                key = jax.random.key(0)
+                logits, stats = dataclasses.replace(network, params=params).apply(images, train=True, key=key)
+                return jnp.square(logits).sum(), (logits, stats)
+
+            step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+            if remat == "layer":
+                assert "prevent_cse" in str(step.trace(network.params).jaxpr)  # else this test compares nothing
+            results[remat] = jax.device_get(step(network.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), *results.values())
+
+
+@pytest.mark.parametrize("name", ["sequential_cnn", "sequential_cnn_v2"])
+def test_bfloat16_is_close_to_float32(name):
+    size = 12 if name.endswith("v2") else 32
+    images = grey(4, size)
+    logits = {}
+    for dtype in ("bfloat16", "float32"):
+        network = Network.of(create(name, classes=6, dtype=dtype, image_size=size))
+        logits[dtype], stats = jax.jit(lambda n: n.apply(images, train=True, key=jax.random.key(0)))(network)
+        assert {leaf.dtype for leaf in jax.tree.leaves(stats)} <= {np.dtype("float32")}
+        assert logits[dtype].dtype == jnp.float32
+    assert 1e-5 < relative_error(logits["bfloat16"], logits["float32"]) < 0.05
+
+
+def test_receptive_fields_and_grad_cam():
+    network = Network.of(create("sequential_cnn", classes=6))
+    field = theoretical(network, image_size=64)
+    # 3, 2x2/2, 3 at stride 2, 2x2/2, 3 at stride 4, 2x2/2
+    assert (field.size, field.stride, field.whole) == (1 + 2 + 1 + 4 + 2 + 8 + 4, 8, False)
+    field = theoretical(Network.of(create("sequential_cnn_v2", classes=6, image_size=8)), image_size=64)
+    assert (field.size, field.stride, field.whole) == (7, 1, False)
+    maps = gradcam(network, np.asarray(grey(2, 64)), [0, 5])
+    assert maps.shape == (2, 2, 6, 6)
+    assert maps.max((2, 3)).min() > 0
+
+
+def test_other_sizes_are_refused():
+    network = Network.of(create("sequential_cnn", classes=6))
+    for shape in ((2, 72, 72, 1), (2, 64, 96, 1)):
+        with pytest.raises(CxrError, match=r"64 x 64 px, .* option image_size"):
+            jax.eval_shape(lambda n, i: n.apply(i)[0], network, jax.ShapeDtypeStruct(shape, jnp.uint8))
+    larger = Network.of(create("sequential_cnn", classes=6, image_size=72))
+    assert jax.eval_shape(
+        lambda n, i: n.apply(i)[0], larger, jax.ShapeDtypeStruct((2, 72, 72, 1), jnp.uint8)
+    ).shape == (2, 6)
+
+
+def test_training_with_dropout_needs_a_key():
+    network = Network.of(create("sequential_cnn", classes=6))
+    with pytest.raises(CxrError, match="needs a random key"):
+        jax.eval_shape(lambda n, i: n.apply(i, train=True)[0], network, jax.ShapeDtypeStruct((2, 64, 64, 1), jnp.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 21}, "image_size 21 is too small for 3 stages"),
+        ({"image_size": 0}, "image_size must be"),
+        ({"widths": ()}, "widths must be a sequence of at least one"),
+        ({"widths": (8, 0)}, "widths must be a whole number above 0"),
+        ({"units": 128}, "units must be a sequence"),
+        ({"dropout": 1}, "dropout must be at least 0 and below 1"),
+        ({"drop": 0.1}, "unknown option of sequential_cnn 'drop': did you mean 'dropout'"),
+    ],
+)
+def test_what_is_wrong_is_named(options, message):
+    with pytest.raises(CxrError, match=message):
+        create("sequential_cnn", classes=6, **options)
