@@ -122,9 +122,9 @@ def calibration(predictions: Predictions, *, bins: int = 15) -> list[dict[str, A
       brier_resolution, brier_uncertainty (equal width), known (labels counted), reason. The last row, `mean`, is the
       mean over findings that have known labels.
     """
-    p, rows = predictions, []
+    p, probability, rows = predictions, predictions.probability, []
     for k, finding in enumerate(p.findings):
-        cells = (p.probability[:, k], p.label[:, k], p.known[:, k])
+        cells = (probability[:, k], p.label[:, k], p.known[:, k])
         errors = {f"ece_{spacing}": reliability(*cells, bins=bins, spacing=spacing).error for spacing in SPACINGS}
         parts = brier(*cells, bins=bins)
         known = int(p.known[:, k].sum())

@@ -1,5 +1,7 @@
 """The patient bootstrap against a plain loop over scikit-learn, and against DeLong's closed form."""
 
+import time
+
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -113,6 +115,13 @@ def test_correlated_images_widen_the_interval():
     by_patient = interval(bootstrap(rankings, np.repeat(np.arange(200), 5), resamples=400)[0][:, 0])
     by_image = interval(bootstrap(rankings, np.arange(1000), resamples=400)[0][:, 0])
     assert (by_patient.high - by_patient.low) / (by_image.high - by_image.low) == pytest.approx(5**0.5, rel=0.15)
+
+
+def test_the_official_test_set_takes_seconds():
+    patient, score, label, _ = simulated(25_596, 2_797, 14, prevalence=0.05)
+    start = time.process_time()  # of all threads, so that a busy machine does not matter
+    bootstrap(rankings_of(score, label), patient, resamples=100)
+    assert time.process_time() - start < 60 / 1000 * 100  # a minute for 1,000 draws on one core
 
 
 @pytest.mark.parametrize("arguments", [{"resamples": 0}, {"resamples": -1}, {"seed": -1}])
