@@ -132,7 +132,8 @@ class BatchNorm(nnx.Module):
         var = jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
         mean = about + offset
         for running, batch in ((self.mean, mean), (self.var, var * (values / (values - 1)))):
-            running[...] = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(batch)
+            moved = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(batch)
+            running.set_value(moved)  # `running[...] = moved` walks all that is traced so far: quadratic in depth
         return mean, var
 
 
