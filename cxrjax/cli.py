@@ -14,6 +14,7 @@ from typing import Any
 from cxrjax import __version__
 from cxrjax.config import load
 from cxrjax.console import say, stderr, stdout
+from cxrjax.data.arguments import add_arguments, options
 from cxrjax.errors import CxrError
 from cxrjax.files import write_text
 
@@ -101,10 +102,9 @@ def _demo(arguments: argparse.Namespace) -> Any:
 def _prepare(arguments: argparse.Namespace) -> Any:
     from cxrjax.data.prepare import prepare
 
-    options = {name: getattr(arguments, name) for name in ("patients", "seed") if getattr(arguments, name) is not None}
     prepared = prepare(
         arguments.dataset, source=arguments.source, data_dir=arguments.data_dir, size=arguments.size,
-        allow_missing=arguments.allow_missing, workers=arguments.workers, **options,
+        allow_missing=arguments.allow_missing, workers=arguments.workers, **options(arguments),
     )  # fmt: skip
     done = "was prepared before" if prepared.reused else f"prepared in {prepared.seconds:.0f} s"
     say(
@@ -116,10 +116,10 @@ def _prepare(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> Any:
     from cxrjax.evaluate.auc import mean_auroc
-    from cxrjax.train.loop import train
+    from cxrjax.train.stages import train_stages
 
     config = load(arguments.config, arguments.overrides)
-    progress = train(config, arguments.workdir, mean_auroc)
+    progress = train_stages(config, arguments.workdir, mean_auroc)
     best = (
         ""
         if progress.best is None
@@ -230,20 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--full", action="store_true", help="also at 256 and 512 px, with several seeds")
 
     prepare = verb("prepare", _prepare, "turn a source of radiographs into sharded records of one size")
-    prepare.add_argument("dataset", metavar="DATASET", help="chestxray14 or cxr_phantom")
-    prepare.add_argument(
-        "--source", type=Path, help="folder with the images and tables; without it they are downloaded"
-    )
-    prepare.add_argument(
-        "--data-dir", type=Path, default=Path("data"), help="where prepared data sets lie (default: data)"
-    )
-    prepare.add_argument(
-        "--size", type=_size, help="stored side in px, or native (default: native; the phantom's is 256)"
-    )
-    prepare.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
-    prepare.add_argument("--workers", type=int, help="threads; default: one a core")
-    prepare.add_argument("--patients", type=int, help="cxr_phantom: how many patients to draw (default: 2600)")
-    prepare.add_argument("--seed", type=int, help="cxr_phantom: of the patients (default: 0)")
+    add_arguments(prepare)
 
     train = verb("train", _train, "train one config; goes on by itself where it was stopped")
     _add_config(train)
@@ -314,10 +301,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "--config.KEY=VALUE changes one key of the recipe, for example --config.train.epochs=3. The keys: " + _keys()
     )
-
-
-def _size(text: str) -> int | None:
-    return None if text == "native" else int(text)
 
 
 def _keys() -> str:

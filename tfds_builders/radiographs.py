@@ -24,9 +24,9 @@ from etils import epath
 from tensorflow_datasets.core.utils.py_utils import classproperty
 
 from cxrjax import console
-from cxrjax.data.images import PNG_SIGNATURE, decode, encode, resize
+from cxrjax.data.images import decode, encode, is_plain, resize
 from cxrjax.data.records import Record, Records, as_table, read_directory, write_table
-from cxrjax.data.splits import check_leakage
+from cxrjax.data.splits import OFFICIAL, check_leakage
 from cxrjax.errors import CxrError
 
 Item = TypeVar("Item")
@@ -75,11 +75,13 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
       FINDINGS: names of the labels.
       ENCODING: of resized images: "jpeg" (quality 95) or "png".
       MASKS: whether records have masks.
+      LEAKS: whether data with a patient in two official parts are prepared, so that only the official split is refused.
     """
 
     FINDINGS: tuple[str, ...] = ()
     ENCODING = "png"
     MASKS = False
+    LEAKS = False
 
     def __init__(self, *, workers: int | None = None, file_format: str = "array_record", **kwargs):
         """Makes the builder.
@@ -148,7 +150,7 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _shard_iterators_per_split(
         self, dl_manager: tfds.download.DownloadManager
     ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]]:
-        records = check(self._records(dl_manager), self.FINDINGS)
+        records = check(self._records(dl_manager), self.FINDINGS, self.LEAKS)
         pixels = (self.size or 1024) ** 2
         length = int(max(1, min(10_000, _SHARD_BYTES / (_BYTES_PER_PIXEL * pixels))))
         stream = self._closing.enter_context(contextlib.closing(self._examples(records)))
@@ -178,10 +180,10 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def stored_file(path: Path, size: int | None, encoding: str) -> Stored:
-    """An image file as it is stored: the same bytes if it is 8-bit grey PNG and keeps its size, else encoded anew.
+    """An image file as it is stored: the same bytes if it is 8-bit grey and keeps its size, else encoded anew.
 
     Raises:
-      CxrError: the file cannot be read, or is no radiograph of 8 bits; the message names it.
+      CxrError: the file cannot be read, or is no radiograph; the message names it.
     """
     try:
         data = path.read_bytes()
@@ -191,8 +193,7 @@ def stored_file(path: Path, size: int | None, encoding: str) -> Stored:
     image = decode(data, str(path))
     if size is not None:
         return Stored(encode(resize(image, size), encoding), digest)
-    grey8 = data.startswith(PNG_SIGNATURE) and data[24:26] == b"\x08\x00"  # the header's depth and colour type
-    return Stored(data if grey8 else encode(image, "png"), digest)
+    return Stored(data if is_plain(data) else encode(image, "png"), digest)
 
 
 def in_order(
@@ -212,8 +213,8 @@ def in_order(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check(records: Sequence[Record], findings: Sequence[str]) -> Sequence[Record]:
-    """Check that ids are unique, and that no patient is in both official parts.
+def check(records: Sequence[Record], findings: Sequence[str], leaks: bool = False) -> Sequence[Record]:
+    """Check that ids are unique, and, unless `leaks` are for the split to refuse, no patient in two official parts.
 
     Raises:
       CxrError: names the ids or the patients; also if there are no records.
@@ -225,6 +226,16 @@ def check(records: Sequence[Record], findings: Sequence[str]) -> Sequence[Record
         if record.id in seen:
             raise CxrError(f"two records have the id {record.id}; ids must be unique")
         seen.add(record.id)
-    table = Records(None, "source", "table", tuple(findings), "", as_table(records, findings))
-    check_leakage(table, {part: np.flatnonzero(table.official == part) for part in ("train_val", "test")})
+    if not leaks:
+        check_parts(records, findings)
     return records
+
+
+def check_parts(records: Sequence[Record], findings: Sequence[str]) -> None:
+    """Check that no patient is in two official parts.
+
+    Raises:
+      CxrError: names the patients that are.
+    """
+    table = Records(None, "source", "table", tuple(findings), "", as_table(records, findings))
+    check_leakage(table, {part: np.flatnonzero(table.official == part) for part in sorted(OFFICIAL, reverse=True)})

@@ -13,18 +13,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from cxrjax import console
-from cxrjax.data.records import Records, read_directory
+from cxrjax.data.records import TABLE, Records, as_table, read_directory
 from cxrjax.errors import CxrError
 from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder as ChestXray14
 from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder as CxrPhantom
+from tfds_builders.folder.folder_dataset_builder import Builder as Folder
+from tfds_builders.mimic_cxr_jpg.mimic_cxr_jpg_dataset_builder import Builder as MimicCxrJpg
 from tfds_builders.radiographs import Radiographs
+from tfds_builders.six_class.six_class_dataset_builder import Builder as SixClass
+from tfds_builders.sources import FromFiles, some
+from tfds_builders.table.table_dataset_builder import Builder as Table
 
-BUILDERS: dict[str, type[Radiographs]] = {"chestxray14": ChestXray14, "cxr_phantom": CxrPhantom}
-OPTIONS = {"chestxray14": (), "cxr_phantom": ("patients", "seed")}
+BUILDERS: dict[str, type[Radiographs]] = {
+    "chestxray14": ChestXray14,
+    "cxr_phantom": CxrPhantom,
+    "mimic_cxr_jpg": MimicCxrJpg,
+    "six_class": SixClass,
+    "folder": Folder,
+    "table": Table,
+}
+OPTIONS = {
+    "chestxray14": (),
+    "cxr_phantom": ("patients", "seed"),
+    "mimic_cxr_jpg": ("labels",),
+    "six_class": ("name",),
+    "folder": ("name",),
+    "table": ("name", "table", "image_column", "label_columns", "class_column", "patient_column"),
+}
 """Options of each builder beside source, size and workers."""
+
+_FIXED = ("id", "patient", "study", "view", "age", "sex", "source", "official")
 
 
 @dataclass(frozen=True)
@@ -69,13 +92,13 @@ def prepare(
     """Prepare a data set at one stored size; what is prepared already is checked against the options and reported.
 
     Args:
-      dataset: "chestxray14" or "cxr_phantom".
-      source: folder with the published files; None downloads them. The phantom needs none.
+      dataset: one of `BUILDERS`.
+      source: folder with the files. None downloads ChestX-ray14; the phantom needs none.
       data_dir: where prepared data sets are kept.
       size: side of the stored images in pixels; None keeps the source's images, and takes 256 for the phantom.
-      allow_missing: go on although images are missing, or not in the table; see `chestxray14_dataset_builder.select`.
+      allow_missing: go on although images are missing, or not in the table; see `sources.match`.
       workers: threads; None takes one per core.
-      **options: of the phantom `patients` and `seed`.
+      **options: of the builder, as `OPTIONS` names them.
 
     Raises:
       CxrError: the source cannot be used (the file or row is named), the disk is full, the data set is prepared with
@@ -92,8 +115,9 @@ def prepare(
         else:
             _run(builder)
             records = read_directory(directory)
-    selection = builder.selection if isinstance(builder, ChestXray14) else None
+    selection = builder.selection if isinstance(builder, FromFiles) else None
     missing, unlisted = (selection.missing, selection.unlisted) if selection else ([], [])
+    notes = _notes(len(records), missing, unlisted) + (selection.notes if selection else []) + _twins(records)
     prepared = Prepared(
         directory=directory,
         images=len(records),
@@ -104,7 +128,7 @@ def prepare(
         bytes=sum(path.stat().st_size for path in directory.iterdir()),
         seconds=time.monotonic() - start,
         reused=reused,
-        notes=_notes(len(records), missing, unlisted),
+        notes=notes,
     )
     for note in prepared.notes:
         console.stderr.print(note, soft_wrap=True)
@@ -130,7 +154,7 @@ def _builder(
     config = str(size) if size is not None else cls.BUILDER_CONFIGS[0].name
     if config not in cls.builder_configs:
         raise CxrError(f"{dataset} is not stored at size {config}; choose one of {', '.join(cls.builder_configs)}")
-    if issubclass(cls, ChestXray14):
+    if issubclass(cls, FromFiles):
         options = {**options, "source": source, "allow_missing": allow_missing}
     elif source is not None:
         raise CxrError(f"{dataset} has no source: it is drawn; leave --source out")
@@ -188,7 +212,7 @@ def _same(builder: Radiographs, records: Records) -> None:
             raise CxrError(
                 f"{records.directory} was prepared with {name} {records.options.get(name)}, not {wanted}; {mend}"
             )
-    if isinstance(builder, ChestXray14) and builder.source is not None:
+    if isinstance(builder, FromFiles) and builder.source is not None:
         builder.selection = builder.select()
         ids = [record.id for record in builder.selection.records]
         if ids != records.id.tolist():
@@ -196,6 +220,35 @@ def _same(builder: Radiographs, records: Records) -> None:
                 f"{records.directory} was prepared from {len(records):,} images, not the {len(ids):,} of "
                 f"{builder.source}; {mend}"
             )
+        if tuple(builder.FINDINGS) != records.findings:
+            raise CxrError(f"{records.directory} was prepared with findings {', '.join(records.findings)}; {mend}")
+        now = as_table(builder.selection.records, builder.FINDINGS)
+        for name in (*_FIXED, *(f"label_{finding}" for finding in records.findings)):
+            if not _equal(now[name], records.table[name]):
+                raise CxrError(
+                    f"{records.directory} was prepared with another {name} than {builder.source} says; {mend}"
+                )
+
+
+def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
+    """Equal values, whether kept as a dictionary or not; unknown ages are equal."""
+    values = [column.cast(pa.string()).combine_chunks() for column in (one, other)]
+    return values[0].equals(values[1])
+
+
+def _twins(records: Records) -> list[str]:
+    """A note of images that are the same file under several patients: splits by patient do not keep these together."""
+    assert records.directory is not None
+    digests = pq.read_table(records.directory / TABLE, columns=["sha256"])["sha256"].to_numpy()
+    _, first, which = np.unique(digests.astype(bytes), return_index=True, return_inverse=True)
+    twins = np.flatnonzero(records.patient != records.patient[first[which]])
+    if not len(twins):
+        return []
+    pairs = [f"{records.id[row]} = {records.id[first[which[row]]]}" for row in twins.tolist()]
+    return [
+        f"{len(twins):,} images are the same file as another patient's ({some(pairs)}): a split may have one in "
+        "training and one in the test part; delete one of each, or give both the same patient"
+    ]
 
 
 def _notes(images: int, missing: list[str], unlisted: list[str]) -> list[str]:

@@ -1,16 +1,16 @@
 """NIH's own files of ChestX-ray14 as they were published: labels, official lists, boxes, and where the images are."""
 
 import csv
-import gzip
 import math
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from cxrjax.data.records import Box, Record, Records
 from cxrjax.errors import CxrError
 from cxrjax.findings import NIH14
+from tfds_builders import sources
+from tfds_builders.sources import Files
 
 PAGE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 SOURCE = "NIH ChestX-ray14"
@@ -24,26 +24,12 @@ _AGE = re.compile(r"(\d+)([YMWD]?)")
 _YEARS = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
 _OLDEST = 120
 _SPELLINGS = {"Infiltrate": "Infiltration"}  # in the table of boxes
-
-Files = dict[str, Path]
+_MEND = f"get it anew from {PAGE}"
 
 
 def find_files(source: Path) -> Files:
-    """Find every file anywhere below a folder, by its name; links are followed.
-
-    Raises:
-      CxrError: the folder does not exist, or two images have the same name.
-    """
-    if not source.is_dir():
-        raise CxrError(f"source folder {source} does not exist; give the folder with NIH's images and tables")
-    files: Files = {}
-    for folder, _, names in os.walk(source, followlinks=True):
-        for name in names:
-            path = Path(folder, name)
-            if name.lower().endswith(".png") and name in files:
-                raise CxrError(f"image {name} is there twice, {files[name]} and {path}; keep one")
-            files.setdefault(name, path)
-    return files
+    """Find every file anywhere below a folder, by its name; see `sources.find_files`."""
+    return sources.find_files(source, (".png",), "NIH's images and tables")
 
 
 def images(files: Files, source: object) -> Files:
@@ -137,7 +123,7 @@ def _official(files: Files, source: object) -> dict[str, str]:
         path = _path(files, name)
         if path is None:
             raise CxrError(f"no {name} below {source}; get it from {PAGE}: without it there is no official split")
-        for id in filter(None, map(str.strip, _text(path).splitlines())):
+        for id in filter(None, map(str.strip, sources.read_text(path, _MEND).splitlines())):
             if part_of.setdefault(id, part) != part:
                 raise CxrError(f"image {id} is in {TRAIN_VAL_LIST} and in {TEST_LIST}; get them anew from {PAGE}")
     return part_of
@@ -149,7 +135,7 @@ def _boxes(files: Files) -> dict[str, list[Box]]:
     path = _path(files, BOXES)
     if path is None:
         return boxes
-    for line, row in enumerate(csv.reader(_text(path).splitlines()), start=1):
+    for line, row in enumerate(csv.reader(sources.read_text(path, _MEND).splitlines()), start=1):
         if line == 1 or not row:
             continue
         try:
@@ -169,24 +155,11 @@ def _boxes(files: Files) -> dict[str, list[Box]]:
 def _rows(files: Files, table: str) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a table with their line numbers, its columns checked."""
     path = files.get(table) or files[f"{table}.gz"]
-    reader = csv.DictReader(_text(path).splitlines(), restval="")
-    columns: Sequence[str] = reader.fieldnames or ()
-    missing = [name for name in _COLUMNS if name not in columns]
-    if not any(name in columns for name in _SEX):
-        missing.append(_SEX[0])
-    if missing:
-        raise CxrError(f"{path} lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}")
-    for row in reader:
-        yield reader.line_num, row
+    for line, row in sources.read_rows(path, _COLUMNS, _MEND):
+        if not any(name in row for name in _SEX):
+            raise CxrError(f"{path} lacks the column {_SEX[0]}; it has {', '.join(row)}")
+        yield line, row
 
 
 def _path(files: Files, name: str) -> Path | None:
     return files.get(name) or files.get(f"{name}.gz")
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise CxrError(f"{path} cannot be read: {error}; get it anew from {PAGE}") from error
