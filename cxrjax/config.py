@@ -116,6 +116,7 @@ def default() -> Config:
     config.train.per_device = 0  # images on a device at once; 0: as many as the batch gives
     config.train.epochs = 10
     config.train.steps_per_epoch = 0  # 0: every training record once
+    config.train.stages = ()  # runs in a row, each with its changes: "train.freeze=backbone; optimizer.rate=1e-3"
     config.train.freeze = ""  # modules that do not learn, separated by commas; backbone: all but the head
     config.train.statistics = "auto"  # of norms: batch | frozen (running ones, untouched); auto: frozen with backbone
     config.train.heads = "joint"  # of networks with several heads: joint (the sum of losses) | alternating, by step
@@ -168,9 +169,15 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise CxrError(f"{file}: {_one_line(error)}") from error
     _reject_unknown(config, str(file))
+    return with_overrides(config, overrides)
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A copy of a config with some keys changed, checked as `load` checks them."""
+    changed = config.copy_and_resolve_references()
     for override in overrides:
-        _override(config, override.removeprefix("--config."))
-    return validate(config)
+        _override(changed, override.removeprefix("--config."))
+    return validate(changed)
 
 
 def read(file: Path) -> Config:

@@ -1,6 +1,5 @@
 """A trained network over image files: no prepared data set, no labels."""
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,10 @@ from cxrjax.models.inputs import check_range
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings, make_mesh
 from cxrjax.train.checkpoint import Checkpoints
-from cxrjax.train.experiment import network_of
+from cxrjax.train.described import findings_of, network_of
 from cxrjax.train.losses import log_odds
 from cxrjax.train.step import make_predict_step
+from cxrjax.weights import load_converted, read_converted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 PREPARED = ".npy"
@@ -81,15 +81,10 @@ def open_trained(directory: Path) -> Trained:
       CxrError: neither a run nor converted weights, no checkpoint yet, or weights without a head.
     """
     if (directory / "card.json").is_file():
-        from cxrjax.weights import load_converted, read_converted
-
         card, _ = read_converted(directory)
         return Trained(load_converted(directory), card.labels or tuple(f"output_{k}" for k in range(card.classes)))
     config = read(directory / "config.json")
-    try:
-        findings = tuple(json.loads((directory / "run.json").read_text())["findings"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CxrError(f"{directory / 'run.json'} cannot be read ({error}): train the run again") from None
+    findings = findings_of(directory)
     network = network_of(config, len(findings))
     with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
         best, _ = checkpoints.restore_best({"params": network.params, "stats": network.stats})

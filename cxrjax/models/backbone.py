@@ -45,6 +45,15 @@ class Backbone(nnx.Module):
         self.remat = one_of("remat", remat, REMATS)
         self.classifier: Classifier
 
+    @property
+    def members(self) -> Mapping[str, str]:
+        """Modules that are networks themselves, with the names of the architectures whose weights they can take."""
+        return {}
+
+    def adapt(self, member: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of a whole network's arrays, by dotted path, a member takes, under its own paths."""
+        return dict(arrays)
+
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Named feature maps in order, coarsest last; the last, "final", is what the head takes.
 

@@ -40,6 +40,7 @@ class DenseNet(Backbone):
       stem_kernel: its size, odd.
       stem_stride: its stride.
       stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
+      last_norm: whether the last block's maps are normalised and rectified.
       pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
       hidden: units of a hidden layer in the head; 0 for none.
       dropout: in the head.
@@ -63,6 +64,7 @@ class DenseNet(Backbone):
         stem_kernel: int = 7,
         stem_stride: int = 2,
         stem_pool: str = "3x3",
+        last_norm: bool = True,
         pooling: str = "average",
         hidden: int = 0,
         dropout: float = 0.0,
@@ -87,11 +89,12 @@ class DenseNet(Backbone):
             if number < self.blocks:
                 setattr(self, f"transition{number}", Transition(make, channels, channels // 2))
                 channels //= 2
-        self.norm5 = make.norm(channels)
+        self.channels = channels
+        self.norm5 = make.norm(channels) if last_norm else nnx.data(None)
         self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
-        """Maps after the stem, of each block ("block1", ... before any norm), and "final" (norm and ReLU)."""
+        """Maps after the stem, of each block ("block1", ... before any norm), and "final" (after the last norm)."""
         self.check(images)
         maps = [recomputed(DenseNet._stem, self.remat)(self, images, train)]
         named = OrderedDict(stem=maps[0])
@@ -100,13 +103,17 @@ class DenseNet(Backbone):
             named[f"block{number}"] = jnp.concatenate(maps, axis=-1)  # costs nothing where nobody reads it
             if number < self.blocks:
                 maps = [recomputed(Transition.__call__, self.remat)(getattr(self, f"transition{number}"), maps, train)]
-        named["final"] = recomputed(DenseNet._last_norm, self.remat)(self, maps, train)
+        if self.norm5 is None:
+            named["final"] = named[f"block{self.blocks}"]
+        else:
+            named["final"] = recomputed(DenseNet._last_norm, self.remat)(self, maps, train)
         return named
 
     def _stem(self, images: Maps, train: bool) -> Maps:
         return STEM_POOLS[self.stem_pool](_norm_relu(self.norm0, self.conv0(images), train))
 
     def _last_norm(self, maps: list[Maps], train: bool) -> Maps:
+        assert self.norm5 is not None
         return _norm_relu(self.norm5, jnp.concatenate(maps, axis=-1), train)
 
 

@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cxrjax.config import Config
-from cxrjax.console import say
 from cxrjax.data.images import Augment
 from cxrjax.data.pipeline import Examples, examples
 from cxrjax.data.records import Records, open_records
 from cxrjax.data.splits import Split, make_split
 from cxrjax.errors import CxrError
 from cxrjax.findings import LabelPolicy, positions
-from cxrjax.models import create
-from cxrjax.models.inputs import NAMED
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
+from cxrjax.train.described import network_of
+from cxrjax.train.initial import initial_network
 from cxrjax.train.learning import Learning
 from cxrjax.train.losses import Loss, make_loss, prevalence_of
 
@@ -105,21 +103,17 @@ class Experiment:
         return network_of(self.config, len(self.findings))
 
     @cached_property
+    def _initial(self) -> tuple[Network, str]:
+        return initial_network(self.network, self.config, self.findings)
+
+    @property
     def start(self) -> Network:
         """The network as it is before training: from `model.init_from`, where that is set.
 
         Raises:
           CxrError: weights of another architecture, or for other inputs.
         """
-        model = self.config.model
-        if not model.init_from:
-            return self.network
-        from cxrjax.weights import start_from
-
-        network, notes = start_from(self.network, model.name, Path(model.init_from), self.findings)
-        for note in notes:
-            say(f"{model.init_from}: {note}")
-        return network
+        return self._initial[0]
 
     @cached_property
     def loss(self) -> Loss:
@@ -175,27 +169,8 @@ class Experiment:
         _ = self.network, self.learning, self.loss
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:
-            from cxrjax.weights import read_converted
-
-            card, _ = read_converted(Path(self.config.model.init_from))
-            identity |= {"initial weights": card.sha256}
+            identity |= {"initial weights": self._initial[1]}
         return identity
-
-
-def network_of(config: Config, classes: int) -> Network:
-    """The network that a config describes, with random initial values."""
-    model = config.model
-    return Network.of(
-        create(
-            model.name,
-            classes=classes,
-            dtype=jnp.dtype(model.dtype),
-            remat=model.remat,
-            seed=config.seed,
-            inputs=NAMED[model.inputs] if model.inputs else None,
-            **dict(model.options.items()),
-        )
-    )
 
 
 def _files(names: tuple[str, ...]) -> Path | list[Path] | None:

@@ -16,7 +16,8 @@ from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 
 # What may change between a run's start and its continuation without changing its result.
-_FREE = ("title", "data.dir", "data.threads", "train.log_every", "train.save_every", "train.per_device")
+_FREE = ("title", "data.dir", "data.threads", "model.init_from", "train.log_every", "train.save_every",
+         "train.per_device")  # fmt: skip
 _FREE_GROUPS = ("mesh.", "evaluate.", "study.")
 
 

@@ -14,6 +14,7 @@ from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.weights.card import Card, called, read_converted
 
+Converted = tuple[Card, dict[str, np.ndarray]]
 _OUTPUT = "classifier.output."
 
 
@@ -53,7 +54,7 @@ def load_converted(
 
 
 def start_from(
-    network: Network, architecture: str, directory: Path, findings: Sequence[str]
+    network: Network, architecture: str, source: Path | Converted, findings: Sequence[str]
 ) -> tuple[Network, tuple[str, ...]]:
     """A network with converted weights in place of its initial values; what does not fit of its head stays fresh.
 
@@ -63,7 +64,7 @@ def start_from(
     Args:
       network: with initial values, of as many outputs as there are findings.
       architecture: its name.
-      directory: of `convert`.
+      source: a directory of `convert`, or a card and arrays, whose origin `card.source` names.
       findings: what its outputs mean.
 
     Returns:
@@ -72,7 +73,8 @@ def start_from(
     Raises:
       CxrError: weights of another architecture, for other inputs, or of other shapes; the message names the mend.
     """
-    card, arrays = read_converted(directory)
+    directory = source if isinstance(source, Path) else source[0].source
+    card, arrays = read_converted(source) if isinstance(source, Path) else source
     if card.architecture != architecture:
         raise CxrError(
             f"{directory} holds weights of {card.architecture}, and the network is {architecture}: "

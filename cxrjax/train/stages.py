@@ -1,0 +1,38 @@
+"""Training in stages: runs in a row, each starting from the best network of the one before."""
+
+from pathlib import Path
+
+from cxrjax.config import Config, with_overrides
+from cxrjax.train.loop import Auroc, train
+from cxrjax.train.state import Progress
+
+
+def train_stages(config: Config, directory: Path, auroc: Auroc) -> Progress:
+    """Train what the config says, stage by stage where `train.stages` lists some.
+
+    Each stage is a run of its own: with its optimiser, its early stopping and its best checkpoint. All but the last lie
+    in `directory/stages/1`, `2`, ...; the last is the run in `directory`. A stage that is done is not done again.
+
+    Args:
+      config: `train.stages` holds what each stage changes, such as "train.freeze=backbone; optimizer.rate=1e-3".
+      directory: of the run.
+      auroc: as in `train`.
+
+    Raises:
+      CxrError: as in `train`, or an unknown key in a stage.
+    """
+    stages = [_stage(config, changes) for changes in config.train.stages] or [config]
+    before = config.model.init_from
+    for number, stage in enumerate(stages, start=1):
+        last = number == len(stages)
+        place = directory if last else directory / "stages" / str(number)
+        with stage.unlocked():
+            stage.model.init_from = before
+        progress = train(stage, place, auroc)
+        before = str(place.resolve())
+    return progress
+
+
+def _stage(config: Config, changes: str) -> Config:
+    entries = [entry.strip() for entry in changes.split(";") if entry.strip()]
+    return with_overrides(config, ["train.stages=()", *entries])

@@ -1,0 +1,102 @@
+"""Runs that start from other runs or from converted weights, and runs in stages."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from cxrjax import config as configs
+from cxrjax.errors import CxrError
+from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.evaluate.classify import open_trained
+from cxrjax.train.experiment import Experiment
+from cxrjax.train.loop import train
+from cxrjax.train.metrics import read_metrics
+from cxrjax.train.stages import train_stages
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, tiny_overrides):
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    train(configs.load("demo:32", [*tiny_overrides, "train.epochs=1"]), directory, mean_auroc)
+    return directory
+
+
+def flat(network):
+    params = flatten_dict(network.params) | flatten_dict(network.stats)
+    return {".".join(map(str, path)): np.asarray(array) for path, array in params.items()}
+
+
+def test_a_run_starts_from_the_best_network_of_another(first, tiny):
+    start = flat(Experiment.open(tiny(f"model.init_from={first}", "seed=5")).start)
+    best = flat(open_trained(first).network)
+    assert start.keys() == best.keys()
+    for name, array in best.items():
+        np.testing.assert_array_equal(start[name], array, err_msg=name)
+
+
+def test_other_findings_get_a_fresh_output(first, tiny, capsys):
+    experiment = Experiment.open(tiny(f"model.init_from={first}", "data.findings=('Mass','Nodule')", "seed=5"))
+    start, best = flat(experiment.start), flat(open_trained(first).network)
+    findings = open_trained(first).findings
+    columns = [findings.index("Mass"), findings.index("Nodule")]
+    np.testing.assert_array_equal(start["classifier.output.kernel"], best["classifier.output.kernel"][:, columns])
+    np.testing.assert_array_equal(start["conv0.kernel"], best["conv0.kernel"])
+    assert "Mass, Nodule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.options.growth=8", "does not fit the network"),
+        ("model.inputs=unit", "give --config.model.inputs=grey"),
+        ("model.init_from=nowhere", "nowhere/card.json is missing"),
+        ("model.init_from=dense=DIR", "names dense; the networks that this one is made of: none"),
+        ("model.init_from=a, b", "write DIR, or MODULE=DIR, MODULE=DIR"),
+    ],
+)
+def test_what_does_not_fit_is_named(first, tiny, override, message):
+    config = tiny(f"model.init_from={first}", override.replace("DIR", str(first)) if "=DIR" in override else override)
+    with pytest.raises(CxrError, match=message):
+        _ = Experiment.open(config).identity
+
+
+def test_a_run_is_bound_to_what_it_started_from(first, tiny, tmp_path):
+    config = tiny(f"model.init_from={first}", "train.epochs=1")
+    train(config, tmp_path / "a", mean_auroc)
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["identity"]["initial weights"]
+    other = tiny(f"model.init_from={tmp_path / 'a'}", "train.epochs=1")
+    with pytest.raises(CxrError, match="initial weights"):
+        train(other, tmp_path / "a", mean_auroc)
+
+
+def test_stages_are_runs_in_a_row(tiny, tmp_path):
+    stages = "('train.freeze=backbone; optimizer.rate=1e-3; train.epochs=2', 'optimizer.rate=1e-4')"
+    config = tiny(f"train.stages={stages}", "train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup=0")
+    progress = train_stages(config, tmp_path / "run", mean_auroc)
+    assert progress.step == 4
+    rates = [row["rate"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "rate" in row]
+    np.testing.assert_allclose(rates, 1e-4, rtol=1e-5)
+    head = flat(open_trained(tmp_path / "run" / "stages" / "1").network)
+    fresh, whole = flat(Experiment.open(config).network), flat(open_trained(tmp_path / "run").network)
+    for name, array in head.items():
+        assert np.array_equal(array, fresh[name]) == (not name.startswith("classifier.")), name
+        assert not np.array_equal(array, whole[name]), name
+
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("metrics.jsonl")}
+    train_stages(config, tmp_path / "run", mean_auroc)  # all is done: nothing is done again
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_a_stage_with_an_unknown_key_is_refused_before_anything_is_written(tiny, tmp_path):
+    config = tiny("train.stages=('train.freez=backbone',)")
+    with pytest.raises(CxrError, match=r"did you mean train\.freeze"):
+        train_stages(config, tmp_path / "run", mean_auroc)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_random_start_is_the_network_itself(tiny):
+    experiment = Experiment.open(tiny())
+    jax.tree.map(np.testing.assert_array_equal, experiment.start, experiment.network)
