@@ -225,9 +225,7 @@ def _same(builder: Radiographs, records: Records) -> None:
         now = as_table(builder.selection.records, builder.FINDINGS)
         for name in (*_FIXED, *(f"label_{finding}" for finding in records.findings)):
             if not _equal(now[name], records.table[name]):
-                raise CxrError(
-                    f"{records.directory} was prepared with another {name} than {builder.source} says; {mend}"
-                )
+                raise CxrError(f"{records.directory} was prepared with another {name} than the source has now; {mend}")
 
 
 def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:

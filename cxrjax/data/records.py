@@ -139,6 +139,11 @@ class Records:
         mark = fingerprint(records, dataset, config, "", *findings)
         return cls(None, dataset, config, tuple(findings), mark, as_table(records, findings))
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether the findings are classes, of which every image has exactly one."""
+        return bool(self.options.get("exclusive"))
+
     def __len__(self) -> int:
         return self.table.num_rows
 
