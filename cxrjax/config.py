@@ -21,9 +21,9 @@ Config: TypeAlias = Any  # a ConfigDict: its attributes are whatever was put int
 RECIPES = Path(__file__).resolve().parents[1] / "configs"
 
 CHOICES = {
-    "data.uncertain": ("zeros", "ones", "ignore"),
+    "data.uncertain": ("zeros", "ones", "ignore", "smooth"),
     "data.not_mentioned": ("negative", "unknown"),
-    "split.name": ("random", "official", "files", "small"),
+    "split.name": ("official", "random", "stratified", "folds", "small", "files"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "layer"),
     "model.inputs": ("", "imagenet", "imagenet-grey", "unit", "unit-grey", "grey", "xrv"),
@@ -47,7 +47,8 @@ RANGES = {
     "optimizer.rate": (1e-300, math.inf), "optimizer.epsilon": (1e-300, math.inf), "optimizer.warmup": (0, 1),
     "optimizer.factor": (0, 1), "optimizer.plateau": (1, math.inf), "optimizer.decay": (0, math.inf),
     "optimizer.clip": (0, math.inf), "evaluate.batch": (1, math.inf), "evaluate.resamples": (0, math.inf),
-    "evaluate.confidence": (0.01, 0.9999), "study.erf_images": (1, math.inf), "seed": (0, math.inf),
+    "evaluate.confidence": (0.01, 0.9999), "split.folds": (2, math.inf), "split.fold": (0, math.inf),
+    "split.share": (1e-9, 1), "study.erf_images": (1, math.inf), "seed": (0, math.inf),
 }  # fmt: skip
 
 
@@ -64,16 +65,20 @@ def default() -> Config:
     config.data.size = 256  # what the network sees: size x size px
     config.data.findings = ()  # a subset, by name; empty: all of the data set
     config.data.views = ()  # for example ("PA", "AP"); empty: all
-    config.data.uncertain = "zeros"  # -1 counts as: zeros | ones | ignore (masked)
+    config.data.uncertain = "zeros"  # -1 counts as: zeros | ones | ignore (masked) | smooth (drawn from interval)
+    config.data.interval = (0.55, 0.85)  # of smooth; (0.0, 0.3) smooths towards zero
     config.data.not_mentioned = "negative"  # -2 counts as: negative | unknown (masked)
     config.data.threads = 2  # decoding threads
 
     config.split = ConfigDict()
-    config.split.name = "random"  # random | official | files | small, always by patient
+    config.split.name = "random"  # official | random | stratified | folds | small | files, always by patient
     config.split.seed = 0
     config.split.fractions = (0.7, 0.1, 0.2)  # of patients: train, validation, test
     config.split.files = ()  # one CSV `id,part`, or the three lists of train, validation, test
     config.split.sizes = ()  # images per part, for `small`
+    config.split.folds = 5  # for `folds`: how many, ...
+    config.split.fold = 0  # ... and which of them, from 0, is for testing
+    config.split.share = 1.0  # of the patients; the others are in no part
 
     config.augment = ConfigDict()
     config.augment.flip = 0.0  # probability of mirroring left and right
@@ -135,6 +140,7 @@ def default() -> Config:
     config.evaluate.confidence = 0.95
 
     config.study = ConfigDict()
+    config.study.arms = ()  # each is a run of this recipe with that argument
     config.study.sizes = ()  # each is a run of this recipe with that argument
     config.study.seeds = (0,)
     config.study.fine = ()  # findings expected to gain with resolution
@@ -143,7 +149,10 @@ def default() -> Config:
     config.study.control_size = 0
     config.study.erf_images = 32
     config.study.erf_estimator = "probe"  # exact | probe | sum
-    return config.lock()
+    config.lock()
+    for group in (config.model.options, config.loss.options):
+        group.unlock()
+    return config
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:

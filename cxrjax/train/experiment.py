@@ -14,7 +14,7 @@ from cxrjax.data.pipeline import Examples, examples
 from cxrjax.data.records import Records, open_records
 from cxrjax.data.splits import Split, make_split
 from cxrjax.errors import CxrError
-from cxrjax.findings import LabelPolicy, positions
+from cxrjax.findings import NO_FINDING, LabelPolicy, positions
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
 from cxrjax.train.described import network_of
@@ -49,9 +49,12 @@ class Experiment:
             fractions=config.split.fractions,
             files=_files(config.split.files),
             sizes=config.split.sizes or None,
+            folds=config.split.folds,
+            fold=config.split.fold,
+            share=config.split.share,
         )
         findings = tuple(config.data.findings) or records.findings
-        positions(findings, records.findings)
+        positions([name for name in findings if name != NO_FINDING], records.findings)
         if config.data.stored.isdigit() and config.data.size > int(config.data.stored):
             raise CxrError(
                 f"config key data.size = {config.data.size} is more than the {config.data.stored} px that are stored: "
@@ -77,14 +80,16 @@ class Experiment:
         parts = {}
         for name, rows in self.split.parts.items():
             rows = rows[np.isin(self.records.view[rows], data.views)] if data.views else rows
-            parts[name] = self.part_of_rows(rows)
+            parts[name] = self.part_of_rows(rows, learnt=name == "train")
         return parts
 
-    def part_of_rows(self, rows: np.ndarray) -> Examples:
-        """Any rows of the records table, with the targets that the label policy gives them."""
+    def part_of_rows(self, rows: np.ndarray, *, learnt: bool = False) -> Examples:
+        """Any rows of the records table, with the targets that the label policy gives them, to learn or to score."""
         data = self.config.data
-        policy = LabelPolicy(uncertain=data.uncertain, not_mentioned=data.not_mentioned)
-        return examples(self.records, rows, self.findings, policy)
+        policy = LabelPolicy(
+            uncertain=data.uncertain, not_mentioned=data.not_mentioned, interval=data.interval, seed=self.config.seed
+        )
+        return examples(self.records, rows, self.findings, policy if learnt else policy.scored)
 
     def part(self, name: str) -> Examples:
         """One part, which must have images."""
@@ -117,8 +122,19 @@ class Experiment:
 
     @cached_property
     def loss(self) -> Loss:
-        """What is minimised; its class weights come from the training part."""
+        """What is minimised; its class weights come from the training part.
+
+        Raises:
+          CxrError: a loss of exclusive classes for findings that are not.
+        """
         train = self.part("train")
+        several = np.flatnonzero(train.label.sum(1) != 1)
+        if self.config.loss.name == "cross_entropy" and len(several):
+            record = self.records.id[train.row[several[0]]]
+            raise CxrError(
+                f"config key loss.name = cross_entropy takes exclusive classes, and record {record} is positive in "
+                f"{train.label[several[0]].sum():.0f} of the findings: choose bce, weighted_bce or focal"
+            )
         prevalence = prevalence_of(train.label, train.known)
         return make_loss(self.config.loss.name, prevalence=prevalence, **dict(self.config.loss.options.items()))
 
