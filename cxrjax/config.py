@@ -149,6 +149,8 @@ def default() -> Config:
     config.study.control_size = 0
     config.study.erf_images = 32
     config.study.erf_estimator = "probe"  # exact | probe | sum
+    config.study.passes = 100  # of Monte Carlo dropout
+    config.study.uncertain = 0.1  # standard deviation of the passes above which an image is flagged
     config.lock()
     for group in (config.model.options, config.loss.options):
         group.unlock()
