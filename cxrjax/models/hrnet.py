@@ -110,7 +110,7 @@ class HRNet(Backbone):
           CxrError: as in `Backbone`, and for sizes at which the branches do not fit each other.
         """
         self.check(images)
-        _check_size(images, 2 ** (self.branches + 1))
+        check_size(*images.shape[1:-1], multiple=2 ** (self.branches + 1))
         named = OrderedDict(stem=recomputed(HRNet._stem, self.remat)(self, images, train))
         named["layer1"] = _in_turn(self.layer1, named["stem"], train, self.remat)
         branches = [named["layer1"]]
@@ -162,12 +162,16 @@ def _transition(make: Maker, before: Sequence[int], after: Sequence[int]) -> nnx
     return nnx.List([*adapt, nnx.List([ConvNorm(make, before[-1], after[-1], 3, stride=2)])])
 
 
-def _check_size(images: Maps, multiple: int) -> None:
-    """Raise a `CxrError` unless each branch is exactly half as large as the one before.
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raise a `CxrError` unless each branch is exactly half as large as the one before, as timm needs it too.
 
-    The stem makes ceil(size / 4) rows of `size`, and those must halve evenly.
+    The stem makes ceil(size / 4) rows, which must halve evenly: sizes from 3 px below a multiple up to it do.
+
+    Args:
+      height: of the images, px.
+      width: of the images, px.
+      multiple: px per position of the coarsest branch.
     """
-    _, height, width, _ = images.shape
     for side, size in (("height", height), ("width", width)):
         if -(-size // 4) % (multiple // 4):
             below = size // multiple * multiple

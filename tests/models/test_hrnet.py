@@ -1,23 +1,160 @@
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import relative_error
 
+from cxrjax.errors import CxrError
+from cxrjax.explain.receptive_field import theoretical
 from cxrjax.models import create
+from cxrjax.models.hrnet import check_size, repeated
 from cxrjax.models.network import Network, parameter_count
+from cxrjax.models.pretrained import published_names
+
+TINY = {"width": 2, "modules": (1, 1), "stem_channels": 4}
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def shapes(network: Network, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each feature map of one image."""
+    images = jax.ShapeDtypeStruct((1, height, width, network.inputs.channels), network.dtype)
+    features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
+    return {name: maps.shape[1:] for name, maps in features.items()}
 
 
 def test_parameter_counts():
-    assert parameter_count(create("hrnet_w48", classes=1000)) == 77_469_864  # timm's
+    assert parameter_count(create("hrnet_w48", classes=1000)) == 77_469_864  # timm's; W18 and W32 have fixtures
 
 
 def test_maps_of_each_branch():
-    network = Network.of(create("hrnet_small", classes=3))
-    images = jax.ShapeDtypeStruct((2, 93, 64, 1), jnp.float32)
-    features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
-    assert {name: maps.shape[1:] for name, maps in features.items()} == {
+    found = shapes(Network.of(create("hrnet_small", classes=3)), 93, 64)
+    assert found == {
         "stem": (24, 16, 8), "layer1": (24, 16, 32),
         "stage2_branch1": (24, 16, 8), "stage2_branch2": (12, 8, 16),
         "stage3_branch1": (24, 16, 8), "stage3_branch2": (12, 8, 16), "stage3_branch3": (6, 4, 32),
         "stage4_branch1": (24, 16, 8), "stage4_branch2": (12, 8, 16), "stage4_branch3": (6, 4, 32),
         "stage4_branch4": (3, 2, 64), "final": (3, 2, 256),
     }  # fmt: skip
-    assert list(features)[-2:] == ["stage4_branch4", "final"]
+    assert list(found)[-2:] == ["stage4_branch4", "final"]
+
+
+def test_half_a_neck_is_fhrnets_and_the_rest_fits_public_weights():
+    public, half = (create("hrnet_w18", classes=14, neck=neck) for neck in ("public", "half"))
+    assert [public.final_layer[0].out_features, half.final_layer[0].out_features] == [2048, 1024]
+    assert [row[0].conv3.out_features for row in half.incre_modules] == [64, 128, 256, 512]
+    assert all(hasattr(half, name) for name in half.replaceable)
+
+    def kept(model) -> dict[str, tuple[int, ...]]:
+        """Published name and shape of what does not belong to the task."""
+        params = jax.tree_util.tree_leaves_with_path(Network.of(model).params)
+        names, paths = published_names(model), ((tuple(str(key.key) for key in path), leaf) for path, leaf in params)
+        return {names[path]: leaf.shape for path, leaf in paths if path[0] not in model.replaceable}
+
+    assert kept(public) == kept(half)
+    assert "stage4.2.fuse_layers.3.0.2.0.weight" in kept(half)
+
+
+def test_sizes_that_work_are_those_of_timm():
+    # Found by running timm's hrnet_w18_small and hrnet_w18 at every height and width below 200.
+    works = {n for first in (29, 61, 93, 125, 157, 189) for n in range(first, first + 4)}
+    for size in range(1, 200):
+        for height, width in ((size, 64), (64, size)):
+            if size in works:
+                check_size(height, width, 32)
+                continue
+            with pytest.raises(CxrError) as error:
+                check_size(height, width, 32)
+            below, above = (
+                max((n for n in works if n < size), default=None),
+                min((n for n in works if n > size), default=221),
+            )
+            side = "height" if height == size else "width"
+            nearest = f"{below} below and {above} above" if below else f"{above}"
+            assert str(error.value).endswith(f"the nearest {side} that works is {nearest}")
+
+
+def test_branches_fit_at_sizes_that_work():
+    network = Network.of(create("hrnet_small", classes=2, **TINY))
+    for height, width in ((13, 16), (29, 30), (63, 45)):
+        found = shapes(network, height, width)
+        assert found["final"][:2] == (math.ceil(height / 16), math.ceil(width / 16))
+    with pytest.raises(CxrError, match=r"33 x 32.*height that works is 32 below and 45 above"):
+        shapes(network, 33, 32)
+
+
+def test_enlarging_repeats_rows_and_columns_and_sums_gradients():
+    maps = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
+    large, back = jax.vjp(lambda maps: repeated(maps, 4), jnp.asarray(maps))
+    np.testing.assert_array_equal(large, maps.repeat(4, axis=1).repeat(4, axis=2))
+    gradient = np.random.default_rng(1).standard_normal(large.shape).astype(np.float32)
+    summed = gradient.reshape(2, 3, 4, 5, 4, 4).sum((2, 4))
+    np.testing.assert_allclose(back(jnp.asarray(gradient))[0], summed, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputing_changes_nothing():
+    images = np.random.default_rng(5).integers(0, 256, (3, 32, 48, 1), np.uint8)
+    results = {}
+    with jax.enable_x64(True):
+        for remat in ("none", "layer"):
+            network = Network.of(create("hrnet_small", classes=3, dtype="float64", remat=remat, seed=1, **TINY))
+
+            def loss(params, network=network):
+                logits, stats = dataclasses.replace(network, params=params).apply(images, train=True)
+                return jnp.square(logits).sum(), (logits, stats)
+
+            step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+            if remat == "layer":
+                text = str(step.trace(network.params).jaxpr)
+                assert "prevent_cse" in text  # else this test compares nothing
+            results[remat] = jax.device_get(step(network.params))
+    assert results["none"][0][0].dtype == np.float64
+    stats = results["none"][0][1][1]
+    for before, after in zip(jax.tree.leaves(network.stats), jax.tree.leaves(stats), strict=True):
+        assert not np.array_equal(before, after)  # those of every layer have moved
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), *results.values())
+
+
+def test_bfloat16_is_close_to_float32():
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), np.uint8)
+    logits = {}
+    for dtype in ("bfloat16", "float32"):
+        network = Network.of(create("hrnet_small", classes=5, dtype=dtype, seed=2))
+        run = jax.jit(lambda network: network.apply(images, train=True), compiler_options=FAST_COMPILE)
+        logits[dtype], stats = run(network)
+        assert {leaf.dtype for leaf in jax.tree.leaves((network.params, stats))} == {np.dtype("float32")}
+        assert logits[dtype].dtype == jnp.float32
+    assert 1e-5 < relative_error(logits["bfloat16"], logits["float32"]) < 0.05
+
+
+def test_the_receptive_field_is_an_upper_bound_within_a_stride():
+    """The pixels that really count: those with a gradient, when all weights are positive."""
+    network = Network.of(create("hrnet_small", classes=2, inputs=None, **TINY))
+    network = dataclasses.replace(network, params=jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), network.params))
+
+    def middle(image):
+        return network.model().features(image)["final"][0, 8].sum()
+
+    gradient = jax.jit(jax.grad(middle), compiler_options=FAST_COMPILE)(jnp.ones((1, 272, 16, 1)))
+    rows = np.flatnonzero(np.abs(gradient).sum((0, 2, 3)))
+    field = theoretical(network, image_size=512)
+    first, last = field.rows.at(8)
+    assert first <= rows.min() < first + 16
+    assert last - 16 < rows.max() <= last
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neck": "hlaf"}, "did you mean 'half'"),
+        ({"modules": ()}, "one per stage"),
+        ({"modules": (1, 0)}, "above 0"),
+        ({"blocks": 0}, "blocks"),
+        ({"width": -1}, "width"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(CxrError, match=message):
+        create("hrnet_small", classes=2, **options)
