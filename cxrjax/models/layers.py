@@ -1,8 +1,10 @@
 """The parts every family is made of: convolution, batch norm, pooling, and recomputation by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,26 @@ Maps = Float[Array, "B H W C"]
 def storage(dtype) -> np.dtype:
     """The type of parameters and batch statistics, and of norm arithmetic, for a compute type: float32 at least."""
     return np.promote_types(dtype, np.float32)
+
+
+_drawing = ContextVar("drawing", default=True)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Initial values are 0 inside: drawing hundreds of millions takes seconds, and sometimes only shapes matter."""
+    token = _drawing.set(False)
+    try:
+        yield
+    finally:
+        _drawing.reset(token)
+
+
+class _NoKeys:
+    """What nnx layers get for the random keys that they ask for; our initialisers do without."""
+
+    def params(self) -> None:
+        """No key."""
 
 
 class Maker:
@@ -39,14 +61,18 @@ class Maker:
         self.param_dtype = storage(dtype)
         self._fan = fan
         self._generator = np.random.Generator(np.random.PCG64(seed))
-        self._unused = nnx.Rngs(0)  # nnx layers ask for one; the initialisers below do not
+        self._unused: Any = _NoKeys()
 
     def _kaiming_normal(self, _key, shape, dtype) -> jax.Array:
+        if not _drawing.get():
+            return jnp.zeros(shape, dtype)
         height, width, inputs, outputs = shape
         deviation = np.sqrt(2 / (height * width * (inputs if self._fan == "in" else outputs)))  # arXiv:1502.01852
         return jnp.asarray(self._generator.standard_normal(shape) * deviation, dtype)
 
     def _torch_uniform(self, _key, shape, dtype) -> jax.Array:
+        if not _drawing.get():
+            return jnp.zeros(shape, dtype)
         bound = 1 / np.sqrt(shape[0])  # what torch.nn.Linear does
         return jnp.asarray(self._generator.uniform(-bound, bound, shape), dtype)
 

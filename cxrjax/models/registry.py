@@ -3,11 +3,14 @@
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from cxrjax.models import densenet, efficientnet, hrnet, resnet, sequential, simple
 from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.inputs import InputSpec
+from cxrjax.models.layers import undrawn
+from cxrjax.models.network import Network
 from cxrjax.models.options import one_of
 
 ARCHITECTURES = (
@@ -59,3 +62,9 @@ def create(
         seed=seed,
         **{**architecture.settings, **options},
     )
+
+
+def abstract(name: str, *, classes: int, **how: Any) -> Network:
+    """What `create` would build, as shapes and types alone (`jax.ShapeDtypeStruct`); no value is drawn or kept."""
+    with undrawn():
+        return jax.eval_shape(lambda: Network.of(create(name, classes=classes, **how)))

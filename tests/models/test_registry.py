@@ -1,9 +1,11 @@
+import jax
 import numpy as np
 import pytest
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.network import parameter_count
+from cxrjax.models.network import Network, parameter_count
+from cxrjax.models.registry import abstract
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,15 @@ def test_the_small_densenet_is_the_one_described():
     transition = 2 * 32 + 32 * 16
     head = 2 * 32 + (2 * 32 * 7 + 7)
     assert parameter_count(create("densenet_small", classes=7)) == stem + 3 * block + 2 * transition + head
+
+
+def test_an_abstract_network_is_the_real_one_without_values():
+    outline = abstract("densenet_small", classes=3, dtype="bfloat16", growth=4)
+    network = Network.of(create("densenet_small", classes=3, dtype="bfloat16", growth=4))
+    assert outline.skeleton == network.skeleton
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), outline) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), network
+    )
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(outline))
+    assert parameter_count(outline) == parameter_count(network)
+    assert np.any(network.params["conv0"]["kernel"])  # values are drawn again afterwards
