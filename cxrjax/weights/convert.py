@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from flax import nnx
 
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
-from cxrjax.models import create
 from cxrjax.models.backbone import Backbone
 from cxrjax.models.inputs import NAMED, XRV, InputSpec
 from cxrjax.models.options import one_of
@@ -19,7 +17,6 @@ from cxrjax.models.pretrained import (
     Loaded,
     fit_published,
     load_published,
-    published_module,
     published_name,
     published_names,
     published_shapes,
@@ -29,9 +26,9 @@ from cxrjax.weights.card import Card, called, sha256, write_converted
 from cxrjax.weights.files import Contents, read_contents
 from cxrjax.weights.fold import fold
 from cxrjax.weights.keys import Named, published
+from cxrjax.weights.suggest import family_of, shapes_of, suggestion
 
 REPORT = "report.json"
-_ALIKE = 0.95  # share of arrays that must fit before another architecture is suggested
 
 
 @dataclass(frozen=True)
@@ -117,12 +114,14 @@ def convert(
     if channels not in (None, 1):
         raise CxrError(f"channels = {channels}: weights can be folded to 1 channel only")
     contents = read_contents(file, restricted=restricted)
-    family = _family(architecture)
+    family = family_of(architecture)
     named = published(contents.arrays, family)
     try:
         model, fit, notes = _fit(contents, named, architecture, head, inputs, options)
     except CxrError as error:
-        raise CxrError(f"{file}: {_suggestion(contents, architecture) or error}") from None
+        other = suggestion(contents.arrays, architecture, options)
+        told = f"these are weights of {other}, not of {architecture}: take --arch {other}" if other else error
+        raise CxrError(f"{file}: {told}") from None
     notes = [*_origin(contents), *named.notes, *notes]
     arrays, spec = fit.arrays, model.inputs
     classes = 0 if head == "drop" else model.classes
@@ -169,16 +168,11 @@ def load_file(model: Backbone, file: Path, *, leave: Sequence[str] = ()) -> Load
         raise CxrError(f"{file}: {error}") from None
 
 
-def shapes_of(architecture: str, **options: Any) -> Backbone:
-    """The network that `create` would build, with shapes and types for arrays."""
-    return nnx.eval_shape(lambda: create(architecture, **options))
-
-
 def _fit(
     contents: Contents, named: Named, architecture: str, head: str, inputs: str | None, options: dict[str, Any]
 ) -> tuple[Backbone, Fit, list[str]]:
     """The network that the weights are for, of shapes only; the weights as it wants them; and what to say of it."""
-    family = _family(architecture)
+    family = family_of(architecture)
     bias = named.arrays.get(name := published_name(family, ("classifier", "output", "bias")))
     outputs = len(bias) if bias is not None and bias.ndim == 1 else 0
     if head == "keep" and not outputs:
@@ -227,30 +221,6 @@ def _check_inputs(contents: Contents, named: Named, family: type[Backbone], spec
         )
 
 
-def _suggestion(contents: Contents, architecture: str) -> str:
-    """Which other architecture the weights are of; empty where none fits."""
-    scores = {}
-    for name, other in ARCHITECTURES.items():
-        family = _family(name)
-        arrays = published(contents.arrays, family).arrays
-        conv = getattr(family, "stem", ("",))[0]
-        if not conv or (first := published_name(family, (*conv.split("."), "kernel"))) not in arrays:
-            continue  # of another family: nothing needs building to see that
-        spec = next((spec for spec in NAMED.values() if spec.channels == arrays[first].shape[1]), other.inputs)
-        model = shapes_of(name, classes=1, inputs=spec)
-        names, shapes = published_names(model), published_shapes(model)
-        body = {names[path] for path in names if path[0] not in model.replaceable}
-        there = {name for name in arrays if not name.endswith("num_batches_tracked")}
-        left = tuple(f"{published_module(family, module)}." for module in model.replaceable)
-        there = {name for name in there if not name.startswith(left)}
-        alike = sum(name in arrays and arrays[name].shape == shapes[name] for name in body)
-        scores[name] = alike / max(len(body | there), 1)
-    best = max(scores, key=scores.__getitem__, default=architecture)
-    if best == architecture or scores[best] < _ALIKE:
-        return ""
-    return f"these are weights of {best}, not of {architecture}: give {best} as the architecture (--arch {best})"
-
-
 def _origin(contents: Contents) -> list[str]:
     """Where in the file the weights were."""
     return [f"they were under {contents.wrapper} in the file"] * bool(contents.wrapper) + [
@@ -267,10 +237,3 @@ def _checked_labels(labels: Sequence[str], classes: int) -> tuple[str, ...]:
     if len(set(named)) < len(named):
         raise CxrError(f"label {next(label for label in named if named.count(label) > 1)!r} is given twice")
     return labels
-
-
-def _family(architecture: str) -> type[Backbone]:
-    family = ARCHITECTURES[architecture].family
-    if not isinstance(family, type):
-        raise CxrError(f"{architecture} is no family of its own: there are no published weights for it")
-    return family

@@ -1,6 +1,7 @@
 """Any file of weights: what it is, by its content, and the arrays in it by name."""
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _what_it_is(head: bytes) -> str:
     """Why a file without the marks of weights is none."""
     if not head:
         return "is empty: fetch it again"
-    if head[:1] == b"\x80":
+    if head[:1] == b"\x80" and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         return "is a pickle that torch.save did not write: nothing was run; save its arrays as safetensors"
     if head[257:262] == b"ustar":
         return "is a tar archive, which PyTorch before 0.1.10 wrote: load it with PyTorch and save it again"

@@ -84,7 +84,7 @@ def fold(model: Backbone, arrays: Arrays) -> Folded:
         float(np.linalg.norm(difference[:, where]) / np.linalg.norm(whole[:, where])) if where.any() else 0.0
         for where in (inner, ~inner)
     )
-    return Folded(folded, after, alike, inside, edge)
+    return Folded(folded, after, alike or bool(inner.all()), inside, edge)
 
 
 def _first_maps(model: Backbone, inputs: InputSpec, arrays: Arrays, conv: tuple, norm: tuple) -> np.ndarray:

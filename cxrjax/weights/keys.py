@@ -62,8 +62,7 @@ def published(arrays: Mapping[str, np.ndarray], family: type[Backbone]) -> Named
     dropped = {
         names.pop(name): "torchxrayvision's operating thresholds are no part of the network" for name in thresholds
     }
-    known = {part.partition(".")[0] for part in _modules(family)}
-    while prefix := _common_prefix(names, known):
+    while prefix := _common_prefix(names, top_modules(family)):
         rename(lambda name, prefix=prefix: name.removeprefix(prefix), f"all names began with {prefix}")
     rename(lambda name: _LEGACY_LAYER.sub(r"\g<layer>\g<number>.", name), "older names such as norm.1 stand for norm1")
     head = published_name(family, ("classifier", "output", "kernel")).removesuffix(".weight")
@@ -75,10 +74,11 @@ def published(arrays: Mapping[str, np.ndarray], family: type[Backbone]) -> Named
     return Named(kept, names, dropped, tuple(notes), bool(thresholds))
 
 
-def _modules(family: type[Backbone]) -> list[str]:
+def top_modules(family: type[Backbone]) -> set[str]:
     """Published names of the family's top-level modules, as far as the family alone tells them."""
     ours = [path for path in (*getattr(family, "stem", ()), *family.replaceable) if path]
-    return [theirs for _, theirs in family.published if theirs] + [published_module(family, path) for path in ours]
+    theirs = [path for _, path in family.published if path] + [published_module(family, path) for path in ours]
+    return {path.partition(".")[0] for path in theirs}
 
 
 def _common_prefix(names: Mapping[str, str], known: set[str]) -> str:

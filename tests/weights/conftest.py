@@ -1,0 +1,17 @@
+import numpy as np
+import pytest
+from published_files import SMALL, state_dict
+
+from cxrjax.models.inputs import IMAGENET
+
+
+@pytest.fixture(scope="session")
+def small_weights() -> dict[str, np.ndarray]:
+    """PyTorch's state dict of a small DenseNet with 3 channels and 5 outputs."""
+    return state_dict("densenet_small", classes=5, inputs=IMAGENET, **SMALL)
+
+
+@pytest.fixture(scope="session")
+def grey_weights() -> dict[str, np.ndarray]:
+    """The same with 1 channel."""
+    return state_dict("densenet_small", classes=5, seed=1, **SMALL)

@@ -1,0 +1,280 @@
+"""Conversion: every format and key style gives the same weights, and what does not fit gives one line and no file."""
+
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import Parity, relative_error
+from published_files import FORMATS, SMALL, STYLES, renamed, state_dict
+from torchformat import whole_module, write
+
+from cxrjax import cli
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.inputs import IMAGENET, UNIT, XRV
+from cxrjax.models.network import Network
+from cxrjax.models.pretrained import load_published
+from cxrjax.weights import convert, load_converted, read_converted
+from cxrjax.weights import load_file as fill
+from cxrjax.weights.card import sha256
+
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def convert_small(file, out, **how):
+    how = {"inputs": "imagenet", "options": SMALL} | how
+    return convert(file, "densenet_small", out, restricted=True, **how)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_and_key_style_gives_the_same_weights(tmp_path, small_weights, form, style):
+    arrays = renamed(small_weights, style)
+    report = convert_small(FORMATS[form](tmp_path, arrays), tmp_path / "out")
+    model = create("densenet_small", classes=5, inputs=IMAGENET, **SMALL)
+    load_published(model, small_weights)
+    jax.tree.map(np.testing.assert_array_equal, load_converted(tmp_path / "out"), Network.of(model))
+    counters = {name for name in arrays if name.endswith("num_batches_tracked")}
+    assert report.used.keys() == arrays.keys() - counters
+    around = {"epoch", "arch", "optimizer"} if form == "tar" else set()
+    assert report.dropped.keys() == counters | around
+    assert report.missing == ()
+    assert sum("all names began" in note for note in report.notes) == {"DataParallel": 1, "CheXNet": 2}.get(style, 0)
+    assert any("norm.1" in note for note in report.notes) == (style in ("older", "CheXNet"))
+    assert any("classifier.0" in note for note in report.notes) == (style == "CheXNet")
+
+
+@pytest.mark.parametrize(("form", "style"), list(zip(FORMATS, STYLES, strict=True)))
+def test_densenet121_gives_the_published_logits(tmp_path, shared, form, style):
+    parity = Parity(shared / "parity", "tv-densenet121")
+    convert(FORMATS[form](tmp_path, renamed(parity.state_dict(), style)), "densenet121", tmp_path / "out")
+    network = load_converted(tmp_path / "out")
+    run = jax.jit(lambda network, images: network.model()(images), compiler_options=FAST_COMPILE)
+    assert relative_error(run(network, jnp.asarray(parity.images())), parity.results["eval_logits"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_other_families_use_every_key(tmp_path, name):
+    arrays = state_dict(name, classes=7)
+    report = convert(FORMATS["zip"](tmp_path, renamed(arrays, "DataParallel")), name, tmp_path / "out", channels=1)
+    assert len(report.used) + len(report.dropped) == len(arrays)
+    assert load_converted(tmp_path / "out").inputs.channels == 1
+
+
+def test_the_card_says_what_the_weights_are(tmp_path, small_weights):
+    file = FORMATS["safetensors"](tmp_path, small_weights)
+    report = convert_small(file, tmp_path / "out", labels=["Mass", "Nodule", "", "Hernia", "Edema"], inputs="unit")
+    card, arrays = read_converted(tmp_path / "out")
+    assert card == report.card
+    assert (card.architecture, card.classes, card.inputs, card.options) == ("densenet_small", 5, UNIT, SMALL)
+    assert card.labels == ("Mass", "Nodule", "", "Hernia", "Edema")
+    assert (card.source, card.source_sha256) == ("w.safetensors", sha256(file))
+    assert card.sha256 == sha256(tmp_path / "out" / "weights.safetensors")
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["used"]["features.conv0.weight"] == "conv0.kernel"
+    assert set(written["used"].values()) == set(arrays)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+def test_other_types_become_float32_and_are_noted(tmp_path, small_weights, form, dtype):
+    arrays = {name: a.astype(dtype) if a.dtype == np.float32 else a for name, a in small_weights.items()}
+    report = convert_small(FORMATS[form](tmp_path, arrays), tmp_path / "out")
+    kernel = load_converted(tmp_path / "out").params["conv0"]["kernel"]
+    expected = arrays["features.conv0.weight"].astype(np.float32).transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(kernel, expected)
+    assert f"{np.dtype(dtype).name} values were written as float32" in report.notes
+
+
+def test_a_head_can_be_dropped_and_that_is_said(tmp_path, small_weights):
+    file = FORMATS["zip"](tmp_path, renamed(small_weights, "CheXNet"))
+    report = convert_small(file, tmp_path / "out", head="drop")
+    assert "the head (5 outputs) was dropped" in report.notes
+    assert report.missing == ("classifier.output.bias", "classifier.output.kernel")
+    assert {key for key in report.dropped if "tracked" not in key} == {
+        "module.densenet121.classifier.0.weight", "module.densenet121.classifier.0.bias"
+    }  # fmt: skip
+    assert report.card.classes == 0
+    with pytest.raises(CxrError, match="without a head"):
+        load_converted(tmp_path / "out")
+    network = load_converted(tmp_path / "out", classes=3)
+    assert network.classes == 3
+    np.testing.assert_array_equal(network.stats["norm0"]["mean"], small_weights["features.norm0.running_mean"])
+
+
+def test_a_head_of_several_layers_can_be_dropped(tmp_path, small_weights):
+    arrays = {name: array for name, array in small_weights.items() if not name.startswith("classifier")}
+    layers = {"classifier.0.weight": np.ones((9, 8), np.float32), "classifier.3.weight": np.ones((2, 9), np.float32)}
+    file = FORMATS["zip"](tmp_path, arrays | layers)
+    with pytest.raises(CxrError, match=r"classifier.bias is missing: --head drop"):
+        convert_small(file, tmp_path / "out")
+    assert layers.keys() <= convert_small(file, tmp_path / "out", head="drop").dropped.keys()
+    bare = FORMATS["safetensors"](tmp_path, arrays)
+    assert "the head was dropped" in convert_small(bare, tmp_path / "bare", head="drop").notes
+
+
+def test_torchxrayvision_states_its_inputs_and_labels(tmp_path, grey_weights):
+    labels = ["Atelectasis", "Mass", "", "Hernia", "Lung Opacity"]
+    arrays = grey_weights | {"op_threshs": np.full(5, np.nan, np.float32)}
+    model = whole_module("torchxrayvision.models.DenseNet", arrays, targets=labels)
+    for legacy in (False, True):
+        file = write(tmp_path / "xrv.pt", model, legacy=legacy)
+        report = convert_small(file, tmp_path / "out", inputs=None)
+        assert report.card.inputs == XRV
+        assert report.card.labels == tuple(labels)
+        assert "thresholds" in report.dropped["op_threshs"]
+        assert any("torchxrayvision.models.DenseNet" in note for note in report.notes)
+        with pytest.raises(CxrError, match="inputs must be xrv, not grey"):
+            convert_small(file, tmp_path / "other", inputs="grey")
+    plain = FORMATS["safetensors"](tmp_path, arrays)
+    assert convert_small(plain, tmp_path / "plain", inputs=None).card.inputs == XRV
+    ours = create("densenet_small", classes=5, **SMALL)
+    with pytest.raises(CxrError, match="inputs must be xrv"):
+        fill(ours, plain)
+    ours = create("densenet_small", classes=5, inputs=XRV, **SMALL)
+    assert fill(ours, plain).arrays == len(report.used)
+    jax.tree.map(np.testing.assert_array_equal, Network.of(ours), load_converted(tmp_path / "plain"))
+
+
+def test_one_channel_needs_its_inputs_named(tmp_path, grey_weights):
+    file = FORMATS["zip"](tmp_path, grey_weights)
+    with pytest.raises(CxrError, match=r"takes 1 channels and inputs imagenet give 3: .* imagenet-grey, .*xrv"):
+        convert_small(file, tmp_path / "out", inputs="imagenet")
+    assert convert_small(file, tmp_path / "out", inputs="xrv").card.inputs == XRV
+
+
+def test_three_channels_do_not_become_one_by_themselves(tmp_path, small_weights):
+    file = FORMATS["zip"](tmp_path, small_weights)
+    with pytest.raises(CxrError, match=r"takes 3 channels and inputs grey give 1: .* imagenet, unit, .*channels=1"):
+        convert_small(file, tmp_path / "out", inputs=None)
+
+
+CONV = "features.denseblock1.denselayer2.conv2.weight"
+
+
+def put(name, change):
+    return lambda arrays: arrays | {name: change(arrays[name])}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            put(CONV, lambda a: a[:, :5].copy()), rf"\(1 faults\): {CONV} has shape \(4, 5, 3, 3\)", id="shape"
+        ),
+        pytest.param(lambda arrays: arrays | {"extra.weight": np.ones(2)}, "unexpected extra.weight", id="extra"),
+        pytest.param(
+            lambda arrays: {name: a for name, a in arrays.items() if name != CONV}, f"missing {CONV}", id="missing"
+        ),
+        pytest.param(put(CONV, lambda a: a * np.float32(np.nan)), f"{CONV} holds values that are not finite", id="nan"),
+        pytest.param(put(CONV, lambda a: a.astype(np.float64) * 1e300), "not finite", id="beyond float32"),
+        pytest.param(put(CONV, lambda a: a.astype(np.int32)), f"{CONV} is int32", id="whole numbers"),
+    ],
+)
+def test_what_does_not_fit_gives_one_line_and_no_file(tmp_path, small_weights, form, change, message):
+    file = FORMATS[form](tmp_path, change(small_weights))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CxrError, match=message) as caught:
+        convert_small(file, tmp_path / "out")
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_cut_short_anywhere_gives_one_line_and_no_file(tmp_path, small_weights, form):
+    file = FORMATS[form](tmp_path, small_weights)
+    whole = file.read_bytes()
+    for share in (0, 0.01, 0.3, 0.9, 0.999):
+        file.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(CxrError, match=file.name):
+            convert_small(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_names_for_one_array_are_refused(tmp_path, small_weights):
+    older = {STYLES["older"](CONV): small_weights[CONV]}
+    with pytest.raises(CxrError, match=rf"{CONV} and .*conv\.2\.weight are both|conv\.2\.weight and .* are both"):
+        convert_small(FORMATS["safetensors"](tmp_path, small_weights | older), tmp_path / "out")
+
+
+def test_the_architecture_that_fits_is_named(tmp_path):
+    arrays = state_dict("resnet18", classes=3)
+    file = FORMATS["zip"](tmp_path, renamed(arrays, "DataParallel"))
+    for other in ("resnet34", "densenet121"):
+        with pytest.raises(CxrError, match=rf"weights of resnet18, not of {other}: take --arch resnet18"):
+            convert(file, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"labels": ["Mass"]}, "1 labels for 5 outputs"),
+        ({"labels": ["Mass", "Edema", "Mass", "", ""]}, "'Mass' is given twice"),
+        ({"labels": ["Mass"], "head": "drop"}, "the head was dropped"),
+        ({"inputs": "imagenett"}, "did you mean 'imagenet'"),
+        ({"options": SMALL | {"groth": 3}}, "did you mean 'growth'"),
+        ({"channels": 2}, "1 channel only"),
+        ({"head": "keeps"}, "did you mean 'keep'"),
+    ],
+)
+def test_bad_words_are_named(tmp_path, small_weights, how, message):
+    with pytest.raises(CxrError, match=message):
+        convert_small(FORMATS["zip"](tmp_path, small_weights), tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_is_a_file_is_refused(tmp_path, small_weights):
+    file = FORMATS["zip"](tmp_path, small_weights)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CxrError, match="is a file"):
+        convert_small(file, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_unknown_architectures_are_named(tmp_path):
+    with pytest.raises(CxrError, match="unknown network 'densenet112': did you mean 'densenet121'"):
+        convert(tmp_path / "w.pth", "densenet112", tmp_path / "out")
+
+
+def test_the_verb_converts_and_reports(capsys, tmp_path, small_weights):
+    file = FORMATS["tar"](tmp_path, renamed(small_weights, "CheXNet"))
+    (tmp_path / "labels.txt").write_text("Mass\nNodule\n\nHernia\nEdema\n")
+    words = ["weights", "convert", file, "--arch", "densenet_small", "--out", tmp_path / "out", "--inputs", "imagenet"]
+    words += ["--labels", tmp_path / "labels.txt", "--channels", 1, "--json", tmp_path / "result.json"]
+    words += [word for option in SMALL.items() for word in ("--option", "{}={}".format(*option))]
+    code = cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "densenet_small, 5 outputs, inputs imagenet-grey" in out
+    assert "3 input channels folded to 1" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["card"]["labels"] == ["Mass", "Nodule", "", "Hernia", "Edema"]
+    assert result == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert load_converted(tmp_path / "out").classes == 5
+
+    code = cli.main([str(word) for word in (*words[:4], "resnet_small", *words[5:9])])
+    assert code == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        cli.main([str(word) for word in (*words[:9], "--option", "growth")])
+    assert "'growth' is not KEY=VALUE" in capsys.readouterr().err
+
+
+def test_memory_stays_below_twice_the_file(tmp_path):
+    """Measured on the allocations of NumPy and Python; the file itself is mapped."""
+    options = {"growth": 128, "blocks": (4, 4), "stem_channels": 64, "pooling": "average"}
+    file = FORMATS["zip"](tmp_path, state_dict("densenet_small", classes=5, **options))
+    size = file.stat().st_size
+    assert size > 10e6
+    tracemalloc.start()
+    convert(file, "densenet_small", tmp_path / "out", options=options, restricted=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * size
