@@ -104,27 +104,84 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How often values in 0..1 occur.
+
+    Attributes:
+      caption: a sentence for below it.
+      values: f[n], 0 to 1.
+      label: of the horizontal axis.
+      marks: name -> value, drawn as upright lines.
+    """
+
+    caption: str
+    values: np.ndarray
+    label: str
+    marks: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix: a caption, class names, counts i[K, K], and what its rows and columns are."""
+
+    caption: str
+    classes: Sequence[str]
+    counts: np.ndarray
+    rows: str
+    columns: str
+
+
+@dataclass(frozen=True)
+class Diagrams:
+    """Calibration curves by finding, under one caption."""
+
+    caption: str
+    curves: Mapping[str, Reliability]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A chapter of a study's page that other studies do not have.
+
+    Attributes:
+      title: its heading.
+      text: paragraphs.
+      figures: name (of the file, too) -> what is drawn.
+      tables: shown after the figures.
+      details: tables that are folded away until asked for.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    figures: Mapping[str, Histogram | Matrix | Diagrams] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    details: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
 class StudyReport:
-    """Everything that the page of a resolution study shows.
+    """Everything that the page of a study shows.
 
     Attributes:
       title: of the page.
       findings: K names, in the order of all tables and figures.
-      sizes: S names of the single-scale models, smallest first, such as "32 px".
-      scores: model (a size or an ensemble) -> rows of findings and of `MEAN`.
-      ensembles: names of the models made of all sizes, such as "stacked ensemble".
+      sizes: S names of the single models: image sizes, smallest first, such as "32 px", or arms such as "fusion".
+      scores: model (a single one or an ensemble) -> rows of findings and of `MEAN`.
+      kind: what the single models differ in, such as "image size" (whose scores a line joins) or "arm".
+      ensembles: names of the models made of all single ones, such as "stacked ensemble".
       lead: opening paragraphs.
       claims: what was to be shown.
       notes: what this does and does not prove, one paragraph each.
       interval: how the intervals were made, such as "95 % percentile bootstrap over patients, 1,000 resamples".
       weights: f64[K, S], the stacked ensemble's weights, each row summing to 1.
       curves: model -> finding -> Curve.
-      training: size -> log lines (step, epoch, train_loss, val_loss, val_auroc; any may be missing).
-      fields: size -> Field.
-      cams: finding -> size -> Cam.
+      training: single model -> log lines (step, epoch, train_loss, val_loss, val_auroc; any may be missing).
+      fields: single model -> Field.
+      cams: finding -> single model -> Cam.
       image_sizes: i[N, 2], width and height of the original images.
       control: a table of control runs.
       tables: any others that belong to the scores.
+      sections: what else there is to say, after all the rest but the notes.
       provenance: nested dict: fingerprints, versions, device, seeds, timings.
     """
 
@@ -132,6 +189,7 @@ class StudyReport:
     findings: Sequence[str]
     sizes: Sequence[str]
     scores: Mapping[str, Sequence[Row]]
+    kind: str = "image size"
     ensembles: Sequence[str] = ()
     lead: Sequence[str] = ()
     claims: Sequence[Claim] = ()
@@ -145,6 +203,7 @@ class StudyReport:
     image_sizes: np.ndarray | None = None
     control: Table | None = None
     tables: Sequence[Table] = ()
+    sections: Sequence[Section] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -165,7 +224,7 @@ class StudyReport:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Sizes, then ensembles: those that have scores."""
+        """Single models, then ensembles: those that have scores."""
         return tuple(name for name in (*self.sizes, *self.ensembles) if name in self.scores)
 
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from cxrjax.evaluate.scores import MEAN
-from cxrjax.report import pictures, plots
-from cxrjax.report.content import RunReport, StudyReport
+from cxrjax.report import details, pictures, plots
+from cxrjax.report.content import Diagrams, Histogram, Matrix, RunReport, StudyReport
 from cxrjax.report.style import GRID, INK, WIDE, styled, words
 
 _STANDING_OUT = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -24,11 +24,11 @@ def study_figures(report: StudyReport, width: float = WIDE) -> dict[str, Figure]
 
 
 def study_plots(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
-    """The plots that a study has the parts for, by name: auc, weights, roc, training, erf, sizes."""
+    """The plots that a study has the parts for, by name: auc, weights, roc, training, erf, sizes, and its sections'."""
     findings, sizes, ensembles = report.findings, report.sizes, report.ensembles
     drawn: dict[str, Figure] = {}
     if report.scores:
-        drawn["auc"] = plots.auc_by_size(report.scores, findings, sizes, ensembles, width=width)
+        drawn["auc"] = plots.auc_by_size(report.scores, findings, sizes, ensembles, kind=report.kind, width=width)
     if report.weights is not None:
         drawn["weights"] = plots.weights_bars(report.weights, findings, sizes, width=width)
     if report.curves:
@@ -39,7 +39,17 @@ def study_plots(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
         drawn["erf"] = pictures.erf_maps(report.fields, width=width)
     if report.image_sizes is not None:
         drawn["sizes"] = plots.size_scatter(report.image_sizes, width=min(width, 4.2))
+    for section in report.sections:
+        drawn |= {name: _section_figure(content, width) for name, content in section.figures.items()}
     return drawn
+
+
+def _section_figure(content: Histogram | Matrix | Diagrams, width: float) -> Figure:
+    if isinstance(content, Histogram):
+        return details.histogram(content, width=min(width, 4.2))
+    if isinstance(content, Matrix):
+        return details.matrix(content, width=min(width, 4.6))
+    return plots.reliability_grid(content.curves, list(content.curves), width=width)
 
 
 def run_figures(report: RunReport, width: float = WIDE) -> dict[str, Figure]:

@@ -1,6 +1,6 @@
 """One self-contained HTML file per study or run: figures as inline SVG, pictures as data, no script, no network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from cxrjax.report import figures, pictures, style, tables
 from cxrjax.report.content import Cam, Field, RunReport, StudyReport, Table
 
 _LABELS = {
-    "auc": "AUC against image size, for the mean and for each finding; the numbers are in the table of AUCs",
+    "auc": "AUC of each model, for the mean and for each finding; the numbers are in the table of AUCs",
     "weights": "Stacked bars: the weight of each image size in the ensemble, for each finding",
     "roc": "Receiver operating characteristics, one panel per finding",
     "training": "Training and validation loss",
@@ -32,7 +32,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Picture:
-    """A class activation map as an `<img>`: its address, its size name, what it shows."""
+    """A class activation map as an `<img>`: its address, the name of its size or arm, what it shows."""
 
     uri: str
     size: str
@@ -41,8 +41,11 @@ class Picture:
 
 
 def study_page(report: StudyReport) -> str:
-    """The page of a resolution study as HTML."""
-    plots = _plots(*(figures.study_plots(report, width) for width in (style.WIDE, style.NARROW)))
+    """The page of a study as HTML."""
+    labels = {
+        name: content.caption for section in report.sections for name, content in section.figures.items()
+    } | _LABELS  # fmt: skip
+    plots = _plots([figures.study_plots(report, width) for width in (style.WIDE, style.NARROW)], labels)
     scores = {model: report.scores[model] for model in report.models}
     return _render(
         "study.html.j2",
@@ -57,7 +60,7 @@ def study_page(report: StudyReport) -> str:
 
 def run_page(report: RunReport) -> str:
     """The page of one evaluated run as HTML."""
-    plots = _plots(*(figures.run_figures(report, width) for width in (style.WIDE, style.NARROW)))
+    plots = _plots([figures.run_figures(report, width) for width in (style.WIDE, style.NARROW)], _LABELS)
     rows = {report.title: report.scores}
     auc, precision = (tables.lines(rows, report.findings, (), metric) for metric in tables.METRICS)
     lines = [replace(a, cells=a.cells + p.cells) for a, p in zip(auc, precision, strict=True)]
@@ -70,11 +73,13 @@ def write_page(report: StudyReport | RunReport, path: str | Path) -> Path:
     return style.write(path, html.encode("utf-8", errors="replace"))
 
 
-def _plots(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Plot]:
+def _plots(drawn: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, Plot]:
+    """Each figure, drawn at both widths, wide first."""
+    wide, narrow = drawn
     return {
         name: Plot(
-            style.inline_svg(wide[name], f"{name}-wide", _LABELS[name]),
-            style.inline_svg(narrow[name], f"{name}-narrow", _LABELS[name]),
+            style.inline_svg(wide[name], f"{name}-wide", labels[name]),
+            style.inline_svg(narrow[name], f"{name}-narrow", labels[name]),
         )
         for name in wide
     }

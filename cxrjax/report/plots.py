@@ -27,16 +27,17 @@ _DASHED = (0, (3, 1.2))
 @styled()
 def auc_by_size(
     scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str], ensembles: Sequence[str] = (),
-    *, metric: str = "auroc", width: float = WIDE,
+    *, metric: str = "auroc", kind: str = "image size", width: float = WIDE,
 ) -> Figure:  # fmt: skip
-    """AUC against image size, a panel for the mean and for each finding; whiskers are the intervals.
+    """AUC against image size or of each arm, a panel for the mean and for each finding; whiskers are the intervals.
 
     Args:
       scores: model -> rows (see `content.Row`).
       findings: order of the panels.
-      sizes: names of the single sizes, smallest first: joined by a line.
+      sizes: names of the single models; image sizes, smallest first, are joined by a line.
       ensembles: names of the ensembles: to the right, each with its own marker.
       metric: "auroc" or "average_precision".
+      kind: what the single models differ in; where that is not the image size, a legend names them.
       width: in inches.
     """
     table = by_finding(scores)
@@ -44,9 +45,10 @@ def auc_by_size(
     shown = [f for f in (MEAN, *findings) if any(f in table[model] for model in models)]
     colour = dict(zip((*sizes, *ensembles), colours(len(sizes), len(ensembles)), strict=True))
     marker = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(ensembles)}
-    figure, panels = panel_grid(len(shown), width, panel=1.7, height=1.35, legend=bool(ensembles))
+    ordered = kind == "image size"
+    figure, panels = panel_grid(len(shown), width, panel=1.7, height=1.35, legend=bool(ensembles) or not ordered)
     bottom = _floor(scores, metric)
-    ticks = [(x, words(name.removesuffix(" px"), 8)) for x, name in enumerate(models) if name in sizes]
+    ticks = [(x, words(name.removesuffix(" px"), 8)) for x, name in enumerate(models) if name in sizes and ordered]
     for panel, finding in zip(panels, shown, strict=True):
         _title(panel, "Mean of findings" if finding == MEAN else finding)
         line = []
@@ -59,9 +61,9 @@ def auc_by_size(
                 line.append((x, value))
             panel.plot([x, x], [low, high], color=colour[model], lw=1, solid_capstyle="round", zorder=3)
             panel.plot([x], [value], marker.get(model, "o"), color=colour[model], ms=4.5, mec=PAPER, mew=0.4, zorder=4)
-        if line:
+        if line and ordered:
             panel.plot(*zip(*line, strict=True), color=MUTED, alpha=0.45, lw=0.9, zorder=2)
-        else:
+        elif not line:
             reason = next((str(rows[finding].get("reason") or "") for rows in table.values() if finding in rows), "")
             text = f"n/a\n{words(reason, 34)}".strip()
             panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=MUTED, fontsize=6.5)
@@ -69,10 +71,10 @@ def auc_by_size(
         panel.set_xticks([x for x, _ in ticks], [text for _, text in ticks], fontsize=6.5 if len(models) < 6 else 5.4)
         panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         panel.grid(axis="y")
-    _label(figure, x="image side, px" if all(size.endswith(" px") for size in sizes) else "image size")
+    _label(figure, x="image side, px" if ordered and all(size.endswith(" px") for size in sizes) else kind)
     handles = [
-        Line2D([], [], marker=marker[name], color=colour[name], ls="", ms=4.5, label=words(name))
-        for name in ensembles if name in table
+        Line2D([], [], marker=marker.get(name, "o"), color=colour[name], ls="", ms=4.5, label=words(name))
+        for name in (models if not ordered else ensembles) if name in table
     ]  # fmt: skip
     _legend(figure, handles, width)
     return figure

@@ -68,6 +68,8 @@ STYLE: dict[Any, Any] = {
 
 _RAMP = LinearSegmentedColormap.from_list("sizes", ["#58c6b6", "#2f98c8", "#4a69c0", "#6a3a9c"])
 
+_SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6fa", "#58c6b6", "#2f98c8", "#3f52a0"])
+
 
 def styled():
     """A context manager and decorator under which figures are made and saved."""
@@ -78,6 +80,11 @@ def colours(sizes: int, ensembles: int = 0) -> list[str]:
     """Hex colours of the sizes, light to dark as they grow, then of the ensembles."""
     ramp = [to_hex(_RAMP(x)) for x in np.linspace(0, 1, sizes)] if sizes > 1 else [to_hex(_RAMP(0.45))] * sizes
     return ramp + [ENSEMBLES[i % len(ENSEMBLES)] for i in range(ensembles)]
+
+
+def sequential(share: float) -> str:
+    """The hex colour of a share from 0, nearly white, to 1."""
+    return to_hex(_SHADES(share))
 
 
 def ink_on(colour: str) -> str:
