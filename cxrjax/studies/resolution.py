@@ -12,7 +12,6 @@ from cxrjax.config import Config, load
 from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.scores import Scores, score
 from cxrjax.files import write_json
 from cxrjax.report import figures, style
@@ -79,12 +78,7 @@ def _member(
     name = f"{'control-' if findings else ''}{size}px" + (f"-seed{seed}" if seed else "")
     run = directory / "runs" / name
     train(config, run, mean_auroc)
-    experiment, network, _ = open_run(run)
-    parts = {}
-    for part in ("validation", "test"):
-        parts[part] = predict(experiment, network, part)
-        parts[part].write(run / "predictions" / f"{part}.parquet")
-    return Member(run, experiment, network, **parts)
+    return Member.of(f"{size} px", run)
 
 
 def _report(study: Study, directory: Path) -> dict[str, Any]:

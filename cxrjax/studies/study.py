@@ -1,4 +1,4 @@
-"""The members of a resolution study and the ensembles they make."""
+"""The members of a study, and of a resolution study the ensembles they make."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +8,7 @@ import numpy as np
 
 from cxrjax.config import Config
 from cxrjax.evaluate.ensemble import combine, fit_weights
+from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.models.network import Network
 from cxrjax.train.experiment import Experiment
@@ -17,18 +18,26 @@ STACKED, VOTED = "stacked", "voted"
 
 @dataclass(frozen=True)
 class Member:
-    """One trained run of the study, with what its best network says of the validation and test parts."""
+    """One trained run of the study, with what its best network says of the validation and test parts.
 
+    `name` is what the report calls it.
+    """
+
+    name: str
     directory: Path
     experiment: Experiment
     network: Network
     validation: Predictions
     test: Predictions
 
-    @property
-    def name(self) -> str:
-        """What the report calls it."""
-        return f"{self.experiment.config.data.size} px"
+    @classmethod
+    def of(cls, name: str, directory: Path) -> "Member":
+        """Open a trained run, predict validation and test, and write both tables beside it."""
+        experiment, network, _ = open_run(directory)
+        parts = {part: predict(experiment, network, part) for part in ("validation", "test")}
+        for part, table in parts.items():
+            table.write(directory / "predictions" / f"{part}.parquet")
+        return cls(name, directory, experiment, network, **parts)
 
 
 @dataclass(frozen=True)
