@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cxrjax.models import densenet, efficientnet, hrnet, resnet, sequential, simple
+from cxrjax.models import attention_fusion, densenet, efficientnet, fhrnet, hrnet, resnet, sequential, simple
 from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.inputs import InputSpec
 from cxrjax.models.layers import undrawn
@@ -14,8 +14,10 @@ from cxrjax.models.network import Network
 from cxrjax.models.options import one_of
 
 ARCHITECTURES = (
-    densenet.ARCHITECTURES
+    attention_fusion.ARCHITECTURES
+    | densenet.ARCHITECTURES
     | efficientnet.ARCHITECTURES
+    | fhrnet.ARCHITECTURES
     | hrnet.ARCHITECTURES
     | resnet.ARCHITECTURES
     | sequential.ARCHITECTURES

@@ -1,0 +1,126 @@
+"""The attention-fusion network: the paper's counts, attention by NumPy, weights of whole networks in its trunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.attention import Attention, attend
+from cxrjax.models.layers import Maker
+from cxrjax.models.network import Network, parameter_count
+
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def by_numpy(query, key, value):
+    scores = np.einsum("bnc,bmc->bnm", query, key) / np.sqrt(query.shape[-1])
+    return np.einsum("bnm,bmd->bnd", softmax(scores, axis=-1), value)
+
+
+@pytest.mark.parametrize("block", [64, 16, 7])
+def test_attention_in_blocks_is_attention(block):
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(2, n, c)) for n, c in ((50, 8), (30, 8), (30, 5)))
+    with jax.enable_x64(True):
+        ours, back = jax.vjp(lambda *arrays: attend(*arrays, block=block), *map(jnp.asarray, (query, key, value)))
+        np.testing.assert_allclose(ours, by_numpy(query, key, value), rtol=1e-10, atol=1e-14)
+        whole, back_whole = jax.vjp(lambda *arrays: attend(*arrays, block=50), *map(jnp.asarray, (query, key, value)))
+        for one, other in zip(back(ours), back_whole(whole), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_is_linear_in_the_number_of_positions():
+    """What the backward pass keeps: twice the positions, about twice as much; all weights at once would be 4 times."""
+
+    def kept(positions: int) -> int:
+        shapes = [jax.ShapeDtypeStruct((1, positions, 8), jnp.float32)] * 3
+        backward = jax.eval_shape(lambda *a: jax.vjp(lambda *b: attend(*b, block=256), *a)[1], *shapes)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    assert kept(8192) / kept(4096) < 2.1
+
+
+def test_the_module_is_linear_maps_and_attention():
+    rng = np.random.default_rng(1)
+    module = Attention(Maker(np.dtype("float32"), 0), 6)
+    asking, asked = (rng.normal(size=(2, *size, 6)).astype(np.float32) for size in ((3, 4), (5, 2)))
+    linear = lambda layer, x: x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])  # noqa: E731
+    query, key, value = (
+        linear(layer, maps.reshape(2, -1, 6))
+        for layer, maps in ((module.query, asking), (module.key, asked), (module.value, asked))
+    )
+    ours = module(jnp.asarray(asking), jnp.asarray(asked))
+    np.testing.assert_allclose(ours, by_numpy(query, key, value).reshape(2, 3, 4, 6), atol=1e-5)
+
+
+def test_it_has_the_papers_parameters():
+    """10,638,528 in the paper, of which 117,255 are statistics: Keras counts 7 weights of its input normalisation."""
+    network = Network.of(create("attention_fusion", classes=14))
+    assert parameter_count(network) == 10_521_273
+    assert parameter_count(network.stats) == 117_255 - 7
+
+
+def test_the_baselines_have_the_papers_parameters():
+    def total(name):
+        network = Network.of(create(name, classes=14, hidden=512))
+        return parameter_count(network) + parameter_count(network.stats)
+
+    assert total("densenet121") == 7_569_486
+    assert total("efficientnet_b0") == 4_712_625 - 7  # as above
+
+
+@pytest.mark.parametrize(("attention", "match", "size"), [("self", "up", (8, 8)), ("cross", "down", (2, 2))])
+def test_its_parts_add_up(attention, match, size):
+    model = create("attention_fusion_small", classes=3, attention=attention, match=match)
+    model.gate[...] = gate = jnp.arange(1.0, 1 + len(model.gate[...]))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
+    named = jax.jit(lambda x: model.features(x), compiler_options=FAST_COMPILE)(images)
+    fused = named["fused"]
+    assert fused.shape == (2, *size, 16)
+    parts = [model.dense_reduction(named["dense"]), model.efficient_reduction(named["efficient"])]
+    parts = [jax.image.resize(part, (2, *size, 8), "bilinear") for part in parts]
+    np.testing.assert_allclose(fused, jnp.concatenate(parts, axis=-1), atol=1e-4)
+    if attention == "self":
+        change = gate[0] * model.attention[0](fused, fused)
+    else:
+        first, second = fused[..., :8], fused[..., 8:]
+        change = jnp.concatenate(
+            [gate[0] * model.attention[0](first, second), gate[1] * model.attention[1](second, first)], axis=-1
+        )
+    np.testing.assert_allclose(named["final"], fused + change, atol=1e-4)
+    logits = np.asarray(named["final"]).mean((1, 2)) @ np.asarray(model.classifier.output.kernel[...])
+    np.testing.assert_allclose(model.head(named), logits + np.asarray(model.classifier.output.bias[...]), atol=1e-4)
+
+
+def test_the_gate_starts_closed():
+    model = create("attention_fusion_small", classes=3)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 32, 1)), jnp.float32)
+    named = jax.jit(lambda x: model.features(x), compiler_options=FAST_COMPILE)(images)
+    np.testing.assert_array_equal(named["final"], named["fused"])
+
+
+def test_whole_networks_fill_its_trunks():
+    """What `adapt` takes of a whole network is exactly what the trunk has, and nothing else."""
+    model = create("attention_fusion", classes=2)
+    for member, architecture in model.members.items():
+        whole, trunk = flat(create(architecture, classes=5)), flat(getattr(model, member))
+        taken = model.adapt(member, whole)
+        assert {name: array.shape for name, array in taken.items()} == {n: a.shape for n, a in trunk.items()}
+    np.testing.assert_array_equal(taken["stages.6.0.kernel"], whole["stages.6.0.block.0.0.kernel"])
+
+
+def flat(model) -> dict[str, np.ndarray]:
+    network = Network.of(model)
+    leaves, _ = jax.tree_util.tree_flatten_with_path((network.params, network.stats))
+    return {".".join(str(entry.key) for entry in path[1:]): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"match": "side"}, "unknown match 'side'"), ({"attention": "none"}, "unknown attention")]
+)
+def test_what_is_wrong_is_named(options, message):
+    with pytest.raises(CxrError, match=message):
+        create("attention_fusion_small", classes=2, **options)
