@@ -62,7 +62,7 @@ class Backbone(nnx.Module):
         Args:
           images: prepared images (`cxrjax.models.inputs.prepare`), of the compute type.
           train: normalise by the batch's statistics, and move the running ones.
-          key: for stochastic depth, which is active where a key is given (and the family has it).
+          key: for stochastic depth, or dropout between stages, active where a key is given (and the family has it).
 
         Raises:
           CxrError: wrong rank, channels or type; images too small.
