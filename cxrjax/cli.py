@@ -174,6 +174,15 @@ def _explain(arguments: argparse.Namespace) -> Any:
     return explanation.gradcam_run(arguments.run_directory, findings=findings, images=arguments.images or 8, **common)
 
 
+def _models(arguments: argparse.Namespace) -> Any:
+    from cxrjax.studies.catalogue import detail, entries, overview
+
+    listed = entries(arguments.names, size=arguments.size, classes=arguments.classes)
+    for table in map(detail, listed) if arguments.names else [overview(listed)]:
+        stdout.print(table)
+    return [each.as_dict() for each in listed]
+
+
 def _study(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.resolution import resolution
 
@@ -270,6 +279,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument(
         "--estimator", choices=("exact", "probe", "sum"), default="probe", help="erf: how eq. 1 is computed"
+    )
+
+    models = verb("models", _models, "the networks: parameters, feature maps, receptive fields, GFLOPs, inputs")
+    models.add_argument("names", nargs="*", metavar="NAME", help="all feature maps of these; default: a line for each")
+    models.add_argument("--size", type=int, default=224, help="side of the images in px (default: 224)")
+    models.add_argument("--classes", type=int, default=14, help="number of findings (default: 14)")
+    models.epilog = (
+        "GFLOPs: two per multiply-add of the convolutions and matrix products of one image's forward pass. field: side "
+        "of the theoretical receptive field."
     )
 
     study = verb("study", _study, "several runs and one report")
