@@ -64,13 +64,32 @@ def read_contents(file: Path, *, restricted: bool = False) -> Contents:
         raise CxrError(f"there is no file {file}")
     with file.open("rb") as stream:
         head = stream.read(512)
-    size = file.stat().st_size
+    try:
+        return _contents(file, head, restricted)
+    except CxrError as error:
+        raise CxrError(_one_line(str(error))) from None
+
+
+def _contents(file: Path, head: bytes, restricted: bool) -> Contents:
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         form = "PyTorch ZIP" if head.startswith(ZIP_MAGIC) else "PyTorch legacy"
         return _of_torch(file, form, read_torch(file, restricted=restricted))
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") + 8 <= size:
-        return Contents("safetensors", _safetensors(file))
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") + 8 <= file.stat().st_size:
+        arrays = _safetensors(file)
+        return Contents("safetensors", {_name(file, name): array for name, array in arrays.items()})
     raise CxrError(f"{file} {_what_it_is(head)}")
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and what else in a file's names could play tricks on a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _name(file: Path, name: str) -> str:
+    """A name of an array, which must be one that can be shown."""
+    if not name.isprintable():
+        raise CxrError(f"{file} is damaged: an array is called {name[:80]!r}")
+    return name
 
 
 def _safetensors(file: Path) -> dict[str, np.ndarray]:
@@ -110,20 +129,20 @@ def _of_torch(file: Path, form: str, tree: Any) -> Contents:
         places = ", ".join(".".join(path) for path, _ in found[:8])
         raise CxrError(f"{file} holds several sets of weights ({places}): save the one you want alone")
     (path, value), module, labels = found[0], "", ()
-    beside = [f"{'.'.join([*path[:depth], key])}" for depth, key in _neighbours(tree, path)]
+    beside = [".".join([*path[:depth], key]) for depth, key in _neighbours(tree, path)]
     if isinstance(value, Record):
         module, labels = str(value.made_by), _labels(value)
         value = _state_dict(file, value)
     arrays = {}
     for name, leaf in value.items():
         if not isinstance(leaf, Tensor | np.ndarray):
-            beside.append(".".join([*path, str(name)]))
+            beside.append(".".join([*path, name]))
             continue
         try:
-            arrays[name] = leaf.array() if isinstance(leaf, Tensor) else leaf
+            arrays[_name(file, name)] = leaf.array() if isinstance(leaf, Tensor) else leaf
         except (ValueError, TypeError, OverflowError) as error:
             raise CxrError(f"{file} is damaged at {name}: {str(error)[:200]}") from None
-    return Contents(form, arrays, ".".join(path), tuple(beside), module, labels)
+    return Contents(form, arrays, _one_line(".".join(path)), tuple(map(_one_line, beside)), _one_line(module), labels)
 
 
 def _weights_in(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
@@ -151,7 +170,8 @@ def _neighbours(tree: Any, path: tuple[str, ...]) -> list[tuple[int, str]]:
     """What lies beside the way to the weights, as depth and key."""
     beside = []
     for depth, taken in enumerate(path):
-        beside += [(depth, str(key)) for key in tree if key != taken]
+        names = [key if isinstance(key, str) else f"({type(key).__name__})" for key in tree if key != taken]
+        beside += [(depth, name) for name in names]
         tree = tree[taken]
     return beside
 
@@ -172,8 +192,11 @@ def _state_dict(file: Path, module: Record) -> dict[str, Any]:
     def collect(record: Record, prefix: str, depth: int) -> None:
         nonlocal left
         state = record.state
-        own = {**(state.get("_parameters") or {}), **(state.get("_buffers") or {})}
-        passing = state.get("_non_persistent_buffers_set") or ()
+        parameters, buffers = state.get("_parameters") or {}, state.get("_buffers") or {}
+        passing = state.get("_non_persistent_buffers_set") or []
+        if not (isinstance(parameters, dict) and isinstance(buffers, dict) and isinstance(passing, list)):
+            raise CxrError(f"{file} is damaged at module {prefix}: fetch it again")
+        own = parameters | buffers
         left -= 1 + len(own)
         if depth > _DEPTH or left < 0:
             raise CxrError(f"{file} holds modules that are nested without end")
@@ -190,6 +213,6 @@ def _labels(module: Record) -> tuple[str, ...]:
     """The names of its outputs, where a torchxrayvision model carries them."""
     for attribute in ("pathologies", "targets"):
         labels = module.state.get(attribute)
-        if isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels):
-            return tuple(labels)
+        if isinstance(labels, list) and labels and all(isinstance(each, str) for each in labels):
+            return tuple(map(_one_line, labels))
     return ()

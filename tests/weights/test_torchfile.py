@@ -1,6 +1,7 @@
 """The reader of PyTorch's files: what PyTorch writes is read, what it never writes is refused in one line."""
 
 import importlib.util
+import io
 import os
 import pickle
 import tracemalloc
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_files import FORMATS
 from torchformat import DTYPES, Tensor, whole_module, write
 
 from cxrjax.errors import CxrError
@@ -235,6 +237,13 @@ def test_zip_files_that_are_not_weights_are_named(tmp_path):
         read(write(tmp_path / "d.pth", both))
 
 
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+def test_names_that_play_tricks_on_a_terminal_are_refused(tmp_path, form):
+    file = FORMATS[form](tmp_path, {"w\x1b[2J\n": np.ones(2, np.float32)})
+    with pytest.raises(CxrError, match=r"an array is called 'w\\x1b\[2J\\n'"):
+        read(file)
+
+
 @pytest.mark.parametrize("legacy", FORMS)
 def test_a_damaged_byte_in_a_tensor_is_noticed_where_there_is_a_checksum(tmp_path, legacy):
     file = write(tmp_path / "a.pth", {"w": np.full(100, 0.5, np.float32)}, legacy=legacy)
@@ -261,16 +270,33 @@ def small_files(tmp_path_factory):
     return [write(folder / "a", value, legacy=legacy).read_bytes() for value in values for legacy in (False, True)]
 
 
-@settings(deadline=None, max_examples=400)
+def damaged(content: bytes, data) -> bytes:
+    """Cut short, and up to 8 bytes changed."""
+    changed = bytearray(content)
+    if data.draw(st.booleans()):
+        del changed[data.draw(st.integers(0, len(changed))) :]
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(content)), st.integers(0, 255)), max_size=8)):
+        if place < len(changed):
+            changed[place] = value
+    return bytes(changed)
+
+
+def repacked(content: bytes, data) -> bytes:
+    """A ZIP file whose pickle is damaged, with the right checksum."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(packed, "w") as after:
+        for name in before.namelist():
+            member = before.read(name)
+            after.writestr(name, damaged(member, data) if name.endswith("data.pkl") else member)
+    return packed.getvalue()
+
+
+@settings(deadline=None, max_examples=500)
 @given(data=st.data())
 def test_damage_gives_arrays_or_one_clear_error(small_files, tmp_path_factory, data):
-    content = bytearray(data.draw(st.sampled_from(small_files)))
-    if data.draw(st.booleans()):
-        del content[data.draw(st.integers(0, len(content))) :]
-    places = st.tuples(st.integers(0, max(len(content) - 1, 0)), st.integers(0, 255))
-    for place, value in data.draw(st.lists(places, max_size=8)):
-        if place < len(content):
-            content[place] = value
+    content = data.draw(st.sampled_from(small_files))
+    inside = content.startswith(b"PK") and data.draw(st.booleans())
+    content = repacked(content, data) if inside else damaged(content, data)
     file = tmp_path_factory.getbasetemp() / "damaged.pth"
     file.write_bytes(content)
     error = ""
