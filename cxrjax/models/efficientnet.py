@@ -8,18 +8,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
-from cxrjax.models.heads import Classifier
+from cxrjax.models.heads import Classifier, drop
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import Maker, Maps, recomputed
-from cxrjax.models.options import positive
+from cxrjax.models.options import positive, share
 
 # Per stage: expansion, kernel, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
 B0 = (
@@ -48,6 +47,7 @@ class EfficientNet(Backbone):
       depth: what the stages' numbers of blocks are multiplied by, and rounded up.
       stem_channels: outputs of the first convolution, of stride 2.
       blocks: per stage (expansion, kernel, stride, channels, blocks), kernels odd; the first one strides.
+      last: channels of the last convolution, in units of the last stage's.
       stochastic_depth: share of images for which the last block would leave out its residual; the share grows linearly
         from 0 at the first block (Huang et al. 2016, arXiv:1603.09382).
       pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
@@ -70,6 +70,7 @@ class EfficientNet(Backbone):
         depth: float = 1.0,
         stem_channels: int = 32,
         blocks: Sequence[Sequence[int]] = B0,
+        last: int = 4,
         stochastic_depth: float = 0.2,
         pooling: str = "average",
         hidden: int = 0,
@@ -78,24 +79,21 @@ class EfficientNet(Backbone):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
         if width <= 0 or depth <= 0:
             raise CxrError(f"width and depth of an EfficientNet must be above 0, not {width!r} and {depth!r}")
-        if not 0 <= stochastic_depth < 1:
-            raise CxrError(f"stochastic_depth must be at least 0 and below 1, not {stochastic_depth!r}")
+        self.stochastic_depth = share("stochastic_depth", stochastic_depth)
         make = Maker(dtype, seed, fan="out")
         rows = [_row(row) for row in _sequence(blocks)]
-        counts = [math.ceil(count * depth) for *_, count in rows]
         channels = _divisible(positive("stem_channels", stem_channels) * width)
-        self.stages = nnx.List([ConvNorm(make, inputs.channels, channels, 3, stride=2)])  # number 0 is the stem
-        for (expansion, kernel, stride, outputs, _), count in zip(rows, counts, strict=True):
+        stem = ConvNorm(make, inputs.channels, channels, 3, stride=2)
+        self.stages: nnx.List[Any] = nnx.List([stem])  # by their numbers; the stem's is 0
+        for expansion, kernel, stride, outputs, count in rows:
             stage = nnx.List()
-            for _ in range(count):
-                number = sum(map(len, self.stages[1:])) + len(stage)
-                drop = stochastic_depth * number / sum(counts)
-                block = MBConv(make, channels, _divisible(outputs * width), expansion, kernel, stride, drop)
-                stage.append(block)
-                channels, stride = block.outputs, 1
+            for _ in range(math.ceil(count * depth)):
+                stage.append(MBConv(make, channels, _divisible(outputs * width), expansion, kernel, stride))
+                channels, stride = _divisible(outputs * width), 1
             self.stages.append(stage)
-        self.stages.append(ConvNorm(make, channels, 4 * channels, 1))
-        self.classifier = Classifier(make, 4 * channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.channels = positive("last", last) * channels
+        self.stages.append(ConvNorm(make, channels, self.channels, 1))
+        self.classifier = Classifier(make, self.channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Maps after the stem and each stage: "stem", "stage1", ..., "final".
@@ -107,14 +105,17 @@ class EfficientNet(Backbone):
         stem, *stages, last = self.stages
         active, block_of = recomputed(ConvNorm.active, self.remat), recomputed(MBConv.__call__, self.remat)
         maps = active(stem, images, train)
-        named, drawn = OrderedDict(stem=maps), HEAD_DRAWS
+        named, total, done = OrderedDict(stem=maps), sum(map(len, stages)), 0
         for stage, blocks in enumerate(stages, start=1):
             for number, block in enumerate(blocks):
-                own = None if key is None else jax.random.fold_in(key, drawn)
-                expansion, maps = block_of(block, maps, train, own)
+                survival = None
+                if key is not None:
+                    each = jnp.ones((len(maps), 1, 1, 1), maps.dtype)
+                    survival = drop(each, self.stochastic_depth * done / total, key, HEAD_DRAWS + done)
+                expansion, maps = block_of(block, maps, train, survival)
                 if number == 0 and block.expands:
                     named[f"stage{stage}_expansion"] = expansion  # costs nothing where nobody reads it
-                drawn += 1
+                done += 1
             named[f"stage{stage}"] = maps
         named["final"] = active(last, maps, train)
         return named
@@ -160,37 +161,25 @@ class MBConv(nnx.Module):
       expansion: channels in between, in units of `inputs`; there is no first convolution where that changes nothing.
       kernel: size of the depthwise convolution, odd.
       stride: its stride.
-      drop: share of images whose result is left out of the sum.
     """
 
-    def __init__(self, make: Maker, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float):
+    def __init__(self, make: Maker, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
         wide = _divisible(inputs * expansion)
-        self.outputs = outputs
         self.expands = wide != inputs
         self.adds = stride == 1 and inputs == outputs
-        self.drop = drop
-        self.block = nnx.List([ConvNorm(make, inputs, wide, 1)] if self.expands else [])
-        self.block.extend(
-            [
-                ConvNorm(make, wide, wide, kernel, stride=stride, groups=wide),
-                SqueezeExcitation(make, wide, max(1, inputs // 4)),
-                ConvNorm(make, wide, outputs, 1),
-            ]
-        )
+        self.block: nnx.List[Any] = nnx.List([ConvNorm(make, inputs, wide, 1)] if self.expands else [])
+        self.block.append(ConvNorm(make, wide, wide, kernel, stride=stride, groups=wide))
+        self.block.append(SqueezeExcitation(make, wide, max(1, inputs // 4)))
+        self.block.append(ConvNorm(make, wide, outputs, 1))
 
-    def __call__(self, maps: Maps, train: bool, key: PRNGKeyArray | None) -> tuple[Maps, Maps]:
-        """The expanded maps, and the block's; with a key, images are left out at random (stochastic depth)."""
+    def __call__(self, maps: Maps, train: bool, survival: Float[Array, "B 1 1 1"] | None = None) -> tuple[Maps, Maps]:
+        """The expanded maps, and the block's; `survival` is what each image's part of the sum is multiplied by."""
         *expand, depthwise, excite, project = self.block
         wide = expand[0].active(maps, train) if expand else maps
         result = project(excite(depthwise.active(wide, train)), train)
-        return wide, maps + self._survivors(result, key) if self.adds else result
-
-    def _survivors(self, maps: Maps, key: PRNGKeyArray | None) -> Maps:
-        """Zero for a share of the images, and the others larger by as much, so that the expectation stays."""
-        if key is None or not self.drop:
-            return maps
-        keep = jax.random.bernoulli(key, 1 - self.drop, (len(maps), 1, 1, 1))
-        return jnp.where(keep, maps / (1 - self.drop), jnp.zeros_like(maps))
+        if not self.adds:
+            return wide, result
+        return wide, maps + (result if survival is None else result * survival)
 
 
 def _divisible(channels: float) -> int:
