@@ -44,6 +44,9 @@ def _outputs(equation: Any, operands: list) -> list:
         inner = equation.params.get("call_jaxpr") or equation.params["jaxpr"]
         closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, [])
         return propagate(closed.jaxpr, list(closed.consts), operands)
+    if name == "cond" and not isinstance(operands[0], tuple | None):  # a branch that is known, such as this platform's
+        branch = equation.params["branches"][int(operands[0])]
+        return propagate(branch.jaxpr, list(branch.consts), operands[1:])
     dependent = [(i, value) for i, value in enumerate(operands) if isinstance(value, tuple)]
     if not dependent:
         if any(value is None for value in operands) or max(map(math.prod, shapes)) > _LARGEST_CONSTANT:

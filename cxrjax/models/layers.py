@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cxrjax.errors import CxrError
+from cxrjax.models.depthwise import depthwise
 
 Maps = Float[Array, "B H W C"]
 
@@ -99,6 +100,7 @@ class Maker:
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self._kaiming_normal,
+            conv_general_dilated=depthwise if groups == inputs == outputs > 1 else jax.lax.conv_general_dilated,
             rngs=self._unused,
         )
 

@@ -13,7 +13,7 @@ from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.pretrained import load_published, published_names
 
-FIXTURES = ["tv-densenet121", "tv-resnet50"]
+FIXTURES = ["tv-densenet121", "tv-efficientnet_b0", "tv-efficientnet_b3", "tv-resnet50"]
 
 # The values before some ReLUs are so near 0 that rounding decides their sign, and one sign is up to 1 % of a gradient.
 # (bias, channel, by) nudges such a value to the side on which it is in the reference's own float32 pass.
@@ -55,7 +55,7 @@ def name_of(parity: Parity) -> str:
 
 def reference(parity: Parity, dtype: str, mode: str) -> Network:
     """The fixture's network, nudged for "inference" or "training"."""
-    model = create(name_of(parity), classes=1000, dtype=dtype)
+    model = create(name_of(parity), classes=1000, dtype=dtype, dropout=0.0)
     load_published(model, parity.state_dict())
     network = Network.of(model)
     for path, channel, by in NUDGES.get((parity.name, mode), ()):
