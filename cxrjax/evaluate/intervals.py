@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int32, Shaped
+from jaxtyping import Bool, Float64, Int32, Shaped
 
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import Ranking
@@ -81,6 +81,35 @@ def interval(values: Float64[np.ndarray, " R"], confidence: float = 0.95) -> Int
         return Interval(float("nan"), float("nan"), undefined)
     low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high), undefined)
+
+
+def mean_by_patient(
+    values: Float64[np.ndarray, "N K"],
+    counts: Bool[np.ndarray, "N K"],
+    patient: Shaped[np.ndarray, " N"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, Interval]:
+    """The mean of the values that count, such as right or wrong calls, and its interval over the same draws as above.
+
+    Raises:
+      CxrError: no value counts, or a setting is out of range.
+    """
+    if resamples < 1 or seed < 0:
+        raise CxrError(f"resamples={resamples}, seed={seed}: a bootstrap takes at least one draw and a seed from 0 up")
+    if not counts.any():
+        raise CxrError("no value counts, so there is no mean")
+    names, owner = np.unique(patient, return_inverse=True)
+    parts = np.where(counts, values, 0).sum(1), counts.sum(1)
+    total, count = (np.bincount(owner, weights=part, minlength=len(names)) for part in parts)
+    means = []
+    for start in range(0, resamples, _AT_ONCE):
+        weight = _draws(len(names), seed, range(start, min(start + _AT_ONCE, resamples)))
+        with np.errstate(invalid="ignore"):  # a draw in which nothing counts has no mean
+            means.append((total @ weight) / (count @ weight))
+    return float(total.sum() / count.sum()), interval(np.concatenate(means), confidence)
 
 
 def _draws(patients: int, seed: int, numbers: range) -> Int32[np.ndarray, "patients R"]:

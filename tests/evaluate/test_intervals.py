@@ -134,3 +134,17 @@ def test_bad_arguments(arguments):
 def test_bad_confidence(confidence):
     with pytest.raises(CxrError, match="between 0 and 1"):
         interval(np.zeros(3), confidence)
+
+
+def test_means_by_patient_equal_a_plain_loop():
+    patient, score, _, known = simulated(50, 20, 2)
+    mean, spread = intervals.mean_by_patient(score, known, patient, resamples=90, seed=4)
+    assert mean == pytest.approx(score[known].mean(), abs=1e-12)
+    names, draws = np.unique(patient), []
+    for r in range(90):
+        drawn = names[np.random.default_rng([4, r]).integers(len(names), size=len(names))]
+        rows = np.concatenate([np.flatnonzero(patient == name) for name in drawn])
+        draws.append(score[rows][known[rows]].mean())
+    np.testing.assert_allclose((spread.low, spread.high), np.quantile(draws, [0.025, 0.975]), atol=1e-12)
+    with pytest.raises(CxrError, match="no value counts"):
+        intervals.mean_by_patient(score, np.zeros_like(known), patient)
