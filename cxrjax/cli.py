@@ -18,6 +18,7 @@ from cxrjax.data.arguments import add_arguments, options
 from cxrjax.errors import CxrError
 from cxrjax.files import write_text
 
+STUDIES = ("resolution", "fhrnet", "transfer", "attention_fusion", "sequential_cnn")
 EPILOG = "`cxrjax VERB --help` says more. Every verb takes --json FILE (- for standard output) and --debug."
 
 
@@ -184,9 +185,14 @@ def _models(arguments: argparse.Namespace) -> Any:
 
 
 def _study(arguments: argparse.Namespace) -> Any:
-    from cxrjax.studies.resolution import resolution
+    spec = arguments.config or arguments.what
+    if arguments.what == "resolution":
+        from cxrjax.studies.resolution import resolution
 
-    return resolution(arguments.config, arguments.overrides, arguments.workdir)
+        return resolution(spec, arguments.overrides, arguments.workdir)
+    from cxrjax.studies.arms import arms
+
+    return arms(arguments.what, spec, arguments.overrides, arguments.workdir)
 
 
 def _weights(arguments: argparse.Namespace) -> Any:
@@ -291,8 +297,12 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     study = verb("study", _study, "several runs and one report")
-    study.add_argument("what", choices=("resolution",), help="resolution: one run a size, and their stacked ensemble")
-    _add_config(study)
+    study.add_argument(
+        "what", choices=STUDIES, metavar="WHAT",
+        help="resolution: one run a size, and their stacked ensemble; fhrnet, transfer, attention_fusion or "
+        "sequential_cnn: the arms of a published system, compared with each other and with its paper",
+    )  # fmt: skip
+    _add_config(study, required=False)
 
     weights = verb("weights", _weights, "published PyTorch or safetensors weights, converted strictly")
     weights.add_argument("what", choices=("convert",), help="convert: to weights.safetensors and card.json")
@@ -311,10 +321,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
-        "--config", required=True, metavar="F[:ARG]", help="a recipe's file, or the name of one of configs/"
-    )
+        "--config", required=required, metavar="F[:ARG]",
+        help="a recipe's file, or the name of one of configs/" + ("" if required else " (default: the study's own)"),
+    )  # fmt: skip
     parser.add_argument("--workdir", type=Path, required=True, help="the directory of the run; made if absent")
     parser.epilog = (
         "--config.KEY=VALUE changes one key of the recipe, for example --config.train.epochs=3. The keys: " + _keys()

@@ -34,8 +34,8 @@ def assess(study: Study, fields: Mapping[str, Field]) -> list[Claim]:
         gain = difference(tables[large], tables[small], config.study.fine, **options)
         found.append(
             Claim(
-                f"Fine findings ({_names(config.study.fine)}) gain with resolution",
-                _verdict(gain.low > 0, gain.high < 0),
+                f"Fine findings ({listed(config.study.fine)}) gain with resolution",
+                verdict(gain.low > 0, gain.high < 0),
                 f"mean AUROC at {large} less that at {small}: {gain}",
             )
         )
@@ -43,8 +43,8 @@ def assess(study: Study, fields: Mapping[str, Field]) -> list[Claim]:
         gain = difference(tables[large], tables[small], config.study.coarse, **options)
         found.append(
             Claim(
-                f"Coarse findings ({_names(config.study.coarse)}) do not",
-                _verdict(gain.high < MARGIN, gain.low > MARGIN),
+                f"Coarse findings ({listed(config.study.coarse)}) do not",
+                verdict(gain.high < MARGIN, gain.low > MARGIN),
                 f"mean AUROC at {large} less that at {small}: {gain}; a gain below {MARGIN} counts as none",
             )
         )
@@ -53,7 +53,7 @@ def assess(study: Study, fields: Mapping[str, Field]) -> list[Claim]:
     found.append(
         Claim(
             "The effective receptive field shrinks relative to the image as resolution rises",
-            _verdict(bool(np.all(np.diff(diameters) < 0)), bool(np.all(np.diff(diameters) >= 0))),
+            verdict(bool(np.all(np.diff(diameters) < 0)), bool(np.all(np.diff(diameters) >= 0))),
             ", ".join(f"{value:.0%} of the width at {name}" for name, value in zip(sizes, diameters, strict=True)),
         )
     )
@@ -69,7 +69,7 @@ def lead(study: Study, scores: Mapping[str, Scores]) -> list[str]:
     means = {name: of.mean.auroc for name, of in scores.items()}
     best = max(study.sizes, key=lambda name: means[name])
     return [
-        f"{study.config.model.name} was trained at {_names(study.sizes)} on {images['train']:,} images of "
+        f"{study.config.model.name} was trained at {listed(study.sizes)} on {images['train']:,} images of "
         f"{experiment.records.dataset}; each run kept its best epoch of {images['validation']:,} validation images, on "
         f"which the ensemble's weights were learnt too. All scores are of {images['test']:,} test images of other "
         "patients.",
@@ -103,9 +103,9 @@ def _control_claim(study: Study, options: Mapping[str, Any]) -> Claim:
     }
     best = min(losses, key=lambda name: np.nan_to_num(losses[name].value, nan=np.inf))
     return Claim(
-        f"Trained on nothing else, the network at {study.control.name} finds {_names(control.findings)} as well as "
+        f"Trained on nothing else, the network at {study.control.name} finds {listed(control.findings)} as well as "
         "at any size",
-        _verdict(losses[best].low > -MARGIN, losses[best].high < -MARGIN),
+        verdict(losses[best].low > -MARGIN, losses[best].high < -MARGIN),
         f"mean AUROC of this control less that of {best}, their best size: {losses[best]}; "
         f"a loss below {MARGIN} counts as none",
     )
@@ -117,14 +117,16 @@ def _ensemble_claim(study: Study, options: Mapping[str, Any]) -> Claim:
     nearest = min(gains, key=lambda name: np.nan_to_num(gains[name].value, nan=np.inf))
     return Claim(
         "The stacked ensemble beats every single size on average",
-        _verdict(all(gain.low > 0 for gain in gains.values()), any(gain.high < 0 for gain in gains.values())),
+        verdict(all(gain.low > 0 for gain in gains.values()), any(gain.high < 0 for gain in gains.values())),
         f"mean AUROC of the ensemble less that of {nearest}, the best single size: {gains[nearest]}",
     )
 
 
-def _verdict(yes: bool, no: bool) -> Literal["yes", "no", "undecided"]:
+def verdict(yes: bool, no: bool) -> Literal["yes", "no", "undecided"]:
+    """What became of a claim: supported, refuted, or neither."""
     return "yes" if yes else "no" if no else "undecided"
 
 
-def _names(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: A, B and C."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

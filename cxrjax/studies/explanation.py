@@ -141,9 +141,11 @@ def gradcam_run(
     return result
 
 
-def load_images(experiment: Experiment, rows: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "N H W 1"]:
-    """Images of these rows of the records table, at the size the network sees."""
-    size = experiment.config.data.size
+def load_images(
+    experiment: Experiment, rows: Sequence[int] | np.ndarray, size: int = 0
+) -> UInt8[np.ndarray, "N H W 1"]:
+    """Images of these rows of the records table, at a size in px; by default the one that the network sees."""
+    size = size or experiment.config.data.size
     return np.stack([resize(experiment.records.image(int(row)), size) for row in rows])[..., None]
 
 
