@@ -90,4 +90,4 @@ def _padded(maps: Maps, rows: Pair, columns: Pair, between: Pair = (0, 0)) -> Ma
 
 
 def _wide(array: Array) -> Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(np.promote_types(array.dtype, np.float32))
