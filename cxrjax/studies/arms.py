@@ -22,7 +22,6 @@ from cxrjax.report.page import write_page
 from cxrjax.report.tables import csv, terminal
 from cxrjax.studies import chapters
 from cxrjax.studies.armstudy import ArmStudy, Extra
-from cxrjax.studies.papers import arm_of
 from cxrjax.studies.single import curves, epochs, interval_text, provenance
 from cxrjax.studies.study import Member
 from cxrjax.studies.systems import attention_fusion, fhrnet, sequential_cnn, transfer
@@ -42,6 +41,8 @@ NEEDED = {
     "sequential_cnn": (),
 }
 """Arms without which a system's chapters could not be written."""
+PHANTOM = "phantom-"
+"""Begins the names of arms that are run on the phantom; reports leave it out."""
 
 
 def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _check(system: str, config: Config, configs: dict[str, Config]) -> None:
     names, key = list(config.study.arms), f"config key study.arms is {config.study.arms}"
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise CxrError(f"{key}: a study compares two arms or more, each once")
-    missing = [name for name in NEEDED[system] if name not in map(arm_of, names)]
+    missing = [name for name in NEEDED[system] if name not in map(_short, names)]
     if missing:
         raise CxrError(f"{key}: the study of {system} needs {', '.join(missing)} too")
     if len(config.study.seeds) > 1:
@@ -104,7 +105,11 @@ def _check(system: str, config: Config, configs: dict[str, Config]) -> None:
 def _arm(config: Config, name: str, directory: Path) -> Member:
     run = directory / "runs" / name
     train_stages(config, run, mean_auroc)
-    return Member.of(name, run)
+    return Member.of(_short(name), run)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(PHANTOM)
 
 
 def _stages(config: Config, directory: Path) -> list[Member]:

@@ -31,7 +31,7 @@ def compared(study: ArmStudy) -> Chapter:
         rows = by_finding(member.test, first.test, confidence=study.config.evaluate.confidence)
         gain = study.gain(member, first)
         numbers[member.name] = {"mean": vars(gain), "findings": rows}
-        mean = ["Mean", None, None, signed(gain.value), between(gain.low, gain.high, signed), None, None]
+        mean = ["Mean", None, None, signed(gain.value), signed_between(gain.low, gain.high), None, None]
         tables.append(
             Table(
                 f"AUC of {member.name} less that of {first.name}.",
@@ -51,7 +51,7 @@ def _difference_row(row: dict[str, Any]) -> list[Any]:
     if row["reason"]:
         return [row["finding"], None, None, f"n/a ({row['reason']})", None, None, None]
     probabilities = (p_value(row["p"]), p_value(row["p_holm"]))
-    spread = between(row["low"], row["high"], signed)
+    spread = signed_between(row["low"], row["high"])
     return [row["finding"], row["first"], row["second"], signed(row["difference"]), spread, *probabilities]
 
 
@@ -259,9 +259,14 @@ def signed(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:+.3f}"
 
 
-def between(low: float, high: float, shown: Any = "{:.3f}".format) -> str | None:
+def between(low: float, high: float) -> str | None:
     """An interval as text; None where it is undefined."""
-    return None if math.isnan(low + high) else f"{shown(low)} to {shown(high)}"
+    return None if math.isnan(low + high) else f"{low:.3f}–{high:.3f}"
+
+
+def signed_between(low: float, high: float) -> str | None:
+    """An interval of differences as text; None where it is undefined."""
+    return None if math.isnan(low + high) else f"{signed(low)} to {signed(high)}"
 
 
 def p_value(p: float) -> str | None:

@@ -39,20 +39,15 @@ class Paper:
         return self.numbers.get("auc", {})
 
     def of_arm(self, name: str, arm: str) -> Any:
-        """What is printed under this name of an arm (`arm_of`); None where nothing is."""
-        return self.numbers.get(name, {}).get(arm_of(arm))
+        """What is printed under this name of an arm; None where nothing is."""
+        return self.numbers.get(name, {}).get(arm)
 
     def auc_of(self, arm: str, finding: str) -> float | None:
         """One AUC, whether the finding is written with spaces or underscores; None where it is not printed."""
-        printed = {folded(name): value for name, value in self.auc.get(arm_of(arm), {}).items()}
+        printed = {folded(name): value for name, value in self.auc.get(arm, {}).items()}
         return printed.get(folded(finding))
 
     def mean_auc(self, arm: str) -> float | None:
         """The mean of the printed AUCs of an arm, computed here; None where fewer than two are printed."""
-        printed = list(self.auc.get(arm_of(arm), {}).values())
+        printed = list(self.auc.get(arm, {}).values())
         return mean_defined(printed) if len(printed) > 1 else None
-
-
-def arm_of(name: str) -> str:
-    """The arm's name in the paper's numbers: without what says that it is run on the phantom."""
-    return name.removeprefix("phantom-")

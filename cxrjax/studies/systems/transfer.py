@@ -9,7 +9,7 @@ from cxrjax.evaluate.predict import predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.report.content import Cam, Claim, Section, Table
 from cxrjax.studies.armstudy import ArmStudy, Extra
-from cxrjax.studies.chapters import between, comparability, number
+from cxrjax.studies.chapters import between, number
 from cxrjax.studies.claims import listed, verdict
 from cxrjax.studies.explanation import cam_of, compute_cams
 from cxrjax.studies.study import Member
@@ -55,7 +55,6 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict[str, dict[str, float | N
              paper.get("test"), never]
         )  # fmt: skip
     text = (
-        comparability(study),
         "Accuracy over all labels at a probability of 0.5. Most labels are negative: the last column is what calling "
         "nothing at all would reach, and an accuracy says little beside it.",
     )
