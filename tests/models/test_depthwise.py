@@ -17,7 +17,7 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
-def drawn(*shape, dtype=np.float64, seed=0):
+def drawn(*shape, dtype: type = np.float64, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
