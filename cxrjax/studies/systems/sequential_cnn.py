@@ -97,7 +97,8 @@ def _report(study: ArmStudy, first: Member, confusion: Confusion) -> Section:
         support = study.paper.numbers["support"].get(row["class"])
         printed.append([row["class"], support, *(paper.get(same.get(name, name)) for name in REPORT)])
     macro = mean_defined([values["balanced_accuracy"] for values in theirs.values()])
-    columns = ("Class", "Images", *(name.replace("_", " ").capitalize() for name in REPORT))
+    names = {name: name.replace("_", " ").capitalize() for name in REPORT} | {"ppv": "PPV", "npv": "NPV"}
+    columns = ("Class", "Images", *names.values())
     text = (
         f"{first.name}, each class against the rest. Accuracy {confusion.accuracy:.4f}; mean balanced accuracy "
         f"{confusion.balanced_accuracy:.3f}, the paper's {macro:.3f} as computed from its table.",
