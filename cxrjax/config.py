@@ -180,6 +180,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise CxrError(f"{file}: {_one_line(error)}") from error
     _reject_unknown(config, str(file))
+    missing = [key for key in flatten(default()) if key not in flatten(config)]
+    if missing:
+        raise CxrError(f"{file}: the config lacks {', '.join(missing)}: start from cxrjax.config.default()")
     return with_overrides(config, overrides)
 
 
@@ -192,7 +195,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def read(file: Path) -> Config:
-    """The config that a run wrote beside its results (`config.json`)."""
+    """The config that a run wrote beside its results (`config.json`); keys that are newer than it have their default."""
     try:
         stored = json.loads(file.read_text())
     except FileNotFoundError:
@@ -241,9 +244,6 @@ def _reject_unknown(config: Config, where: str) -> None:
     for key in flatten(config):
         if key not in known and not key.startswith(OPEN_GROUPS):
             raise CxrError(f"{where}: {_unknown(key)}")
-    missing = [key for key in known if key not in flatten(config)]
-    if missing:
-        raise CxrError(f"{where}: the config lacks {', '.join(missing)}: start from cxrjax.config.default()")
 
 
 def _unknown(key: str) -> str:

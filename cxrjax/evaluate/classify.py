@@ -12,15 +12,14 @@ import pyarrow as pa
 from jaxtyping import Float, Float64, UInt8
 from scipy.special import expit
 
-from cxrjax.config import read
 from cxrjax.data.images import decode, resize
 from cxrjax.errors import CxrError
 from cxrjax.evaluate import tables
 from cxrjax.models.inputs import check_range
 from cxrjax.models.network import Network
+from cxrjax.models.options import positive
 from cxrjax.parallel.mesh import batch_shardings, make_mesh
-from cxrjax.train.checkpoint import Checkpoints
-from cxrjax.train.described import findings_of, network_of
+from cxrjax.train.described import best_network
 from cxrjax.train.losses import log_odds
 from cxrjax.train.step import make_predict_step
 from cxrjax.weights import load_converted, read_converted
@@ -81,14 +80,13 @@ def open_trained(directory: Path) -> Trained:
       CxrError: neither a run nor converted weights, no checkpoint yet, or weights without a head.
     """
     if (directory / "card.json").is_file():
+        if (directory / "config.json").exists():
+            raise CxrError(f"{directory} holds a run and converted weights: move one of them away")
         card, _ = read_converted(directory)
-        return Trained(load_converted(directory), card.labels or tuple(f"output_{k}" for k in range(card.classes)))
-    config = read(directory / "config.json")
-    findings = findings_of(directory)
-    network = network_of(config, len(findings))
-    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
-        best, _ = checkpoints.restore_best({"params": network.params, "stats": network.stats})
-    network = Network(best["params"], best["stats"], network.skeleton)
+        names = card.labels or ("",) * card.classes
+        findings = tuple(name or f"output_{k}" for k, name in enumerate(names))
+        return Trained(load_converted(directory), findings)
+    config, findings, network = best_network(directory)
     return Trained(network, findings, config.data.size, config.loss.name)
 
 
@@ -102,7 +100,8 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise CxrError(f"{path} does not exist")
-        files += sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGES) if path.is_dir() else [path]
+        found = (f for f in path.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith("."))
+        files += sorted(f for f in found if f.is_file()) if path.is_dir() else [path]
     if not files:
         raise CxrError(f"no images in {', '.join(map(str, paths))}: looked for {', '.join(IMAGES)}")
     return list(dict.fromkeys(files))
@@ -131,6 +130,9 @@ def classify(
     Raises:
       CxrError: no size is known.
     """
+    positive("batch", batch)
+    if size < 0:
+        raise CxrError(f"size must be a whole number above 0, not {size}")
     size = size or trained.size
     grey = [file for file in files if file.suffix.lower() != PREPARED]
     if grey and not size:
@@ -155,7 +157,7 @@ def classify(
         try:
             pending.append((str(file), outcome.result()))
         except (CxrError, OSError) as error:
-            failed[str(file)] = str(error)
+            failed[str(file)] = f"{file}: {error.strerror}" if isinstance(error, OSError) else str(error)
         if len(pending) == batch:
             flush()
         advance(1)
@@ -195,15 +197,17 @@ def _prepared(network: Network, file: Path, batch: int) -> dict[str, Float[np.nd
         raise CxrError(f"{file}: not a NumPy array ({error})") from None
     if not np.issubdtype(images.dtype, np.floating):
         raise CxrError(f"{file}: holds {images.dtype}; prepared images are floats (give grey images as PNG)")
+    if images.ndim != 4 or not images.size:
+        raise CxrError(f"{file}: holds an array of shape {images.shape}; prepared images are N x H x W x C")
     forward = jax.jit(lambda network, images: network.model()(images))
     found = {}
     for first in range(0, len(images), batch):
         part = np.asarray(images[first : first + batch], network.dtype)
         try:
             check_range(part, network.inputs)
+            rows = np.asarray(forward(network, part))
         except CxrError as error:
             raise CxrError(f"{file}: {error}") from None
-        rows = np.asarray(forward(network, part))
         found |= {f"{file}[{first + row}]": logit for row, logit in enumerate(rows)}
     return found
 

@@ -90,8 +90,8 @@ NAMED = {
 def check_range(images: Float[np.ndarray, "B H W C"], spec: InputSpec) -> None:
     """Refuse prepared images whose values cannot have been normalised as the network expects.
 
-    Allowed is the range that black to white covers, widened by its own width on both sides; values must spread over a
-    hundredth of it at least, and where that range holds negative values some must be negative.
+    Allowed is the range that black to white covers, widened by its own width on both sides; each image must
+    spread over a hundredth of it at least, and where that range holds negative values some must be negative.
 
     Args:
       images: prepared by somebody else; `prepare` needs no check.
@@ -107,7 +107,8 @@ def check_range(images: Float[np.ndarray, "B H W C"], spec: InputSpec) -> None:
     least, most = float(images.min()), float(images.max())
     width = high - low
     inside = low - width <= least and most <= high + width  # False for NaN too
-    if not inside or most - least < width / 100 or (low < 0 <= least):
+    spread = np.ptp(images.reshape(len(images), -1), axis=1).min()
+    if not inside or spread < width / 100 or (low < 0 <= least):
         raise CxrError(
             f"prepared images hold values from {least:.4g} to {most:.4g}, but this network expects black at {low:.4g} "
             f"and white at {high:.4g}: give grey images as uint8, which are scaled here, or normalise them so"

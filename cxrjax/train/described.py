@@ -1,15 +1,16 @@
-"""What a run's files say of its network, without its data."""
+"""What a run's files hold of its network, without its data."""
 
 import json
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from cxrjax.config import Config
+from cxrjax.config import Config, read
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.inputs import NAMED
 from cxrjax.models.network import Network
+from cxrjax.train.checkpoint import Checkpoints
 
 
 def network_of(config: Config, classes: int) -> Network:
@@ -26,6 +27,21 @@ def network_of(config: Config, classes: int) -> Network:
             **model.options.to_dict(),
         )
     )
+
+
+def best_network(directory: Path) -> tuple[Config, tuple[str, ...], Network]:
+    """A run's config, the names of its outputs, and its best network.
+
+    Raises:
+      CxrError: not a run, or one without a checkpoint; or converted weights lie there too.
+    """
+    if (directory / "card.json").exists():
+        raise CxrError(f"{directory} holds a run and converted weights: move one of them away")
+    config, findings = read(directory / "config.json"), findings_of(directory)
+    network = network_of(config, len(findings))
+    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+        best, _ = checkpoints.restore_best({"params": network.params, "stats": network.stats})
+    return config, findings, Network(best["params"], best["stats"], network.skeleton)
 
 
 def findings_of(directory: Path) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from cxrjax.findings import NO_FINDING, LabelPolicy, positions
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
 from cxrjax.train.described import network_of
-from cxrjax.train.initial import initial_network
+from cxrjax.train.initial import Start, initial_network
 from cxrjax.train.learning import Learning
 from cxrjax.train.losses import Loss, make_loss, prevalence_of
 
@@ -108,7 +108,7 @@ class Experiment:
         return network_of(self.config, len(self.findings))
 
     @cached_property
-    def _initial(self) -> tuple[Network, str]:
+    def _initial(self) -> Start:
         return initial_network(self.network, self.config, self.findings)
 
     @property
@@ -118,7 +118,7 @@ class Experiment:
         Raises:
           CxrError: weights of another architecture, or for other inputs.
         """
-        return self._initial[0]
+        return self._initial.network
 
     @cached_property
     def loss(self) -> Loss:
@@ -185,7 +185,13 @@ class Experiment:
         _ = self.network, self.learning, self.loss
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:
-            identity |= {"initial weights": self._initial[1]}
+            identity |= {"initial weights": self._initial.mark}
+            frozen = [name for name in self._initial.fresh if name in self.learning.frozen_modules(self.network.params)]
+            if frozen:
+                raise CxrError(
+                    f"config key train.freeze would freeze {', '.join(frozen)}, which model.init_from leaves at random "
+                    "initial values: name the modules to freeze, without these"
+                )
         return identity
 
 

@@ -2,23 +2,39 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cxrjax.config import Config, read
+from cxrjax.config import Config
 from cxrjax.console import say
 from cxrjax.errors import CxrError
 from cxrjax.models.network import Network
-from cxrjax.train.checkpoint import Checkpoints
-from cxrjax.train.described import findings_of, network_of
+from cxrjax.train.described import best_network
 from cxrjax.weights import Card, Converted, read_converted, start_from
 
 
-def initial_network(network: Network, config: Config, findings: Sequence[str]) -> tuple[Network, str]:
-    """The network filled as `model.init_from` says, and a fingerprint of what it was filled with.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A network before training.
+
+    Attributes:
+      network: with its values.
+      mark: fingerprint of the weights that it was filled with; "" for random initial values.
+      fresh: modules that kept random initial values although weights were given.
+    """
+
+    network: Network
+    mark: str = ""
+    fresh: tuple[str, ...] = ()
+
+
+def initial_network(network: Network, config: Config, findings: Sequence[str]) -> Start:
+    """The network filled as `model.init_from` says.
 
     `DIR` fills the whole network, `MODULE=DIR, MODULE=DIR` the members of one that is made of several. A directory is
     one of `cxrjax weights convert`, or a run, whose best network counts.
@@ -26,24 +42,34 @@ def initial_network(network: Network, config: Config, findings: Sequence[str]) -
     Raises:
       CxrError: nothing to start from there, or it does not fit; the message names the mend.
     """
-    marks = []
+    marks, initial = [], network
     for module, directory in _entries(config.model.init_from):
         source = _source(Path(directory))
         marks.append(source[0].sha256)
         if module:
             network, notes = _fill_member(network, module, source, findings)
         else:
-            network, notes = start_from(network, config.model.name, source, findings)
+            options = config.model.options.to_dict()
+            network, notes = start_from(network, config.model.name, source, findings, options=options)
         for note in notes:
             say(f"{directory}: {note}")
-    return network, ", ".join(marks)
+    return Start(network, ", ".join(marks), _untouched(initial, network) if marks else ())
+
+
+def _untouched(before: Network, after: Network) -> tuple[str, ...]:
+    """Modules whose parameters are still the very same arrays."""
+    leaves = {name: [jax.tree.leaves(of.params[name]) for of in (before, after)] for name in before.params}
+    return tuple(str(name) for name, pair in leaves.items() if all(a is b for a, b in zip(*pair, strict=True)))
 
 
 def _entries(text: str) -> list[tuple[str, str]]:
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    pairs = [(module, directory) if found else ("", module) for module, found, directory in
-             (entry.partition("=") for entry in entries)]  # fmt: skip
-    if len(pairs) > 1 and not all(module for module, _ in pairs):
+    text = text.strip()
+    if not text or Path(text).is_dir() or not re.match(r"[a-z_]\w*\s*=", text):  # a path may hold "=" and ","
+        return [("", text)] if text else []
+    pairs = [(module.strip(), directory.strip()) for module, _, directory in
+             (entry.partition("=") for entry in text.split(","))]  # fmt: skip
+    modules = [module for module, directory in pairs if directory]
+    if len(set(modules)) < len(pairs) or not all(modules):
         raise CxrError(f"config key model.init_from = {text!r}: write DIR, or MODULE=DIR, MODULE=DIR")
     return pairs
 
@@ -71,17 +97,14 @@ def _source(directory: Path) -> Converted:
 
 def _of_run(directory: Path) -> Converted:
     """A run's best network as if it had been converted."""
-    config, findings = read(directory / "config.json"), findings_of(directory)
-    network = network_of(config, len(findings))
-    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
-        best, _ = checkpoints.restore_best({"params": network.params, "stats": network.stats})
-    flat = flatten_dict(best["params"]) | flatten_dict(best["stats"])
+    config, findings, network = best_network(directory)
+    flat = flatten_dict(network.params) | flatten_dict(network.stats)
     arrays = {".".join(map(str, path)): np.asarray(array) for path, array in flat.items()}
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode() + arrays[name].tobytes())
     card = Card(
         architecture=config.model.name, classes=len(findings), inputs=network.inputs, source=str(directory),
-        source_sha256="", sha256=digest.hexdigest(), labels=findings,
+        source_sha256="", sha256=digest.hexdigest(), labels=findings, options=config.model.options.to_dict(),
     )  # fmt: skip
     return card, arrays

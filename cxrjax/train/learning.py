@@ -43,7 +43,7 @@ class Learning:
           CxrError: a module that the network does not have, nothing left to learn, or a rate below 0.
         """
         frozen = _listed(config.train.freeze)
-        rates = dict(_rate(entry) for entry in _listed(config.optimizer.rates))
+        rates = _rates(config.optimizer.rates)
         paths: Any = list(flatten_dict(network.params))
         for key, names in (("train.freeze", frozen), ("optimizer.rates", rates)):
             _known(key, names, paths)
@@ -54,6 +54,10 @@ class Learning:
             raise CxrError(f"config key train.freeze = {config.train.freeze!r} leaves nothing to learn")
         follows = BACKBONE not in frozen
         return cls(factors, {"auto": follows, "batch": True, "frozen": False}[config.train.statistics])
+
+    def frozen_modules(self, params: Any) -> list[str]:
+        """The top-level modules of which nothing learns."""
+        return [str(name) for name in params if not any(path[0] == name for path in self.factors)]
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Nested dicts of the parameters that learn, and of the others."""
@@ -110,14 +114,20 @@ def _listed(text: str) -> list[str]:
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
-def _rate(entry: str) -> tuple[str, float]:
-    name, _, text = entry.partition("=")
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not 0 <= factor < math.inf:
-        raise CxrError(
-            f"config key optimizer.rates: {entry!r} must read MODULE=FACTOR, the factor a number, 0 or above"
-        )
-    return name.strip(), factor
+def _rates(text: str) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for entry in _listed(text):
+        name, _, number = (part.strip() for part in entry.partition("="))
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not 0 < factor < math.inf:
+            raise CxrError(
+                f"config key optimizer.rates: {entry!r} must read MODULE=FACTOR, with a factor above 0; "
+                "train.freeze stops a module from learning"
+            )
+        if name in rates:
+            raise CxrError(f"config key optimizer.rates names {name} twice: keep one")
+        rates[name] = factor
+    return rates

@@ -60,7 +60,7 @@ class Run:
         wanted["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
         if file.exists() and any((self.directory / "checkpoints").glob("last/[0-9]*")):
             refuse_other(flatten(read_config(file)), flatten(from_dict(wanted)), self.directory)
-            same_identity(self.directory, identity)
+            same_identity(self.directory, identity, whole=True)
         write_json(file, wanted)
 
 
@@ -86,18 +86,20 @@ def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], directory: Path
         )
 
 
-def same_identity(directory: Path, identity: dict[str, Any]) -> None:
+def same_identity(directory: Path, identity: dict[str, Any], *, whole: bool = False) -> None:
     """Raise if the data, the split or the images at once are not those that the run began with.
 
-    Other data would be split anew, and patients trained on could come to be tested on.
+    Other data would be split anew, and patients trained on could come to be tested on. With `whole`, the identity is
+    all there is, and what it lacks must have been absent then too.
     """
     file = directory / "run.json"
     stored = json.loads(file.read_text()).get("identity", identity) if file.exists() else identity
-    differing = [name for name in identity if stored.get(name) != identity[name]]
+    names = dict.fromkeys([*identity, *stored]) if whole else identity
+    differing = [name for name in names if stored.get(name) != identity.get(name)]
     if differing:
         name = differing[0]
         raise CxrError(
-            f"{directory} was trained with another {name}: {stored.get(name)} then, {identity[name]} now; "
+            f"{directory} was trained with another {name}: {stored.get(name)} then, {identity.get(name)} now; "
             "give it the prepared data it began with (--data-dir, data.dir), or train in another directory"
         )
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cxrjax.config import Config, with_overrides
+from cxrjax.errors import CxrError
 from cxrjax.train.loop import Auroc, train
 from cxrjax.train.state import Progress
 
@@ -35,4 +36,7 @@ def train_stages(config: Config, directory: Path, auroc: Auroc) -> Progress:
 
 def _stage(config: Config, changes: str) -> Config:
     entries = [entry.strip() for entry in changes.split(";") if entry.strip()]
+    for entry in entries:
+        if entry.startswith(("model.init_from", "train.stages")):
+            raise CxrError(f"config key train.stages: a stage cannot set {entry}: it starts from the stage before it")
     return with_overrides(config, ["train.stages=()", *entries])

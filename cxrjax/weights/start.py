@@ -1,7 +1,7 @@
 """Converted weights, into networks: whole, or as the start of a training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network
+from cxrjax.models.registry import ARCHITECTURES
 from cxrjax.weights.card import Card, called, read_converted
 
 Converted = tuple[Card, dict[str, np.ndarray]]
@@ -54,7 +55,12 @@ def load_converted(
 
 
 def start_from(
-    network: Network, architecture: str, source: Path | Converted, findings: Sequence[str]
+    network: Network,
+    architecture: str,
+    source: Path | Converted,
+    findings: Sequence[str],
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Network, tuple[str, ...]]:
     """A network with converted weights in place of its initial values; what does not fit of its head stays fresh.
 
@@ -66,6 +72,7 @@ def start_from(
       architecture: its name.
       source: a directory of `convert`, or a card and arrays, whose origin `card.source` names.
       findings: what its outputs mean.
+      options: the network's, to be compared with those of the weights; None where nobody knows them.
 
     Returns:
       The network, and a line for everything that was not simply taken.
@@ -87,6 +94,7 @@ def start_from(
         )
     shapes = {name: leaf.shape for name, leaf in _leaves(network)}
     arrays, notes = _with_findings(card, arrays, findings)
+    notes += _other_options(architecture, card.options, options) if options is not None else []
     fresh = []
     for module in network.model().replaceable:
         own = {name for name in shapes if name.split(".")[0] == module}
@@ -105,6 +113,17 @@ def start_from(
         )
     notes += [f"{module} starts from initial values" for module in dict.fromkeys(fresh)]
     return filled, tuple(notes)
+
+
+def _other_options(architecture: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """A line for each option, but the head's, that the weights were trained with and the network does not have."""
+    settings = ARCHITECTURES[architecture].settings
+    both = [{**settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in of.items()}} for of in (theirs, ours)]
+    return [
+        f"option {name} is {both[1].get(name, 'the default')} here, and was {both[0].get(name, 'the default')} there"
+        for name in sorted({*both[0], *both[1]} - {"pooling", "hidden", "dropout"})
+        if both[0].get(name) != both[1].get(name)
+    ]
 
 
 def _with_findings(

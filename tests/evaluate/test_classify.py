@@ -15,7 +15,7 @@ from cxrjax.evaluate.auc import mean_auroc
 from cxrjax.evaluate.classify import image_files, open_trained
 from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
-from cxrjax.models.inputs import prepare
+from cxrjax.models.inputs import GREY, check_range, prepare
 from cxrjax.train.loop import train
 
 
@@ -62,7 +62,7 @@ def test_a_bad_file_does_not_stop_the_rest_and_the_exit_code_tells(run, images, 
     assert main(["predict", str(run), str(bad), str(good), "--json", str(tmp_path / "p.json")]) == 1
     written = json.loads((tmp_path / "p.json").read_text())
     assert [image["id"] for image in written["images"]] == [good.name]
-    assert "not a PNG or JPEG" in written["failed"][str(bad)]
+    assert "not a PNG, JPEG or DICOM image" in written["failed"][str(bad)]
     assert f"1 could not be used; {bad}" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -86,12 +86,34 @@ def test_prepared_images_are_used_as_they_are(run, images, tmp_path):
         (np.random.default_rng(0).uniform(-100, 100, (1, 32, 32, 1)).astype(np.float32), "hold values from"),
         (np.full((1, 32, 32, 1), np.nan, np.float32), "hold values from nan"),
         (np.zeros((1, 32, 32, 3), np.float32), "must be B x H x W x 1"),
+        (np.zeros((), np.float32), "an array of shape ()"),
+        (np.zeros((0, 32, 32, 1), np.float32), "an array of shape (0, 32, 32, 1)"),
     ],
 )
 def test_images_prepared_for_something_else_are_refused(run, tmp_path, capsys, array, message):
     np.save(tmp_path / "x.npy", array)
     assert main(["predict", str(run), str(tmp_path / "x.npy")]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("words", [["--batch", "0"], ["--batch", "-1"], ["--size", "-5"]])
+def test_numbers_out_of_range_are_named(run, images, capsys, words):
+    assert main(["predict", str(run), str(images[0]), *words]) == 1
+    assert "must be a whole number above 0" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_one_constant_image_among_good_ones_is_refused():
+    good = np.random.default_rng(0).uniform(-2, 2, (2, 8, 8, 1)).astype(np.float32)
+    check_range(good, GREY)
+    good[1] = -1
+    with pytest.raises(CxrError, match="hold values"):
+        check_range(good, GREY)
+
+
+def test_a_folder_without_its_hidden_files(run, images, tmp_path):
+    (tmp_path / "._c.png").write_bytes(b"of a Mac")
+    (tmp_path / "a.png").write_bytes(sorted(images[0].iterdir())[0].read_bytes())
+    assert image_files([tmp_path]) == [tmp_path / "a.png"]
 
 
 def test_names_that_come_twice_are_whole_paths(run, images, tmp_path):

@@ -54,7 +54,8 @@ def test_other_findings_get_a_fresh_output(first, tiny, capsys):
         ("model.inputs=unit", "give --config.model.inputs=grey"),
         ("model.init_from=nowhere", "nowhere/card.json is missing"),
         ("model.init_from=dense=DIR", "names dense; the networks that this one is made of: none"),
-        ("model.init_from=a, b", "write DIR, or MODULE=DIR, MODULE=DIR"),
+        ("model.init_from=a=b, a=c", "write DIR, or MODULE=DIR, MODULE=DIR"),
+        ("model.init_from=a=", "write DIR, or MODULE=DIR, MODULE=DIR"),
     ],
 )
 def test_what_does_not_fit_is_named(first, tiny, override, message):
@@ -70,6 +71,30 @@ def test_a_run_is_bound_to_what_it_started_from(first, tiny, tmp_path):
     other = tiny(f"model.init_from={tmp_path / 'a'}", "train.epochs=1")
     with pytest.raises(CxrError, match="initial weights"):
         train(other, tmp_path / "a", mean_auroc)
+
+
+def test_a_run_that_started_from_weights_cannot_go_on_from_nothing(first, tiny, tmp_path):
+    train(tiny(f"model.init_from={first}", "train.epochs=1"), tmp_path / "a", mean_auroc)
+    with pytest.raises(CxrError, match="another initial weights"):
+        train(tiny("train.epochs=1"), tmp_path / "a", mean_auroc)
+
+
+def test_what_stays_random_cannot_be_frozen(first, tiny):
+    config = tiny(f"model.init_from={first}", "data.findings=('Mass',)", "model.options.hidden=3")
+    assert Experiment.open(config).identity["initial weights"]
+    with pytest.raises(CxrError, match="would freeze classifier, which"):
+        _ = Experiment.open(configs.with_overrides(config, ["train.freeze=classifier"])).identity
+
+
+def test_options_that_differ_without_differing_shapes_are_said(first, tiny, capsys):
+    _ = Experiment.open(tiny(f"model.init_from={first}", "model.options.stem_pool=none")).start
+    assert "option stem_pool is none here, and was 2x2 there" in capsys.readouterr().out
+
+
+def test_a_directory_may_have_any_name(first, tiny, tmp_path):
+    (tmp_path / "lr=0.1, a").symlink_to(first)
+    start = Experiment.open(tiny(f"model.init_from={tmp_path}/lr=0.1, a")).start
+    np.testing.assert_array_equal(flat(start)["conv0.kernel"], flat(open_trained(first).network)["conv0.kernel"])
 
 
 def test_stages_are_runs_in_a_row(tiny, tmp_path):
@@ -95,6 +120,11 @@ def test_a_stage_with_an_unknown_key_is_refused_before_anything_is_written(tiny,
     with pytest.raises(CxrError, match=r"did you mean train\.freeze"):
         train_stages(config, tmp_path / "run", mean_auroc)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_starts_where_the_one_before_ended(tiny, tmp_path):
+    with pytest.raises(CxrError, match=r"a stage cannot set model\.init_from=x"):
+        train_stages(tiny("train.stages=('model.init_from=x',)"), tmp_path / "run", mean_auroc)
 
 
 def test_the_random_start_is_the_network_itself(tiny):

@@ -104,13 +104,13 @@ def test_modules_are_frozen_by_name(network):
 
 
 def test_each_module_moves_by_its_own_rate(network):
-    rates = "optimizer.rates=backbone=0.5, denseblock2=2, norm5=0, denseblock2.denselayer1.conv2=0.25"
+    rates = "optimizer.rates=backbone=0.5, denseblock2=2, norm5=3, denseblock2.denselayer1.conv2=0.25"
     plain = flatten_dict(train(network, learning(network), steps=1).params)
     ours = flatten_dict(train(network, learning(network, rates), steps=1).params)
     start = flatten_dict(network.params)
     for path, before in start.items():
         name = ".".join(path)
-        factor = {"classifier": 1, "denseblock2": 2, "norm5": 0}.get(path[0], 0.5)
+        factor = {"classifier": 1, "denseblock2": 2, "norm5": 3}.get(path[0], 0.5)
         factor = 0.25 if name.startswith("denseblock2.denselayer1.conv2") else factor
         expected = np.asarray(before) + factor * (plain[path] - np.asarray(before))
         np.testing.assert_allclose(ours[path], expected, rtol=1e-5, atol=1e-7, err_msg=name)
@@ -125,6 +125,8 @@ def test_each_module_moves_by_its_own_rate(network):
         ("optimizer.rates=conv1=2", "optimizer.rates names conv1.*did you mean conv0"),
         ("optimizer.rates=conv0=-1", "optimizer.rates: 'conv0=-1' must read MODULE=FACTOR"),
         ("optimizer.rates=conv0", "optimizer.rates: 'conv0' must read MODULE=FACTOR"),
+        ("optimizer.rates=conv0=0", r"train\.freeze stops a module from learning"),
+        ("optimizer.rates=conv0=1, conv0=2", "names conv0 twice"),
         ("train.statistics=freeze", "must be one of auto, batch, frozen; did you mean"),
     ],
 )
