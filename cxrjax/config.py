@@ -195,7 +195,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def read(file: Path) -> Config:
-    """The config that a run wrote beside its results (`config.json`); keys that are newer than it have their default."""
+    """The config that a run wrote beside its results (`config.json`); keys newer than the run have their defaults."""
     try:
         stored = json.loads(file.read_text())
     except FileNotFoundError:
