@@ -209,8 +209,12 @@ def _weights(arguments: argparse.Namespace) -> Any:
 
 def _labels(text: str) -> list[str]:
     """Names separated by commas, or the lines of a file."""
-    if text and Path(text).is_file():
-        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    try:
+        if text and "," not in text and Path(text).is_file():
+            return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # one long name
+            raise
     return [label.strip() for label in text.split(",")] if text else []
 
 

@@ -76,8 +76,8 @@ def fit_published(model: Backbone, state_dict: Mapping[str, np.ndarray], *, leav
       leave: modules, of the model's `replaceable`, to leave out; keys of theirs are dropped.
 
     Raises:
-      CxrError: keys are missing or unexpected, or arrays have another shape, are not floating-point, or not finite;
-        the message lists the first of them and the number of all.
+      CxrError: keys are missing or unexpected, or arrays have another shape, are not floating-point, or not finite,
+        or variances are negative; the message lists the first of them and the number of all.
     """
     for module in leave:
         one_of("replaceable module", module, model.replaceable)
@@ -100,6 +100,8 @@ def fit_published(model: Backbone, state_dict: Mapping[str, np.ndarray], *, leav
             faults.append(f"{name} is {array.dtype}, needed is a floating-point type")
         elif not np.isfinite(ours := _our_layout(array, variable.dtype)).all():
             faults.append(f"{name} holds values that are not finite")
+        elif name.endswith(".running_var") and (ours < 0).any():
+            faults.append(f"{name} holds negative variances")
         else:
             arrays[slots[name]] = ours
     if faults:

@@ -3,6 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cxrjax.errors import CxrError
-from cxrjax.files import beside, write_json
+from cxrjax.files import write_json
 from cxrjax.models.inputs import NAMED, InputSpec
 
 CARD, WEIGHTS = "card.json", "weights.safetensors"
 _FORMAT = "cxrjax weights 1"
+_COMMON = {"classes", "dtype", "inputs", "name", "remat", "seed"}  # what `create` takes beside a family's options
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,48 @@ class Card:
         return {"format": _FORMAT, **dataclasses.asdict(self)}
 
 
-def write_converted(directory: Path, card: Card, arrays: dict[str, np.ndarray]) -> Card:
-    """Write weights and card, both whole or not at all; returns the card, with the SHA-256 of the weights.
-
-    Raises:
-      CxrError: `directory` is a file.
-    """
+def check_destination(directory: Path, file: Path, architecture: str) -> None:
+    """Raise a `CxrError` if converting `file` into `directory` would write over anything but the same conversion."""
     if directory.exists() and not directory.is_dir():
         raise CxrError(f"{directory} is a file: give --out a directory")
-    with beside(directory / WEIGHTS) as temporary:
-        save_file(arrays, temporary)
-        card = dataclasses.replace(card, sha256=sha256(temporary))
+    if (directory / WEIGHTS).resolve() == file.resolve():
+        raise CxrError(f"{file} would be written over: give another --out")
+    if (directory / "config.json").exists():
+        raise CxrError(f"{directory} is the directory of a run: give another --out")
+    if (directory / CARD).exists():
+        try:
+            card = _read_card(directory / CARD)
+        except CxrError:
+            raise CxrError(f"{directory} holds a {CARD} that cannot be read: give another --out") from None
+        if (card.architecture, card.source_sha256) != (architecture, sha256(file)):
+            raise CxrError(f"{directory} holds {card.architecture} from {card.source} already: give another --out")
+    elif (directory / WEIGHTS).exists():
+        raise CxrError(f"{directory} holds a {WEIGHTS} without a {CARD}: give another --out")
+
+
+@contextmanager
+def together(directory: Path) -> Iterator[Path]:
+    """A temporary folder, whose files are moved to `directory` when the block ends well, the card last."""
+    new = not directory.exists()
+    temporary = directory / f".{os.getpid()}.partial"  # inside: `directory` may be a file system of its own
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for file in sorted(temporary.iterdir(), key=lambda file: (file.name == CARD, file.name)):
+            os.replace(file, directory / file.name)
+    except BaseException:
+        if new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary)
+
+
+def write_converted(directory: Path, card: Card, arrays: dict[str, np.ndarray]) -> Card:
+    """Write weights and card; returns the card, with the SHA-256 of the weights."""
+    save_file(arrays, directory / WEIGHTS)
+    card = dataclasses.replace(card, sha256=sha256(directory / WEIGHTS))
     write_json(directory / CARD, card.as_dict())
     return card
 
@@ -88,15 +124,34 @@ def _read_card(file: Path) -> Card:
             raise ValueError(f"its format is not {_FORMAT!r}")
         entries["inputs"] = InputSpec(**entries["inputs"])
         for name in ("labels", "notes"):
+            if not isinstance(entries[name], list) or not all(isinstance(each, str) for each in entries[name]):
+                raise ValueError(f"its {name} are not a list of texts")
             entries[name] = tuple(entries[name])
+        classes, labels = entries["classes"], entries["labels"]
+        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
+            raise ValueError(f"its classes are {classes!r:.40}")
+        if len(labels) not in (0, classes):
+            raise ValueError(f"it has {len(labels)} labels for {classes} outputs")
+        check_options(entries["options"])
         entries["options"] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in entries["options"].items()
         }
         return Card(**entries)
     except FileNotFoundError:
         raise CxrError(f"{file} is missing: make it with cxrjax weights convert FILE --out {file.parent}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CxrError) as error:
         raise CxrError(f"{file} is not a card of converted weights ({error}): convert them again") from None
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise a `CxrError` for options that are not the architecture's own, or that no card can hold."""
+    for option in options:
+        if option in _COMMON:
+            raise CxrError(f"{option} is no option of an architecture: leave it out")
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CxrError(f"options must be numbers, texts, and lists of them: {error}") from None
 
 
 def sha256(file: Path) -> str:

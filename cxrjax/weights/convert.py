@@ -22,7 +22,7 @@ from cxrjax.models.pretrained import (
     published_shapes,
 )
 from cxrjax.models.registry import ARCHITECTURES
-from cxrjax.weights.card import Card, called, sha256, write_converted
+from cxrjax.weights.card import Card, called, check_destination, check_options, sha256, together, write_converted
 from cxrjax.weights.files import Contents, read_contents
 from cxrjax.weights.fold import fold
 from cxrjax.weights.keys import Named, published
@@ -106,13 +106,18 @@ def convert(
 
     Raises:
       CxrError: the file cannot be read; a key is missing, unexpected, or of another shape; values are not finite; the
-        file is of another architecture (the message names it) or takes other inputs.
+        file is of another architecture (the message names it) or takes other inputs; `out` is a run's directory, or
+        holds the file itself or another conversion.
     """
     file, out, options = Path(file), Path(out), dict(options or {})
     one_of("head", head, ("keep", "drop"))
     one_of("network", architecture, ARCHITECTURES)
     if channels not in (None, 1):
         raise CxrError(f"channels = {channels}: weights can be folded to 1 channel only")
+    check_options(options)
+    shapes_of(architecture, classes=1, **options)  # options that do not fit are told before anything is read
+    if file.is_file():
+        check_destination(out, file, architecture)
     contents = read_contents(file, restricted=restricted)
     family = family_of(architecture)
     named = published(contents.arrays, family)
@@ -141,9 +146,11 @@ def convert(
     dropped |= dict.fromkeys(contents.beside, "beside the weights")
     notes = tuple(notes)
     card = Card(architecture, classes, spec, file.name, sha256(file), "", options, labels, notes)
-    card = write_converted(out, card, {".".join(path): np.ascontiguousarray(a) for path, a in arrays.items()})
-    report = Report(out, card, contents.format, used, dropped, tuple(".".join(path) for path in fit.missing), notes)
-    write_json(out / REPORT, report.as_dict())
+    missing = tuple(".".join(path) for path in fit.missing)
+    with together(out) as partial:
+        card = write_converted(partial, card, {".".join(path): np.ascontiguousarray(a) for path, a in arrays.items()})
+        report = Report(out, card, contents.format, used, dropped, missing, notes)
+        write_json(partial / REPORT, report.as_dict())
     return report
 
 
@@ -193,12 +200,17 @@ def _fit(
 
 
 def _unfitting(model: Backbone, named: Named) -> list[str]:
-    """The replaceable modules beside the head that the weights do not fill."""
-    shapes, unfitting = published_shapes(model), set()
-    for path, name in published_names(model).items():
-        if name not in named.arrays or named.arrays[name].shape != shapes[name]:
-            unfitting.add(path[0])
-    return [module for module in model.replaceable if module in unfitting and module != "classifier"]
+    """The replaceable modules beside the head that are absent or of another width: anything less is damage."""
+    shapes, names, arrays = published_shapes(model), published_names(model), named.arrays
+
+    def replaced(module: str) -> bool:
+        own = {path: name for path, name in names.items() if path[0] == module}
+        kernels = [name for path, name in own.items() if path[-1] == "kernel"]
+        absent = bool(own) and not any(name in arrays for name in own.values())
+        other = [name in arrays and arrays[name].shape != shapes[name] for name in kernels]
+        return absent or (bool(other) and all(other))
+
+    return [module for module in model.replaceable if module != "classifier" and replaced(module)]
 
 
 def _of_torchxrayvision(contents: Contents, named: Named) -> bool:

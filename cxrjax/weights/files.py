@@ -16,7 +16,7 @@ from cxrjax.weights.torchfile import LEGACY_MAGIC, ZIP_MAGIC, Tensor, read_torch
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights", "params")
 _DEPTH = 64  # of modules in modules
-_MOST = 100_000  # modules and arrays in a module
+_MOST = 200_000  # modules, counted twice, and arrays in a module
 
 
 @dataclass(frozen=True)
@@ -193,15 +193,16 @@ def _state_dict(file: Path, module: Record) -> dict[str, Any]:
         nonlocal left
         state = record.state
         parameters, buffers = state.get("_parameters") or {}, state.get("_buffers") or {}
-        passing = state.get("_non_persistent_buffers_set") or []
+        passing, children = state.get("_non_persistent_buffers_set") or [], state["_modules"]
         if not (isinstance(parameters, dict) and isinstance(buffers, dict) and isinstance(passing, list)):
             raise CxrError(f"{file} is damaged at module {prefix}: fetch it again")
         own = parameters | buffers
-        left -= 1 + len(own)
+        left -= 1 + len(own) + len(passing) + len(children)
         if depth > _DEPTH or left < 0:
             raise CxrError(f"{file} holds modules that are nested without end")
-        arrays.update({f"{prefix}{name}": own[name] for name in own if own[name] is not None and name not in passing})
-        for name, child in state["_modules"].items():
+        kept = own.keys() - {name for name in passing if isinstance(name, str)}
+        arrays.update({f"{prefix}{name}": own[name] for name in own if own[name] is not None and name in kept})
+        for name, child in children.items():
             if _is_module(child):
                 collect(child, f"{prefix}{name}.", depth + 1)
 

@@ -5,7 +5,7 @@ allows, and "calls" give either what the caller's own function returns, or a `Re
 """
 
 import pickletools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,9 @@ class Vocabulary:
 
     def find(self, module: Any, name: Any) -> Global:
         """The thing named, if it may be named."""
-        found = Global(module, name)
-        if not (isinstance(module, str) and isinstance(name, str)) or not (
-            found in self.functions or self.inert(found)
-        ):
+        if not (isinstance(module, str) and isinstance(name, str)) or len(module) + len(name) > _LONGEST:
+            raise RefusedError("asks for what has no name")
+        if (found := Global(module, name)) not in self.functions and not self.inert(found):
             raise RefusedError(f"asks for {found!s:.200}")
         return found
 
@@ -69,6 +68,9 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
+_LONGEST = 4096  # characters of a name or key
+_PARTS = 64  # of a key that is a tuple
+_SPARE = 1000  # items that calls may copy, beside one for each byte
 
 
 def read_pickle(stream: Any, vocabulary: Vocabulary) -> Any:
@@ -84,14 +86,23 @@ def read_pickle(stream: Any, vocabulary: Vocabulary) -> Any:
     argument: Any
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    begin, copied = None, 0
+
+    def charge(items: int) -> None:
+        """Count what a call copies: one list named many times could fill the memory."""
+        nonlocal copied
+        copied += items
+        if copied > (at or 0) - (begin or 0) + _SPARE:
+            raise CxrError("copies more than it holds, which torch.save never writes: nothing more was read")
 
     def since_mark() -> list[Any]:
-        at = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is _MARK)
-        values = stack[at + 1 :]
-        del stack[at:]
+        mark = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is _MARK)
+        values = stack[mark + 1 :]
+        del stack[mark:]
         return values
 
-    for opcode, argument, _ in pickletools.genops(stream):
+    for opcode, argument, at in pickletools.genops(stream):
+        begin = at if begin is None else begin
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -143,10 +154,10 @@ def read_pickle(stream: Any, vocabulary: Vocabulary) -> Any:
             case "STACK_GLOBAL":
                 stack[-2:] = [vocabulary.find(*_top(stack, 2))]
             case "REDUCE" | "NEWOBJ":
-                stack[-2:] = [_call(vocabulary, *_top(stack, 2))]
+                stack[-2:] = [_call(vocabulary, charge, *_top(stack, 2))]
             case "NEWOBJ_EX":
                 made_by, arguments, _ = _top(stack, 3)
-                stack[-3:] = [_call(vocabulary, made_by, arguments)]
+                stack[-3:] = [_call(vocabulary, charge, made_by, arguments)]
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], Record):
@@ -154,6 +165,7 @@ def read_pickle(stream: Any, vocabulary: Vocabulary) -> Any:
                 elif not isinstance(stack[-1], dict):  # attributes of an OrderedDict are of no use here
                     raise ValueError(f"a state for a {type(stack[-1]).__name__}")
             case "BINPERSID":
+                charge(len(stack[-1]) if isinstance(stack[-1], Sized) else 0)
                 stack[-1] = vocabulary.persistent(stack[-1])
             case "STOP":
                 return stack.pop()
@@ -168,11 +180,15 @@ def _top(stack: list[Any], count: int) -> list[Any]:
     return stack[-count:]
 
 
-def _call(vocabulary: Vocabulary, made_by: Any, arguments: Any) -> Any:
+def _call(vocabulary: Vocabulary, charge: Callable[[int], None], made_by: Any, arguments: Any) -> Any:
     if not isinstance(made_by, Global) or not isinstance(arguments, tuple):
         raise ValueError("the pickle calls what is no function")
     function = vocabulary.functions.get(made_by)
-    return Record(made_by, arguments) if function is None else function(*arguments)
+    if function is None:
+        return Record(made_by, arguments)
+    charge(len(arguments))
+    charge(sum(len(each) for each in arguments if isinstance(each, Sized)))
+    return function(*arguments)
 
 
 def _extend(target: Any, values: list[Any]) -> None:
@@ -193,8 +209,15 @@ def _fill(target: Any, values: list[Any]) -> Any:
 
 
 def plain_key(value: Any) -> Hashable:
-    """A key, if it is a plain one: nested tuples may take forever to hash."""
-    for part in value if isinstance(value, tuple) else (value,):
+    """A key, if it is a plain and short one: others may take forever to hash and compare."""
+    parts = value if isinstance(value, tuple) else (value,)
+    if len(parts) > _PARTS:
+        raise ValueError(f"a key of {len(parts):,} parts")
+    for part in parts:
         if not isinstance(part, str | bytes | int | float | Global | None):
             raise ValueError(f"a {type(part).__name__} as a key")
+        if (isinstance(part, str | bytes) and len(part) > _LONGEST) or (
+            isinstance(part, int) and part.bit_length() > 64
+        ):
+            raise ValueError(f"a {type(part).__name__} as a key that is too long")
     return value

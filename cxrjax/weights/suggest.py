@@ -6,9 +6,11 @@ from typing import Any, cast
 import numpy as np
 from flax import nnx
 
+from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.backbone import Backbone
 from cxrjax.models.inputs import NAMED
+from cxrjax.models.layers import undrawn
 from cxrjax.models.pretrained import published_module, published_name, published_names, published_shapes
 from cxrjax.models.registry import ARCHITECTURES
 from cxrjax.weights.keys import published, top_modules
@@ -22,8 +24,18 @@ def family_of(architecture: str) -> type[Backbone]:
 
 
 def shapes_of(architecture: str, **options: Any) -> Backbone:
-    """The network that `create` would build, with shapes and types for arrays."""
-    return nnx.eval_shape(lambda: create(architecture, **options))
+    """The network that `create` would build, with shapes and types for arrays.
+
+    Raises:
+      CxrError: as `create`; or options are of a wrong type, or too large.
+    """
+    try:
+        with undrawn():
+            return nnx.eval_shape(lambda: create(architecture, **options))
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, AssertionError, MemoryError) as error:
+        given = ", ".join(f"{name}={value!r:.40}" for name, value in options.items())
+        reason = " ".join(str(error).split())[:120]
+        raise CxrError(f"{architecture} cannot be built with {given}: {reason}") from None
 
 
 def suggestion(arrays: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from cxrjax.weights.pickles import Global, RefusedError, Vocabulary, plain_key, 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of the number 0x1950a86a20f9469cfc6c
 LEGACY_PROTOCOL = 1001
+_SIDES = 64  # PyTorch's own limit
 
 _TYPES = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
@@ -249,6 +250,12 @@ def _tensor(storage: Storage, offset: int, shape: Sequence[int], strides: Sequen
     return Tensor(storage, offset, shape, strides)
 
 
+def _size(sides: Sequence[int] = ()) -> tuple[int, ...]:
+    if len(sides) > _SIDES:
+        raise ValueError(f"a size of {len(sides):,} sides")
+    return tuple(sides)
+
+
 def _parameter(data: Any, *_: Any) -> Any:
     return data
 
@@ -269,6 +276,6 @@ _TENSORS = {
 _FUNCTIONS = _TENSORS | {
     Global("torch._tensor", "_rebuild_from_type_v2"): _subclass,
     Global("collections", "OrderedDict"): lambda pairs=(): {plain_key(key): value for key, value in pairs},
-    Global("torch", "Size"): lambda sides=(): tuple(sides),
+    Global("torch", "Size"): _size,
     **{Global(module, "set"): lambda values=(): list(values) for module in ("builtins", "__builtin__")},
 }

@@ -74,6 +74,7 @@ def test_densenet121_uses_every_published_key(shared):
         (lambda w: w.update({CONV: w[CONV].transpose(2, 3, 1, 0)}), r"has shape \(3, 3, 8, 4\)"),
         (lambda w: w.update({CONV: w[CONV].astype(np.int64)}), "is int64, needed is a floating-point type"),
         (lambda w: w.update({CONV: w[CONV] * np.float32(np.nan)}), "not finite"),
+        (lambda w: w.update({RUNNING: -w[RUNNING]}), f"{RUNNING} holds negative variances$"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_changed(weights, change, message):

@@ -1,6 +1,8 @@
 """Conversion: every format and key style gives the same weights, and what does not fit gives one line and no file."""
 
 import json
+import sys
+import time
 import tracemalloc
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from parity import Parity, relative_error
 from published_files import FORMATS, SMALL, STYLES, renamed, state_dict
+from safetensors.numpy import save_file
 from torchformat import whole_module, write
 
 from cxrjax import cli
@@ -123,7 +126,7 @@ def test_torchxrayvision_states_its_inputs_and_labels(tmp_path, grey_weights):
     model = whole_module("torchxrayvision.models.DenseNet", arrays, targets=labels)
     for legacy in (False, True):
         file = write(tmp_path / "xrv.pt", model, legacy=legacy)
-        report = convert_small(file, tmp_path / "out", inputs=None)
+        report = convert_small(file, tmp_path / f"out{legacy}", inputs=None)
         assert report.card.inputs == XRV
         assert report.card.labels == tuple(labels)
         assert "thresholds" in report.dropped["op_threshs"]
@@ -220,6 +223,11 @@ def test_the_architecture_that_fits_is_named(tmp_path):
         ({"labels": ["Mass"], "head": "drop"}, "the head was dropped"),
         ({"inputs": "imagenett"}, "did you mean 'imagenet'"),
         ({"options": SMALL | {"groth": 3}}, "did you mean 'growth'"),
+        ({"options": SMALL | {"dtype": "float64"}}, "dtype is no option of an architecture"),
+        ({"options": SMALL | {"name": "resnet18"}}, "name is no option of an architecture"),
+        ({"options": SMALL | {"growth": "a"}}, "growth must be a whole number above 0"),
+        ({"options": SMALL | {"blocks": 3}}, "blocks must be a sequence of layer numbers"),
+        ({"options": SMALL | {"last_norm": {1}}}, "options must be numbers, texts, and lists"),
         ({"channels": 2}, "1 channel only"),
         ({"head": "keeps"}, "did you mean 'keep'"),
     ],
@@ -236,6 +244,111 @@ def test_a_directory_that_is_a_file_is_refused(tmp_path, small_weights):
     with pytest.raises(CxrError, match="is a file"):
         convert_small(file, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_impossible_options_are_told_quickly(tmp_path, small_weights):
+    start = time.process_time()
+    with pytest.raises(CxrError, match="do not fit this network"):
+        convert_small(FORMATS["zip"](tmp_path, small_weights), tmp_path / "out", options=SMALL | {"growth": 10**7})
+    assert time.process_time() - start < 20  # drawing these values would take hours
+    with pytest.raises(CxrError, match="attention_fusion cannot be built with .*dense=3"):
+        convert(tmp_path / "w.pth", "attention_fusion", tmp_path / "out", options={"dense": 3})
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_nothing_is_written_over_but_the_same_conversion(tmp_path, small_weights, grey_weights):
+    file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(small_weights, file)
+    save_file(grey_weights, other)
+    out = tmp_path / "out"
+    convert_small(file, out)
+    before = contents(out)
+    convert_small(file, out)
+    assert contents(out) == before
+    for given, architecture, message in (
+        (other, "densenet_small", r"out holds densenet_small from a\.safetensors already: give another --out"),
+        (file, "densenet121", r"out holds densenet_small from a\.safetensors already"),
+        (out / "weights.safetensors", "densenet_small", r"would be written over: give another --out"),
+    ):
+        with pytest.raises(CxrError, match=message):
+            convert(given, architecture, out)
+    (out / "card.json").write_text("hello")
+    with pytest.raises(CxrError, match=r"card\.json that cannot be read: give another --out"):
+        convert_small(file, out)
+    (out / "card.json").unlink()
+    with pytest.raises(CxrError, match=r"without a card\.json: give another --out"):
+        convert_small(file, out)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    with pytest.raises(CxrError, match="directory of a run: give another --out"):
+        convert_small(file, run)
+    assert contents(run) == {"config.json": b"{}"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failure_while_writing_leaves_what_was_there(tmp_path, small_weights, monkeypatch, there):
+    file, out = FORMATS["safetensors"](tmp_path, small_weights), tmp_path / "out"
+    if there:
+        convert_small(file, out)
+    before = contents(out) if there else {}
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(sys.modules["cxrjax.weights.convert"], "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        convert_small(file, out, labels=["A", "B", "C", "D", "E"])
+    assert out.exists() == there
+    assert (contents(out) if there else {}) == before
+
+
+def test_a_damaged_neck_is_not_a_dropped_one(tmp_path):
+    """One key that is missing or of another shape is an error; a neck that is absent is dropped."""
+    arrays = state_dict("hrnet_small", classes=3)
+    neck = [name for name in arrays if name.startswith("incre_modules")]
+    kernel = next(name for name in neck if name.endswith("conv2.weight"))
+    whole = {name: array for name, array in arrays.items() if name not in neck}
+    damages = ({name: arrays[name] for name in arrays if name != kernel}, arrays | {kernel: arrays[kernel][:1].copy()})
+    for number, damaged in enumerate(damages):
+        file = tmp_path / f"{number}.safetensors"
+        save_file(damaged, file)
+        with pytest.raises(CxrError, match=rf"\(1 faults\): .*{kernel}"):
+            convert(file, "hrnet_small", tmp_path / "out", head="drop")
+    file = FORMATS["safetensors"](tmp_path, whole)
+    notes = convert(file, "hrnet_small", tmp_path / "out", head="drop").notes
+    assert "module incre_modules was dropped: it does not fit" in notes
+    assert not any("final_layer" in note for note in notes)
+
+
+def test_labels_are_names_or_a_file(tmp_path):
+    many = ",".join(f"Finding {number}" for number in range(100))
+    assert cli._labels(many) == many.split(",")
+    assert cli._labels("x" * 300) == ["x" * 300]
+    (tmp_path / "labels.txt").write_text("Mass\n\nEdema\n")
+    assert cli._labels(str(tmp_path / "labels.txt")) == ["Mass", "", "Edema"]
+    assert cli._labels("") == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"labels": "Mass"}, "its labels are not a list of texts"),
+        ({"labels": ["A", "B", "C", "D", 5]}, "its labels are not a list of texts"),
+        ({"labels": ["Mass"]}, "it has 1 labels for 5 outputs"),
+        ({"classes": True}, "its classes are True"),
+        ({"options": {"seed": 3}}, "seed is no option of an architecture"),
+    ],
+)
+def test_a_card_of_wrong_entries_is_refused(tmp_path, small_weights, entries, message):
+    convert_small(FORMATS["safetensors"](tmp_path, small_weights), tmp_path / "out")
+    card = tmp_path / "out" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | entries))
+    with pytest.raises(CxrError, match=rf"card\.json is not a card of converted weights \({message}"):
+        read_converted(tmp_path / "out")
 
 
 def test_unknown_architectures_are_named(tmp_path):
@@ -259,7 +372,7 @@ def test_the_verb_converts_and_reports(capsys, tmp_path, small_weights):
     assert result == json.loads((tmp_path / "out" / "report.json").read_text())
     assert load_converted(tmp_path / "out").classes == 5
 
-    code = cli.main([str(word) for word in (*words[:4], "resnet_small", *words[5:9])])
+    code = cli.main([str(word) for word in (*words[:4], "resnet_small", "--out", tmp_path / "b", *words[7:9])])
     assert code == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(SystemExit):
