@@ -116,7 +116,7 @@ def log_odds(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray,
     logits = np.asarray(logits, np.float64)
     if loss != "cross_entropy":
         return logits
-    others = [logsumexp(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]
+    others: list[Any] = [logsumexp(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]
     return logits - np.stack(others, axis=1)
 
 
