@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,20 @@ def test_enlarging_repeats_rows_and_columns_and_sums_gradients():
     gradient = np.random.default_rng(1).standard_normal(large.shape).astype(np.float32)
     summed = gradient.reshape(2, 3, 4, 5, 4, 4).sum((2, 4))
     np.testing.assert_allclose(back(jnp.asarray(gradient))[0], summed, rtol=1e-5, atol=1e-5)
+
+
+def test_enlarging_split_rows_needs_no_communication():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("space",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "space"))
+
+    def there_and_back(maps, cotangent):
+        large, back = jax.vjp(lambda maps: repeated(maps, 4), maps)
+        return large, back(cotangent)[0]
+
+    maps, large = (jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32, sharding=split) for side in (8, 32))
+    program = jax.jit(there_and_back, out_shardings=split).lower(maps, large).compile().as_text()
+    assert "f32[2,8,32,3]" in program  # a quarter of the rows
+    assert not re.search("all-|permute", program)
 
 
 def test_recomputing_changes_nothing():
