@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments.overrides = overrides
     if not arguments.debug:
         _quiet()
-    if arguments.json == "-":
-        stdout.file = sys.stderr  # standard output holds the JSON and nothing else
+    # With --json - standard output holds the JSON and nothing else.
+    elsewhere = redirect_stdout(sys.stderr) if arguments.json == "-" else nullcontext()
     try:
-        result = arguments.run(arguments)
+        with elsewhere:
+            result = arguments.run(arguments)
         if arguments.json:
             _write_json(arguments.json, result)
         failed = result.get("failed") if isinstance(result, dict) else None
