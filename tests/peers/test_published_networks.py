@@ -48,27 +48,30 @@ def test_parameters_and_arithmetic_are_as_much(name, original):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_results_agree(name, original, dtype, report_errors):
-    """Float32 is held to 1e-4, and gradients to 1e-3 where no ReLU is.
+    """Float32 is held to 1e-4, gradients to 1e-3, or to thrice what PyTorch's own rounding costs where that is more.
 
-    Among a million values before a ReLU some are so near 0 that rounding decides their sign, and each sign is up to
-    1 % of an array's gradient; PyTorch's own gradients in float32 and float64 differ as much (last column). In float64,
-    for the same weights and images, which float32 holds exactly, nothing of that is left.
+    Gradients of networks with ReLUs are held to 5e-2: of a million values before a ReLU some are so near 0 that
+    rounding decides their sign, and each sign is up to 1 % of an array's gradient. In float64 nothing of that is left,
+    for the same weights and images, which float32 holds exactly.
     """
     pixels, weights = images(name).astype(dtype), logit_weights().astype(dtype)
     with jax.enable_x64(dtype == "float64"):
         ours = both_modes(name, original.state_dict(), pixels, weights)
     places = places_of(name, ours[0].features)
     theirs = [run(original, places, pixels, weights, train=train) for train in (False, True)]
-    errors = errors_of(ours, theirs)
-    exact = theirs[1] if dtype == "float64" else run(original, places, images(name), logit_weights(), train=True)
-    report_errors(errors | {"(PyTorch's own)": worst(theirs[1].gradients, exact.gradients, 1e-6)})
-
     difference = theirs[0].logits[0] - theirs[0].logits[1]
     assert np.linalg.norm(difference) > 0.05 * np.linalg.norm(theirs[0].logits)  # the logits depend on the image
-    bounds = dict.fromkeys(errors, 1e-8 if dtype == "float64" else 1e-4)
-    if dtype == "float32":
+
+    errors = errors_of(ours, theirs)
+    report_errors(dtype, errors)
+    if dtype == "float64":
+        bounds = dict.fromkeys(errors, 1e-8)
+    else:
+        exact = [run(original, places, images(name), logit_weights(), train=train) for train in (False, True)]
+        own = errors_of(theirs, exact)
+        report_errors("PyTorch's float32", own)
         gradients = 5e-2 if FAMILIES[name].kinks else 1e-3
-        bounds |= {"eval gradients": gradients, "train gradients": gradients}
+        bounds = {what: max(gradients if "gradients" in what else 1e-4, 3 * own[what]) for what in errors}
     assert {what: error for what, error in errors.items() if not error < bounds[what]} == {}
 
 
@@ -117,7 +120,7 @@ def errors_of(ours: list[Results], theirs: list[Results]) -> dict[str, float]:
     for mode, our, their in zip(("eval", "train"), ours, theirs, strict=True):
         errors[f"{mode} maps"] = worst(our.features, their.features)
         errors[f"{mode} logits"] = relative_error(our.logits, their.logits)
-        errors[f"{mode} gradients"] = worst(our.gradients, their.gradients, 1e-6)
+        errors[f"{mode} gradients"] = worst(our.gradients, their.gradients, 1e-4)
     errors["statistics"] = worst(ours[1].statistics, theirs[1].statistics)
     return errors
 
@@ -126,7 +129,7 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], floor: flo
     """The largest relative error of arrays of the same names; norms below `floor` of all arrays' count as that."""
     assert ours.keys() == theirs.keys()
     whole = np.linalg.norm([np.linalg.norm(array) for array in theirs.values()])
-    return max(relative_error(ours[name], theirs[name], floor * whole) for name in theirs)
+    return max((relative_error(ours[name], theirs[name], floor * whole) for name in theirs), default=0.0)
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
