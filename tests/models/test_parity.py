@@ -80,12 +80,10 @@ NUDGES = {
     ],
 }
 
-# In float32 our own rounding flips such signs too, and moves gradients by more than 1e-3; in float64 it does not.
-FLOAT32_GRADIENT = {
-    ("tv-densenet121", "training"): 1e-2,
-    ("tv-resnet50", "inference"): 2e-2,
-    ("tv-resnet50", "training"): 2e-2,
-    **{(name, mode): 3e-2 for name in ("timm-hrnet_w18", "timm-hrnet_w32") for mode in ("inference", "training")},
+# Our own float32 rounding flips such signs too, and moves gradients by 1 to 2 %, as PyTorch's own float32 gradients
+# differ from its float64 ones. There gradients are compared in float64 only, and float32 computes forwards only.
+FLOAT64_GRADIENTS = {("tv-densenet121", "training")} | {
+    (name, mode) for name in ("tv-resnet50", "timm-hrnet_w18", "timm-hrnet_w32") for mode in ("inference", "training")
 }
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -129,12 +127,12 @@ def reference(parity: Parity, dtype: str, mode: str) -> Network:
     return network
 
 
-def gradient_bound(parity: Parity, dtype: str, mode: str) -> float:
-    """The largest relative error that a gradient may have; skips what another type already holds to it."""
-    exception = FLOAT32_GRADIENT.get((parity.name, mode))
-    if dtype == "float64" and exception is None:
-        pytest.skip("float32 is held to the same bound")
-    return exception if dtype == "float32" and exception else 1e-3
+def compares_gradients(parity: Parity, dtype: str, mode: str) -> bool:
+    """Whether gradients are compared in this type; skips a type that adds nothing."""
+    wide = (parity.name, mode) in FLOAT64_GRADIENTS
+    if dtype == "float64" and not wide:
+        pytest.skip("float32 is held to the same bounds")
+    return dtype == "float64" or not wide
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:
@@ -148,13 +146,20 @@ def path_of(parity: Parity, key: str) -> tuple[str, ...]:
     return next(path for path, name in names.items() if name == parity.about[key])
 
 
+def differentiated(function: Callable[[Any], Any], argument: Any, gradients: bool) -> tuple[Any, Any]:
+    """The gradient of a function with further results, and these; the argument itself where no gradient is wanted."""
+    if gradients:
+        return jax.grad(function, has_aux=True)(argument)
+    return argument, function(argument)[1]
+
+
 def test_parameter_counts_are_the_published_ones(parity):
     assert parameter_count(create(name_of(parity), classes=1000)) == parity.about["parameters"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_inference_agrees(parity, compiled, dtype):
-    bound = gradient_bound(parity, dtype, "inference")
+    gradients = compares_gradients(parity, dtype, "inference")
 
     def run(network: Network, images: jax.Array) -> Any:
         def class_sum(images):
@@ -163,7 +168,7 @@ def test_inference_agrees(parity, compiled, dtype):
             logits = model.head(features)
             return logits[:, 3].sum(), (features["final"], logits)
 
-        gradient, (maps, logits) = jax.grad(class_sum, has_aux=True)(images)
+        gradient, (maps, logits) = differentiated(class_sum, images, gradients)
         return maps, logits, gradient
 
     with jax.enable_x64(dtype == "float64"):
@@ -173,12 +178,13 @@ def test_inference_agrees(parity, compiled, dtype):
     assert logits.dtype == dtype
     assert relative_error(logits, parity.results["eval_logits"]) < 1e-4
     assert relative_error(maps, parity.results["eval_features"].transpose(0, 2, 3, 1)) < 1e-4
-    assert relative_error(gradient, parity.results["eval_input_gradient"].transpose(0, 2, 3, 1)) < bound
+    if gradients:
+        assert relative_error(gradient, parity.results["eval_input_gradient"].transpose(0, 2, 3, 1)) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_training_agrees(parity, compiled, dtype):
-    bound = gradient_bound(parity, dtype, "training")
+    gradients = compares_gradients(parity, dtype, "training")
     paths = {key: path_of(parity, key) for key in ("first_conv", "classifier", "first_bn", "last_bn")}
 
     def run(network: Network, images: jax.Array) -> Any:
@@ -187,7 +193,7 @@ def test_training_agrees(parity, compiled, dtype):
             logits = model(images, train=True)
             return logits[0, 3] - 0.5 * logits[1, 3], (logits, Network.of(model).stats)
 
-        gradient, (logits, stats) = jax.grad(loss, has_aux=True)(network.params)
+        gradient, (logits, stats) = differentiated(loss, network.params, gradients)
         first, row = at(gradient, paths["first_conv"]), at(gradient, paths["classifier"])[:, 3]
         return logits, first, row, at(stats, paths["first_bn"]), at(stats, paths["last_bn"])
 
@@ -196,7 +202,8 @@ def test_training_agrees(parity, compiled, dtype):
         run = compiled(run)
         logits, first, row, first_mean, last_mean = jax.device_get(run(reference(parity, dtype, "training"), images))
     assert relative_error(logits, parity.results["train_logits"]) < 1e-3
-    assert relative_error(first, parity.results["train_grad_first_conv"].transpose(2, 3, 1, 0)) < bound
-    assert relative_error(row, parity.results["train_grad_classifier_row3"]) < 1e-3
+    if gradients:
+        assert relative_error(first, parity.results["train_grad_first_conv"].transpose(2, 3, 1, 0)) < 1e-3
+        assert relative_error(row, parity.results["train_grad_classifier_row3"]) < 1e-3
     assert relative_error(first_mean, parity.results["train_first_bn_mean"]) < 1e-3
     assert relative_error(last_mean, parity.results["train_last_bn_mean"]) < 1e-3
