@@ -50,7 +50,7 @@ def test_steps_equal_optax_with_the_rate_inside(name):
         update, reference_state = reference.update(gradient, reference_state, expected)
         expected = optax.apply_updates(expected, update)
     for ours_leaf, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours_leaf, theirs, rtol=1e-6)
+        np.testing.assert_allclose(ours_leaf, theirs, rtol=1e-6, atol=1e-8)
 
 
 def test_clip_bounds_the_global_norm():
