@@ -276,9 +276,19 @@ def _override(config: Config, override: str) -> None:
 
 def _set(config: Config, key: str, value: Any) -> None:
     *groups, leaf = key.split(".")
-    node = config
-    for group in groups:
+    node: Any = config
+    for number, group in enumerate(groups, start=1):
+        if group not in node:  # only an open group may hold what the defaults do not
+            with node.unlocked():
+                node[group] = ConfigDict()
         node = node[group]
+        if not isinstance(node, ConfigDict):
+            above = ".".join(groups[:number])
+            raise CxrError(f"config key {key} is inside {above}, which is {node!r} and holds no keys: set that, whole")
+    held: Any = node.get(leaf)
+    if isinstance(held, ConfigDict) and not isinstance(value, dict):
+        inside = ", ".join(held) or "none"
+        raise CxrError(f"config key {key} holds keys ({inside}): set one of them, or all as a dict, not {value!r}")
     try:
         with node.unlocked():
             node[leaf] = value

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from cxrjax.errors import CxrError
 from cxrjax.models.attention import Attention
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.densenet import DenseNet
@@ -22,7 +23,7 @@ from cxrjax.models.efficientnet import B0, EfficientNet
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import Maker, Maps, storage
-from cxrjax.models.options import one_of, positive
+from cxrjax.models.options import check_options, one_of, positive
 
 _DENSE = {"last_norm": False}
 # EfficientNetB3 up to stage 5, and the first expansion of stage 6 in place of its last convolution. Of its 26 blocks 18
@@ -48,8 +49,8 @@ class AttentionFusion(Backbone):
       pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
       hidden: units of a hidden layer in the head; 0 for none.
       dropout: in the head.
-      dense: changes to the DenseNet's options.
-      efficient: changes to the EfficientNet's options.
+      dense: options of the DenseNet.
+      efficient: options of the EfficientNet.
     """
 
     replaceable: ClassVar = ("classifier", "dense_reduction", "efficient_reduction", "attention", "gate")
@@ -68,13 +69,17 @@ class AttentionFusion(Backbone):
         pooling: str = "average",
         hidden: int = 0,
         dropout: float = 0.5,
-        dense: dict[str, Any] = _DENSE,
-        efficient: dict[str, Any] = _EFFICIENT,
+        dense: Mapping[str, Any] = _DENSE,
+        efficient: Mapping[str, Any] = _EFFICIENT,
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
         self.match = one_of("match", match, ("up", "down"))
         self.crossed = one_of("attention", attention, ("self", "cross")) == "cross"
         common: dict[str, Any] = {"classes": 1, "inputs": inputs, "dtype": dtype, "remat": remat}
+        for what, changes, family in (("dense", dense, DenseNet), ("efficient", efficient, EfficientNet)):
+            if not isinstance(changes, Mapping):
+                raise CxrError(f"{what} must hold options of that trunk, such as {what}.dropout, not {changes!r}")
+            check_options(what, changes, family)
         self.dense = DenseNet(**common, seed=seed, **dense)
         self.efficient = EfficientNet(**common, seed=seed + 1, **efficient)
         make = Maker(dtype, seed + 2)
@@ -130,6 +135,7 @@ class AttentionFusion(Backbone):
         ]  # fmt: skip
 
 
+_PAPER = {"dense": _DENSE, "efficient": _EFFICIENT}
 _SMALL = {
     "channels": 8,
     "dropout": 0.2,
@@ -138,6 +144,6 @@ _SMALL = {
 }
 
 ARCHITECTURES = {
-    "attention_fusion": Architecture(AttentionFusion, IMAGENET, {}, "the attention-fusion paper, by its counts"),
+    "attention_fusion": Architecture(AttentionFusion, IMAGENET, _PAPER, "the attention-fusion paper, by its counts"),
     "attention_fusion_small": Architecture(AttentionFusion, GREY, _SMALL, "ours, for CPUs"),
 }

@@ -1,6 +1,7 @@
-"""What a config may say about a network: one choice of several, a positive whole number, or a share."""
+"""What a config may say about a network: one choice of several, a positive whole number, a share, or options."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 from cxrjax.errors import CxrError
@@ -20,6 +21,16 @@ def one_of(what: str, value: str, known: Iterable[str]) -> str:
     nearest = get_close_matches(str(value), known, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise CxrError(f"unknown {what} {value!r}: {hint}known are {', '.join(known) or 'none'}")
+
+
+_COMMON = {"self", "classes", "inputs", "dtype", "remat", "seed"}
+
+
+def check_options(of: str, options: Iterable[str], family: Callable) -> None:
+    """Refuse options that a family of networks does not have; `of` is what they are options of, for the message."""
+    known = set(inspect.signature(family.__init__).parameters) - _COMMON
+    for option in options:
+        one_of(f"option of {of}", option, known)
 
 
 def positive(what: str, value: int) -> int:

@@ -1,6 +1,5 @@
 """From a network's name to the network."""
 
-import inspect
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.inputs import InputSpec
 from cxrjax.models.layers import undrawn
 from cxrjax.models.network import Network
-from cxrjax.models.options import one_of
+from cxrjax.models.options import check_options, one_of
 
 ARCHITECTURES = (
     attention_fusion.ARCHITECTURES
@@ -23,8 +22,6 @@ ARCHITECTURES = (
     | sequential.ARCHITECTURES
     | simple.ARCHITECTURES
 )
-
-_COMMON = {"self", "classes", "inputs", "dtype", "remat", "seed"}
 
 
 def create(
@@ -47,22 +44,25 @@ def create(
       remat: "none", or "layer" to recompute layer by layer in the backward pass instead of keeping maps.
       seed: of the initial weights.
       inputs: what the network expects of its images; None for the architecture's own.
-      **options: of the family, see its class.
+      **options: of the family, see its class; one that is a dict changes single entries of the architecture's own.
 
     Raises:
       CxrError: unknown name or option (the message names the nearest), or a value out of range.
     """
     architecture = ARCHITECTURES[one_of("network", name, ARCHITECTURES)]
-    known = set(inspect.signature(architecture.family.__init__).parameters) - _COMMON
-    for option in options:
-        one_of(f"option of {name}", option, known)
+    check_options(name, options, architecture.family)
+    nested = {
+        option: {**architecture.settings.get(option, {}), **changes}
+        for option, changes in options.items()
+        if isinstance(changes, dict)
+    }
     return architecture.family(
         classes=classes,
         inputs=inputs or architecture.inputs,
         dtype=compute_dtype(dtype),
         remat=remat,
         seed=seed,
-        **{**architecture.settings, **options},
+        **{**architecture.settings, **options, **nested},
     )
 
 

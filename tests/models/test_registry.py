@@ -30,6 +30,8 @@ from cxrjax.models.registry import abstract
         ("densenet_small", {"dropout": 1.0}, "dropout must be"),
         ("simple_cnn", {"hidden": -1}, "hidden must be"),
         ("simple_cnn", {"seed": -1}, "seed must be"),
+        ("attention_fusion_small", {"dense": {"grwth": 8}}, "unknown option of dense 'grwth': did you mean 'growth'"),
+        ("attention_fusion_small", {"efficient": 8}, "efficient must hold options of that trunk"),
     ],
 )
 def test_what_is_wrong_is_named(name, options, message):
@@ -50,6 +52,20 @@ def test_the_small_densenet_is_the_one_described():
     transition = 2 * 32 + 32 * 16
     head = 2 * 32 + (2 * 32 * 7 + 7)
     assert parameter_count(create("densenet_small", classes=7)) == stem + 3 * block + 2 * transition + head
+
+
+def test_a_dict_changes_single_entries_of_an_option():
+    wider, same = (
+        create("attention_fusion_small", classes=2, dense={"growth": growth}, efficient={}) for growth in (8, 4)
+    )
+    assert same.dense.channels == create("attention_fusion_small", classes=2).dense.channels
+    assert wider.dense.channels > same.dense.channels
+    assert (
+        wider.dense.channels
+        == create("densenet_small", classes=1, growth=8, blocks=(1, 1, 1), bottleneck=2, stem_channels=8).channels
+    )
+    whole = {"growth": 4, "blocks": (1, 1), "stem_channels": 4}
+    assert create("attention_fusion", classes=2, dense=whole).dense.norm5 is None
 
 
 def test_an_abstract_network_is_the_real_one_without_values():
