@@ -78,14 +78,17 @@ class Areas:
 
     def area(self, model: int = 0) -> Estimate:
         """The AUROC of one model."""
-        return self._contrast(np.eye(len(self.auroc))[model])
+        return self.contrast(np.eye(len(self.auroc))[model])
 
     def difference(self, first: int = 0, second: int = 1) -> Estimate:
         """The AUROC of one model less that of another."""
-        return self._contrast(np.eye(len(self.auroc))[first] - np.eye(len(self.auroc))[second])
+        return self.contrast(np.eye(len(self.auroc))[first] - np.eye(len(self.auroc))[second])
 
-    def _contrast(self, weights: Float64[np.ndarray, " M"]) -> Estimate:
-        """From differences of placements, so that equal models differ by exactly 0 with an error of exactly 0."""
+    def contrast(self, weights: Float64[np.ndarray, " M"]) -> Estimate:
+        """A weighted sum of the AUROCs.
+
+        It is made of weighted placements, so that equal models differ by exactly 0 with an error of exactly 0.
+        """
         positive, negative = weights @ self.positive, weights @ self.negative
         squares = (positive @ positive, negative @ negative, 2 * positive @ negative)
         variance = sum(factor * square for factor, square in zip(self.scale, squares, strict=True))

@@ -2,7 +2,10 @@
 
 The stacked ensemble (the resolution study's equations 2 and 3) learns v f64[K, S] from zeros, w_k = softmax(v_k),
 p_k = sum over s of w_ks sigmoid(l_ks), by minimising binary cross-entropy on validation logits. Voting has equal
-weights. All is computed from logs of probabilities, so that certain models neither overflow nor lose their gradient.
+weights. Both are computed from logs of probabilities, so that certain models neither overflow nor lose their gradient.
+Logistic stacking is a logistic regression of each finding on the scales' logits, which may also mend their calibration.
+
+A finding is combined by itself. Of exclusive classes, voting keeps probabilities that add up to 1; the others do not.
 """
 
 from collections.abc import Sequence
@@ -12,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Shaped
 from scipy.special import log_expit, logsumexp, softmax
+from sklearn.linear_model import LogisticRegression
 
 from cxrjax.errors import CxrError
+from cxrjax.evaluate.auc import undefined
 from cxrjax.evaluate.predictions import Predictions
 
 
@@ -49,13 +54,7 @@ def fit_weights(
     Raises:
       CxrError: shapes do not fit, no label is known, a logit is not finite, or a setting is out of range.
     """
-    logits, labels, known = np.asarray(logits, np.float64), np.asarray(labels), np.asarray(known, bool)
-    if logits.ndim != 3 or logits.shape[1:] != labels.shape or labels.shape != known.shape:
-        raise CxrError(f"ensemble: logits {logits.shape} are not scales x the shape of labels {labels.shape} and known")
-    if not known.any():
-        raise CxrError("ensemble: no label is known, so there is nothing to learn the weights from")
-    if not np.isfinite(logits).all():
-        raise CxrError(f"ensemble: a logit of scale {np.argwhere(~np.isfinite(logits))[0][0] + 1} is not finite")
+    logits, labels, known = _checked(logits, labels, known)
     if not (rate > 0 and 0 < decay <= 1 and epochs >= 0):
         raise CxrError(f"ensemble: rate={rate}, decay={decay}, epochs={epochs} are out of range")
 
@@ -137,6 +136,69 @@ def uniform(findings: int, scales: int) -> Float64[np.ndarray, "K S"]:
     return np.full((findings, scales), 1 / scales)
 
 
+class Logistic(NamedTuple):
+    """Logistic regressions of K findings on the logits of S scales.
+
+    Attributes:
+      coefficients: f64[K, S], of the logits; 0 where `voted` says why.
+      intercept: f64[K].
+      voted: K reasons why a finding has no regression and is voted on, empty where it has one.
+    """
+
+    coefficients: Float64[np.ndarray, "K S"]
+    intercept: Float64[np.ndarray, " K"]
+    voted: tuple[str, ...]
+
+    def combine(self, logits: Float[np.ndarray, "S N K"]) -> Float64[np.ndarray, "N K"]:
+        """The logits of the regressions, and of voting where there is none."""
+        regressed = np.einsum("ks,snk->nk", self.coefficients, logits) + self.intercept
+        return np.where([not reason for reason in self.voted], regressed, vote(logits))
+
+
+def fit_logistic(
+    logits: Float[np.ndarray, "S N K"],
+    labels: Shaped[np.ndarray, "N K"],
+    known: Bool[np.ndarray, "N K"],
+    *,
+    strength: float = 1.0,
+) -> Logistic:
+    """Logistic stacking: a regression of each finding on the scales' logits (scikit-learn's, by Newton's method).
+
+    Args:
+      logits: of each scale on the validation images, finite.
+      labels: 0 or 1.
+      known: which labels count. A finding without both classes among them is voted on instead.
+      strength: of the ridge that keeps coefficients finite where the scales separate the classes, as scikit-learn has
+        it: the sum of the images' losses plus half the sum of squared coefficients over `strength` is minimised.
+
+    Raises:
+      CxrError: shapes do not fit, no label is known, a logit is not finite, or the strength is not above 0.
+    """
+    logits, labels, known = _checked(logits, labels, known)
+    if not strength > 0:
+        raise CxrError(f"ensemble: strength={strength} is out of range: give a number above 0")
+    scales, _, findings = logits.shape
+    coefficients, intercept = np.zeros((findings, scales)), np.zeros(findings)
+    voted = tuple(undefined(labels[:, k], known[:, k]) for k in range(findings))
+    for k in range(findings):
+        if not voted[k]:
+            model = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+            model.fit(logits[:, known[:, k], k].T, labels[known[:, k], k] > 0)
+            coefficients[k], intercept[k] = model.coef_[0], np.asarray(model.intercept_).item()
+    return Logistic(coefficients, intercept, voted)
+
+
+def _checked(logits: np.ndarray, labels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    logits, labels, known = np.asarray(logits, np.float64), np.asarray(labels), np.asarray(known, bool)
+    if logits.ndim != 3 or logits.shape[1:] != labels.shape or labels.shape != known.shape:
+        raise CxrError(f"ensemble: logits {logits.shape} are not scales x the shape of labels {labels.shape} and known")
+    if not known.any():
+        raise CxrError("ensemble: no label is known, so there is nothing to learn the weights from")
+    if not np.isfinite(logits).all():
+        raise CxrError(f"ensemble: a logit of scale {np.argwhere(~np.isfinite(logits))[0][0] + 1} is not finite")
+    return logits, labels, known
+
+
 def align(tables: Sequence[Predictions]) -> list[Predictions]:
     """Bring predictions of the same images and findings into the order of the first table.
 
@@ -163,11 +225,17 @@ def align(tables: Sequence[Predictions]) -> list[Predictions]:
     return aligned
 
 
-def combine(tables: Sequence[Predictions], weights: Float[np.ndarray, "K S"] | None = None) -> Predictions:
-    """The ensemble's own predictions, with these weights or by voting; it raises what `align` and `stack` do."""
+def combine(tables: Sequence[Predictions], learnt: Float[np.ndarray, "K S"] | Logistic | None = None) -> Predictions:
+    """The ensemble's own predictions: by these weights, by these regressions, or by voting.
+
+    Raises:
+      CxrError: what `align` and `stack` raise.
+    """
     tables = align(tables)
     logits = np.stack([table.logit for table in tables])
-    return replace(tables[0], logit=vote(logits) if weights is None else stack(logits, weights))
+    if learnt is None:
+        return replace(tables[0], logit=vote(logits))
+    return replace(tables[0], logit=learnt.combine(logits) if isinstance(learnt, Logistic) else stack(logits, learnt))
 
 
 def _same_truth(table: Predictions, first: Predictions, number: int) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from cxrjax.evaluate.auc import Ranking, mean_defined
-from cxrjax.evaluate.intervals import Interval, bootstrap, interval
+from cxrjax.evaluate.auc import mean_defined
+from cxrjax.evaluate.intervals import Interval, interval
 from cxrjax.evaluate.predictions import Predictions
+from cxrjax.evaluate.sample import Sample
 
 MEAN = "mean"
 """The `finding` of the row that holds the mean over findings."""
@@ -24,7 +25,7 @@ class Score:
       auroc_interval, average_precision_interval: None where none was asked for or the value is undefined.
       positives, negatives: how many known labels are so; None for the mean.
       findings: how many findings the row speaks for: 1 or 0, and for the mean how many entered it.
-      reason: why a value is NaN, or which findings the mean leaves out; else empty.
+      reason: why a value is NaN or is not of all test parts, or which findings the mean leaves out; else empty.
     """
 
     finding: str
@@ -61,7 +62,8 @@ class Scores:
     Attributes:
       findings: one score each, in the order of the predictions.
       mean: the mean over the findings that are defined; its intervals come from the means of the draws.
-      images, patients: how many there are. As many patients as images means that each image was drawn by itself.
+      images, patients: how many there are in all tables. As many patients as images means that each image was drawn
+        by itself.
       resamples, seed, confidence: of the bootstrap; resamples 0 means no intervals.
     """
 
@@ -96,36 +98,62 @@ def score(predictions: Predictions, *, resamples: int = 1000, seed: int = 0, con
       CxrError: a negative number of resamples or seed, or a confidence that is not between 0 and 1.
     """
     interval(np.zeros(1), confidence)  # a bad confidence is refused before the work, not after
-    p = predictions
-    rankings = [Ranking.of(p.logit[:, k], p.label[:, k], p.known[:, k]) for k in range(len(p.findings))]
-    every = np.ones((len(p), 1), np.int64)
-    auroc, average_precision = np.array([np.concatenate(ranking.measure(every)) for ranking in rankings]).T
-    defined = np.array([not ranking.reason for ranking in rankings])
+    return score_sample(Sample.of([predictions], resamples=resamples, seed=seed), confidence=confidence)
 
-    spreads: list[list[Interval | None]] = [[None, None] for _ in rankings]
+
+def score_sample(sample: Sample, *, confidence: float = 0.95) -> Scores:
+    """Score a model that was measured on one table or on several: values are means over the tables that define them.
+
+    Args:
+      sample: the model's tables, measured; without draws there are no intervals.
+      confidence: share of the draws that an interval holds.
+
+    Raises:
+      CxrError: the confidence is not between 0 and 1.
+    """
+    defined = sample.defined
+    some: np.ndarray = np.any(defined, axis=0)
+    value = np.array([[mean_defined(of_finding) for of_finding in of.T.tolist()] for of in sample.value])
+    spreads: list[list[Interval | None]] = [[None, None] for _ in some]
     mean_spread: list[Interval | None] = [None, None]
-    if resamples != 0:
-        draws = bootstrap(rankings, p.patient, resamples=resamples, seed=seed)
-        for i, values in enumerate(draws):
-            for k in np.flatnonzero(defined):
-                spreads[k][i] = interval(values[:, k], confidence)
-            if defined.any():  # the same findings in each draw
-                mean_spread[i] = interval(values[:, defined].mean(axis=1), confidence)
+    if sample.resamples:
+        for i, of in enumerate(sample.draws):
+            drawn = [of[defined[:, k], :, k].mean(axis=0) for k in np.flatnonzero(some)]
+            for k, values in zip(np.flatnonzero(some), drawn, strict=True):
+                spreads[k][i] = interval(values, confidence)
+            if drawn:  # the same findings in each draw
+                mean_spread[i] = interval(np.mean(drawn, axis=0), confidence)
 
+    positives, negatives = _counts(sample)
     findings = tuple(
         Score(
-            finding, float(auroc[k]), float(average_precision[k]), *spreads[k],
-            positives=len(ranking.positive), negatives=len(ranking.order) - len(ranking.positive),
-            findings=int(defined[k]), reason=ranking.reason,
+            finding, float(value[0, k]), float(value[1, k]), *spreads[k], positives=int(positives[k]),
+            negatives=int(negatives[k]), findings=int(some[k]), reason=_reason([row[k] for row in sample.reasons]),
         )
-        for k, (finding, ranking) in enumerate(zip(p.findings, rankings, strict=True))
+        for k, finding in enumerate(sample.findings)
     )  # fmt: skip
-    left_out = [f"{s.finding} ({s.reason})" for s in findings if s.reason]
+    left_out = [f"{s.finding} ({s.reason})" for s in findings if not s.findings]
     mean = Score(
-        MEAN, mean_defined(auroc), mean_defined(average_precision), *mean_spread, positives=None, negatives=None,
-        findings=int(defined.sum()), reason=f"left out: {', '.join(left_out)}" if left_out else "",
+        MEAN, mean_defined(value[0].tolist()), mean_defined(value[1].tolist()), *mean_spread, positives=None,
+        negatives=None, findings=int(some.sum()), reason=f"left out: {', '.join(left_out)}" if left_out else "",
     )  # fmt: skip
-    return Scores(findings, mean, len(p), len(np.unique(p.patient)), resamples, seed, confidence)
+    images, patients = sum(map(len, sample.distinct)), sum(len(np.unique(table.patient)) for table in sample.distinct)
+    return Scores(findings, mean, images, patients, sample.resamples, sample.seed, confidence)
+
+
+def _counts(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Known positive and negative labels of each finding, every image once."""
+    positives = sum((table.known & (table.label > 0)).sum(0) for table in sample.distinct)
+    known = sum(table.known.sum(0) for table in sample.distinct)
+    return np.asarray(positives), np.asarray(known) - np.asarray(positives)
+
+
+def _reason(reasons: list[str]) -> str:
+    """Why a finding has no value, or has one of some tables only."""
+    why = [reason for reason in reasons if reason]
+    if not why or len(why) == len(reasons):
+        return why[0] if why else ""
+    return f"{why[0]} in {len(why)} of {len(reasons)} test parts"
 
 
 def _nullable(value: Any) -> Any:

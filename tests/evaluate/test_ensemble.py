@@ -10,7 +10,16 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit, softmax
 
 from cxrjax.errors import CxrError
-from cxrjax.evaluate.ensemble import Likelihood, align, combine, fit_weights, stack, uniform, vote
+from cxrjax.evaluate.ensemble import (
+    Likelihood,
+    align,
+    combine,
+    fit_logistic,
+    fit_weights,
+    stack,
+    uniform,
+    vote,
+)
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.scores import score
 
@@ -100,6 +109,47 @@ def test_certain_and_wrong_models_stay_finite():
     assert np.isfinite(fit_weights(logits, labels, known, rate=1e3, decay=1).loss).all()
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.01])
+def test_logistic_stacking_is_where_scipy_finds_the_least_loss(strength):
+    logits, labels, known = simulated()
+    found = fit_logistic(logits, labels, known, strength=strength)
+    for k in range(4):
+        x, y = logits[:, known[:, k], k].T, labels[known[:, k], k]
+
+        def loss(w, x=x, y=y):
+            margin = np.where(y > 0, 1, -1) * (x @ w[1:] + w[0])
+            return np.logaddexp(0, -margin).sum() + w[1:] @ w[1:] / (2 * strength)
+
+        best = minimize(loss, np.zeros(4), method="BFGS", options={"gtol": 1e-7})
+        np.testing.assert_allclose([found.intercept[k], *found.coefficients[k]], best.x, atol=2e-5)
+        residual = expit(x @ found.coefficients[k] + found.intercept[k]) - y  # the score equations
+        np.testing.assert_allclose(residual.sum(), 0, atol=1e-6)
+        np.testing.assert_allclose(x.T @ residual, -found.coefficients[k] / strength, atol=1e-6)
+    assert found.voted == ("",) * 4
+    expected = np.stack([logits[:, :, k].T @ found.coefficients[k] + found.intercept[k] for k in range(4)], axis=1)
+    np.testing.assert_allclose(found.combine(logits), expected, atol=1e-12)
+
+
+def test_logistic_stacking_votes_where_there_is_nothing_to_learn():
+    logits, labels, known = simulated()
+    labels[:, 1] = 0
+    known[:, 2] = False
+    known[:, 3] &= labels[:, 3] > 0
+    found = fit_logistic(logits, labels, known)
+    assert found.voted == ("", "no positive example", "no known label", "no negative example")
+    np.testing.assert_array_equal(found.combine(logits)[:, 1:], vote(logits)[:, 1:])
+    hidden = np.where(known, labels, 1 - labels)  # what is unknown has no say
+    np.testing.assert_array_equal(fit_logistic(logits, hidden, known).coefficients, found.coefficients)
+
+
+def test_logistic_stacking_of_scales_that_separate_the_classes_stays_finite():
+    labels = np.array([[1.0], [0.0], [1.0], [0.0]])
+    logits = np.array([100, 50])[:, None, None] * (2 * labels - 1)
+    found = fit_logistic(logits, labels, np.ones((4, 1), bool))
+    assert np.isfinite(found.coefficients).all()
+    assert ((found.combine(logits) > 0) == (labels > 0)).all()
+
+
 def test_stack_is_the_mean_of_probabilities():
     logits, _, _ = simulated(noise=3)
     weights = softmax(np.random.default_rng(3).normal(size=(4, 3)), axis=1)
@@ -139,6 +189,8 @@ def test_align_and_combine():
     np.testing.assert_array_equal(combine([first, second]).logit, vote(logits[:2]))
     weights = np.array([[1.0, 0.0]] * 4)
     np.testing.assert_allclose(combine([first, second], weights).logit, logits[0], atol=1e-12)
+    learnt = fit_logistic(logits[:2], first.label, first.known)
+    np.testing.assert_allclose(combine([first, second], learnt).logit, learnt.combine(logits[:2]), atol=1e-12)
     assert score(combine([first, second]), resamples=0).mean.findings == 4
 
 
@@ -164,6 +216,10 @@ def test_bad_input_is_refused():
         fit_weights(np.where(np.arange(3)[:, None, None] == 1, np.nan, logits), labels, known)
     with pytest.raises(CxrError, match="out of range"):
         fit_weights(logits, labels, known, decay=1.5)
+    with pytest.raises(CxrError, match=r"strength=0 is out of range"):
+        fit_logistic(logits, labels, known, strength=0)
+    with pytest.raises(CxrError, match="no label is known"):
+        fit_logistic(logits, labels, np.zeros_like(known))
     with pytest.raises(CxrError, match="findings x scales"):
         stack(logits, uniform(3, 4))
     with pytest.raises(CxrError, match="sum to 1"):
