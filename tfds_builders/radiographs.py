@@ -58,11 +58,13 @@ def sizes(*sides: int | None) -> list[SizeConfig]:
 
 @dataclass(frozen=True)
 class Stored:
-    """One image on its way into a shard: encoded, with the digest of what it was made from."""
+    """One image on its way into a shard: encoded, with the digest and the size in px of what it was made from."""
 
     image: bytes
     sha256: str
     mask: bytes | None = None
+    width: int = 0
+    height: int = 0
 
 
 class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -160,7 +162,8 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
         with console.bar(f"{self.name}/{self.builder_config_name}", len(records)) as advance:
             images = in_order(self._store, records, workers=self.workers)
             for row, (record, stored) in enumerate(zip(records, images, strict=True)):
-                self._written.append(replace(record, sha256=stored.sha256))
+                about = {name: getattr(stored, name) for name in ("sha256", "width", "height")}
+                self._written.append(replace(record, **about))
                 yield row, self._example(record, stored)
                 advance()
 
@@ -191,9 +194,12 @@ def stored_file(path: Path, size: int | None, encoding: str) -> Stored:
         raise CxrError(f"{path}: cannot be read: {error.strerror}") from error
     digest = hashlib.sha256(data).hexdigest()
     image = decode(data, str(path))
+    height, width = image.shape
     if size is not None:
-        return Stored(encode(resize(image, size), encoding), digest)
-    return Stored(data if is_plain(data) else encode(image, "png"), digest)
+        kept = encode(resize(image, size), encoding)
+    else:
+        kept = data if is_plain(data) else encode(image, "png")
+    return Stored(kept, digest, width=width, height=height)
 
 
 def in_order(

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float32, Int8, UInt8
+from jaxtyping import Bool, Float32, Int8, Int32, UInt8
 
 from cxrjax.data.images import decode
 from cxrjax.errors import CxrError
@@ -58,6 +58,7 @@ class Record:
         without one.
       boxes: where findings are.
       sha256: hex digest of the image as its source gave it.
+      width, height: of that image, in px; 0 unknown.
     """
 
     id: str
@@ -71,6 +72,8 @@ class Record:
     official: str = ""
     boxes: tuple[Box, ...] = ()
     sha256: str = ""
+    width: int = 0
+    height: int = 0
 
 
 _TEXT = ("id", "patient", "study", "view", "sex", "source", "official")
@@ -130,6 +133,14 @@ class Records:
     def labels(self) -> Int8[np.ndarray, "N K"]:  # noqa: D102 - listed above
         columns = [self.table[f"label_{finding}"].to_numpy() for finding in self.findings]
         return np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), np.int8)
+
+    @cached_property
+    def original_sizes(self) -> Int32[np.ndarray, "N 2"] | None:
+        """Width and height in px of the images as their source gave them; None where an image's are not known."""
+        if not {"width", "height"} <= set(self.table.column_names):  # prepared before they were kept
+            return None
+        sizes = np.stack([self.table[side].to_numpy() for side in ("width", "height")], axis=1)
+        return sizes if len(sizes) and (sizes > 0).all() else None
 
     @classmethod
     def of(
@@ -232,7 +243,7 @@ def _draw(boxes: Sequence[Box], size: int) -> Bool[np.ndarray, "size size"] | No
 
 
 def as_table(records: Sequence[Record], findings: Sequence[str]) -> pa.Table:
-    """The records as Arrow columns: text, `age`, one `label_<finding>` per finding, `boxes`, `sha256`."""
+    """The records as Arrow columns: text, `age`, a `label_<finding>` each, `boxes`, `sha256`, `width`, `height`."""
     columns: dict[str, Any] = {
         name: pa.array([getattr(record, name) for record in records], pa.string()) for name in _TEXT
     }
@@ -243,6 +254,7 @@ def as_table(records: Sequence[Record], findings: Sequence[str]) -> pa.Table:
     boxes = [[dataclasses.asdict(box) for box in record.boxes] for record in records]
     columns["boxes"] = pa.array(boxes, _BOXES)
     columns["sha256"] = pa.array([bytes.fromhex(record.sha256) for record in records], pa.binary())
+    columns |= {side: pa.array([getattr(r, side) for r in records], pa.int32()) for side in ("width", "height")}
     return pa.table(columns)
 
 

@@ -4,6 +4,7 @@ import math
 import pickle
 import random
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from cxrjax.data.records import (
     write_table,
 )
 from cxrjax.errors import CxrError
+from tfds_builders.radiographs import stored_file
 
 FINDINGS = ("Mass", "Nodule", "Pleural Effusion")
 
@@ -135,7 +137,10 @@ def test_a_table_without_images_says_so():
         records.image(0)
 
 
-@given(st.integers(0, 49), st.sampled_from([f.name for f in dataclasses.fields(Record)]))
+_FOLLOWING = ("width", "height")  # of the image, whose digest counts
+
+
+@given(st.integers(0, 49), st.sampled_from([f.name for f in dataclasses.fields(Record) if f.name not in _FOLLOWING]))
 def test_every_field_counts_in_the_fingerprint(row, name):
     records = some(50)
     other = {"age": 99.0, "labels": (1, 1, 1), "boxes": (Box("Mass", 0, 0, 1, 1),), "sha256": "f" * 64}.get(
@@ -144,6 +149,22 @@ def test_every_field_counts_in_the_fingerprint(row, name):
     changed = [*records[:row], dataclasses.replace(records[row], **{name: other}), *records[row + 1 :]]
     assert fingerprint(records) == fingerprint(some(50))
     assert fingerprint(changed) != fingerprint(records)
+
+
+def test_original_sizes_are_known_for_all_images_or_not_at_all():
+    sized = [dataclasses.replace(record, width=100 + k, height=200 + k) for k, record in enumerate(some(5))]
+    assert Records.of(sized, FINDINGS, dataset="d").original_sizes.tolist() == [[100 + k, 200 + k] for k in range(5)]
+    assert Records.of([*sized, *some(1)], FINDINGS, dataset="d").original_sizes is None
+    without = as_table(sized, FINDINGS).drop(["width"])
+    before = dataclasses.replace(Records.of(sized, FINDINGS, dataset="d"), table=without)
+    assert before.original_sizes is None, "prepared before sizes were kept"
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_a_builder_keeps_the_size_of_the_source_image(tmp_path, size):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 20), np.uint8))
+    stored = stored_file(tmp_path / "a.png", size, "png")
+    assert (stored.width, stored.height) == (20, 30)
 
 
 def test_the_fingerprint_is_of_the_records_in_their_order_at_one_size(tmp_path):
