@@ -119,9 +119,11 @@ def _prepare(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> Any:
     from cxrjax.evaluate.auc import mean_auroc
+    from cxrjax.parallel.runtime import start
     from cxrjax.train.stages import train_stages
 
     config = load(arguments.config, arguments.overrides)
+    start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
     progress = train_stages(config, arguments.workdir, mean_auroc)
     best = (
         ""
@@ -255,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verb("train", _train, "train one config; goes on by itself where it was stopped")
     _add_config(train)
+    _add_processes(train)
 
     evaluate = verb("evaluate", _evaluate, "predictions, scores with intervals, and a page for one run")
     _add_run(evaluate)
@@ -335,6 +338,19 @@ def _add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     parser.add_argument("--workdir", type=Path, required=True, help="the directory of the run; made if absent")
     parser.epilog = (
         "--config.KEY=VALUE changes one key of the recipe, for example --config.train.epochs=3. The keys: " + _keys()
+    )
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes", "each is given the same words but for --process")
+    group.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT",
+        help="process 0; auto: SLURM, Open MPI, Kubernetes or a TPU pod says it, and the numbers too",
+    )  # fmt: skip
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="K", help="which of them this is, from 0")
+    group.add_argument(
+        "--join-timeout", type=int, default=300, metavar="S", help="seconds to wait for all (default: 300)"
     )
 
 

@@ -6,14 +6,14 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cxrjax.config import Config
+from cxrjax.config import Config, flatten
 from cxrjax.console import bar
 from cxrjax.data.pipeline import Batch, training_batches
 from cxrjax.data.placement import ahead, place, process_shard
@@ -22,15 +22,19 @@ from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
+from cxrjax.parallel.runtime import agree, first, in_first, several, told_to_stop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
 from cxrjax.train.losses import log_odds
-from cxrjax.train.metrics import MetricWriter
+from cxrjax.train.metrics import MetricWriter, Unwritten
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.run import Run, describe_run
 from cxrjax.train.state import Progress, TrainState
 from cxrjax.train.step import make_predict_step, make_train_step
+
+LOCAL = ("data.dir", "data.threads")
+"""Config keys that may differ from process to process."""
 
 Auroc = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
@@ -49,6 +53,9 @@ def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment 
     A run that is killed at any moment and started again ends with the same bits as one never killed: batch k
     is a function of the seed and k, and everything else the loop remembers is in the checkpoint.
 
+    Of several processes (`parallel.runtime`) each calls this; they must share the file system of `directory`, where
+    only the first writes, but for its part of checkpoints.
+
     Args:
       config: see `cxrjax.config.default`.
       directory: the run's directory; made if absent.
@@ -56,25 +63,33 @@ def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment 
       experiment: the opened config, where the caller has it already.
 
     Raises:
-      CxrError: bad input, or a loss that is not finite.
+      CxrError: bad input, processes that do not agree, or a loss that is not finite.
       InterruptedRunError: SIGTERM or SIGINT came; the state is saved.
     """
     experiment = experiment or Experiment.open(config)
     check_watch(experiment)
-    with Run(directory, config, experiment.identity), ExitStack() as stack:
+    agree("config", {key: value for key, value in flatten(config).items() if key not in LOCAL})
+    agree("data and split", experiment.identity)
+    with in_first(lambda: Run(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
         trainer = _Trainer(experiment, directory, checkpoints, auroc)
-        trainer.describe()
+        in_first(trainer.describe)
         if trainer.finished:
             return trainer.progress
-        trainer.writer = stack.enter_context(MetricWriter(directory, trainer.progress.step))
-        return trainer.run()
+        writer = MetricWriter(directory, trainer.progress.step) if first() else Unwritten()
+        trainer.writer = stack.enter_context(writer)
+        try:
+            return trainer.run()
+        except jax.errors.JaxRuntimeError as error:
+            if several():
+                raise lost(directory, error) from error
+            raise
 
 
 class _Trainer:
     """The loop's parts, in the order in which they happen."""
 
-    writer: MetricWriter
+    writer: MetricWriter | Unwritten
 
     def __init__(self, experiment: Experiment, directory: Path, checkpoints: Checkpoints, auroc: Auroc):
         config = experiment.config
@@ -109,7 +124,8 @@ class _Trainer:
         self._clock = time.perf_counter()
         batches = self._batches()
         total = self.steps * train.batch
-        with bar(self._label(), total, start=progress.step * train.batch) as advance, _signals() as received:
+        signals = nullcontext([]) if several() else _signals()  # several processes stop when all are told to
+        with bar(self._label(), total, start=progress.step * train.batch) as advance, signals as received:
             pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
             try:
                 while True:
@@ -119,6 +135,7 @@ class _Trainer:
                         self._save()
                     if self.finished:
                         break
+                    received.extend(told_to_stop(progress.step))
                     if received:
                         self._settle(pending, 0)
                         self._stop(received)
@@ -134,7 +151,7 @@ class _Trainer:
             finally:
                 batches.close()
         self.checkpoints.wait()
-        self.describe()
+        in_first(self.describe)
         return progress
 
     @property
@@ -273,8 +290,6 @@ class _Trainer:
 
     def describe(self) -> None:
         """`run.json` and the split: everything needed to say again how the numbers came about."""
-        if jax.process_index():
-            return
         experiment = self.experiment
         write_json(
             self.directory / "run.json",
@@ -291,6 +306,15 @@ class _Trainer:
             },
         )
         save_split(experiment.split, experiment.records, self.directory / "split.csv")
+
+
+def lost(directory: Path, error: Exception) -> CxrError:
+    """What a process says whose work with the others broke off."""
+    reason = " ".join(str(error).split())[:200]
+    return CxrError(
+        f"another process stopped or cannot be reached ({reason}); start all of them again, with any number of "
+        f"processes: the run goes on from the newest checkpoint in {directory}"
+    )
 
 
 def check_watch(experiment: Experiment) -> None:

@@ -51,6 +51,22 @@ class MetricWriter:
         self._events.close()
 
 
+class Unwritten:
+    """The writer of every process but the first: takes the same calls and writes nothing."""
+
+    def __enter__(self) -> "Unwritten":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out.
 

@@ -1,0 +1,158 @@
+"""Several processes as one program: how they find each other, agree before they start, and stop together.
+
+One process a machine, or one a GPU. `jax.distributed` connects them; everything here does nothing in a program of one
+process. It must run before anything asks JAX for its devices.
+"""
+
+import hashlib
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cxrjax.console import stderr
+from cxrjax.errors import CxrError
+
+Value = TypeVar("Value")
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as dead, and the others stop."""
+
+
+def start(
+    coordinator: str = "", processes: int | None = None, process: int | None = None, *, timeout: int = 300
+) -> None:
+    """Connect this process to the others.
+
+    Args:
+      coordinator: HOST:PORT of process 0; "auto": SLURM, Open MPI, Kubernetes or a TPU pod say it, and the numbers too;
+        empty: this process is alone.
+      processes: how many there are.
+      process: which of them this is, from 0.
+      timeout: how long to wait for all of them, in seconds.
+
+    Raises:
+      CxrError: numbers that do not fit, no cluster to ask, or a coordinator that cannot be reached in time.
+    """
+    if not coordinator:
+        if processes is not None or process is not None:
+            raise CxrError("--processes and --process need --coordinator HOST:PORT, the address of process 0")
+        return
+    explicit = coordinator != "auto"
+    if explicit:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise CxrError(f"--coordinator {coordinator} is neither HOST:PORT nor auto")
+        if processes is None or process is None or not 0 <= process < processes:
+            raise CxrError(
+                f"--coordinator {coordinator} needs --processes N and --process K with K from 0 to N - 1, "
+                f"not {processes} and {process}"
+            )
+        stderr.print(f"process {process} of {processes}: joining at {coordinator}, at most {timeout} s", markup=False)
+        if process:
+            _reach(host, int(port), process, timeout)
+    try:
+        jax.distributed.initialize(
+            coordinator if explicit else None,
+            processes,
+            process,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if explicit:
+            raise CxrError(
+                f"process {process} of {processes} could not join the others at {coordinator} within {timeout} s "
+                f"({reason}): check that process 0 runs there and that the port is open"
+            ) from error
+        raise CxrError(
+            f"no cluster was found to ask ({reason}): start through srun, mpirun, Kubernetes or a TPU pod, or give "
+            "--coordinator HOST:PORT, --processes N and --process K"
+        ) from error
+
+
+def _reach(host: str, port: int, process: int, timeout: int) -> None:
+    """Wait until process 0 listens: JAX's own client ends the program where it cannot connect."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise CxrError(
+                    f"process {process} could not reach process 0 at {host}:{port} within {timeout} s ({error}): check "
+                    "that it runs there and that the port is open"
+                ) from error
+        time.sleep(0.2)
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def agree(what: str, value: Any) -> None:
+    """Check that all processes have the same value, before they wait for each other in vain.
+
+    Args:
+      what: its name, for the error.
+      value: anything that JSON takes.
+
+    Raises:
+      CxrError: in every process, with the numbers of those that differ from process 0.
+    """
+    if not several():
+        return
+    text = json.dumps(value, sort_keys=True, default=str)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    all_digests = np.asarray(multihost_utils.process_allgather(digest))
+    differing = [str(k) for k in np.flatnonzero((all_digests != all_digests[0]).any(1))]
+    if differing:
+        raise CxrError(
+            f"the processes do not have the same {what}: {', '.join(differing)} of {len(all_digests)} "
+            f"differ from process 0; start all of them with the same words, on the same files"
+        )
+
+
+def in_first(action: Callable[[], Value]) -> Value | None:
+    """Do something in process 0 alone; where it raises CxrError, every process does.
+
+    Returns:
+      What the action did in process 0, None in the others.
+    """
+    result, message = None, ""
+    if first():
+        try:
+            result = action()
+        except CxrError as error:
+            if not several():
+                raise
+            message = str(error)
+    if several():
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message.encode()))))
+        if length:
+            said = np.frombuffer(message.encode(), np.uint8) if first() else np.zeros(length, np.uint8)
+            raise CxrError(np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8).tobytes().decode())
+    return result
+
+
+def told_to_stop(step: int) -> list[int]:
+    """The signal on which all processes stop before this step: SIGTERM, wherever it came; empty to go on.
+
+    Every process must ask before each step. JAX's preemption service lets them agree on the step.
+    """
+    return [int(signal.SIGTERM)] if several() and multihost_utils.reached_preemption_sync_point(step) else []

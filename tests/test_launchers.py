@@ -1,0 +1,79 @@
+"""The launch scripts, as far as they can be tried without the cluster: with stand-ins for its commands."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cxrjax.cli import _parser
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def understood(words: list[str]):
+    """The arguments of `cxrjax`, as its own parser reads them."""
+    return _parser().parse_known_args(words[words.index("cxrjax") + 1 :])[0]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """`cluster(code) -> (environment, log)`: a `srun` that writes down its words and ends with `code`."""
+
+    def make(code: int):
+        log = tmp_path / "log"
+        for name, end in (("srun", code), ("scontrol", 0)):
+            file = tmp_path / name
+            file.write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >> {log}\necho >> {log}\nexit {end}\n')
+            file.chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}, log
+
+    return make
+
+
+@pytest.mark.parametrize(("code", "after"), [(0, []), (143, ["scontrol requeue 7 "]), (1, [])])
+def test_slurm_starts_the_run_and_queues_it_again_when_it_was_stopped(cluster, code, after):
+    environment, log = cluster(code)
+    words = ["bash", str(SCRIPTS / "slurm.sbatch"), "resolution:2048", "my runs/a", "--config.mesh.space=4"]
+    ended = subprocess.run(words, env=environment, check=False)
+    assert ended.returncode == (1 if code == 1 else 0)
+    first, *rest = log.read_text().splitlines()
+    assert rest == after
+    arguments = understood(shlex.split(first))
+    assert (arguments.config, str(arguments.workdir)) == ("resolution:2048", "my runs/a")
+    assert arguments.coordinator == "auto"
+
+
+def test_slurm_without_its_words_says_how(cluster):
+    ended = subprocess.run(
+        ["bash", str(SCRIPTS / "slurm.sbatch")], env=cluster(0)[0], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode
+    assert "usage: sbatch" in ended.stderr
+
+
+def test_the_pod_script_prints_what_it_would_run():
+    words = ["bash", str(SCRIPTS / "tpu_pod.sh"), "pod", "resolution:1024", "runs/it's mine", "--config.mesh.space=2"]
+    environment = {**os.environ, "DRY_RUN": "1", "ZONE": "here"}
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    command = shlex.split(printed)
+    assert command[-2:] == ["--zone", "here"]
+    arguments = understood(shlex.split(command[command.index("--command") + 1]))
+    assert (str(arguments.workdir), arguments.coordinator) == ("runs/it's mine", "auto")
+
+
+def test_the_jobset_counts_its_machines_alike():
+    jobset = yaml.safe_load((SCRIPTS / "jobset.yaml").read_text())
+    [workers] = jobset["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    [container] = job["template"]["spec"]["containers"]
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", "0") for word in (*container["command"], *container["args"])]
+    arguments = understood(words)
+    assert arguments.processes == job["parallelism"] == job["completions"]
+    name = f"{jobset['metadata']['name']}-{workers['name']}-0-0.{jobset['metadata']['name']}"
+    assert arguments.coordinator == f"{name}:{container['ports'][0]['containerPort']}"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}

@@ -1,0 +1,170 @@
+"""Several processes train as one: the same numbers, one writer, one end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cxrjax import config as configs
+from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.evaluate.predict import open_run
+from cxrjax.parallel.runtime import HEARTBEAT
+from cxrjax.train.loop import train
+from cxrjax.train.metrics import read_metrics
+
+OPTIONS = ("mesh.data=4", "train.batch=8", "augment.rotation=20", "optimizer.name=sgd",
+           "optimizer.rate=0.05", "train.watch=val_loss", "train.epochs=2")  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launch(overrides, directory: Path, processes: int, *, differing: str = "") -> list[subprocess.Popen]:
+    """As many processes of the command line, sharing four devices; the last may have one more override."""
+    devices, coordinator = 4 // processes, f"localhost:{free_port()}"
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    started = []
+    for number in range(processes):
+        more = [differing] if differing and number == processes - 1 else []
+        words = ["train", "--config", "demo:32", "--workdir", str(directory)]
+        words += ["--coordinator", coordinator, "--processes", str(processes), "--process", str(number)]
+        words += [f"--config.{word}" for word in (*overrides, *more)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "cxrjax.cli", *words],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    return started
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
+    """Exit code and standard error of each; none outlives this."""
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+        return [(process.returncode, " ".join(text.split())) for process, text in zip(processes, errors, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def same_metrics(one: Path, other: Path) -> None:
+    rows, expected = (read_metrics(directory / "metrics.jsonl") for directory in (one, other))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, wanted in zip(rows, expected, strict=True):
+        for name in wanted:
+            if name != "seconds":
+                # Rounding turns a sign before a ReLU now and then, and a rank among 15 images.
+                close = {"train_gradient_norm": 1e-2, "val_auroc": 2e-2}.get(name, 1e-4)
+                np.testing.assert_allclose(row[name], wanted[name], rtol=close, err_msg=f"{name} at {row['step']}")
+
+
+def until_it_trains(directory: Path, processes: list[subprocess.Popen]) -> None:
+    file = directory / "metrics.jsonl"
+    while not (file.exists() and read_metrics(file)):
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_overrides, tmp_path_factory):
+    """The same run in one process of four devices, and its overrides."""
+    overrides, directory = [*tiny_overrides, *OPTIONS], tmp_path_factory.mktemp("alone")
+    train(configs.load("demo:32", overrides), directory, mean_auroc)
+    return overrides, directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_reach_the_numbers_of_one(alone, tmp_path, processes):
+    overrides, reference = alone
+    for code, errors in finish(launch(overrides, tmp_path, processes)):
+        assert code == 0, errors
+    same_metrics(tmp_path, reference)
+    ours, wanted = (open_run(directory)[1] for directory in (tmp_path, reference))
+    for name, wanted_values in wanted.params["conv0"].items():
+        off = np.linalg.norm(ours.params["conv0"][name] - wanted_values) / np.linalg.norm(wanted_values)
+        assert off < 1e-3
+
+
+@pytest.mark.slow
+def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
+    overrides, _ = alone
+    processes = launch([*overrides, "train.epochs=400", "train.save_every=2"], tmp_path, 2)
+    until_it_trains(tmp_path, processes)
+    processes[1].kill()
+    start = time.monotonic()
+    (code, errors), _ = finish(processes)
+    assert time.monotonic() - start < HEARTBEAT + 30
+    assert code == 1
+    assert "another process" in errors
+    epochs = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] // 4 + 2
+    train(configs.load("demo:32", [*overrides, "mesh.data=2", f"train.epochs={epochs}"]), tmp_path, mean_auroc)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 4 * epochs
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_one_step_and_the_run_goes_on(alone, tmp_path):
+    overrides, _ = alone
+    processes = launch([*overrides, "train.epochs=400"], tmp_path, 2)
+    until_it_trains(tmp_path, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    steps = {errors.partition("at step ")[2].partition(" ")[0] for _, errors in ended}
+    assert len(steps) == 1
+    assert (tmp_path / "checkpoints" / "last" / steps.pop()).is_dir()
+
+
+def test_processes_with_other_configs_are_refused(alone, tmp_path):
+    overrides, _ = alone
+    ended = finish(launch(overrides, tmp_path, 2, differing="optimizer.rate=0.5"), timeout=120)
+    for code, errors in ended:
+        assert code == 1
+        assert "the processes do not have the same config: 1 of 2 differ from process 0" in errors
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_what_the_first_refuses_all_refuse(alone, tmp_path):
+    overrides, _ = alone
+    (tmp_path / "checkpoints" / "last" / "4").mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    ended = finish(launch(overrides, tmp_path, 2), timeout=120)
+    assert [code for code, _ in ended] == [1, 1], ended
+    said = {errors.partition("cxrjax: ")[2] for _, errors in ended}
+    assert len(said) == 1
+    assert str(tmp_path) in said.pop()
+
+
+def test_a_coordinator_that_is_not_there_is_named(tmp_path, tiny_overrides):
+    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--coordinator", f"localhost:{free_port()}"]
+    words += ["--processes", "2", "--process", "1", "--join-timeout", "3"]
+    ended = subprocess.run([sys.executable, "-m", "cxrjax.cli", *words], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert "could not reach process 0 at localhost:" in " ".join(ended.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--processes", "2"], "need --coordinator"),
+        (["--coordinator", "here"], "neither HOST:PORT nor auto"),
+        (["--coordinator", "a:1", "--processes", "2"], "needs --processes N and --process K"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "K from 0 to N - 1"),
+    ],
+)
+def test_numbers_that_do_not_fit(tmp_path, capsys, words, said):
+    from cxrjax.cli import main
+
+    assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
