@@ -18,6 +18,7 @@ from cxrjax.console import say, stderr, stdout
 from cxrjax.data.arguments import add_arguments, options
 from cxrjax.errors import CxrError
 from cxrjax.files import write_text
+from cxrjax.studies import explaining
 
 STUDIES = ("resolution", "fhrnet", "transfer", "attention_fusion", "sequential_cnn")
 EPILOG = "`cxrjax VERB --help` says more. Every verb takes --json FILE (- for standard output) and --debug."
@@ -167,18 +168,6 @@ def _predict(arguments: argparse.Namespace) -> Any:
     return result.as_dict()
 
 
-def _explain(arguments: argparse.Namespace) -> Any:
-    from cxrjax.studies import explanation
-
-    common = {"part": arguments.split, "data_dir": arguments.data_dir}
-    if arguments.what == "erf":
-        return explanation.erf_run(
-            arguments.run_directory, estimator=arguments.estimator, images=arguments.images or 32, **common
-        )
-    findings = arguments.findings.split(",") if arguments.findings else None
-    return explanation.gradcam_run(arguments.run_directory, findings=findings, images=arguments.images or 8, **common)
-
-
 def _models(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.catalogue import detail, entries, overview
 
@@ -285,16 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--batch", type=int, default=16, help="images at once (default: 16)")
     predict.add_argument("--out", type=Path, help="also write a table, .csv or .parquet, which score reads")
 
-    explain = verb("explain", _explain, "where a trained network looks: effective receptive field, or Grad-CAM")
+    explain = verb(
+        "explain", explaining.explain, "where a trained network looks: effective receptive field, or saliency maps"
+    )
     _add_run(explain)
-    explain.add_argument("what", choices=("erf", "gradcam"), help="which map")
-    explain.add_argument("--findings", help="gradcam: names, separated by commas; default: all")
-    explain.add_argument(
-        "--images", type=int, help="gradcam: overlays a finding (default 8); erf: images averaged (default 32)"
-    )
-    explain.add_argument(
-        "--estimator", choices=("exact", "probe", "sum"), default="probe", help="erf: how eq. 1 is computed"
-    )
+    explaining.add_arguments(explain)
 
     models = verb("models", _models, "the networks: parameters, feature maps, receptive fields, GFLOPs, inputs")
     models.add_argument("names", nargs="*", metavar="NAME", help="all feature maps of these; default: a line for each")

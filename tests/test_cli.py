@@ -76,24 +76,61 @@ def test_evaluate_writes_predictions_scores_and_a_page(capsys, trained, tmp_path
     assert [row["auroc"] for row in again["scores"]] == [row["auroc"] for row in result["scores"]]
 
 
-def test_explain_writes_arrays_pictures_and_numbers(capsys, trained):
+def test_explain_erf_writes_arrays_pictures_and_numbers(capsys, trained):
     code, out, err = run(capsys, "explain", trained, "erf", "--images", 4)
     assert code == 0, err
     assert "equivalent diameter" in " ".join(out.split())
-    erf = json.loads((trained / "explain" / "erf.json").read_text())
-    with np.load(trained / "explain" / "erf.npz") as arrays:
+    folder = trained / "explain"
+    erf = json.loads((folder / "erf.json").read_text())
+    with np.load(folder / "erf.npz") as arrays:
         assert arrays["map"].shape == (32, 32)
         area = np.sort(arrays["map"], axis=None)[::-1].cumsum() / arrays["map"].sum()
     assert erf["area_fraction"] == pytest.approx((np.searchsorted(area, erf["mass"]) + 1) / 32**2, abs=2 / 32**2)
 
-    code, out, err = run(capsys, "explain", trained, "gradcam", "--findings", "Mass,Cardiomegaly", "--images", 2)
+    words = ("--images", 2, "--layers", "all", "--untrained", "--width-cm", 35)
+    code, out, err = run(capsys, "explain", trained, "erf", *words)
     assert code == 0, err
-    with np.load(trained / "explain" / "gradcam.npz") as arrays:
-        assert list(arrays["finding"]) == ["Mass", "Cardiomegaly"]
-        assert arrays["map"].shape[:2] == (len(arrays["id"]), 2)
-    found = json.loads((trained / "explain" / "gradcam.json").read_text())["findings"]
-    assert 0 <= found["Mass"]["hits"] <= found["Mass"]["images"]
-    assert len(list((trained / "explain" / "gradcam" / "Mass").glob("*.png"))) == min(2, found["Mass"]["images"])
+    networks = json.loads((folder / "erf.json").read_text())["networks"]
+    assert list(networks) == ["trained", "untrained"]
+    for layers in networks.values():
+        assert list(layers) == ["stem", "block1", "block2", "final"]
+        assert layers["stem"]["theoretical_px"] < layers["block2"]["theoretical_px"]
+        for field in layers.values():
+            assert 0 < field["diameter_px"] <= 1.2 * field["theoretical_px"]
+            assert field["gaussian"]["least_squares"]["diameter_px"] == pytest.approx(field["gaussian_px"])
+    with np.load(folder / "erf.npz") as arrays:
+        assert np.abs(arrays["trained_final"] - arrays["untrained_final"]).max() > 0.01
+    for name in ("erf", "erf-layers", "erf-depth"):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_explain_maps_writes_arrays_pictures_numbers_and_a_page(capsys, trained):
+    words = ("--findings", "Mass,Cardiomegaly", "--images", 2)
+    code, out, err = run(capsys, "explain", trained, "gradcam", *words)
+    assert code == 0, err
+    folder = trained / "explain" / "gradcam"
+    scores = json.loads((folder / "scores.json").read_text())
+    mass = scores["findings"]["Mass"]
+    with np.load(folder / "Mass" / "maps.npz") as arrays:
+        assert arrays["map"].shape[1:] == tuple(scores["map"])
+        assert len(arrays["map"]) == len(arrays["id"]) == len(arrays["probability"]) == mass["images"]
+        assert arrays["map"].min() >= 0
+    assert 0 <= mass["hits"] <= mass["images"]
+    assert [rate["limit"] for rate in mass["boxes"]["iou"]] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    assert scores["overall"]["images"] == sum(of["images"] for of in scores["findings"].values())
+    assert len(list((folder / "Mass").glob("*.png"))) == min(2, mass["images"])
+    assert "IoBB" in (folder / "index.html").read_text()
+    assert "IoBB" in out
+
+    words = ("--findings", "Mass", "--images", 2, "--steps", 16, "--regions", "all", "--baseline", "mean")
+    code, out, err = run(capsys, "explain", trained, "integrated", *words)
+    assert code == 0, err
+    scores = json.loads((trained / "explain" / "integrated" / "scores.json").read_text())
+    assert scores["map"] == [32, 32]
+    assert 0 <= scores["incompleteness"] < 0.5
+    with np.load(trained / "explain" / "integrated" / "Mass" / "maps.npz") as arrays:
+        assert arrays["map"].min() < 0 < arrays["map"].max()
 
 
 @pytest.mark.slow
@@ -134,6 +171,9 @@ BAD = [
     (("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.data.views=LL"), "AP, PA"),
     (("evaluate", "{tmp}"), "is not the directory of a run"),
     (("explain", "{tmp}", "erf"), "is not the directory of a run"),
+    (("explain", "{tmp}", "erf", "--threshold", "0.3"), "--threshold changes nothing of erf"),
+    (("explain", "{tmp}", "layercam", "--steps", "9"), "--steps changes nothing of layercam"),
+    (("explain", "{tmp}", "gradcam", "--threshold", "3"), "threshold must be above 0"),
     (("score", "--predictions", "{tmp}/none.csv"), "none.csv"),
     (("prepare", "chestxray15", "--data-dir", "{tmp}"), "chestxray14"),
     (("prepare", "chestxray14", "--data-dir", "{tmp}", "--source", "{tmp}"), "no .png image anywhere below"),

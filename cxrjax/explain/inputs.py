@@ -27,11 +27,12 @@ def batches(
 ) -> Iterator[tuple[UInt8[np.ndarray, "B H W 1"], Int32[np.ndarray, " B"]]]:
     """Batches of one size, with the number of each image; the last batch is padded, with the number -1.
 
-    So each function of a batch compiles once. At most `batch_size` images each, fewer if there are fewer.
+    So each function of a batch compiles once. At most `batch_size` images each; few images are filled up to the next
+    power of two only, so that calls with almost as many share what was compiled.
     """
     if batch_size < 1:
         raise CxrError(f"batch_size must be at least 1, not {batch_size}")
-    size = min(batch_size, len(images))
+    size = min(batch_size, 1 << (len(images) - 1).bit_length())
     for start in range(0, len(images), size):
         index = np.arange(start, start + size, dtype=np.int32)
         yield images[np.minimum(index, len(images) - 1)], np.where(index < len(images), index, -1)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.gradcam import normalise, resize
+from cxrjax.explain.heatmaps import normalise, resize
 
 RESOLVABLE = 8  # cells
 
@@ -80,15 +80,15 @@ def localisation(
 
     margins = [tolerance * mask.shape[1] for mask in masks]
     hits = sum(points_at(*pair) for pair in zip(maps, masks, margins, strict=True))
-    interval = stats.binomtest(hits, len(maps)).proportion_ci(confidence, method="wilson")
+    low, high = wilson(hits, len(maps), confidence)
     energies = [energy_inside(*pair) for pair in zip(maps, masks, strict=True)]
     marked = [energy for energy in energies if not math.isnan(energy)]
     return Localisation(
         images=len(maps),
         hits=hits,
         hit_rate=hits / len(maps),
-        low=interval.low,
-        high=interval.high,
+        low=low,
+        high=high,
         chance=_mean((distance_to(mask) <= px).mean() for mask, px in zip(masks, margins, strict=True)),
         energy=_mean(marked) if marked else math.nan,
         area=_mean(mask.mean() for mask in masks),
@@ -96,6 +96,39 @@ def localisation(
         empty=len(energies) - len(marked),
         resolvable=resolvable(maps.shape[-2:]),
     )
+
+
+def pooled(scores: Sequence[Localisation], confidence: float = 0.95) -> Localisation:
+    """The scores of all maps of several findings together: each map counts once, for each finding that it is of."""
+    images = np.array([of.images for of in scores])
+    marked = images - [of.empty for of in scores]
+    hits = sum(of.hits for of in scores)
+    low, high = wilson(hits, int(images.sum()), confidence)
+
+    def mean(name: str, weights: np.ndarray) -> float:
+        counted = weights > 0
+        values = np.array([getattr(of, name) for of in scores])[counted]
+        return float(np.average(values, weights=weights[counted])) if counted.any() else math.nan
+
+    return Localisation(
+        images=int(images.sum()),
+        hits=hits,
+        hit_rate=hits / int(images.sum()),
+        low=low,
+        high=high,
+        chance=mean("chance", images),
+        energy=mean("energy", marked),
+        area=mean("area", images),
+        iou=mean("iou", images),
+        empty=sum(of.empty for of in scores),
+        resolvable=all(of.resolvable for of in scores),
+    )
+
+
+def wilson(hits: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a rate; images count as independent."""
+    interval = stats.binomtest(hits, images).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def resolvable(shape: Sequence[int]) -> bool:

@@ -12,6 +12,8 @@ import numpy as np
 
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.scores import MEAN
+from cxrjax.explain.boxes import BoxScores
+from cxrjax.explain.localisation import Localisation
 
 Row = Mapping[str, Any]
 """One score: finding, auroc, auroc_low, auroc_high, average_precision, average_precision_low, average_precision_high,
@@ -52,6 +54,9 @@ class Field:
       diameter_fraction: the same over the width of the image.
       theoretical_px: side of the theoretical receptive field in pixels; None where unknown.
       mass: share of the map inside the contour; 0.9545 is two standard deviations.
+      gaussian_px: diameter of the circle as large as the ellipse that holds `mass` of the Gaussian fitted to the map;
+        None where none was fitted.
+      width_cm: of what the image shows, for the scale bar; None where unknown.
     """
 
     map: np.ndarray
@@ -60,6 +65,8 @@ class Field:
     diameter_fraction: float
     theoretical_px: float | None = None
     mass: float = 0.9545
+    gaussian_px: float | None = None
+    width_cm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -254,3 +261,25 @@ def _known(part: str, names: Iterable[str], allowed: Sequence[str]) -> None:
     for name in names:
         if name not in allowed:
             raise CxrError(f"report: {part} names {name!r}, which is none of {', '.join(allowed)}")
+@dataclass(frozen=True)
+class MapsReport:
+    """Everything that the page of one run's saliency maps shows.
+
+    Attributes:
+      title: of the page.
+      cams: finding -> name of the image -> Cam.
+      located: finding, and `ALL` for all of them pooled -> how well maps point and boxes fit; without those that the
+        data do not locate.
+      tables: of the same.
+      lead, notes, provenance: as in `StudyReport`.
+    """
+
+    title: str
+    cams: Mapping[str, Mapping[str, Cam]]
+    located: Mapping[str, tuple[Localisation, BoxScores]] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    lead: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+

@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cxrjax.report import figures, pictures, style, tables
-from cxrjax.report.content import Cam, Field, RunReport, StudyReport, Table
+from cxrjax.report import figures, localised, pictures, style, tables
+from cxrjax.report.content import Cam, Field, MapsReport, RunReport, StudyReport, Table
 
 _LABELS = {
     "auc": "AUC of each model, for the mean and for each finding; the numbers are in the table of AUCs",
@@ -18,6 +18,7 @@ _LABELS = {
     "training": "Training and validation loss",
     "erf": "Effective receptive fields; their sizes are in the table below",
     "sizes": "Widths and heights of the original images",
+    "hits": "Share of images whose overlap is above each limit, one panel per finding; the numbers are in the tables",
     "reliability": "Observed frequency against predicted probability, one panel per finding",
 }
 
@@ -67,9 +68,20 @@ def run_page(report: RunReport) -> str:
     return _render("run.html.j2", report=report, plots=plots, lines=lines, columns=list(tables.METRICS.values()))
 
 
-def write_page(report: StudyReport | RunReport, path: str | Path) -> Path:
+def maps_page(report: MapsReport) -> str:
+    """The page of one run's saliency maps as HTML."""
+    widths = (style.WIDE, style.NARROW) if report.located else ()
+    drawn = [{"hits": localised.hit_rates(report.located, width=width)} for width in widths]
+    cams = {finding: _pictures(finding, row) for finding, row in report.cams.items()}
+    return _render("maps.html.j2", report=report, plots=_plots(drawn, _LABELS) if drawn else {}, cams=cams)
+
+
+def write_page(report: StudyReport | RunReport | MapsReport, path: str | Path) -> Path:
     """Write the page of a report; the file is whole or absent. Returns its path."""
-    html = study_page(report) if isinstance(report, StudyReport) else run_page(report)
+    if isinstance(report, StudyReport):
+        html = study_page(report)
+    else:
+        html = run_page(report) if isinstance(report, RunReport) else maps_page(report)
     return style.write(path, html.encode("utf-8", errors="replace"))
 
 
@@ -90,12 +102,16 @@ def _field_table(fields: Mapping[str, Field]) -> Table:
         (
             size, f"{field.diameter_px:.1f}", f"{field.diameter_fraction:.1%}", f"{field.area_fraction:.1%}",
             None if field.theoretical_px is None else f"{field.theoretical_px:.0f}",
+            None if field.gaussian_px is None else f"{field.gaussian_px:.1f}",
         )
         for size, field in fields.items()
     ]  # fmt: skip
-    columns = ("Image", "Effective, px", "of the width", "of the area", "Theoretical, px")
+    columns = ("Image", "Effective, px", "of the width", "of the area", "Gaussian fit, px", "Theoretical, px")
     return Table(
-        "Sizes of the receptive fields: diameter of the effective one, side of the theoretical one.", columns, rows
+        "Sizes of the receptive fields: diameter of the effective one, by the share of the sum that it holds and by "
+        "the Gaussian fitted to it; side of the theoretical one.",
+        columns,
+        rows,
     )
 
 

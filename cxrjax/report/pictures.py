@@ -18,12 +18,14 @@ from cxrjax.report.style import INK, WHITE, WIDE, panel_grid, styled, words
 
 _OUTLINE = (0, 229, 255)
 
+_DASHES = ((255, 255, 255), (16, 20, 24))
+"""Of the boxes around what a map marks: light and dark in turn, so that they show on any ground."""
 
 def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
     """A class activation map over its image.
 
     Args:
-      cam: image, map and perhaps the true place, which is outlined in cyan.
+      cam: image, map, and perhaps the true place, which is outlined in cyan, and boxes, which are dashed.
       side: length of the picture's longer side in pixels. Smaller images keep their visible pixels, larger ones are
         averaged down; the map is interpolated.
 
@@ -44,9 +46,25 @@ def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
         inside = np.asarray(Image.fromarray(np.asarray(cam.mask, np.uint8) * 255).resize(size)) > 127
         picture[_edge(inside, max(1, side // 144))] = _OUTLINE
     return picture
+    for box in () if cam.boxes is None else cam.boxes:
+        _dash(picture, box, max(1, side // 144))
 
 
 def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
+def _dash(picture: UInt8[np.ndarray, "h w 3"], box: np.ndarray, thickness: int) -> None:
+    """Draw the edge of a box, given as fractions of the sides, in dashes of six times its thickness."""
+    height, width = picture.shape[:2]
+    left, top = round(box[0] * width), round(box[1] * height)
+    right, bottom = max(round((box[0] + box[2]) * width), left + 1), max(round((box[1] + box[3]) * height), top + 1)
+    inside = np.zeros((height, width), bool)
+    inside[top:bottom, left:right] = True
+    edge = _edge(inside, thickness)
+    y, x = np.indices(edge.shape)
+    dark = (x + y) // (6 * thickness) % 2 == 1
+    for colour, where in zip(_DASHES, (~dark, dark), strict=True):
+        picture[edge & where] = colour
+
+
     core = inside
     for _ in range(thickness):
         padded = np.pad(core, 1)
@@ -97,7 +115,10 @@ def draw_field(panel: Axes, size: str, field: Field) -> AxesImage:
 def gradcam_grid(
     cams: Mapping[str, Mapping[str, Cam]], findings: Sequence[str], sizes: Sequence[str], *, width: float = WIDE
 ) -> Figure:
-    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth."""
+    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth.
+
+    Below each map stand the findings that the network gives more than one half, where the map knows them.
+    """
     rows = [finding for finding in findings if cams.get(finding)]
     columns = [size for size in sizes if any(size in cams[finding] for finding in rows)]
     side = (width - 0.3) / max(1, len(columns))

@@ -19,7 +19,8 @@ from cxrjax.report.content import Cam, Claim, Field, StudyReport, Table
 from cxrjax.report.page import write_page
 from cxrjax.report.tables import csv, terminal
 from cxrjax.studies import claims
-from cxrjax.studies.explanation import cam_of, compute_cams, measure_field
+from cxrjax.studies.explanation import cam_of, compute_cams
+from cxrjax.studies.receptive_fields import measure_field
 from cxrjax.studies.single import curves, epochs, interval_text, provenance
 from cxrjax.studies.study import STACKED, VOTED, Member, Study
 from cxrjax.train.experiment import Experiment

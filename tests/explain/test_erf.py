@@ -95,6 +95,31 @@ def test_random_signs_are_unbiased_and_vary_as_they_should(linear):
     assert 0.3 < z.std() < 2  # the pixels share their signs, so this is loose
 
 
+def test_the_sum_differs_by_the_products_of_different_channels(linear):
+    """(sum_k g_k)^2 / K = mean of g_k^2 + 2/K sum over pairs of g_k g_l; no number of images takes the second away."""
+    with jax.enable_x64(True):
+        images, kernel = some_images(3), kernels(linear)
+        exact, plain = (erf.measure(linear, images, estimator=e).map for e in ("exact", "sum"))
+    pairs = sum(kernel[k] * kernel[m] for k in range(5) for m in range(k))
+    np.testing.assert_allclose(plain - exact, placed(2 / 5 * pairs), rtol=1e-8, atol=1e-14)
+    assert np.abs(pairs).max() > 0.1 * (kernel**2).sum(0).max()
+
+
+def test_random_signs_are_unbiased_for_a_network_with_kinks_and_norms():
+    """The mean over seeds is within five of its own standard errors at every pixel; the plain sum is not."""
+    with jax.enable_x64(True):
+        network = Network.of(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4, dtype="float64"))
+        images, options = some_images(2, 32), {"translate": 0.0, "batch_size": 2, "parallel": 8}
+        exact, plain = (erf.measure(network, images, estimator=e, **options).map for e in ("exact", "sum"))
+        seeds = [erf.measure(network, images, probes=8, seed=seed, **options).map for seed in range(40)]
+    mean, error = np.mean(seeds, axis=0), np.std(seeds, axis=0, ddof=1) / np.sqrt(len(seeds))
+    counts = exact > 1e-3 * exact.max()
+    z = (mean - exact)[counts] / error[counts]
+    assert np.abs(z).max() < 5
+    assert abs(z.mean()) < 1  # the pixels share their signs, so that they err together
+    assert np.abs((plain - exact)[counts] / error[counts]).max() > 20
+
+
 def test_one_channel_leaves_one_estimate():
     with jax.enable_x64(True):
         network, images = Network.of(TwoConvolutions(2, 1)), some_images(2)

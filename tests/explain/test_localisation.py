@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.localisation import distance_to, energy_inside, localisation, overlap, points_at, resolvable
+from cxrjax.explain.localisation import distance_to, energy_inside, localisation, overlap, points_at, pooled, resolvable
 
 
 def box(side: int, top: int, left: int, size: int) -> np.ndarray:
@@ -67,6 +67,18 @@ def test_scores_of_a_set():
     assert tolerant.chance == pytest.approx((ndimage.distance_transform_edt(~mask) <= 4).mean())
     assert localisation(maps[3:], [mask]).hits == 0
     assert math.isnan(localisation(maps[3:], [mask]).energy)
+
+
+def test_pooled_scores_are_those_of_all_maps_together():
+    rng = np.random.default_rng(0)
+    masks = [box(32, *rng.integers(0, 20, 2), int(rng.integers(4, 12))) for _ in range(12)]
+    maps = rng.random((12, 16, 16), np.float32)
+    maps[[1, 10, 11]] = 0
+    parts = [slice(0, 3), slice(3, 10), slice(10, 12)]  # the last are all empty
+    together = localisation(maps, masks)
+    scores = pooled([localisation(maps[part], masks[part]) for part in parts])
+    for name, value in vars(together).items():
+        assert getattr(scores, name) == pytest.approx(value), name
 
 
 def test_random_maps_hit_as_often_as_chance():

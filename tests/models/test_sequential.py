@@ -12,8 +12,8 @@ from parity import relative_error
 from scipy.signal import correlate
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.gradcam import gradcam
 from cxrjax.explain.receptive_field import theoretical
+from cxrjax.explain.saliency import saliency
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
 
@@ -184,7 +184,7 @@ def test_receptive_fields_and_grad_cam():
     assert (field.size, field.stride, field.whole) == (1 + 2 + 1 + 4 + 2 + 8 + 4, 8, False)
     field = theoretical(Network.of(create("sequential_cnn_v2", classes=6, image_size=8)), image_size=64)
     assert (field.size, field.stride, field.whole) == (7, 1, False)
-    maps = gradcam(network, np.asarray(grey(2, 64)), [0, 5])
+    maps = saliency(network, np.asarray(grey(2, 64)), [0, 5])
     assert maps.shape == (2, 2, 6, 6)
     assert maps.max((2, 3)).min() > 0
 
