@@ -78,12 +78,15 @@ class Cam:
       cam: f[h, w] in 0..1, of the image's frame at any resolution.
       probability: what the network said of this finding.
       mask: bool[H', W'], where the finding truly is; None where unknown.
+      boxes: f[n, 4], what the map marks: left, top, width and height as fractions of the image's sides; None where
+        boxes were not looked for.
     """
 
     image: np.ndarray
     cam: np.ndarray
     probability: float
     mask: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -257,10 +260,6 @@ class RunReport:
         _known("reliability", self.reliability, self.findings)
 
 
-def _known(part: str, names: Iterable[str], allowed: Sequence[str]) -> None:
-    for name in names:
-        if name not in allowed:
-            raise CxrError(f"report: {part} names {name!r}, which is none of {', '.join(allowed)}")
 @dataclass(frozen=True)
 class MapsReport:
     """Everything that the page of one run's saliency maps shows.
@@ -283,3 +282,7 @@ class MapsReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _known(part: str, names: Iterable[str], allowed: Sequence[str]) -> None:
+    for name in names:
+        if name not in allowed:
+            raise CxrError(f"report: {part} names {name!r}, which is none of {', '.join(allowed)}")

@@ -101,8 +101,8 @@ def _field_table(fields: Mapping[str, Field]) -> Table:
     rows = [
         (
             size, f"{field.diameter_px:.1f}", f"{field.diameter_fraction:.1%}", f"{field.area_fraction:.1%}",
-            None if field.theoretical_px is None else f"{field.theoretical_px:.0f}",
             None if field.gaussian_px is None else f"{field.gaussian_px:.1f}",
+            None if field.theoretical_px is None else f"{field.theoretical_px:.0f}",
         )
         for size, field in fields.items()
     ]  # fmt: skip

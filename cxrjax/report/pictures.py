@@ -17,9 +17,9 @@ from cxrjax.report.content import Cam, Field
 from cxrjax.report.style import INK, WHITE, WIDE, panel_grid, styled, words
 
 _OUTLINE = (0, 229, 255)
-
 _DASHES = ((255, 255, 255), (16, 20, 24))
 """Of the boxes around what a map marks: light and dark in turn, so that they show on any ground."""
+
 
 def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
     """A class activation map over its image.
@@ -45,12 +45,11 @@ def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
     if cam.mask is not None:
         inside = np.asarray(Image.fromarray(np.asarray(cam.mask, np.uint8) * 255).resize(size)) > 127
         picture[_edge(inside, max(1, side // 144))] = _OUTLINE
-    return picture
     for box in () if cam.boxes is None else cam.boxes:
         _dash(picture, box, max(1, side // 144))
+    return picture
 
 
-def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
 def _dash(picture: UInt8[np.ndarray, "h w 3"], box: np.ndarray, thickness: int) -> None:
     """Draw the edge of a box, given as fractions of the sides, in dashes of six times its thickness."""
     height, width = picture.shape[:2]
@@ -65,6 +64,7 @@ def _dash(picture: UInt8[np.ndarray, "h w 3"], box: np.ndarray, thickness: int) 
         picture[edge & where] = colour
 
 
+def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
     core = inside
     for _ in range(thickness):
         padded = np.pad(core, 1)
@@ -115,10 +115,7 @@ def draw_field(panel: Axes, size: str, field: Field) -> AxesImage:
 def gradcam_grid(
     cams: Mapping[str, Mapping[str, Cam]], findings: Sequence[str], sizes: Sequence[str], *, width: float = WIDE
 ) -> Figure:
-    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth.
-
-    Below each map stand the findings that the network gives more than one half, where the map knows them.
-    """
+    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth."""
     rows = [finding for finding in findings if cams.get(finding)]
     columns = [size for size in sizes if any(size in cams[finding] for finding in rows)]
     side = (width - 0.3) / max(1, len(columns))
