@@ -182,7 +182,9 @@ def _study(arguments: argparse.Namespace) -> Any:
     if arguments.what == "resolution":
         from cxrjax.studies.resolution import resolution
 
-        return resolution(spec, arguments.overrides, arguments.workdir)
+        return resolution(spec, arguments.overrides, arguments.workdir, arguments.only)
+    if arguments.only:
+        raise CxrError(f"--only is for the study of resolution; that of {arguments.what} trains its arms in turn")
     from cxrjax.studies.arms import arms
 
     return arms(arguments.what, spec, arguments.overrides, arguments.workdir)
@@ -292,8 +294,13 @@ def _parser() -> argparse.ArgumentParser:
     study = verb("study", _study, "several runs and one report")
     study.add_argument(
         "what", choices=STUDIES, metavar="WHAT",
-        help="resolution: one run a size, and their stacked ensemble; fhrnet, transfer, attention_fusion or "
+        help="resolution: a run of each size, in each fold, and their ensembles; fhrnet, transfer, attention_fusion or "
         "sequential_cnn: the arms of a published system, compared with each other and with its paper",
+    )  # fmt: skip
+    study.add_argument(
+        "--only", default="", metavar="NAME",
+        help="resolution: train one run and nothing else, as a job of its own, in WORKDIR/runs/NAME, such as "
+        "1024px-fold3; many such jobs may share a WORKDIR. Without it, what is missing is trained, and all is gathered",
     )  # fmt: skip
     _add_config(study, required=False)
 

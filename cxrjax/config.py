@@ -34,6 +34,7 @@ CHOICES = {
     "train.heads": ("joint", "alternating"),
     "train.statistics": ("auto", "batch", "frozen"),
     "study.erf_estimator": ("exact", "probe", "sum"),
+    "study.paper": ("", "resolution"),
 }
 
 # Groups whose keys belong to what was chosen, which checks them.
@@ -143,6 +144,8 @@ def default() -> Config:
     config.study.arms = ()  # each is a run of this recipe with that argument
     config.study.sizes = ()  # each is a run of this recipe with that argument
     config.study.seeds = (0,)
+    config.study.folds = ()  # of split.name=folds, each a run a size; empty: the config's own split only
+    config.study.paper = ""  # resolution: its claims and numbers stand beside the study's; empty: none
     config.study.fine = ()  # findings expected to gain with resolution
     config.study.coarse = ()  # findings expected not to
     config.study.control = ()  # findings of the control run; empty: no control

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -115,11 +116,16 @@ def draw_field(panel: Axes, size: str, field: Field) -> AxesImage:
 def gradcam_grid(
     cams: Mapping[str, Mapping[str, Cam]], findings: Sequence[str], sizes: Sequence[str], *, width: float = WIDE
 ) -> Figure:
-    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth."""
+    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth.
+
+    Below each map stand the findings that the network gives more than one half, where the map knows them.
+    """
     rows = [finding for finding in findings if cams.get(finding)]
     columns = [size for size in sizes if any(size in cams[finding] for finding in rows)]
     side = (width - 0.3) / max(1, len(columns))
-    figure = Figure(figsize=(width, 0.3 + len(rows) * (side + 0.05)), layout="constrained")
+    below = {(f, s): _lines(said(cam), side) for f in rows for s, cam in cams[f].items()}
+    lines = max((text.count("\n") + 1 for text in below.values() if text), default=0)
+    figure = Figure(figsize=(width, 0.3 + len(rows) * (side + 0.05 + 0.1 * lines)), layout="constrained")
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
     for r, finding in enumerate(rows):
         panels[r, 0].set_ylabel(words(finding), color=INK)
@@ -131,9 +137,23 @@ def gradcam_grid(
                 panel.set_title(words(size), loc="center")
             if cam is not None:
                 panel.imshow(overlay(cam), interpolation="nearest")
+                panel.set_xlabel(below[finding, size], fontsize=5.6, labelpad=2)
                 panel.text(
                     0.04, 0.95, f"{cam.probability:.2f}", transform=panel.transAxes, va="top", color=WHITE, fontsize=7,
                     fontweight="bold" if cam.probability >= 0.5 else "normal",
                     bbox={"facecolor": "#101418", "edgecolor": "none", "alpha": 0.6, "pad": 1.5},
                 )  # fmt: skip
     return figure
+
+
+def said(cam: Cam) -> str:
+    """The findings that the network gives more than one half, the likeliest first; empty where that is not known."""
+    if cam.said is None:
+        return ""
+    ranked = sorted(cam.said.items(), key=lambda each: -each[1])
+    return ", ".join(f"{words(name, 24)} {probability:.2f}" for name, probability in ranked) or "none above 0.50"
+
+
+def _lines(text: str, side: float) -> str:
+    """A text in lines for a map `side` inches wide."""
+    return "\n".join(textwrap.wrap(text, max(12, int(side * 25)), max_lines=3, placeholder=" …"))

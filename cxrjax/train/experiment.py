@@ -158,10 +158,13 @@ class Experiment:
         batch, devices = self.config.train.batch, self.mesh.shape["data"]
         at_once = devices * (self.config.train.per_device or max(batch // devices, 1))
         if batch % at_once:
+            fits = max(n for n in range(1, devices + 1) if batch % n == 0)
             raise CxrError(
                 f"config key train.batch = {batch} is not a multiple of {at_once} "
-                f"({devices} devices x {at_once // devices} images); set train.per_device or train.batch"
-            )
+                f"({devices} devices x {at_once // devices} images); "
+                + (f"set mesh.data to {fits}, which divides it, and mesh.space to share images among the others"
+                   if batch % devices else f"set train.per_device to a divisor of {batch // devices}")
+            )  # fmt: skip
         return batch // at_once
 
     @property

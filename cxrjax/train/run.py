@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -117,10 +118,24 @@ def describe_run(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     }
 
 
+def training_in(directory: Path) -> str:
+    """The number of the process that trains in a directory at this moment; empty if none does."""
+    for place in (directory, *sorted(directory.glob("stages/*"))):
+        try:
+            with (place / ".lock").open() as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for an instant; `_lock` tries again
+                except OSError:
+                    return handle.read().strip() or "unknown"
+        except FileNotFoundError:
+            continue
+    return ""
+
+
 def _lock(file: Path) -> IO[str]:
     handle = file.open("a+")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends, however it ends
+        _hold(handle)
     except OSError:
         handle.seek(0)
         owner = handle.read().strip() or "unknown"
@@ -132,3 +147,14 @@ def _lock(file: Path) -> IO[str]:
     handle.write(f"{os.getpid()}\n")
     handle.flush()
     return handle
+
+
+def _hold(handle: IO[str], tries: int = 5) -> None:
+    """Lock the file; the kernel lets go when the process ends, however it ends."""
+    for left in reversed(range(tries)):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if not left:
+                raise
+            time.sleep(0.05)
