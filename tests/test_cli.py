@@ -146,7 +146,7 @@ def test_a_study_makes_one_report_of_several_sizes(capsys, tiny_overrides, tmp_p
     code, out, err = run(capsys, *words, *(f"--config.{word}" for word in tiny_overrides))
     assert code == 0, err
     result = json.loads((tmp_path / "s.json").read_text())
-    assert set(result["scores"]) == {"16 px", "32 px", "stacked", "voted"}
+    assert set(result["scores"]) == {"16 px", "32 px", "stacked", "voted", "logistic"}
     assert all(abs(sum(of.values()) - 1) < 1e-9 for of in result["weights"].values())
     assert {claim["supported"] for claim in result["claims"]} <= {"yes", "no", "undecided"}
     assert sorted(p.name for p in (tmp_path / "study" / "runs").iterdir()) == [

@@ -80,6 +80,7 @@ class Cam:
       mask: bool[H', W'], where the finding truly is; None where unknown.
       boxes: f[n, 4], what the map marks: left, top, width and height as fractions of the image's sides; None where
         boxes were not looked for.
+      said: all findings that the network gives more than one half, with their probabilities; None where not asked.
     """
 
     image: np.ndarray
@@ -87,6 +88,7 @@ class Cam:
     probability: float
     mask: np.ndarray | None = None
     boxes: np.ndarray | None = None
+    said: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

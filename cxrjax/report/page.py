@@ -33,12 +33,13 @@ class Plot:
 
 @dataclass(frozen=True)
 class Picture:
-    """A class activation map as an `<img>`: its address, the name of its size or arm, what it shows."""
+    """A class activation map as an `<img>`: its address, name of its size or arm, what it shows, what is said."""
 
     uri: str
     size: str
     probability: float
     alt: str
+    said: str
 
 
 def study_page(report: StudyReport) -> str:
@@ -122,6 +123,7 @@ def _pictures(finding: str, row: Mapping[str, Cam]) -> list[Picture]:
             size,
             float(cam.probability),
             f"Activation map of {finding} at {size}, probability {cam.probability:.2f}",
+            pictures.said(cam),
         )
         for size, cam in row.items()
     ]

@@ -1,4 +1,8 @@
-"""What a resolution study was to show, whether this one shows it, and what it cannot show: in plain words."""
+"""What a resolution study was to show, whether this one shows it, and what it cannot show: in plain words.
+
+Differences are of AUROCs, averaged over findings and over all folds or seeds; their intervals come of drawing the test
+patients in pairs, fold by fold (`evaluate.sample`).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -6,9 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cxrjax.evaluate.comparison import difference
-from cxrjax.evaluate.scores import Scores
 from cxrjax.report.content import Claim, Field
-from cxrjax.studies.study import STACKED, VOTED, Study
+from cxrjax.studies.study import LOGISTIC, STACKED, VOTED, Study
 
 MARGIN = 0.01
 """A gain in AUROC that would matter; a coarse finding 'does not gain' if its interval stays below this."""
@@ -23,103 +26,142 @@ PHANTOM_NOTES = (
 )
 
 
-def assess(study: Study, fields: Mapping[str, Field]) -> list[Claim]:
-    """Each claim with its statistics; differences are of mean AUROC, with patients drawn in pairs."""
-    config, tables, sizes = study.config, study.tables, study.sizes
-    options = {"resamples": config.evaluate.resamples or 1000, "confidence": config.evaluate.confidence}
-    small, large = sizes[0], sizes[-1]
-    found = []
-
-    if config.study.fine:
-        gain = difference(tables[large], tables[small], config.study.fine, **options)
+def fine_and_coarse(study: Study) -> list[Claim]:
+    """Whether the findings that `study.fine` and `study.coarse` name gain with resolution."""
+    large, small, found = study.sizes[-1], study.sizes[0], []
+    if study.config.study.fine:
+        gain = study.gain(large, small, study.config.study.fine)
         found.append(
             Claim(
-                f"Fine findings ({listed(config.study.fine)}) gain with resolution",
+                f"Fine findings ({listed(study.config.study.fine)}) gain with resolution",
                 verdict(gain.low > 0, gain.high < 0),
-                f"mean AUROC at {large} less that at {small}: {gain}",
+                f"mean AUROC at {large} less that at {small}: {gain}{study.agreeing(gain)}",
             )
         )
-    if config.study.coarse:
-        gain = difference(tables[large], tables[small], config.study.coarse, **options)
+    if study.config.study.coarse:
+        gain = study.gain(large, small, study.config.study.coarse)
         found.append(
             Claim(
-                f"Coarse findings ({listed(config.study.coarse)}) do not",
+                f"Coarse findings ({listed(study.config.study.coarse)}) do not",
                 verdict(gain.high < MARGIN, gain.low > MARGIN),
-                f"mean AUROC at {large} less that at {small}: {gain}; a gain below {MARGIN} counts as none",
+                f"mean AUROC at {large} less that at {small}: {gain}{study.agreeing(gain)}; a gain below {MARGIN} "
+                "counts as none",
             )
         )
-    found.append(_ensemble_claim(study, options))
-    diameters = [fields[name].diameter_fraction for name in sizes]
-    found.append(
-        Claim(
-            "The effective receptive field shrinks relative to the image as resolution rises",
-            verdict(bool(np.all(np.diff(diameters) < 0)), bool(np.all(np.diff(diameters) >= 0))),
-            ", ".join(f"{value:.0%} of the width at {name}" for name, value in zip(sizes, diameters, strict=True)),
-        )
-    )
-    if study.control is not None:
-        found.append(_control_claim(study, options))
     return found
 
 
-def lead(study: Study, scores: Mapping[str, Scores]) -> list[str]:
-    """The opening: what was done, and the numbers that matter most."""
-    experiment = study.first[0].experiment
-    images = {name: len(part.row) for name, part in experiment.parts.items()}
-    means = {name: of.mean.auroc for name, of in scores.items()}
-    best = max(study.sizes, key=lambda name: means[name])
-    return [
-        f"{study.config.model.name} was trained at {listed(study.sizes)} on {images['train']:,} images of "
-        f"{experiment.records.dataset}; each run kept its best epoch of {images['validation']:,} validation images, on "
-        f"which the ensemble's weights were learnt too. All scores are of {images['test']:,} test images of other "
-        "patients.",
-        f"The best single size on average is {best} (mean AUROC {means[best]:.3f}); the stacked ensemble reaches "
-        f"{means[STACKED]:.3f}, plain voting {means[VOTED]:.3f}.",
-    ]
-
-
-def notes(study: Study) -> Sequence[str]:
-    """What this study does and does not prove."""
-    kept = PHANTOM_NOTES if study.first[0].experiment.records.dataset == "cxr_phantom" else ()
-    if study.control is None:
-        kept = kept[:1]
-    seeds = (
-        "Every model was trained once: the intervals are of the test patients, and say nothing of how much another "
-        "training seed would change."
-        if len(study.members) == 1
-        else f"Figures and intervals are those of training seed {next(iter(study.members))}; claims average all seeds."
-    )
-    return (*kept, seeds)
-
-
-def _control_claim(study: Study, options: Mapping[str, Any]) -> Claim:
-    """Whether large images by themselves cost coarse findings anything: the control has nothing else to learn."""
-    assert study.control is not None
-    control = study.control.test
-    losses = {
-        name: difference([control], [tables[0].select(control.findings)], control.findings, **options)
-        for name, tables in study.tables.items()
-        if name in study.sizes
-    }
-    best = min(losses, key=lambda name: np.nan_to_num(losses[name].value, nan=np.inf))
-    return Claim(
-        f"Trained on nothing else, the network at {study.control.name} finds {listed(control.findings)} as well as "
-        "at any size",
-        verdict(losses[best].low > -MARGIN, losses[best].high < -MARGIN),
-        f"mean AUROC of this control less that of {best}, their best size: {losses[best]}; "
-        f"a loss below {MARGIN} counts as none",
-    )
-
-
-def _ensemble_claim(study: Study, options: Mapping[str, Any]) -> Claim:
-    findings = study.first[0].experiment.findings
-    gains = {name: difference(study.tables[STACKED], study.tables[name], findings, **options) for name in study.sizes}
+def ensemble(study: Study) -> Claim:
+    """Whether stacking pays on average."""
+    gains = {name: study.gain(STACKED, name, study.findings) for name in study.sizes}
     nearest = min(gains, key=lambda name: np.nan_to_num(gains[name].value, nan=np.inf))
     return Claim(
         "The stacked ensemble beats every single size on average",
         verdict(all(gain.low > 0 for gain in gains.values()), any(gain.high < 0 for gain in gains.values())),
-        f"mean AUROC of the ensemble less that of {nearest}, the best single size: {gains[nearest]}",
+        f"mean AUROC of the ensemble less that of {nearest}, the best single size: {gains[nearest]}"
+        f"{study.agreeing(gains[nearest])}",
     )
+
+
+def receptive_field(study: Study, fields: Mapping[str, Sequence[Field]]) -> Claim:
+    """Whether the effective receptive field shrinks in the image's frame; `fields` has one of each size and group."""
+    diameters = np.array([[field.diameter_fraction for field in fields[name]] for name in study.sizes]).T
+    steps = np.diff(diameters, axis=1)
+    falls = (steps < 0).all(axis=1)
+    means = zip(study.sizes, diameters.mean(axis=0), strict=True)
+    return Claim(
+        "The effective receptive field shrinks relative to the image as resolution rises",
+        verdict(bool(falls.all()), bool((steps >= 0).all())),
+        ", ".join(f"{value:.0%} of the width at {name}" for name, value in means)
+        + (f"; it falls at every step in {falls.sum()} of {study.several}" if study.several else ""),
+    )
+
+
+def control(study: Study) -> list[Claim]:
+    """Whether large images by themselves cost coarse findings anything: the control has nothing else to learn."""
+    if study.control is None:
+        return []
+    alone, evaluate = study.control.test, study.config.evaluate
+    options: dict[str, Any] = {"resamples": evaluate.resamples or 1000, "confidence": evaluate.confidence}
+    losses = {
+        name: difference([alone], [study.tables[name][0].select(alone.findings)], alone.findings, **options)
+        for name in study.sizes
+    }
+    best = min(losses, key=lambda name: np.nan_to_num(losses[name].value, nan=np.inf))
+    return [
+        Claim(
+            f"Trained on nothing else, the network at {study.control.name} finds {listed(alone.findings)} as well as "
+            "at any size",
+            verdict(losses[best].low > -MARGIN, losses[best].high < -MARGIN),
+            f"mean AUROC of this control less that of {best}, their best size: {losses[best]}; "
+            f"a loss below {MARGIN} counts as none",
+        )
+    ]
+
+
+def lead(study: Study) -> list[str]:
+    """The opening: what was done, and the numbers that matter most."""
+    means = {name: of.mean.auroc for name, of in study.scores.items()}
+    best = max(study.sizes, key=lambda name: means[name])
+    return [
+        _design(study),
+        f"The best single size on average is {best} (mean AUROC {means[best]:.3f}); the stacked ensemble reaches "
+        f"{means[STACKED]:.3f}, plain voting {means[VOTED]:.3f}, logistic stacking {means[LOGISTIC]:.3f}.",
+    ]
+
+
+def _design(study: Study) -> str:
+    experiment, model = study.first[0].experiment, study.config.model.name
+    images = {name: len(part.row) for name, part in experiment.parts.items()}
+    if study.kind == "training seed":
+        return (
+            f"{model} was trained at {listed(study.sizes)} on {images['train']:,} images of {study.dataset}; each run "
+            f"kept its best epoch of {images['validation']:,} validation images, on which the ensemble's weights were "
+            f"learnt too. All scores are of {images['test']:,} test images of other patients."
+        )
+    test = study.scores[STACKED]
+    return (
+        f"{model} was trained at {listed(study.sizes)} in {study.several} of {study.dataset}, in {study.first_called} "
+        f"on {images['train']:,} images; each run kept its best epoch of that fold's {images['validation']:,} "
+        f"validation images, on which the ensembles were learnt too. All scores are means over {study.several}, of "
+        f"{test.images:,} test images of {test.patients:,} patients in all; no patient is in two parts of a fold, nor "
+        "tested on in two folds."
+    )
+
+
+def notes(study: Study) -> Sequence[str]:
+    """What this study does and does not prove."""
+    drawn = study.dataset == "cxr_phantom"
+    kept = [PHANTOM_NOTES[0]] * drawn + [PHANTOM_NOTES[1]] * (drawn and study.control is not None)
+    if not study.several:
+        kept.append(
+            "Every model was trained once: the intervals are of the test patients, and say nothing of how much another "
+            "training seed would change."
+        )
+        return [*kept, *_voted(study)]
+    kept.append(
+        f"Scores, intervals and claims average {study.several}. ROC curves, loss curves, activation maps and pictures "
+        f"of receptive fields are those of {study.first_called}."
+    )
+    kept.append(
+        "Intervals come of drawing test patients; how much another training would change shows in the standard "
+        f"deviations over {study.several}"
+        + ("." if study.kind == "training seed" else ", which share most of their training images.")
+    )
+    return [*kept, *_voted(study)]
+
+
+def _voted(study: Study) -> list[str]:
+    """Findings that logistic stacking has no regression of."""
+    why = {
+        f"{finding} ({reason})": None
+        for learnt in study.regressions.values()
+        for finding, reason in zip(study.findings, learnt.voted, strict=True)
+        if reason
+    }
+    if not why:
+        return []
+    return [f"Logistic stacking votes where validation labels define no regression: {listed(list(why))}."]
 
 
 def verdict(yes: bool, no: bool) -> Literal["yes", "no", "undecided"]:

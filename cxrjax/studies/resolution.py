@@ -1,218 +1,217 @@
-"""Which resolution does each finding need? One run a size, their stacked ensemble, and one report."""
+"""Which resolution does each finding need? A run of each size (in each fold), their ensembles, and one report."""
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cxrjax.config import Config, load
-from cxrjax.console import say, stdout
+from cxrjax.console import say
+from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.scores import Scores, score
-from cxrjax.files import write_json
-from cxrjax.report import figures, style
-from cxrjax.report.content import Cam, Claim, Field, StudyReport, Table
-from cxrjax.report.page import write_page
-from cxrjax.report.tables import csv, terminal
-from cxrjax.studies import claims
-from cxrjax.studies.explanation import cam_of, compute_cams
+from cxrjax.files import beside
+from cxrjax.report.content import Field
 from cxrjax.studies.receptive_fields import measure_field
-from cxrjax.studies.single import curves, epochs, interval_text, provenance
-from cxrjax.studies.study import STACKED, VOTED, Member, Study
+from cxrjax.studies.resolution_report import report
+from cxrjax.studies.study import Group, Member, Study
 from cxrjax.train.experiment import Experiment
-from cxrjax.train.loop import train
+from cxrjax.train.run import training_in
+from cxrjax.train.stages import train_stages
 
 
-def resolution(spec: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Planned:
+    """A run that the study consists of, before it is trained.
+
+    Attributes:
+      label: what the report calls it.
+      group: its seed and fold.
+      config: what is trained.
+      control: whether it learns a few findings only, and is in no ensemble.
+    """
+
+    label: str
+    group: Group
+    config: Config
+    control: bool = False
+
+
+def resolution(spec: str, overrides: Sequence[str], directory: Path, only: str = "") -> dict[str, Any]:
     """Run the whole study in `directory`; what is done already is not done again.
 
     Args:
-      spec: a recipe whose argument is a size and whose `study.sizes` lists them.
+      spec: a recipe, perhaps with an argument of words separated by commas: a number is a size, which the study
+        replaces by each of the recipe's `study.sizes`; other words are passed on.
       overrides: `--config.key=value`, applied to every run.
-      directory: gets `runs/`, `predictions/`, `figures/`, `arrays/`, `study.json` and `report/index.html`.
+      directory: gets `runs/`, `predictions/`, `figures/`, `study.json`, `scores.csv` and `report/index.html`.
+      only: the name of one run, which is its directory's in `runs/`, such as "1024px-fold3": only this one is trained,
+        predicted and measured, and nothing outside its directory is written. Many such jobs may run at once.
 
     Returns:
-      Scores of every model, ensemble weights, receptive fields and claims, ready for JSON.
+      Scores of every model, ensemble weights, receptive fields and claims, ready for JSON; of `only`, how far it came.
+
+    Raises:
+      CxrError: bad input, or another process trains one of the runs.
     """
     config = load(spec, overrides)
-    if len(config.study.sizes) < 2:
-        raise CxrError(f"config key study.sizes is {config.study.sizes}: a study of resolution needs two sizes or more")
-    recipe = spec.partition(":")[0]
-    _check(config, load(f"{recipe}:{config.study.sizes[0]}", overrides))
-    members = {
-        seed: [_member(recipe, overrides, directory, size, seed) for size in config.study.sizes]
-        for seed in config.study.seeds
-    }
+    _check_keys(config)
+    planned = plan(spec, overrides, config)
+    if only:
+        if only not in planned:
+            raise CxrError(f"--only {only} is no run of this study; its runs are {', '.join(planned)}")
+        return _alone(planned[only], directory / "runs" / only, config)
+    _check_data(config, planned)
+    _refuse_busy(planned, directory)
+
+    members: dict[Group, list[Member]] = {}
+    measured: dict[str, list[Field]] = {}
+    shared: dict[str, Records] = {}
     control = None
-    if config.study.control:
-        size, findings = config.study.control_size or config.study.sizes[-1], tuple(config.study.control)
-        control = _member(recipe, overrides, directory, size, config.study.seeds[0], findings)
-    return _report(Study(config, members, control), directory)
+    for name, each in planned.items():
+        train_stages(each.config, directory / "runs" / name, mean_auroc)
+        member = _with_shared(Member.of(each.label, directory / "runs" / name), shared)
+        if each.control:
+            control = member
+        else:
+            members.setdefault(each.group, []).append(member)
+            measured.setdefault(each.label, []).append(_field(member, config))
+    return report(Study(config, members, control), measured, directory)
 
 
-def _check(config: Config, smallest: Config) -> None:
-    """Find before hours of training what would stop the report after them."""
-    sizes = list(config.study.sizes)
+def plan(spec: str, overrides: Sequence[str], config: Config) -> dict[str, Planned]:
+    """All runs by their names, in the order in which they are trained."""
+    study = config.study
+    of_size = {size: _load(spec, overrides, size) for size in study.sizes}
+    groups = [Group(seed, fold) for seed, fold in product(study.seeds, study.folds or [None])]
+    planned = {
+        f"{size}px{group.suffix}": Planned(f"{size} px", group, _of_group(of_size[size], group))
+        for group in groups
+        for size in study.sizes
+    }
+    if study.control:
+        size = study.control_size or study.sizes[-1]
+        alone = _of_group(of_size[size] if size in of_size else _load(spec, overrides, size), groups[0])
+        with alone.unlocked():
+            alone.data.findings = tuple(study.control)
+        planned[f"control-{size}px{groups[0].suffix}"] = Planned(f"{size} px", groups[0], alone, control=True)
+    return planned
+
+
+def _load(spec: str, overrides: Sequence[str], size: int) -> Config:
+    recipe, _, argument = spec.partition(":")
+    words = [word for word in argument.split(",") if word and not word.isdigit()]
+    config = load(f"{recipe}:{','.join([str(size), *words])}", overrides)
+    if config.data.size != size:
+        raise CxrError(
+            f"config key data.size is {config.data.size} in the run at {size} px: leave the size to study.sizes"
+        )
+    return config
+
+
+def _of_group(config: Config, group: Group) -> Config:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.seed = group.seed
+        if group.fold is not None:
+            config.split.fold = group.fold
+    return config
+
+
+def _check_keys(config: Config) -> None:
+    study, key = config.study, "config key study."
+    sizes, folds, seeds = list(study.sizes), list(study.folds), list(study.seeds)
+    if len(sizes) < 2:
+        raise CxrError(f"{key}sizes is {study.sizes}: a study of resolution needs two sizes or more")
     if sizes != sorted(set(sizes)):
-        raise CxrError(f"config key study.sizes is {config.study.sizes}: sizes must rise")
-    findings = Experiment.open(smallest).findings
+        raise CxrError(f"{key}sizes is {study.sizes}: sizes must rise")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise CxrError(f"{key}seeds is {study.seeds}: give one training seed or more, each once")
+    if folds and config.split.name != "folds":
+        raise CxrError(f"{key}folds is {study.folds}, and split.name is {config.split.name}: set split.name=folds")
+    if len(set(folds)) < len(folds) or not set(folds) <= set(range(config.split.folds)):
+        raise CxrError(f"{key}folds is {study.folds}: give folds from 0 to {config.split.folds - 1}, each once")
+    if config.loss.name == "cross_entropy":
+        raise CxrError(
+            "config key loss.name is cross_entropy, and a study of resolution weighs sizes finding by finding, so that "
+            "probabilities of exclusive classes would not add up: set loss.name=bce, which learns each class by itself"
+        )
+
+
+def _check_data(config: Config, planned: Mapping[str, Planned]) -> None:
+    """Find before hours of training what would stop the report after them."""
+    first, *_ = planned.values()
+    opened = Experiment.open(first.config)
     for key in ("fine", "coarse", "control"):
-        missing = [finding for finding in config.study[key] if finding not in findings]
+        missing = [finding for finding in config.study[key] if finding not in opened.findings]
         if missing:
             raise CxrError(
                 f"config key study.{key} names {', '.join(missing)}, which the runs do not learn; "
-                f"they learn {', '.join(findings)}"
+                f"they learn {', '.join(opened.findings)}"
+            )
+    for name, each in planned.items():
+        if each.group == first.group or each.label == first.label:  # the others are of the same data and folds
+            experiment = Experiment.open(each.config)
+            _ = experiment.accumulate
+            for part in ("train", "validation", "test"):
+                experiment.part(part)
+            if each.group == first.group:
+                _refuse_other_images(opened, experiment, name)
+
+
+def _refuse_other_images(first: Experiment, other: Experiment, name: str) -> None:
+    for part in ("train", "validation", "test"):
+        ours, theirs = first.part(part).row, other.part(part).row
+        if not np.array_equal(first.records.id[ours], other.records.id[theirs]):
+            raise CxrError(
+                f"run {name} would have other images in its {part} part than the smallest size has: prepare all sizes "
+                "from the same source"
             )
 
 
-def _member(
-    recipe: str, overrides: Sequence[str], directory: Path, size: int, seed: int, findings: tuple[str, ...] = ()
-) -> Member:
-    config = load(f"{recipe}:{size}", overrides)
-    with config.unlocked():
-        config.seed = seed
-        config.data.findings = findings or config.data.findings
-    name = f"{'control-' if findings else ''}{size}px" + (f"-seed{seed}" if seed else "")
-    run = directory / "runs" / name
-    train(config, run, mean_auroc)
-    return Member.of(f"{size} px", run)
-
-
-def _report(study: Study, directory: Path) -> dict[str, Any]:
-    """Everything the study found, as files and as one page."""
-    config, tables = study.config, study.tables
-    scores = {
-        name: score(of[0], resamples=config.evaluate.resamples, confidence=config.evaluate.confidence)
-        for name, of in tables.items()
-    }
-    for name in (STACKED, VOTED):
-        tables[name][0].write(directory / "predictions" / f"{name}.parquet")
-    fields = {
-        member.name: measure_field(
-            member.experiment, member.network, "test", config.study.erf_estimator, config.study.erf_images
+def _refuse_busy(planned: Mapping[str, Planned], directory: Path) -> None:
+    """Before anything is trained: a study that waits for other jobs should not find out hours later."""
+    busy = {name: training_in(directory / "runs" / name) for name in planned}
+    named = [f"{name} (process {owner})" for name, owner in busy.items() if owner]
+    if named:
+        raise CxrError(
+            f"other processes are training {', '.join(named)} in {directory / 'runs'}: give this command again when "
+            "they are done; --only NAME trains a single run meanwhile"
         )
-        for member in study.first
-    }
-    found = claims.assess(study, fields)
-    report = StudyReport(
-        title=config.title or "Resolution study",
-        findings=study.first[0].experiment.findings,
-        sizes=study.sizes,
-        scores={name: of.rows() for name, of in scores.items()},
-        ensembles=(STACKED, VOTED),
-        lead=claims.lead(study, scores),
-        claims=found,
-        notes=claims.notes(study),
-        interval=interval_text(scores[STACKED]),
-        weights=study.weights[config.study.seeds[0]],
-        curves={name: curves(of[0]) for name, of in tables.items()},
-        training={member.name: epochs(member.directory) for member in study.first},
-        fields=fields,
-        cams=_cams(study),
-        control=_control_table(study),
-        tables=_seed_tables(study),
-        provenance=_provenance(study),
-    )
-    return _write(report, scores, found, directory)
 
 
-def _cams(study: Study) -> dict[str, dict[str, Cam]]:
-    """For each finding the test image that the ensemble is surest of among those that show it, at every size."""
-    stacked, experiment = study.tables[STACKED][0], study.first[0].experiment
-    rows = {}
-    for k, finding in enumerate(stacked.findings):
-        shows = np.flatnonzero((stacked.label[:, k] > 0.5) & stacked.known[:, k])
-        if len(shows):
-            rows[finding] = int(experiment.part("test").row[shows[stacked.logit[shows, k].argmax()]])
-    chosen = np.unique(list(rows.values()))
-    grid: dict[str, dict[str, Cam]] = {finding: {} for finding in rows}
-    for member in study.first:
-        cams = compute_cams(member.experiment, member.network, chosen, stacked.findings)
-        for finding, row in rows.items():
-            grid[finding][member.name] = cam_of(member.experiment, cams, finding, row)
-    return grid
+def _alone(planned: Planned, run: Path, config: Config) -> dict[str, Any]:
+    """One run as a job of its own: everything that the study will ask of it."""
+    progress = train_stages(planned.config, run, mean_auroc)
+    member = Member.of(planned.label, run)
+    if not planned.control:
+        _field(member, config)
+    say(f"{run.name}: trained {progress.step} steps, predicted and measured: {run}")
+    return {"run": run.name, "directory": str(run), **vars(progress)}
 
 
-def _control_table(study: Study) -> Table | None:
-    if study.control is None:
-        return None
-    control = study.control
-    size = study.sizes.index(control.name) if control.name in study.sizes else None
-    columns = ["Finding", f"{control.name}, alone"] + (
-        [f"{control.name}, all findings together"] if size is not None else []
-    )
-    alone = {row["finding"]: row["auroc"] for row in score(control.test, resamples=0).rows()}
-    models = [alone]
-    if size is not None:
-        together = study.first[size].test.select(control.test.findings)
-        models.append({row["finding"]: row["auroc"] for row in score(together, resamples=0).rows()})
-    rows = [[finding, *(_auroc_text(model[finding]) for model in models)] for finding in alone]
-    return Table("AUROC of the same network trained on these findings only", columns, rows)
+def _with_shared(member: Member, shared: dict[str, Records]) -> Member:
+    """All folds of one size read the same records: their table is kept in memory once."""
+    records = member.experiment.records
+    kept = shared.setdefault(records.fingerprint, records)
+    return replace(member, experiment=replace(member.experiment, records=kept))
 
 
-def _auroc_text(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.3f}"
-
-
-def _seed_tables(study: Study) -> list[Table]:
-    """Mean and standard deviation over training seeds, where there are several."""
-    if len(study.members) < 2:
-        return []
-    rows = []
-    findings = study.first[0].experiment.findings
-    values = {
-        name: np.array([[row["auroc"] for row in score(table, resamples=0).rows()] for table in of])
-        for name, of in study.tables.items()
-    }
-    for k, finding in enumerate((*findings, "Mean")):
-        means = [(_auroc_text(of[:, k].mean()), _auroc_text(of[:, k].std(ddof=1))) for of in values.values()]
-        rows.append([finding, *(f"{mean} ± {spread}" for mean, spread in means)])
-    return [
-        Table(f"AUROC over {len(study.members)} training seeds, mean ± standard deviation", ["Finding", *values], rows)
-    ]
-
-
-def _provenance(study: Study) -> dict[str, Any]:
-    first = provenance(study.first[0].directory)
-    members = [member for of in study.members.values() for member in of] + ([study.control] if study.control else [])
-    seconds = {member.directory.name: provenance(member.directory)["train_seconds"] for member in members}
-    shared = ("identity", "images", "versions", "device", "devices", "mesh", "host")
-    return {name: first[name] for name in shared} | {
-        "seeds": list(study.members),
-        "model": study.config.model.name,
-        "steps": first["steps"],
-        "training, seconds": seconds,
-    }
-
-
-def _write(report: StudyReport, scores: dict[str, Scores], found: list[Claim], directory: Path) -> dict[str, Any]:
-    result = {
-        "scores": {name: of.as_dict() for name, of in scores.items()},
-        "weights": {
-            finding: dict(zip(report.sizes, map(float, row), strict=True))
-            for finding, row in zip(report.findings, np.asarray(report.weights), strict=True)
-        },
-        "erf": {name: _numbers(field) for name, field in report.fields.items()},
-        "claims": [vars(claim) for claim in found],
-        "provenance": json.loads(json.dumps(report.provenance)),
-    }
-    write_json(directory / "study.json", result)
-    style.write(directory / "scores.csv", csv(report.scores).encode())
-    for name, figure in figures.study_figures(report).items():
-        style.save(figure, directory / "figures" / f"{name}.{'png' if name in ('erf', 'gradcam') else 'svg'}")
-    style.save(figures.summary(report), directory / "figures" / "summary.png")
-    page = write_page(report, directory / "report" / "index.html")
-    stdout.print(terminal(report.scores, report.findings, report.sizes, title=report.title))
-    for claim in found:
-        say(f"{claim.supported:>9}  {claim.statement}: {claim.evidence}")
-    say(f"report: {page}")
-    return result | {"report": str(page)}
-
-
-def _numbers(field: Field) -> dict[str, float]:
-    names = ("area_fraction", "diameter_px", "diameter_fraction", "theoretical_px", "mass")
-    return {name: getattr(field, name) for name in names}
+def _field(member: Member, config: Config) -> Field:
+    """The receptive field of a run on test images: the one beside it if it is of this checkpoint, else a new one."""
+    options = (config.study.erf_estimator, config.study.erf_images)
+    mark = json.dumps([*options, (member.directory / "predictions" / "made-of.json").read_text()])
+    file = member.directory / "predictions" / "receptive-field.npz"
+    if file.is_file():
+        with np.load(file) as stored:
+            if str(stored["mark"]) == mark:
+                return Field(stored["map"], **json.loads(str(stored["numbers"])))
+    field = measure_field(member.experiment, member.network, "test", *options)
+    numbers = {each.name: getattr(field, each.name) for each in fields(Field) if each.name != "map"}
+    with beside(file) as temporary:
+        np.savez_compressed(temporary, map=field.map, numbers=json.dumps(numbers), mark=mark)
+    return field

@@ -1,19 +1,28 @@
-"""The members of a study, and of a resolution study the ensembles they make."""
+"""The members of a study, and of a resolution study the groups and ensembles they make."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cxrjax.config import Config
-from cxrjax.evaluate.ensemble import combine, fit_weights
+from cxrjax.console import bar
+from cxrjax.evaluate.comparison import Difference, sampled_difference
+from cxrjax.evaluate.ensemble import Logistic, align, combine, fit_logistic, fit_weights
 from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
+from cxrjax.evaluate.sample import Sample
+from cxrjax.evaluate.scores import Scores, score_sample
+from cxrjax.files import write_json
 from cxrjax.models.network import Network
 from cxrjax.train.experiment import Experiment
 
-STACKED, VOTED = "stacked", "voted"
+STACKED, VOTED, LOGISTIC = "stacked", "voted", "logistic"
+ENSEMBLES = (STACKED, VOTED, LOGISTIC)
 
 
 @dataclass(frozen=True)
@@ -32,21 +41,73 @@ class Member:
 
     @classmethod
     def of(cls, name: str, directory: Path) -> "Member":
-        """Open a trained run, predict validation and test, and write both tables beside it."""
-        experiment, network, _ = open_run(directory)
-        parts = {part: predict(experiment, network, part) for part in ("validation", "test")}
-        for part, table in parts.items():
-            table.write(directory / "predictions" / f"{part}.parquet")
+        """Open a trained run and predict validation and test, unless both tables lie beside it already."""
+        experiment, network, about = open_run(directory)
+        folder, mark = directory / "predictions", experiment.fingerprints | about
+        files, made = {part: folder / f"{part}.parquet" for part in ("validation", "test")}, folder / "made-of.json"
+        if _read(made) != mark or not all(file.is_file() for file in files.values()):
+            made.unlink(missing_ok=True)
+            for part, file in files.items():
+                predict(experiment, network, part).write(file)
+            write_json(made, mark)
+        parts = {part: Predictions.read(file) for part, file in files.items()}  # read back: the same bits each time
         return cls(name, directory, experiment, network, **parts)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+class Group(NamedTuple):
+    """What the runs of all sizes have in common: the training seed, and the fold that is tested on, if any."""
+
+    seed: int
+    fold: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Ends the names of its runs' directories."""
+        return ("" if self.fold is None else f"-fold{self.fold}") + (f"-seed{self.seed}" if self.seed else "")
+
+    def called(self, kind: str) -> str:
+        """Its name among others of `kind`, which is `Study.kind`."""
+        fold, seed = f"fold {self.fold}", f"training seed {self.seed}"
+        return {"fold": fold, "training seed": seed}.get(kind, f"{fold}, {seed}")
 
 
 @dataclass(frozen=True)
 class Study:
-    """All members: `members[seed][i]` has the i-th size; `control` is trained on a few findings only."""
+    """All members: `members[group][i]` has the i-th size; `control` is trained on a few findings only."""
 
     config: Config
-    members: dict[int, list[Member]]
+    members: dict[Group, list[Member]]
     control: Member | None
+
+    @property
+    def groups(self) -> list[Group]:
+        """Seeds and folds."""
+        return list(self.members)
+
+    @property
+    def kind(self) -> str:
+        """What the groups differ in: "fold", "training seed", or both."""
+        if len({group.fold for group in self.members}) == 1:
+            return "training seed"
+        return "fold" if len({group.seed for group in self.members}) == 1 else "fold and seed"
+
+    @property
+    def several(self) -> str:
+        """The groups in words, such as "5 folds"; empty where there is one only."""
+        names = {"fold": "folds", "training seed": "training seeds"}
+        return f"{len(self.members)} {names.get(self.kind, 'folds and seeds')}" if len(self.members) > 1 else ""
+
+    @property
+    def first_called(self) -> str:
+        """The name of the first group, whose members pictures and curves show."""
+        return self.groups[0].called(self.kind)
 
     @property
     def sizes(self) -> list[str]:
@@ -55,26 +116,80 @@ class Study:
 
     @property
     def first(self) -> list[Member]:
-        """The members of the first seed: those that the figures show."""
+        """The members of the first group: those that pictures and curves show."""
         return next(iter(self.members.values()))
 
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What all members but the control learn."""
+        return self.first[0].test.findings
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return self.first[0].experiment.records.dataset
+
     @cached_property
-    def weights(self) -> dict[int, np.ndarray]:
-        """The stacked ensemble's f64[K, S] of each seed, learnt on the validation part (equations 2 and 3)."""
-        learnt = {}
-        for seed, members in self.members.items():
-            logits = np.stack([member.validation.logit for member in members])
-            learnt[seed] = fit_weights(logits, members[0].validation.label, members[0].validation.known).weights
-        return learnt
+    def weights(self) -> dict[Group, np.ndarray]:
+        """The stacked ensemble's f64[K, S] of each group, learnt on its validation part (equations 2 and 3)."""
+        return {group: fit_weights(*_learnt_from(members)).weights for group, members in self.members.items()}
+
+    @property
+    def mean_weights(self) -> np.ndarray:
+        """The weights' mean over the groups, f64[K, S]."""
+        return np.mean(list(self.weights.values()), axis=0)
+
+    @cached_property
+    def regressions(self) -> dict[Group, Logistic]:
+        """The logistic ensemble of each group, learnt on its validation part."""
+        return {group: fit_logistic(*_learnt_from(members)) for group, members in self.members.items()}
 
     @cached_property
     def tables(self) -> dict[str, list[Predictions]]:
-        """Test predictions of each model (a size or an ensemble), one table a seed."""
-        tables: dict[str, list[Predictions]] = {name: [] for name in (*self.sizes, STACKED, VOTED)}
-        for seed, members in self.members.items():
+        """Test predictions of each model (a size or an ensemble), one table a group."""
+        tables: dict[str, list[Predictions]] = {name: [] for name in (*self.sizes, *ENSEMBLES)}
+        for group, members in self.members.items():
             tests = [member.test for member in members]
             for member in members:
                 tables[member.name].append(member.test)
-            tables[STACKED].append(combine(tests, self.weights[seed]))
-            tables[VOTED].append(combine(tests))
+            for name, learnt in ((STACKED, self.weights[group]), (VOTED, None), (LOGISTIC, self.regressions[group])):
+                tables[name].append(combine(tests, learnt))
         return tables
+
+    @cached_property
+    def samples(self) -> dict[str, Sample]:
+        """Each model measured on all its tables; there are always draws, for the intervals of differences."""
+        resamples = self.config.evaluate.resamples or 1000
+        with bar("drawing patients", len(self.tables), unit="models") as advance:
+            measured = {}
+            for name, tables in self.tables.items():
+                measured[name] = Sample.of(tables, resamples=resamples)
+                advance()
+        return measured
+
+    @cached_property
+    def scores(self) -> dict[str, Scores]:
+        """Of each model, means over the groups."""
+        evaluate = self.config.evaluate
+        samples = self.samples
+        if not evaluate.resamples:
+            samples = {name: Sample.of(tables, resamples=0) for name, tables in self.tables.items()}
+        return {name: score_sample(sample, confidence=evaluate.confidence) for name, sample in samples.items()}
+
+    def gain(self, first: str, second: str, findings: Sequence[str]) -> Difference:
+        """The mean AUROC of one model over some findings less that of another, with patients drawn in pairs."""
+        confidence = self.config.evaluate.confidence
+        return sampled_difference(self.samples[first], self.samples[second], findings, confidence=confidence)
+
+    def agreeing(self, gain: Difference) -> str:
+        """In how many groups a difference has the sign of its mean, as the end of a sentence."""
+        if not self.several or np.isnan(gain.value):
+            return ""
+        same = sum(np.sign(each) == np.sign(gain.value) for each in gain.each)
+        return f"; {'below' if gain.value < 0 else 'above'} 0 in {same} of {self.several}"
+
+
+def _learnt_from(members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Validation logits of each size, labels, and which of them are known."""
+    tables = align([member.validation for member in members])
+    return np.stack([table.logit for table in tables]), tables[0].label, tables[0].known

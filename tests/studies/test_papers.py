@@ -13,7 +13,7 @@ from cxrjax.studies.papers import Paper
 from cxrjax.studies.systems import attention_fusion
 from cxrjax.studies.systems.fhrnet import agreement, gain
 
-SYSTEMS = ("fhrnet", "transfer", "attention_fusion", "sequential_cnn")
+SYSTEMS = ("fhrnet", "transfer", "resolution", "attention_fusion", "sequential_cnn")
 
 
 def leaves(value):

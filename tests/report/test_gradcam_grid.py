@@ -1,0 +1,42 @@
+"""The grid of activation maps prints what the network says of each image."""
+
+import dataclasses
+import re
+
+import numpy as np
+from report_samples import FINDINGS, SIZES
+
+from cxrjax.report.page import study_page
+from cxrjax.report.pictures import gradcam_grid, said
+
+
+def speaking(study, **said):
+    cams = {f: {s: dataclasses.replace(cam, said=said) for s, cam in row.items()} for f, row in study.cams.items()}
+    return dataclasses.replace(study, cams=cams)
+
+
+def test_findings_above_one_half_stand_below_each_map_the_likeliest_first(study):
+    report = speaking(study, Mass=0.61, **{"Pleural Effusion": 0.987})
+    assert said(report.cams["Mass"]["32 px"]) == "Pleural Effusion 0.99, Mass 0.61"
+    figure = gradcam_grid(report.cams, FINDINGS, SIZES)
+    below = [" ".join(panel.get_xlabel().split()) for panel in figure.axes]
+    assert below == ["Pleural Effusion 0.99, Mass 0.61"] * len(FINDINGS) * len(SIZES)
+    page = study_page(report)
+    assert page.count("<small>Pleural Effusion 0.99, Mass 0.61</small>") == len(FINDINGS) * len(SIZES)
+    assert "all findings that the network gives more than one half" in page
+
+
+def test_a_network_that_says_nothing_is_told_from_one_that_was_not_asked(study):
+    assert said(speaking(study).cams["Mass"]["32 px"]) == "none above 0.50"
+    assert said(study.cams["Mass"]["32 px"]) == ""
+    assert {panel.get_xlabel() for panel in gradcam_grid(study.cams, FINDINGS, SIZES).axes} == {""}
+    assert "all findings that the network gives more than one half" not in study_page(study)
+
+
+def test_many_findings_are_cut_to_three_lines_and_rows_grow_with_them(study):
+    many = speaking(study, **{f"Finding number {k}": 0.9 - k / 100 for k in range(14)})
+    text = gradcam_grid(many.cams, FINDINGS, SIZES).axes[0].get_xlabel()
+    assert text.count("\n") == 2
+    assert re.search(r"…$", text)
+    heights = [gradcam_grid(each.cams, FINDINGS, SIZES).get_size_inches()[1] for each in (study, many)]
+    np.testing.assert_allclose(heights[1] - heights[0], 0.3 * len(FINDINGS))
