@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from cxrjax import console
-from cxrjax.data.records import TABLE, Records, as_table, read_directory
+from cxrjax.data.records import Records, as_table, read_directory
 from cxrjax.errors import CxrError
 from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder as ChestXray14
 from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder as CxrPhantom
@@ -235,17 +234,16 @@ def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
 
 
 def _twins(records: Records) -> list[str]:
-    """A note of images that are the same file under several patients: splits by patient do not keep these together."""
-    assert records.directory is not None
-    digests = pq.read_table(records.directory / TABLE, columns=["sha256"])["sha256"].to_numpy()
-    _, first, which = np.unique(digests.astype(bytes), return_index=True, return_inverse=True)
+    """A note of images that are the same file under several patients."""
+    _, first, which = np.unique(records.digests, return_index=True, return_inverse=True)
     twins = np.flatnonzero(records.patient != records.patient[first[which]])
     if not len(twins):
         return []
     pairs = [f"{records.id[row]} = {records.id[first[which[row]]]}" for row in twins.tolist()]
     return [
-        f"{len(twins):,} images are the same file as another patient's ({some(pairs)}): a split may have one in "
-        "training and one in the test part; delete one of each, or give both the same patient"
+        f"{len(twins):,} images are the same file as another patient's ({some(pairs)}): parts that are drawn keep such "
+        "patients together, but the source's own parts may have one in training and one in the test part; delete one "
+        "of each, or give both the same patient"
     ]
 
 

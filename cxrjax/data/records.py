@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int8, Int32, UInt8
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from cxrjax.data.images import decode
 from cxrjax.errors import CxrError
@@ -149,6 +151,23 @@ class Records:
         """Make the table of records that have no stored images."""
         mark = fingerprint(records, dataset, config, "", *findings)
         return cls(None, dataset, config, tuple(findings), mark, as_table(records, findings))
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """The sha256 of each image as its source gave it, bytes[N]; empty where it is unknown."""
+        table = self.table if self.directory is None else pq.read_table(self.directory / TABLE, columns=["sha256"])
+        return table["sha256"].to_numpy().astype(bytes)
+
+    @cached_property
+    def people(self) -> Int32[np.ndarray, " N"]:
+        """Whose image each is, by number: the patient's, but patients who share an identical image count as one."""
+        _, patient = np.unique(self.patient, return_inverse=True)
+        _, image = np.unique(self.digests, return_inverse=True)
+        image = np.where(self.digests == b"", len(self) + np.arange(len(self)), image)  # unknown: equal to no other
+        count = 3 * len(self)  # patients, then images
+        graph = coo_matrix((np.ones(len(self), bool), (patient, len(self) + image)), (count, count))
+        _, component = connected_components(graph, directed=False)
+        return np.unique(component[patient], return_inverse=True)[1].astype(np.int32)
 
     @property
     def exclusive(self) -> bool:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Int32
 
+from cxrjax.console import stderr
 from cxrjax.data.records import Records
 from cxrjax.data.stratification import stratify
 from cxrjax.errors import CxrError
@@ -60,6 +61,9 @@ def make_split(
     share: float = 1.0,
 ) -> Split:
     """Split the records; no patient is ever in two parts.
+
+    Nor is an image under another name, where parts are drawn: patients who share one count as one (`Records.people`).
+    Of the parts that a data set or a file gives, such images are named on standard error.
 
     Args:
       records: what to split.
@@ -122,6 +126,19 @@ def check_leakage(records: Records, parts: Parts) -> None:
         raise CxrError(f"patients in two parts ({len(names):,}): {', '.join(names[:5])}{more}; keep each in one part")
 
 
+def shared_images(records: Records, parts: Parts) -> list[str]:
+    """Images that lie in two parts under different names, as `a (train) = b (test)`."""
+    rows = np.concatenate(list(parts.values()))
+    part = np.concatenate([np.full(len(of), name) for name, of in parts.items()])
+    known = records.digests[rows] != b""
+    rows, part = rows[known], part[known]
+    _, first, which = np.unique(records.digests[rows], return_index=True, return_inverse=True)
+    return [
+        f"{records.id[rows[first[which[k]]]]} ({part[first[which[k]]]}) = {records.id[rows[k]]} ({part[k]})"
+        for k in np.flatnonzero(part != part[first[which]]).tolist()
+    ]
+
+
 def save(split: Split, records: Records, path: Path | str) -> None:
     """Write a split as a CSV of id and part that "files" reads again; its first line holds the fingerprint."""
     path = Path(path)
@@ -142,6 +159,14 @@ def _checked(records: Records, name: str, parts: Parts) -> Split:
         if len(rows) == 0:
             raise CxrError(f"the {name} split leaves no image for {part}; {len(records):,} images are prepared")
     check_leakage(records, parts)
+    if shared := shared_images(records, parts):
+        more = f" and {len(shared) - 5:,} more" if len(shared) > 5 else ""
+        stderr.print(
+            f"{len(shared):,} images are in two parts of the {name} split under two names: "
+            f"{', '.join(shared[:5])}{more}; to keep each in one part, draw the parts, or name one of each in no "
+            "part of split.files",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     parts = {part: np.sort(rows).astype(np.int32) for part, rows in parts.items()}
     return Split(name, parts, _fingerprint(records, parts))
 
@@ -170,7 +195,7 @@ def _some_patients(records: Records, seed: int, share: float) -> np.ndarray:
     """All images of a share of the patients; the draw has a seed of its own, beside that of the parts."""
     if not 0 < share <= 1:
         raise CxrError(f"the split's share of the patients is {share}; give a number above 0 and up to 1")
-    patients, owner = np.unique(records.patient, return_inverse=True)
+    patients, owner = np.unique(records.people, return_inverse=True)
     rank = np.random.default_rng([seed, 1]).permutation(len(patients))
     return np.flatnonzero(rank[owner] < round(share * len(patients)))
 
@@ -191,7 +216,7 @@ def _stratified(
 ) -> dict[str, np.ndarray]:
     """Give each part its share of the images and of every finding; a part without a share is left out."""
     shares = {part: share for part, share in shares.items() if share > 0}
-    patients, owner = np.unique(records.patient[rows], return_inverse=True)
+    patients, owner = np.unique(records.people[rows], return_inverse=True)
     positives = np.zeros((len(patients), len(records.findings)), int)
     np.add.at(positives, owner, records.labels[rows] == POSITIVE)
     total = sum(shares.values())
@@ -209,7 +234,7 @@ def _fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
 def _by_patient(records: Records, rows: np.ndarray, seed: int, shares: Mapping[str, float]) -> Parts:
     """Give each part its share of the patients of `rows`; a part without a share is left out."""
     shares = {part: share for part, share in shares.items() if share > 0}
-    patients, owner = np.unique(records.patient[rows], return_inverse=True)
+    patients, owner = np.unique(records.people[rows], return_inverse=True)
     rank = np.random.default_rng(seed).permutation(len(patients))
     ends = np.round(np.cumsum(list(shares.values())) / sum(shares.values()) * len(patients)).astype(int)
     part_of = np.searchsorted(ends, rank, side="right")
@@ -222,7 +247,7 @@ def _small(records: Records, seed: int, sizes: Mapping[str, int] | Sequence[int]
         raise CxrError("the small split needs sizes: images for train, validation and test")
     wanted = dict(sizes) if isinstance(sizes, Mapping) else dict(zip(PARTS, sizes, strict=False))
     wanted = {_part(part, "sizes"): count for part, count in wanted.items() if count > 0}
-    patients, owner = np.unique(records.patient, return_inverse=True)
+    patients, owner = np.unique(records.people, return_inverse=True)
     order = np.argsort(np.random.default_rng(seed).permutation(len(patients))[owner], kind="stable")
     parts, start = {}, 0
     for part, count in wanted.items():
