@@ -17,7 +17,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier, drop
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import Maker, Maps, recomputed
+from cxrjax.models.layers import ConvNorm, Maker, Maps, recomputed
 from cxrjax.models.options import positive, share
 
 # Per stage: expansion, kernel, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
@@ -83,7 +83,7 @@ class EfficientNet(Backbone):
         make = Maker(dtype, seed, fan="out")
         rows = [_row(row) for row in _sequence(blocks)]
         channels = _divisible(positive("stem_channels", stem_channels) * width)
-        stem = ConvNorm(make, inputs.channels, channels, 3, stride=2)
+        stem = ConvNormSiLU(make, inputs.channels, channels, 3, stride=2)
         self.stages: nnx.List[Any] = nnx.List([stem])  # by their numbers; the stem's is 0
         for expansion, kernel, stride, outputs, count in rows:
             stage = nnx.List()
@@ -92,7 +92,7 @@ class EfficientNet(Backbone):
                 channels, stride = _divisible(outputs * width), 1
             self.stages.append(stage)
         self.channels = positive("last", last) * channels
-        self.stages.append(ConvNorm(make, channels, self.channels, 1))
+        self.stages.append(ConvNormSiLU(make, channels, self.channels, 1))
         self.classifier = Classifier(make, self.channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
@@ -103,7 +103,7 @@ class EfficientNet(Backbone):
         """
         self.check(images)
         stem, *stages, last = self.stages
-        active, block_of = recomputed(ConvNorm.active, self.remat), recomputed(MBConv.__call__, self.remat)
+        active, block_of = recomputed(ConvNormSiLU.active, self.remat), recomputed(MBConv.__call__, self.remat)
         maps = active(stem, images, train)
         named, total, done = OrderedDict(stem=maps), sum(map(len, stages)), 0
         for stage, blocks in enumerate(stages, start=1):
@@ -121,21 +121,13 @@ class EfficientNet(Backbone):
         return named
 
 
-class ConvNorm(nnx.List):
-    """A convolution, padded by half its kernel, and its norm: "0" and "1" in published names."""
+class ConvNormSiLU(ConvNorm):
+    """A convolution and its norm, whose activation is SiLU."""
 
-    def __init__(self, make: Maker, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1):
-        conv = make.conv(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups)
-        super().__init__([conv, make.norm(outputs)])
-
-    def __call__(self, maps: Maps, train: bool) -> Maps:
-        """Both, without an activation."""
-        conv, norm = self
-        return norm(conv(maps), train=train)
-
-    def active(self, maps: Maps, train: bool) -> Maps:
-        """Both, and SiLU."""
-        return nnx.silu(self(maps, train))
+    @staticmethod
+    def activation(maps: Maps) -> Maps:
+        """SiLU."""
+        return nnx.silu(maps)
 
 
 class SqueezeExcitation(nnx.Module):
@@ -167,10 +159,10 @@ class MBConv(nnx.Module):
         wide = _divisible(inputs * expansion)
         self.expands = wide != inputs
         self.adds = stride == 1 and inputs == outputs
-        self.block: nnx.List[Any] = nnx.List([ConvNorm(make, inputs, wide, 1)] if self.expands else [])
-        self.block.append(ConvNorm(make, wide, wide, kernel, stride=stride, groups=wide))
+        self.block: nnx.List[Any] = nnx.List([ConvNormSiLU(make, inputs, wide, 1)] if self.expands else [])
+        self.block.append(ConvNormSiLU(make, wide, wide, kernel, stride=stride, groups=wide))
         self.block.append(SqueezeExcitation(make, wide, max(1, inputs // 4)))
-        self.block.append(ConvNorm(make, wide, outputs, 1))
+        self.block.append(ConvNormSiLU(make, wide, outputs, 1))
 
     def __call__(self, maps: Maps, train: bool, survival: Float[Array, "B 1 1 1"] | None = None) -> tuple[Maps, Maps]:
         """The expanded maps, and the block's; `survival` is what each image's part of the sum is multiplied by."""

@@ -20,7 +20,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import Maker, Maps, recomputed
+from cxrjax.models.layers import ConvNorm, Maker, Maps, recomputed
 from cxrjax.models.options import one_of, positive
 from cxrjax.models.resnet import BasicBlock, Block, Bottleneck
 
@@ -211,23 +211,6 @@ class Fusion(nnx.List):
     def __call__(self, branches: list[Maps], train: bool) -> Maps:
         """Maps of the target branch's shape."""
         return nnx.relu(reduce(add, [path(maps, train) for path, maps in zip(self, branches, strict=True)]))
-
-
-class ConvNorm(nnx.List):
-    """A convolution, padded by half its kernel, and its norm: "0" and "1" in published names."""
-
-    def __init__(self, make: Maker, inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = False):
-        conv = make.conv(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias)
-        super().__init__([conv, make.norm(outputs)])
-
-    def __call__(self, maps: Maps, train: bool) -> Maps:
-        """Both, without an activation."""
-        conv, norm = self
-        return norm(conv(maps), train=train)
-
-    def active(self, maps: Maps, train: bool) -> Maps:
-        """Both, and ReLU."""
-        return nnx.relu(self(maps, train))
 
 
 class Halvings(nnx.List):

@@ -169,6 +169,38 @@ def _spread(per_channel: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
     return per_channel.reshape(1, 1, 1, -1)
 
 
+class ConvNorm(nnx.List):
+    """A convolution, padded by half its kernel, and its norm: "0" and "1" in published names."""
+
+    def __init__(
+        self,
+        make: Maker,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+    ):
+        conv = make.conv(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias)
+        super().__init__([conv, make.norm(outputs)])
+
+    def __call__(self, maps: Maps, train: bool) -> Maps:
+        """Both, without an activation."""
+        conv, norm = self
+        return norm(conv(maps), train=train)
+
+    def active(self, maps: Maps, train: bool) -> Maps:
+        """Both, and the activation."""
+        return self.activation(self(maps, train))
+
+    @staticmethod
+    def activation(maps: Maps) -> Maps:
+        """ReLU."""
+        return nnx.relu(maps)
+
+
 def max_pool(maps: Maps, window: int, stride: int, padding: int = 0) -> Maps:
     """Maximum over square windows, as `torch.nn.MaxPool2d`: what does not fill a window is left out.
 
