@@ -18,28 +18,34 @@ from cxrjax.findings import NO_FINDING, LabelPolicy, positions
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
 from cxrjax.train.described import network_of
-from cxrjax.train.initial import Start, initial_network
+from cxrjax.train.initial import Start, initial_network, located, vanished_start
 from cxrjax.train.learning import Learning
 from cxrjax.train.losses import Loss, make_loss, prevalence_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config names, opened."""
+    """What a config names, opened; for a run in `directory`, which may have been begun."""
 
     config: Config
     records: Records
     split: Split
     findings: tuple[str, ...]
     mesh: jax.sharding.Mesh
+    directory: Path | None = None
 
     @classmethod
-    def open(cls, config: Config) -> "Experiment":
+    def open(cls, config: Config, directory: Path | None = None) -> "Experiment":
         """Open the data and lay out the devices.
+
+        Args:
+          config: see `cxrjax.config.default`.
+          directory: of the run; one that goes on from a checkpoint does not need what it started from any more.
 
         Raises:
           CxrError: data not prepared, an unknown finding, an empty part, sizes that the mesh does not divide.
         """
+        config = config if directory is None else located(config, directory)
         mesh = make_mesh(config.mesh.data, config.mesh.space)
         records = open_records(Path(config.data.dir), config.data.dataset, config.data.stored)
         split = make_split(
@@ -65,7 +71,7 @@ class Experiment:
                 f"config key data.size = {config.data.size} rows cannot be divided over mesh.space = "
                 f"{mesh.shape['space']} devices: choose a multiple"
             )
-        return cls(config, records, split, findings, mesh)
+        return cls(config, records, split, findings, mesh, directory)
 
     @cached_property
     def parts(self) -> dict[str, Examples]:
@@ -109,7 +115,8 @@ class Experiment:
 
     @cached_property
     def _initial(self) -> Start:
-        return initial_network(self.network, self.config, self.findings)
+        gone = None if self.directory is None else vanished_start(self.network, self.config, self.directory)
+        return gone or initial_network(self.network, self.config, self.findings)
 
     @property
     def start(self) -> Network:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cxrjax.config import Config
+from cxrjax.config import Config, read, with_overrides
 from cxrjax.console import say
 from cxrjax.errors import CxrError
 from cxrjax.models.network import Network
 from cxrjax.train.described import best_network
+from cxrjax.train.run import begun
 from cxrjax.weights import Card, Converted, read_converted, start_from
 
 
@@ -31,6 +33,37 @@ class Start:
     network: Network
     mark: str = ""
     fresh: tuple[str, ...] = ()
+
+
+def located(config: Config, directory: Path) -> Config:
+    """The config with absolute paths in `model.init_from`, so that it holds in any working directory.
+
+    Where there is nothing at those paths, and `directory` has a run to go on with that started from directories of the
+    same names, its own paths are taken: it may be continued from another working directory.
+    """
+    entries = _entries(config.model.init_from)
+    if not all(Path(place).is_dir() for _, place in entries) and begun(directory):
+        stored = _entries(read(directory / "config.json").model.init_from)
+        names = [[(module, Path(place).name) for module, place in each] for each in (entries, stored)]
+        entries = stored if names[0] == names[1] else entries
+    texts = [f"{module}={Path(place).resolve()}" if module else str(Path(place).resolve()) for module, place in entries]
+    return with_overrides(config, [f"model.init_from={', '.join(texts)}"])
+
+
+def vanished_start(network: Network, config: Config, directory: Path) -> Start | None:
+    """What stands for a start that is not there any more, of a run that goes on from its checkpoint; else None.
+
+    The network's values do not matter then; the mark is the one that the run noted.
+    """
+    gone = [place for _, place in _entries(config.model.init_from) if not Path(place).is_dir()]
+    if not gone or not begun(directory) or read(directory / "config.json").model.init_from != config.model.init_from:
+        return None
+    try:
+        mark = json.loads((directory / "run.json").read_text())["identity"]["initial weights"]
+    except (OSError, ValueError, KeyError):
+        return None
+    say(f"{gone[0]}, which this run started from, is not there any more: it goes on from its checkpoint")
+    return Start(network, mark)
 
 
 def initial_network(network: Network, config: Config, findings: Sequence[str]) -> Start:

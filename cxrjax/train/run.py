@@ -59,10 +59,15 @@ class Run:
         wanted = config.to_dict()
         wanted["data"]["dir"] = str(Path(config.data.dir).resolve())  # found again from any working directory
         wanted["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
-        if file.exists() and any((self.directory / "checkpoints").glob("last/[0-9]*")):
+        if file.exists() and begun(self.directory):
             refuse_other(flatten(read_config(file)), flatten(from_dict(wanted)), self.directory)
             same_identity(self.directory, identity, whole=True)
         write_json(file, wanted)
+
+
+def begun(directory: Path) -> bool:
+    """Whether a run in this directory has a checkpoint to go on from."""
+    return any((directory / "checkpoints").glob("last/[0-9]*"))
 
 
 def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from cxrjax.config import Config, with_overrides
 from cxrjax.errors import CxrError
+from cxrjax.train.experiment import Experiment
 from cxrjax.train.loop import Auroc, train
+from cxrjax.train.run import begun
 from cxrjax.train.state import Progress
 
 
@@ -12,7 +14,8 @@ def train_stages(config: Config, directory: Path, auroc: Auroc) -> Progress:
     """Train what the config says, stage by stage where `train.stages` lists some.
 
     Each stage is a run of its own: with its optimiser, its early stopping and its best checkpoint. All but the last lie
-    in `directory/stages/1`, `2`, ...; the last is the run in `directory`. A stage that is done is not done again.
+    in `directory/stages/1`, `2`, ...; the last is the run in `directory`. A stage that is done is not done again, also
+    where its directory is gone and a later one has begun.
 
     Args:
       config: `train.stages` holds what each stage changes, such as "train.freeze=backbone; optimizer.rate=1e-3".
@@ -23,15 +26,21 @@ def train_stages(config: Config, directory: Path, auroc: Auroc) -> Progress:
       CxrError: as in `train`, or an unknown key in a stage.
     """
     stages = [_stage(config, changes) for changes in config.train.stages] or [config]
-    before = config.model.init_from
-    for number, stage in enumerate(stages, start=1):
-        last = number == len(stages)
-        place = directory if last else directory / "stages" / str(number)
-        with stage.unlocked():
-            stage.model.init_from = before
-        progress = train(stage, place, auroc)
+    places, before = stage_places(config, directory), config.model.init_from
+    for number, (stage, place) in enumerate(zip(stages, places, strict=True), start=1):
+        if place.exists() or not any(map(begun, places[number:])):
+            with stage.unlocked():
+                stage.model.init_from = before
+            experiment = Experiment.open(stage, place)
+            progress = train(experiment.config, place, auroc, experiment)
         before = str(place.resolve())
     return progress
+
+
+def stage_places(config: Config, directory: Path) -> list[Path]:
+    """The directories of the stages' runs, in order; of the one run where there are no stages."""
+    before = range(1, len(config.train.stages))
+    return [*(directory / "stages" / str(number) for number in before), directory]
 
 
 def _stage(config: Config, changes: str) -> Config:

@@ -1,6 +1,7 @@
 """Runs that start from other runs or from converted weights, and runs in stages."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -77,6 +78,56 @@ def test_a_run_that_started_from_weights_cannot_go_on_from_nothing(first, tiny, 
     train(tiny(f"model.init_from={first}", "train.epochs=1"), tmp_path / "a", mean_auroc)
     with pytest.raises(CxrError, match="another initial weights"):
         train(tiny("train.epochs=1"), tmp_path / "a", mean_auroc)
+
+
+RESUMED = ("optimizer.schedule=constant", "optimizer.warmup=0")
+
+
+def parameters(directory):
+    return flat(open_trained(directory).network)
+
+
+def test_a_relative_start_holds_in_any_working_directory(first, tiny, tmp_path, monkeypatch):
+    shutil.copytree(first, tmp_path / "here" / "start")
+    monkeypatch.chdir(tmp_path / "here")
+    train_stages(tiny("model.init_from=start", "train.epochs=1", *RESUMED), tmp_path / "run", mean_auroc)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["model"]["init_from"]
+    assert stored == str(tmp_path / "here" / "start")
+    monkeypatch.chdir(tmp_path)
+    config = tiny("model.init_from=start", "train.epochs=2", *RESUMED)
+    assert train_stages(config, tmp_path / "run", mean_auroc).step == 8
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["init_from"] == stored
+    train_stages(tiny(f"model.init_from={first}", "train.epochs=2", *RESUMED), tmp_path / "whole", mean_auroc)
+    for name, array in parameters(tmp_path / "whole").items():
+        np.testing.assert_array_equal(parameters(tmp_path / "run")[name], array)
+    with pytest.raises(CxrError, match=r"other/card\.json is missing"):
+        train_stages(tiny("model.init_from=other", "train.epochs=2", *RESUMED), tmp_path / "run", mean_auroc)
+
+
+def test_a_start_that_vanished_does_not_stop_a_resume_but_a_beginning(first, tiny, tmp_path, capsys):
+    start, run = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(first, start)
+    train_stages(tiny(f"model.init_from={start}", "train.epochs=1", *RESUMED), run, mean_auroc)
+    mark = json.loads((run / "run.json").read_text())["identity"]["initial weights"]
+    shutil.rmtree(start)
+    config = tiny(f"model.init_from={start}", "train.epochs=2", *RESUMED)
+    assert train_stages(config, run, mean_auroc).step == 8
+    assert f"{start}, which this run started from, is not there any more" in capsys.readouterr().out
+    assert json.loads((run / "run.json").read_text())["identity"]["initial weights"] == mark
+    with pytest.raises(CxrError, match=r"start/card\.json is missing"):
+        train_stages(config, tmp_path / "another", mean_auroc)
+
+
+def test_a_stage_that_is_gone_is_not_trained_again_once_the_next_began(tiny, tmp_path):
+    stages = "('optimizer.rate=1e-3', 'optimizer.rate=1e-4')"
+    config = tiny(f"train.stages={stages}", "train.epochs=1", *RESUMED)
+    train_stages(config, tmp_path / "run", mean_auroc)
+    shutil.rmtree(tmp_path / "run" / "stages")
+    longer = tiny(
+        "train.stages=('optimizer.rate=1e-3; train.epochs=1', 'optimizer.rate=1e-4')", "train.epochs=2", *RESUMED
+    )
+    assert train_stages(longer, tmp_path / "run", mean_auroc).step == 8
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 def test_what_stays_random_cannot_be_frozen(first, tiny):
