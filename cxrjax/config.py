@@ -29,7 +29,7 @@ CHOICES = {
     "model.inputs": ("", "imagenet", "imagenet-grey", "unit", "unit-grey", "grey", "xrv"),
     "optimizer.name": ("adam", "adamw", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "plateau"),
-    "loss.name": ("bce", "weighted_bce", "focal", "cross_entropy"),
+    "loss.name": ("bce", "weighted_bce", "focal", "cross_entropy", "softmax"),
     "train.watch": ("val_loss", "val_auroc", "val_accuracy"),
     "train.heads": ("joint", "alternating"),
     "train.statistics": ("auto", "batch", "frozen"),
@@ -100,7 +100,8 @@ def default() -> Config:
     config.model.options = ConfigDict()  # of the model's family, checked by it
 
     config.loss = ConfigDict()
-    config.loss.name = "bce"  # bce | weighted_bce | focal, a finding at a time | cross_entropy over exclusive classes
+    # bce | weighted_bce | focal: a finding at a time; cross_entropy: over exclusive classes; softmax: over others
+    config.loss.name = "bce"
     config.loss.options = ConfigDict()  # weighting, alpha, gamma: see cxrjax.train.losses.make_loss
 
     config.optimizer = ConfigDict()

@@ -5,6 +5,7 @@ Each returns a sum and how many costs entered it, so that accumulated and sharde
 nor lose their gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float64, Shaped
-from scipy.special import logsumexp
+from scipy.special import expit, logsumexp
 
 from cxrjax.errors import CxrError
 from cxrjax.models.options import one_of
@@ -25,12 +26,14 @@ class Loss:
     """A loss of logits against labels.
 
     Attributes:
-      cost: of each label, `(logits f[B, K], label f[B, K]) -> f[B, K]`; of each image, f[B, 1], where exclusive.
+      cost: of each label, `(logits f[B, K], label f[B, K]) -> f[B, K]`; of each image, f[B, 1], with softmax.
       exclusive: whether the K findings are classes of which an image has exactly one.
+      softmax: whether the probabilities of an image are the softmax of its logits; else each is a logistic function.
     """
 
     cost: Callable[[Float[Array, "B K"], Float[Array, "B K"]], Float[Array, "B k"]]
     exclusive: bool = False
+    softmax: bool = False
 
     def __call__(
         self,
@@ -44,7 +47,7 @@ class Loss:
         Args:
           logits: any finite value.
           label: 0 to 1 (soft labels allowed); each row sums to 1 where the classes are exclusive.
-          known: false where the label is to be ignored; an image of exclusive classes needs all its labels.
+          known: false where the label is to be ignored; with softmax an image needs all its labels.
           valid: false where the image is padding.
         """
         logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
@@ -52,8 +55,8 @@ class Loss:
         return jnp.sum(cost, where=counts), jnp.sum(counts, dtype=cost.dtype)
 
     def counts(self, known: Bool[Array, "B K"], valid: Bool[Array, " B"]) -> Bool[Array, "B k"]:
-        """Which costs count: of labels, or [B, 1] of images where the classes are exclusive."""
-        return (jnp.all(known, axis=1, keepdims=True) if self.exclusive else known) & valid[:, None]
+        """Which costs count: of labels, or [B, 1] of images with softmax."""
+        return (jnp.all(known, axis=1, keepdims=True) if self.softmax else known) & valid[:, None]
 
     def accuracy(
         self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
@@ -65,7 +68,8 @@ class Loss:
         if self.exclusive:
             right, counts = logits.argmax(1) == label.argmax(1), known.all(1)
         else:
-            right, counts = (logits > 0) == (label > 0.5), known
+            odds = _softmax_odds(logits) if self.softmax else logits
+            right, counts = (odds > 0) == (label > 0.5), known
         return float(right[counts].mean()) if counts.any() else float("nan")
 
     def mean(
@@ -89,6 +93,8 @@ def make_loss(name: str, *, prevalence: Shaped[np.ndarray, " K"] | None = None, 
       `weighting`: "uniform" (default), the same alpha for every label, or "balanced", alpha for positive labels and
       1 - alpha for negative ones.
     - `cross_entropy`: categorical, softmax over exclusive classes; its mean is over images.
+    - `softmax`: the same for findings that are not exclusive, the sum of -log p over an image's positive labels
+      (FHRNet's equations 6 to 9, literally); an image without any teaches nothing.
 
     Args:
       name: one of the above.
@@ -111,11 +117,20 @@ def log_odds(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray,
 
     Args:
       logits: as the network gives them.
-      loss: the name of the loss that it was trained with, which says whether the findings are exclusive.
+      loss: the name of the loss that it was trained with, which says what its probabilities are.
     """
     logits = np.asarray(logits, np.float64)
-    if loss != "cross_entropy":
-        return logits
+    return _softmax_odds(logits) if loss in SOFTMAX else logits
+
+
+def probabilities(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray, "N K"]:
+    """A network's probabilities, 0 to 1; arguments as in `log_odds`."""
+    return expit(log_odds(logits, loss))
+
+
+def _softmax_odds(logits: Float[np.ndarray, "N K"]) -> Float64[np.ndarray, "N K"]:
+    """The logarithm of p / (1 - p), p being the softmax of each row."""
+    logits = np.asarray(logits, np.float64)
     others: list[Any] = [logsumexp(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]
     return logits - np.stack(others, axis=1)
 
@@ -162,7 +177,11 @@ def _focal(alpha: float, gamma: float, weighting: str) -> Loss:
 
 
 def _cross_entropy() -> Loss:
-    return Loss(lambda logits, label: optax.softmax_cross_entropy(logits, label)[:, None], exclusive=True)
+    return dataclasses.replace(_softmax(), exclusive=True)
+
+
+def _softmax() -> Loss:
+    return Loss(lambda logits, label: optax.softmax_cross_entropy(logits, label)[:, None], softmax=True)
 
 
 _LOSSES: dict[str, tuple[Callable[..., Loss], dict[str, Any]]] = {
@@ -170,9 +189,13 @@ _LOSSES: dict[str, tuple[Callable[..., Loss], dict[str, Any]]] = {
     "weighted_bce": (_weighted_bce, {"weighting": "counter"}),
     "focal": (_focal, {"alpha": 0.25, "gamma": 2.0, "weighting": "uniform"}),
     "cross_entropy": (_cross_entropy, {}),
+    "softmax": (_softmax, {}),
 }
 LOSSES = tuple(_LOSSES)
 """The names that `make_loss` knows."""
+
+SOFTMAX = ("cross_entropy", "softmax")
+"""Those after which the probabilities of an image are the softmax of its logits; else each is a logistic function."""
 
 masked_bce = make_loss("bce")
 """Binary cross-entropy over the known labels of valid images."""

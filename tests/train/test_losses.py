@@ -11,7 +11,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from cxrjax.errors import CxrError
-from cxrjax.train.losses import LOSSES, log_odds, make_loss, masked_bce, prevalence_of
+from cxrjax.train.losses import LOSSES, SOFTMAX, log_odds, make_loss, masked_bce, prevalence_of
 
 PREVALENCE = np.array([0.1, 0.5, 0.25])
 
@@ -144,7 +144,7 @@ def test_unknown_and_padding_have_no_gradient(name):
     gradient = np.asarray(jax.grad(total)(jnp.ones((3, 3))))
     counts = np.broadcast_to(loss.counts(known, valid), (3, 3))
     np.testing.assert_array_equal(gradient != 0, counts)
-    assert counts.sum() == (3 if name == "cross_entropy" else 5)
+    assert counts.sum() == (3 if name in SOFTMAX else 5)
 
 
 def test_parts_of_a_batch_add_up():
@@ -205,6 +205,19 @@ def test_prevalence_of_what_nobody_knows_favours_neither_side():
 def test_bad_options_say_what_is_wrong(name, options, message):
     with pytest.raises(CxrError, match=message):
         make_loss(name, **options)
+
+
+def test_softmax_of_findings_that_are_not_exclusive():
+    logits, label = np.random.default_rng(0).normal(0, 3, (20, 4)), np.eye(4)[np.arange(20) % 4]
+    loss, known = make_loss("softmax"), np.ones((20, 4), bool)
+    assert loss.mean(logits, label, known) == pytest.approx(log_loss(label, softmax(logits, axis=1)))
+    label[:10, 0], label[15:] = 1, 0  # two findings, and none
+    expected = -(label * log_softmax(logits, axis=1)).sum(1)
+    assert loss.mean(logits, label, known) == pytest.approx(expected.mean())
+    known[3, 1] = False
+    assert loss.mean(logits, label, known) == pytest.approx(np.delete(expected, 3).mean())
+    assert loss.accuracy(logits, label, known) == ((softmax(logits, axis=1) > 0.5) == label)[known].mean()
+    np.testing.assert_allclose(expit(log_odds(logits, "softmax")), softmax(logits, axis=1), rtol=1e-12)
 
 
 def test_log_odds_of_exclusive_classes_give_their_softmax():
