@@ -155,17 +155,13 @@ def _score(arguments: argparse.Namespace) -> Any:
 
 
 def _predict(arguments: argparse.Namespace) -> Any:
-    from cxrjax.console import bar
-    from cxrjax.evaluate.classify import classify, image_files, open_trained
-    from cxrjax.report.tables import highest
+    from cxrjax.studies.prediction import predict_files
 
-    trained, files = open_trained(arguments.directory), image_files(arguments.images)
-    with bar("classifying", len(files)) as advance:
-        result = classify(trained, files, size=arguments.size, batch=arguments.batch, advance=advance)
-    if arguments.out:
-        result.write(arguments.out)
-    stdout.print(highest(result.id, result.findings, result.probability))
-    return result.as_dict()
+    return predict_files(
+        arguments.directory, arguments.images, size=arguments.size, batch=arguments.batch, passes=arguments.passes,
+        threshold=arguments.uncertain, out=arguments.out, overlays=arguments.overlays,
+        findings=_labels(arguments.findings),
+    )  # fmt: skip
 
 
 def _models(arguments: argparse.Namespace) -> Any:
@@ -274,7 +270,25 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     predict.add_argument("--size", type=int, default=0, help="side in px; default: the one trained at")
     predict.add_argument("--batch", type=int, default=16, help="images at once (default: 16)")
-    predict.add_argument("--out", type=Path, help="also write a table, .csv or .parquet, which score reads")
+    predict.add_argument("--out", type=Path, help="write a table, .csv, .csv.gz or .parquet, which score reads")
+    predict.add_argument(
+        "--passes", type=int, metavar="T",
+        help="Monte Carlo dropout, where the network has dropout (default: as on validation, else 100); 0: none, "
+        "uncertainty is then the entropy of the probabilities",
+    )  # fmt: skip
+    predict.add_argument(
+        "--uncertain", type=float, metavar="X", help="flag images above this; default: chosen on validation by evaluate"
+    )
+    predict.add_argument("--overlays", type=Path, metavar="DIR", help="write Grad-CAM overlays, DIR/FINDING/IMAGE.png")
+    predict.add_argument(
+        "--findings", default="", metavar="A,B,...",
+        help="of the overlays, on every image; default: those above their thresholds",
+    )  # fmt: skip
+    predict.epilog = (
+        "The table has the probability of each finding, the calibrated one where `cxrjax evaluate RUN` fitted "
+        "temperatures on validation, the uncertainty, and whether that is above the threshold chosen there. Exit code "
+        "1: some files could not be used; all others were."
+    )
 
     explain = verb(
         "explain", explaining.explain, "where a trained network looks: effective receptive field, or saliency maps"

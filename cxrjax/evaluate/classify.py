@@ -1,215 +1,244 @@
 """A trained network over image files: no prepared data set, no labels."""
 
-from collections import deque
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow as pa
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Bool, Float64
 from scipy.special import expit
 
-from cxrjax.data.images import decode, resize
 from cxrjax.errors import CxrError
-from cxrjax.evaluate import tables
-from cxrjax.models.inputs import check_range
-from cxrjax.models.network import Network
+from cxrjax.evaluate.classified import Classified
+from cxrjax.evaluate.fitted import Fitted
+from cxrjax.evaluate.imagefiles import is_prepared, read_prepared, resized, shape_of_prepared
+from cxrjax.evaluate.stochastic import has_dropout, make_step
+from cxrjax.evaluate.trained import Trained
+from cxrjax.evaluate.uncertainty import summarise
 from cxrjax.models.options import positive
 from cxrjax.parallel.mesh import batch_shardings, make_mesh
-from cxrjax.train.described import best_network
-from cxrjax.train.losses import log_odds
-from cxrjax.train.step import make_predict_step
-from cxrjax.weights import load_converted, read_converted
+from cxrjax.train.losses import log_odds, probabilities
 
-IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
-PREPARED = ".npy"
+PASSES = 100
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A network that can be used.
+class Manner:
+    """How images are to be classified; `decide` makes one.
 
     Attributes:
-      network: parameters and statistics.
-      findings: names of its outputs.
-      size: side of the images it was trained on, in px; 0 where that is unknown.
-      loss: name of the loss it was trained with, which says whether the findings are exclusive.
+      size: side of the images in px; 0 where only prepared ones are given.
+      batch: images at once.
+      passes: of Monte Carlo dropout; 0 for none.
+      threshold: of uncertainty; None where none is known.
+      fitted: what holds for images of this size.
+      notes: what was decided that the user did not say.
     """
 
-    network: Network
-    findings: tuple[str, ...]
-    size: int = 0
-    loss: str = "bce"
+    size: int
+    batch: int
+    passes: int
+    threshold: float | None
+    fitted: Fitted | None
+    notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Classified:
-    """Logits f64[N, K] of N images, and the files that could not be used, each with the reason."""
-
-    id: tuple[str, ...]
-    findings: tuple[str, ...]
-    logit: Float64[np.ndarray, "N K"]
-    failed: dict[str, str]
-
-    @property
-    def probability(self) -> Float64[np.ndarray, "N K"]:
-        """The logistic function of the logits, 0 to 1."""
-        return expit(self.logit)
-
-    def write(self, path: Path) -> None:
-        """A table that `cxrjax score` reads: `id`, and per finding F `prob_F` and `logit_F`."""
-        columns = {"id": pa.array(self.id, pa.string())}
-        for prefix, values in (("prob", self.probability), ("logit", self.logit)):
-            columns |= {f"{prefix}_{f}": pa.array(values[:, k]) for k, f in enumerate(self.findings)}
-        tables.write(path, pa.table(columns))
-
-    def as_dict(self) -> dict:
-        """For JSON: one entry per image, probability by finding."""
-        rows = zip(self.id, self.probability.tolist(), strict=True)
-        images = [{"id": name, "probability": dict(zip(self.findings, row, strict=True))} for name, row in rows]
-        return {"images": images, "failed": self.failed}
-
-
-def open_trained(directory: Path) -> Trained:
-    """A run's best network, or converted weights with a head; the data it was trained on need not be here.
-
-    Raises:
-      CxrError: neither a run nor converted weights, no checkpoint yet, or weights without a head.
-    """
-    if (directory / "card.json").is_file():
-        if (directory / "config.json").exists():
-            raise CxrError(f"{directory} holds a run and converted weights: move one of them away")
-        card, _ = read_converted(directory)
-        names = card.labels or ("",) * card.classes
-        findings = tuple(name or f"output_{k}" for k, name in enumerate(names))
-        return Trained(load_converted(directory), findings)
-    config, findings, network = best_network(directory)
-    return Trained(network, findings, config.data.size, config.loss.name)
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and every image in the folders among them, in order.
-
-    Raises:
-      CxrError: a path does not exist, or nothing is found.
-    """
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise CxrError(f"{path} does not exist")
-        found = (f for f in path.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith("."))
-        files += sorted(f for f in found if f.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise CxrError(f"no images in {', '.join(map(str, paths))}: looked for {', '.join(IMAGES)}")
-    return list(dict.fromkeys(files))
-
-
-def classify(
+def decide(
     trained: Trained,
     files: Sequence[Path],
     *,
     size: int = 0,
     batch: int = 16,
+    passes: int | None = None,
+    threshold: float | None = None,
+) -> Manner:
+    """How to classify with this network.
+
+    Args:
+      trained: what to use.
+      files: to be classified.
+      size: side in px that images are resized to; 0 for the one trained at.
+      batch: images at once, rounded up to a multiple of the devices.
+      passes: of Monte Carlo dropout, where the network has some; None for as many as on validation (else 100), 0 for
+        none: uncertainty is then the entropy of the probabilities.
+      threshold: uncertainty above which an image is flagged; None for the one chosen on validation.
+
+    Raises:
+      CxrError: a number is out of range, or no size is known.
+    """
+    positive("batch", batch)
+    if size < 0:
+        raise CxrError(f"size must be a whole number above 0, not {size}")
+    if passes is not None and (passes < 0 or passes == 1):
+        raise CxrError(f"passes must be 0, for none, or at least 2, not {passes}: one pass shows no differences")
+    side = size or trained.size
+    if not side and not all(map(is_prepared, files)):
+        raise CxrError("these weights do not say what size of image they were trained on: give --size, such as 224")
+    fitted, notes = trained.fitted, []
+    if fitted is None:
+        notes.append(f"no calibrated probabilities: {trained.unfitted}")
+    elif size not in (0, trained.size):
+        fitted = None
+        notes.append(f"no calibrated probabilities at {size} px: they were fitted at {trained.size} px")
+    if not has_dropout(trained.network, (side, side) if side else shape_of_prepared(files)):
+        if passes:
+            notes.append("the network's head has no dropout, so there are no passes, and uncertainty is entropy")
+        passes = 0
+    elif passes is None:
+        passes = fitted.passes if fitted else PASSES
+    if threshold is None and fitted:
+        threshold = fitted.deviation if passes else fitted.entropy
+        if passes not in (0, fitted.passes):
+            notes.append(f"the threshold of uncertainty was chosen with {fitted.passes} passes; here are {passes}")
+    if threshold is None:
+        notes.append("no image is flagged: no threshold of uncertainty was chosen on validation; --uncertain gives one")
+    return Manner(side, batch, passes, threshold, fitted, tuple(notes))
+
+
+def classify(
+    trained: Trained,
+    files: Sequence[Path],
+    manner: Manner,
+    *,
     threads: int = 2,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Classified:
-    """Logits of every image; a file that cannot be used is noted and the others go on.
+    """What a network says of every image; a file that cannot be used is noted and the others go on.
+
+    An image's result is the same in every batch and beside any other files: its dropout is drawn by its pixels.
 
     Args:
       trained: what to use.
       files: PNG, JPEG or DICOM, whose content decides; `.npy` files hold images prepared elsewhere, float
         N x H x W x C as the network expects them, and are used as they are.
-      size: side in px that images are resized to; 0 for the one trained at.
-      batch: images at once, rounded up to a multiple of the devices.
+      manner: of `decide`.
       threads: decoding threads.
       advance: told how many files are done.
-
-    Raises:
-      CxrError: no size is known.
     """
-    positive("batch", batch)
-    if size < 0:
-        raise CxrError(f"size must be a whole number above 0, not {size}")
-    size = size or trained.size
-    grey = [file for file in files if file.suffix.lower() != PREPARED]
-    if grey and not size:
-        raise CxrError("these weights do not say what size of image they were trained on: give --size, such as 224")
-    found: dict[str, Float[np.ndarray, " K"]] = {}
-    failed: dict[str, str] = {}
-    mesh = make_mesh(0, 1)
-    devices = mesh.shape["data"]
-    batch = -(-batch // devices) * devices
-    step, sharding = make_predict_step(mesh), batch_shardings(mesh).image
-    pending: list[tuple[str, UInt8[np.ndarray, "H W"]]] = []
+    run, failed = _Step(trained, manner), {}
+    rows = list(_grey(run, [file for file in files if not is_prepared(file)], manner.size, threads, failed, advance))
+    rows += _prepared(run, [file for file in files if is_prepared(file)], trained, failed, advance)
+    place = {file: number for number, file in enumerate(files)}
+    rows.sort(key=lambda row: place[row.file])  # stable: the images of one file stay in order
 
-    def flush() -> None:
-        images = np.zeros((batch, size, size, 1), np.uint8)
-        for row, (_, image) in enumerate(pending):
-            images[row, :, :, 0] = image
-        logits = np.asarray(step(trained.network, jax.device_put(images, sharding)))
-        found.update((name, logits[row]) for row, (name, _) in enumerate(pending))
+    shape = (len(rows), len(trained.findings))
+    logit = np.array([row.logit for row in rows], np.float64).reshape(shape)
+    fitted, probability = manner.fitted, expit(logit)
+    calibrated = None if fitted is None else expit(fitted.temperatures.scale(logit, trained.findings))
+    if manner.passes:
+        uncertainty = np.array([row.deviation for row in rows], np.float64).reshape(shape)
+        measure = f"standard deviation of {manner.passes} passes with dropout"
+    else:
+        of = probability if calibrated is None else calibrated
+        uncertainty = summarise([of], exclusive=trained.exclusive).entropy
+        measure = f"entropy of the {'' if calibrated is None else 'calibrated '}probability, in nats"
+    return Classified(
+        id=_ids([row.name for row in rows]), file=tuple(row.file for row in rows), findings=trained.findings,
+        logit=logit, calibrated=calibrated, called=_called(probability, trained, fitted), uncertainty=uncertainty,
+        measure=measure, threshold=manner.threshold, failed=failed, notes=manner.notes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One image: its name and file, its log-odds f64[K], and the deviations f64[K] of its passes."""
+
+    name: str
+    file: Path
+    logit: Float64[np.ndarray, " K"]
+    deviation: Float64[np.ndarray, " K"]
+
+
+class _Step:
+    """Images, any number up to a batch, on the devices: log-odds f64[n, K], and the deviations of their passes."""
+
+    def __init__(self, trained: Trained, manner: Manner):
+        mesh = make_mesh(0, 1)
+        self._sharding = batch_shardings(mesh)
+        self._network, self._loss, self._passes = trained.network, trained.loss, manner.passes
+        self._jitted, self._key = make_step(mesh, manner.passes), jax.random.key(0)
+        self.batch = -(-manner.batch // mesh.shape["data"]) * mesh.shape["data"]
+
+    def __call__(self, images: Sequence[np.ndarray] | np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Log-odds and deviations of each image."""
+        count = len(images)
+        padded = np.zeros((self.batch, *images[0].shape), images[0].dtype)
+        padded[:count] = images
+        numbers = np.zeros(self.batch, np.int32)
+        numbers[:count] = [zlib.crc32(image.tobytes()) >> 1 for image in images]
+        placed = jax.device_put((padded, numbers), (self._sharding.image, self._sharding.valid))
+        logits, passes = self._jitted(self._network, placed[0], self._key, placed[1])
+        odds = log_odds(np.asarray(logits)[:count], self._loss)
+        return zip(odds, self._deviations(passes, odds), strict=True)
+
+    def _deviations(self, passes: jax.Array | None, odds: Float64[np.ndarray, "n K"]) -> Float64[np.ndarray, "n K"]:
+        if passes is None:
+            return np.zeros_like(odds)
+        each = np.asarray(passes)[: len(odds)].swapaxes(0, 1)
+        return summarise(probabilities(logits, self._loss) for logits in each).deviation
+
+
+def _grey(
+    run: _Step,
+    files: Sequence[Path],
+    size: int,
+    threads: int,
+    failed: dict[str, str],
+    advance: Callable[[int], None],
+) -> Iterator[_Row]:
+    """Rows of image files, a batch at a time."""
+    pending: list[tuple[Path, np.ndarray]] = []
+
+    def flush() -> Iterator[_Row]:
+        if pending:
+            for (file, _), row in zip(pending, run([image for _, image in pending]), strict=True):
+                yield _Row(str(file), file, *row)
         pending.clear()
 
-    for file, outcome in _decoded(grey, size, threads):
+    for file, outcome in resized(files, size, threads):
         try:
-            pending.append((str(file), outcome.result()))
-        except (CxrError, OSError) as error:
-            failed[str(file)] = f"{file}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        if len(pending) == batch:
-            flush()
-        advance(1)
-    if pending:
-        flush()
-    for file in [file for file in files if file.suffix.lower() == PREPARED]:
-        try:
-            found.update(_prepared(trained.network, file, batch))
+            pending.append((file, outcome.result()[..., None]))
         except CxrError as error:
             failed[str(file)] = str(error)
+        if len(pending) == run.batch:
+            yield from flush()
         advance(1)
-    names = tuple(found)
-    logit = np.array([found[name] for name in names], np.float64).reshape(len(names), len(trained.findings))
-    return Classified(_ids(names), trained.findings, log_odds(logit, trained.loss), failed)
+    yield from flush()
 
 
-def _decoded(files: Sequence[Path], size: int, threads: int) -> Iterator[tuple[Path, Future]]:
-    """Each file with its decoded and resized image to come, a few ahead."""
-
-    def load(file: Path) -> UInt8[np.ndarray, "H W"]:
-        return resize(decode(file.read_bytes(), str(file)), size)
-
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[Path, Future]] = deque()
-        for file in files:
-            ahead.append((file, pool.submit(load, file)))
-            if len(ahead) > 4 * threads:
-                yield ahead.popleft()
-        yield from ahead
-
-
-def _prepared(network: Network, file: Path, batch: int) -> dict[str, Float[np.ndarray, " K"]]:
-    """Logits of images that are normalised already, by `FILE[row]`."""
-    try:
-        images = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CxrError(f"{file}: not a NumPy array ({error})") from None
-    if not np.issubdtype(images.dtype, np.floating):
-        raise CxrError(f"{file}: holds {images.dtype}; prepared images are floats (give grey images as PNG)")
-    if images.ndim != 4 or not images.size:
-        raise CxrError(f"{file}: holds an array of shape {images.shape}; prepared images are N x H x W x C")
-    forward = jax.jit(lambda network, images: network.model()(images))
-    found = {}
-    for first in range(0, len(images), batch):
-        part = np.asarray(images[first : first + batch], network.dtype)
+def _prepared(
+    run: _Step,
+    files: Sequence[Path],
+    trained: Trained,
+    failed: dict[str, str],
+    advance: Callable[[int], None],
+) -> Iterator[_Row]:
+    """Rows of files that hold images prepared elsewhere, file by file."""
+    for file in files:
+        rows: list[_Row] = []
         try:
-            check_range(part, network.inputs)
-            rows = np.asarray(forward(network, part))
+            images = read_prepared(file, trained.network.inputs)
+            for first in range(0, len(images), run.batch):
+                part = np.asarray(images[first : first + run.batch]).astype(trained.network.dtype)
+                rows += [_Row(f"{file}[{first + k}]", file, *row) for k, row in enumerate(run(part))]
         except CxrError as error:
-            raise CxrError(f"{file}: {error}") from None
-        found |= {f"{file}[{first + row}]": logit for row, logit in enumerate(rows)}
-    return found
+            failed[str(file)] = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
+        else:
+            yield from rows
+        advance(1)
+
+
+def _called(
+    probability: Float64[np.ndarray, "N K"], trained: Trained, fitted: Fitted | None
+) -> Bool[np.ndarray, "N K"]:
+    """Which findings are there by validation's thresholds, or else one half; of exclusive classes the likeliest."""
+    if trained.exclusive:
+        return np.arange(probability.shape[1]) == probability.argmax(1)[:, None]
+    if fitted is None:
+        return probability >= 0.5
+    return probability >= np.array([np.inf if each is None else each for each in fitted.thresholds])
 
 
 def _ids(names: Sequence[str]) -> tuple[str, ...]:

@@ -36,6 +36,11 @@ class OperatingPoints:
     reason: tuple[str, ...]
     rule: str
 
+    @property
+    def probability(self) -> Float64[np.ndarray, " K"]:
+        """The thresholds as probabilities."""
+        return expit(self.threshold)
+
     def counts(self, predictions: Predictions) -> Counts:
         """Right and wrong calls of a table; nothing is counted of a finding without a threshold."""
         table = predictions.select(self.findings)
@@ -53,7 +58,7 @@ class OperatingPoints:
         """
         counts = self.counts(predictions)
         return [
-            {"finding": finding, "threshold": float(expit(self.threshold[k]))}
+            {"finding": finding, "threshold": float(self.probability[k])}
             | {rate: float(getattr(counts, rate)[k]) for rate in RATES}
             | {kind: int(getattr(counts, kind)[k]) for kind in ("tp", "fp", "fn", "tn")}
             | {"reason": self.reason[k]}

@@ -1,11 +1,12 @@
 """Monte Carlo dropout: many passes over the same images, in which dropout alone is random (Gal & Ghahramani, 2016)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray, Shaped, UInt8
 
 from cxrjax.data.pipeline import Examples
 from cxrjax.errors import CxrError
@@ -48,13 +49,13 @@ def stochastic_logits(
     """
     if passes < 2:
         raise CxrError(f"passes={passes}: one pass says nothing of how much they differ; give 2 or more")
-    jitted, key = _make_step(mesh, passes), jax.random.key(seed)
+    jitted, key = make_step(mesh, passes), jax.random.key(seed)
     done = 0
 
-    def step(network: Network, images: Array) -> Array:
+    def step(network: Network, images: Array) -> Any:
         nonlocal done
-        first, done = np.int32(done), done + len(images)  # batches come in order
-        return jitted(network, images, key, first)
+        numbers, done = np.arange(done, done + len(images), dtype=np.int32), done + len(images)  # batches come in order
+        return jitted(network, images, key, numbers)[1]
 
     logits = logits_of(network, examples, step, mesh, size=size, batch=batch, threads=threads, advance=advance)
     if (logits == logits[:, :1]).all():
@@ -64,24 +65,52 @@ def stochastic_logits(
     return logits.swapaxes(0, 1)
 
 
-def _make_step(mesh: jax.sharding.Mesh, passes: int) -> Callable[..., jax.Array]:
-    """The jitted step `(network, images, key, number of the first image) -> logits f32[B, T, K]`."""
+def make_step(mesh: jax.sharding.Mesh, passes: int) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+    """The jitted step `(network, images, key, numbers i32[B]) -> logits f32[B, K], those of T passes f32[B, T, K]`.
+
+    Images are grey, uint8[B, H, W, 1], or prepared already, floats [B, H, W, C]. A number says which dropout the passes
+    of its image draw. With T = 0 there are none, and no dropout is drawn.
+    """
 
     def step(
-        network: Network, images: UInt8[Array, "B H W 1"], key: PRNGKeyArray, first: Int[Array, ""]
-    ) -> Float[Array, "B T K"]:
+        network: Network, images: Shaped[Array, "B H W C"], key: PRNGKeyArray, numbers: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B K"], Float[Array, "B T K"] | None]:
         model = network.model()
-        features = model.features(prepare(images, network.inputs, network.dtype))
+        grey = images.dtype == jnp.uint8
+        features = model.features(prepare(images, network.inputs, network.dtype) if grey else images)
+        logits = model.head(features)
+        if not passes:
+            return logits, None
 
         def of_image(features: dict[str, Array], number: Int[Array, ""]) -> Float[Array, "T K"]:
             single = {name: maps[None] for name, maps in features.items()}
             keys = jax.random.split(jax.random.fold_in(key, number), passes)
             return jax.vmap(lambda key: model.head(single, key=key)[0])(keys)
 
-        return jax.vmap(of_image)(dict(features), first + jnp.arange(len(images), dtype=jnp.int32))
+        return logits, jax.vmap(of_image)(dict(features), numbers)
 
-    whole = replicated(mesh)
-    return jax.jit(step, in_shardings=(whole, batch_shardings(mesh).image, whole, whole), out_shardings=whole)
+    whole, placed = replicated(mesh), batch_shardings(mesh)
+    return jax.jit(step, in_shardings=(whole, placed.image, whole, placed.valid), out_shardings=whole)
+
+
+def has_dropout(network: Network, size: tuple[int, int]) -> bool:
+    """Whether the head's logits depend on a random key; nothing is computed.
+
+    Args:
+      network: of any family.
+      size: height and width of images that it takes, in px; without any the answer is no.
+    """
+    if not all(size):
+        return False
+    images = jax.ShapeDtypeStruct((1, *size, network.inputs.channels), network.dtype)
+    maps = jax.eval_shape(lambda network, images: dict(network.model().features(images)), network, images)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lambda key, network, maps: network.model().head(maps, key=key))(key, network, maps).jaxpr
+    read = {id(atom) for atom in jaxpr.outvars}  # what the logits are made of; a head may compute more
+    for equation in reversed(jaxpr.eqns):
+        if any(id(atom) in read for atom in equation.outvars):
+            read |= {id(atom) for atom in equation.invars}
+    return id(jaxpr.invars[0]) in read
 
 
 def make_pooled_step(mesh: jax.sharding.Mesh) -> PredictStep:

@@ -152,7 +152,7 @@ def read(path: Path) -> Table:
     if not path.is_file():
         raise CxrError(f"{path}: no such file")
     try:
-        arrow = pyarrow.parquet.read_table(path) if _kind(path) == ".parquet" else _read_csv(path)
+        arrow = pyarrow.parquet.read_table(path) if kind_of(path) == ".parquet" else _read_csv(path)
     except (pa.ArrowException, OSError) as error:
         raise CxrError(f"{path} cannot be read: {str(error).splitlines()[0]}; write or download it again") from None
     if arrow.num_rows == 0:
@@ -166,7 +166,7 @@ def write(path: Path, table: pa.Table) -> None:
     Raises:
       CxrError: the name ends otherwise.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     with beside(path) as temporary:
         if kind == ".parquet":
             pyarrow.parquet.write_table(table, temporary)
@@ -175,7 +175,12 @@ def write(path: Path, table: pa.Table) -> None:
                 pyarrow.csv.write_csv(table, file)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """How the name of a table ends.
+
+    Raises:
+      CxrError: otherwise than tables are written and read.
+    """
     for kind in (".parquet", ".csv", ".csv.gz"):
         if path.name.endswith(kind):
             return kind

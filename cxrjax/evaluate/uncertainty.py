@@ -39,6 +39,17 @@ class Uncertainty:
         return self.image > threshold
 
 
+def choose_threshold(validation: Float64[np.ndarray, " N"], share: float = 0.1) -> float:
+    """The least threshold that flags at most this share of validation images, by the uncertainty of each.
+
+    Raises:
+      CxrError: there are no images.
+    """
+    if not len(validation):
+        raise CxrError("uncertainty: no validation images to choose a threshold on")
+    return float(np.quantile(validation, 1 - share, method="inverted_cdf"))
+
+
 def summarise(passes: Iterable[Float[np.ndarray, "N K"]], *, exclusive: bool = False) -> Uncertainty:
     """Sum up stochastic passes; only running sums are held, whatever T is.
 

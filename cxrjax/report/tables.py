@@ -130,13 +130,19 @@ def terminal(
 
 
 def highest(
-    names: Sequence[str], findings: Sequence[str], probability: Float[np.ndarray, "N K"], most: int = 40
+    names: Sequence[str],
+    findings: Sequence[str],
+    probability: Float[np.ndarray, "N K"],
+    uncertain: Sequence[bool] | np.ndarray | None = None,
+    most: int = 40,
 ) -> TerminalTable:
     """The likeliest findings of each image, for a terminal; what is more than `most` images is counted only."""
-    table = TerminalTable("image", "likeliest findings", box=box.SIMPLE_HEAD, show_edge=False)
-    for name, row in list(zip(names, probability, strict=True))[:most]:
+    table = TerminalTable("image", "likeliest findings", "", box=box.SIMPLE_HEAD, show_edge=False)
+    flags = [False] * len(names) if uncertain is None else uncertain
+    for name, row, flag in list(zip(names, probability, flags, strict=True))[:most]:
         order = np.argsort(-row)[:4]
-        table.add_row(Text(name), ", ".join(f"{findings[k]} {row[k]:.3f}" for k in order))
+        likeliest = ", ".join(f"{findings[k]} {row[k]:.3f}" for k in order)
+        table.add_row(Text(name), Text(likeliest), "uncertain" if flag else "")
     if len(names) > most:
         table.add_row(Text(f"and {len(names) - most} more", "dim"))
     return table

@@ -82,7 +82,7 @@ def calibrated(study: ArmStudy) -> Chapter:
     """Calibration on the test part, before and after temperatures fitted on validation."""
     rows, details, numbers = [], [], {}
     for member in study.members:
-        temperatures = fit(member.validation)
+        temperatures = fit(member.validation, exclusive=_exclusive(study))
         before, after = calibration(member.test), calibration(temperatures.apply(member.test))
         numbers[member.name] = {
             "temperatures": dict(zip(temperatures.findings, temperatures.values, strict=True)),
@@ -99,8 +99,13 @@ def calibrated(study: ArmStudy) -> Chapter:
     curves = _diagrams(study.best.test)
     text = (
         "Expected calibration errors (15 bins of equal width, and of equal mass) and Brier scores on the test images, "
-        "means over findings; scaled: each finding's logits divided by its own temperature, fitted on validation."
-        + (" Scaled probabilities of exclusive classes no longer add up to 1." if _exclusive(study) else ""),
+        "means over findings; scaled: "
+        + (
+            "the softmax at one temperature"
+            if _exclusive(study)
+            else "each finding's logits divided by its own temperature"
+        )
+        + ", fitted on validation.",
     )
     figure = Diagrams(
         f"{study.best.name}, unscaled: observed frequency against predicted probability; larger dots stand for more "

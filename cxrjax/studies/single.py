@@ -7,6 +7,7 @@ from typing import Any
 from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import roc_curve
+from cxrjax.evaluate.fitted import fit_run
 from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.scores import Scores, score
@@ -24,7 +25,7 @@ def evaluate_run(
     """Predict one part with the best checkpoint, score it, and write everything into the run's directory.
 
     Writes `predictions/PART.parquet`, `predictions/PART.json` (the scores), `figures/PART-*.svg` and
-    `report/index.html`.
+    `report/index.html`; and `fitted.json`, by which `predict` calibrates, fitted on the validation part.
 
     Returns:
       The scores as one dict, ready for JSON.
@@ -33,6 +34,8 @@ def evaluate_run(
     config = experiment.config
     predictions = predict(experiment, network, part)
     predictions.write(directory / "predictions" / f"{part}.parquet")
+    validation = predictions if part == "validation" else predict(experiment, network, "validation")
+    fit_run(experiment, network, about, validation).write(directory)
     draws: int = config.evaluate.resamples if resamples is None else resamples
     scores = score(predictions, resamples=draws, seed=config.seed, confidence=config.evaluate.confidence)
     result = {"part": part, "checkpoint": about, **scores.as_dict()}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -29,8 +30,8 @@ def network_of(config: Config, classes: int) -> Network:
     )
 
 
-def best_network(directory: Path) -> tuple[Config, tuple[str, ...], Network]:
-    """A run's config, the names of its outputs, and its best network.
+def best_network(directory: Path) -> tuple[Config, tuple[str, ...], Network, dict[str, Any]]:
+    """A run's config, the names of its outputs, its best network, and what was noted with that (step, val_loss, ...).
 
     Raises:
       CxrError: not a run, or one without a checkpoint; or converted weights lie there too.
@@ -40,8 +41,8 @@ def best_network(directory: Path) -> tuple[Config, tuple[str, ...], Network]:
     config, findings = read(directory / "config.json"), findings_of(directory)
     network = network_of(config, len(findings))
     with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
-        best, _ = checkpoints.restore_best({"params": network.params, "stats": network.stats})
-    return config, findings, Network(best["params"], best["stats"], network.skeleton)
+        best, about = checkpoints.restore_best({"params": network.params, "stats": network.stats})
+    return config, findings, Network(best["params"], best["stats"], network.skeleton), about
 
 
 def findings_of(directory: Path) -> tuple[str, ...]:

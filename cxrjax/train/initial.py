@@ -130,7 +130,7 @@ def _source(directory: Path) -> Converted:
 
 def _of_run(directory: Path) -> Converted:
     """A run's best network as if it had been converted."""
-    config, findings, network = best_network(directory)
+    config, findings, network, _ = best_network(directory)
     flat = flatten_dict(network.params) | flatten_dict(network.stats)
     arrays = {".".join(map(str, path)): np.asarray(array) for path, array in flat.items()}
     digest = hashlib.sha256()

@@ -12,9 +12,10 @@ from cxrjax.data.images import encode
 from cxrjax.data.records import open_records
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.classify import image_files, open_trained
+from cxrjax.evaluate.imagefiles import image_files
 from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
+from cxrjax.evaluate.trained import open_trained
 from cxrjax.models.inputs import GREY, check_range, prepare
 from cxrjax.train.loop import train
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cxrjax.errors import CxrError
-from cxrjax.evaluate.stochastic import make_pooled_step, stochastic_logits
+from cxrjax.evaluate.stochastic import has_dropout, make_pooled_step, stochastic_logits
 from cxrjax.explain.inputs import checked
 from cxrjax.models import create
 from cxrjax.models.inputs import prepare
@@ -89,6 +89,23 @@ def test_a_head_without_dropout_is_refused(examples):
         run(network(hidden=0, dropout=0.0), examples)
     with pytest.raises(CxrError, match="2 or more"):
         run(network(hidden=0), examples, passes=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("densenet_small", {"dropout": 0.1}, True),
+        ("densenet_small", {"dropout": 0.0, "hidden": 4}, False),
+        ("efficientnet_small", {"stochastic_depth": 0.5}, False),  # which is of the features, and not drawn in passes
+        ("sequential_cnn", {"image_size": 64}, True),
+        ("sequential_cnn_v1", {"image_size": 64}, False),
+        ("fhrnet_small", {"stage": "global"}, False),
+        ("fhrnet_small", {"stage": "joint"}, True),
+        ("fhrnet_small", {"stage": "joint", "prediction": "geometric-mean"}, False),
+    ],
+)
+def test_whether_a_head_has_dropout_is_known_without_computing(name, options, expected):
+    assert has_dropout(Network.of(create(name, classes=2, **options)), (64, 64)) == expected
 
 
 def test_pooled_features_are_the_mean_of_the_last_maps(examples):

@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_expit
+from scipy.special import expit, log_expit, softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import auroc
 from cxrjax.evaluate.calibration import calibration
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.temperature import HOTTEST, fit
+from cxrjax.train.losses import log_odds
 
 
 def simulated(n, sharpness, seed=0):
@@ -99,3 +101,39 @@ def test_infinite_logits_do_not_overflow():
     found = fit(table(logit, label))
     assert math.isfinite(found.values[0])
     assert np.isfinite(found.apply(table(logit, label)).logit).all()
+
+
+def exclusive(n, sharpness, seed=0):
+    """Images of one of four classes, whose logits are right, times a sharpness."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(n, 4)) * 1.5
+    actual = [rng.choice(4, p=p) for p in softmax(truth, axis=1)]
+    return table(log_odds(truth * sharpness, "cross_entropy"), np.eye(4)[actual]), truth * sharpness
+
+
+def test_exclusive_classes_have_one_temperature_which_is_the_minimum_of_their_loss():
+    validation, logits = exclusive(3000, 2.5)
+    found = fit(validation, exclusive=True)
+
+    def loss(t):
+        return log_loss(validation.label, softmax(logits / t, axis=1))
+
+    least = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-7})
+    assert set(found.values) == {found.values[0]}
+    assert found.values[0] == pytest.approx(least.x, rel=1e-5)
+    assert found.values[0] == pytest.approx(2.5, rel=0.1)
+    scaled = found.apply(validation).probability
+    np.testing.assert_allclose(scaled, softmax(logits / found.values[0], axis=1), rtol=1e-10)
+    np.testing.assert_allclose(scaled.sum(1), 1)
+    with pytest.raises(CxrError, match="is for all of them: A, B, C, D"):
+        found.apply(validation.select("AB"))
+
+
+def test_exclusive_classes_that_say_everything_or_nothing():
+    sure = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3))
+    assert fit(sure, exclusive=True).values[0] == pytest.approx(1 / HOTTEST)
+    assert "separate" in fit(sure, exclusive=True).reasons[2]
+    wrong = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3)[[1, 2, 0]])
+    assert fit(wrong, exclusive=True).values[0] == pytest.approx(HOTTEST)
+    nobody = table(log_odds(np.eye(3), "cross_entropy"), np.eye(3), np.zeros((3, 3), bool))
+    assert (fit(nobody, exclusive=True).values, fit(nobody, exclusive=True).reasons[0]) == ((1,) * 3, "no known label")

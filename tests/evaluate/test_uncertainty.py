@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy
 
 from cxrjax.errors import CxrError
-from cxrjax.evaluate.uncertainty import summarise
+from cxrjax.evaluate.uncertainty import choose_threshold, summarise
 
 passes = hnp.arrays(np.float64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.floats(0, 1))
 
@@ -81,3 +81,17 @@ def test_passes_may_come_one_by_one_in_any_float():
 def test_bad_passes(p, message):
     with pytest.raises(CxrError, match=message):
         summarise(p)
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 0.5)), st.floats(0.01, 0.5))
+def test_a_threshold_is_the_least_that_flags_no_more_than_its_share(validation, share):
+    threshold = choose_threshold(validation, share)
+    assert (validation > threshold).mean() <= share + 1e-9
+    lower = validation[validation < threshold]
+    if len(lower):
+        assert (validation > lower.max()).mean() > share - 1e-9
+
+
+def test_a_threshold_needs_images():
+    with pytest.raises(CxrError, match="no validation images"):
+        choose_threshold(np.zeros(0))

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from cxrjax import config as configs
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.classify import open_trained
+from cxrjax.evaluate.trained import open_trained
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.loop import train
 from cxrjax.train.metrics import read_metrics

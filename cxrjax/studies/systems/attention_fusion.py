@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-from scipy.special import expit, softmax
 
 from cxrjax.console import bar
 from cxrjax.evaluate.auc import auroc
@@ -13,6 +12,7 @@ from cxrjax.report.content import Claim, Histogram, Section, Table
 from cxrjax.studies.armstudy import ArmStudy, Extra
 from cxrjax.studies.chapters import number
 from cxrjax.studies.study import Member
+from cxrjax.train.losses import probabilities
 
 _NETWORKS = {
     "simple_cnn": "simple_cnn", "densenet121": "densenet121", "efficientnet_b0": "efficientnet_b0",
@@ -64,9 +64,9 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
     """The fusion's stochastic passes over the test part."""
     member, keys = study.arm("fusion"), study.config.study
     passes = _passes(member, keys.passes)
-    exclusive = member.experiment.config.loss.name == "cross_entropy"
-    probability = softmax(passes.astype(np.float64), axis=-1) if exclusive else expit(passes.astype(np.float64))
-    found, test = summarise(probability, exclusive=exclusive), member.test
+    loss = member.experiment.config.loss.name
+    probability = np.stack([probabilities(each, loss) for each in passes])
+    found, test = summarise(probability, exclusive=loss == "cross_entropy"), member.test
     flagged = found.flagged(keys.uncertain)
     image, k = _example(found, member)
     finding = test.findings[k]
