@@ -3,17 +3,19 @@
 Paper     Huang et al., Fusion high-resolution network for diagnosing ChestX-ray images, Electronics 2020, 9, 190
 Command   cxrjax prepare chestxray14 --source NIH --data-dir data --size 1024
           cxrjax study fhrnet --workdir runs/fhrnet
-Argument  none: the paper's; "phantom": a small network on the phantom
+Argument  none: the paper's; "official": on NIH's own split; "phantom": a small network on the phantom
 Hardware  paper: 4 TITAN V; here one GPU (unmeasured)
 Time      unmeasured
 Memory    unmeasured
 Score     paper: mean AUC .812 (fusion); ours unmeasured
 
-Readings  The split is NIH's official one with a validation part drawn from its training patients; the paper's counts in
-          section 3 are those of the lists of arnoweng/CheXNet: split.name=files and split.files with the three lists.
+Readings  The split is that of the paper's section 3, whose counts are those of the lists of arnoweng/CheXNet on GitHub
+          (ChestX-ray14/labels): put the three into lists/, or set split.files. Section 2.1 has the counts of NIH's own
+          test list, with a validation part drawn from its training patients: the argument "official".
           Whole images are resized to 256 and cut to 224 at the centre; the region comes from the 1024 px image.
-          Other readings: model.options.{neck,resize,crop,region,threshold,fusion,heads,dropout}, train.heads, and
-          train.stages=() with model.options.stage=joint for joint training.
+          Other readings: model.options.{neck,resize,crop,region,threshold,fusion,heads,dropout,prediction},
+          loss.name=softmax (with fusion=weighted and heads=shared, equations 5 to 9), and for joint training
+          train.stages=() with model.options.stage=joint; train.heads=alternating trains one head a step.
 """
 
 from configs import on_phantom
@@ -33,7 +35,8 @@ def get_config(arg: str = ""):
     config.data.dataset = "chestxray14"
     config.data.stored = "1024"
     config.data.size = 1024
-    config.split.name = "official"
+    config.split.name = "files"
+    config.split.files = ("lists/train_list.txt", "lists/val_list.txt", "lists/test_list.txt")
 
     config.model.name = "fhrnet"
     config.model.dtype = "bfloat16"
@@ -46,11 +49,14 @@ def get_config(arg: str = ""):
     config.train.stages = STAGES
     config.train.watch = "val_auroc"
     config.study.arms = ("global", "local", "fusion")
-    if arg == "phantom":
+    if arg == "official":
+        config.split.name, config.split.files = "official", ()
+    elif arg == "phantom":
         on_phantom(config)
+        config.split.files = ()
         config.model.name = "fhrnet_small"
         del config.model.options.backbone, config.model.options.neck
         config.optimizer.rate = 1e-3
     elif arg:
-        raise ValueError(f"the argument of fhrnet is nothing or phantom, not {arg}")
+        raise ValueError(f"the argument of fhrnet is nothing, official or phantom, not {arg}")
     return config

@@ -55,6 +55,8 @@ class FHRNet(Backbone):
       fusion: "concatenate" the vectors, or "weighted": a sum with two learned weights (equation 5).
       heads: "separate", or "shared": one matrix for all three (equations 6 to 9), which needs the weighted fusion.
       dropout: of the fused vector (the paper's random mask).
+      prediction: of the network where it has all heads: "fusion", or "geometric-mean" of the global and the local
+        branch's probabilities (sigmoid), which is what the paper wants to be consistent.
     """
 
     replaceable: ClassVar = ("classifier", "fusion_weights")
@@ -78,6 +80,7 @@ class FHRNet(Backbone):
         fusion: str = "concatenate",
         heads: str = "separate",
         dropout: float = 0.5,
+        prediction: str = "fusion",
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
         self.backbone = backbone
@@ -94,6 +97,7 @@ class FHRNet(Backbone):
         if self.shared and fusion != "weighted":
             raise CxrError("heads='shared' is one matrix for vectors of one length: it needs fusion='weighted'")
         self.threshold = float(threshold)
+        self.prediction = one_of("prediction", prediction, ("fusion", "geometric-mean"))
         settings = {**HRNETS[one_of("backbone", backbone, HRNETS)].settings, "neck": neck, "pooling": "average"}
         common = {"classes": classes, "inputs": inputs, "dtype": dtype, "remat": remat}
         self.global_branch = HRNet(**common, **settings, seed=seed)
@@ -140,20 +144,22 @@ class FHRNet(Backbone):
         return list(self.heads(features, train=train, key=key).values())[-1]
 
     def heads(self, features: Mapping[str, Maps], *, train: bool = False, key: PRNGKeyArray | None = None) -> Outputs:
-        """Logits "global", "local" and "fusion"; those that the stage trains only, in training."""
+        """Logits "global", "local" and "fusion"; those that the stage trains only, in training.
+
+        Where the geometric mean is the prediction it follows as "consistency", which nothing trains.
+        """
         if self.stage in ("global", "local"):
             branch = self.global_branch if self.stage == "global" else self.local_branch
             return Outputs({self.stage: self._branch_head(branch, features["final"], train, key)})
         fusion = self._fused(features["final"], features["local"], train, key)
         if train and self.stage == "fusion":
             return Outputs(fusion=fusion)
-        return Outputs(
-            {
-                "global": self._branch_head(self.global_branch, features["final"], train, key),
-                "local": self._branch_head(self.local_branch, features["local"], train, key),
-                "fusion": fusion,
-            }
-        )
+        seen = self._branch_head(self.global_branch, features["final"], train, key)
+        local = self._branch_head(self.local_branch, features["local"], train, key)
+        outputs = Outputs({"global": seen, "local": local, "fusion": fusion})
+        if not train and self.prediction == "geometric-mean":
+            outputs["consistency"] = geometric_mean(seen, local)
+        return outputs
 
     def _branch_head(self, branch: HRNet, maps: Maps, train: bool, key: PRNGKeyArray | None) -> Float[Array, "B K"]:
         return (self.global_branch if self.shared else branch).classifier(maps, train=train, key=key)
@@ -191,6 +197,12 @@ class FHRNet(Backbone):
             share = jnp.array([self.crop / side for side in sides] * 2, boxes.dtype)[None]
             boxes = boxes * share + (1 - share) / 2
         return crop(images, boxes, self.region_size)
+
+
+def geometric_mean(first: Float[Array, "B K"], second: Float[Array, "B K"]) -> Float[Array, "B K"]:
+    """Logits of the geometric mean of two probabilities, given as logits; it ranks as log p_first + log p_second."""
+    log_p = jnp.minimum((jax.nn.log_sigmoid(first) + jax.nn.log_sigmoid(second)) / 2, -1e-30)
+    return log_p - jnp.log(-jnp.expm1(log_p))
 
 
 _SMALL = {"backbone": "hrnet_small", "neck": "eighth", "dropout": 0.2, "resize": 0, "crop": 0, "region_size": 32}

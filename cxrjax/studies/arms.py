@@ -1,7 +1,7 @@
 """The study of a published system: its arms trained on the same images, compared, explained and put beside the paper.
 
-An arm is a run of the system's recipe with the arm's name as argument; of FHRNet, a stage of its one training. What
-all systems have is in `chapters`, what one alone has in `systems`.
+An arm is a run of the system's recipe with the arm's name as argument; of FHRNet, a stage of its one training, or a
+head where all heads are trained together. What all systems have is in `chapters`, what one alone has in `systems`.
 """
 
 import math
@@ -26,7 +26,7 @@ from cxrjax.studies.single import curves, epochs, interval_text, provenance
 from cxrjax.studies.study import Member
 from cxrjax.studies.systems import attention_fusion, fhrnet, sequential_cnn, transfer
 from cxrjax.train.experiment import Experiment
-from cxrjax.train.stages import train_stages
+from cxrjax.train.stages import stage_places, train_stages
 
 SYSTEMS: dict[str, Callable[[ArmStudy], Extra]] = {
     "fhrnet": fhrnet.add,
@@ -64,14 +64,17 @@ def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> d
     recipe, _, argument = spec.partition(":")
     staged = system == "fhrnet"
     configs = {name: config if staged else load(f"{recipe}:{name}", overrides) for name in config.study.arms}
-    _check(system, config, configs)
-    members = _stages(config, directory) if staged else [_arm(each, name, directory) for name, each in configs.items()]
+    _check(system, config, configs, directory)
+    if staged:
+        members = fhrnet.members(config, directory / "runs")
+    else:
+        members = [_arm(each, name, directory) for name, each in configs.items()]
     phantom = argument.startswith("phantom") or members[0].experiment.records.dataset == "cxr_phantom"
     study = ArmStudy(system, config, members, phantom)
     return _report(study, SYSTEMS[system](study), directory)
 
 
-def _check(system: str, config: Config, configs: dict[str, Config]) -> None:
+def _check(system: str, config: Config, configs: dict[str, Config], directory: Path) -> None:
     """Find before hours of training what would stop the report after them."""
     names, key = list(config.study.arms), f"config key study.arms is {config.study.arms}"
     if len(set(names)) < 2 or len(set(names)) < len(names):
@@ -81,9 +84,14 @@ def _check(system: str, config: Config, configs: dict[str, Config]) -> None:
         raise CxrError(f"{key}: the study of {system} needs {', '.join(missing)} too")
     if len(config.study.seeds) > 1:
         raise CxrError(f"config key study.seeds is {config.study.seeds}: arms are trained once; set seed instead")
-    if system == "fhrnet" and len(config.train.stages) != len(names):
-        raise CxrError(f"{key}, a name for each of train.stages, of which there are {len(config.train.stages)}")
-    first, *others = [Experiment.open(each) for each in ([config] if system == "fhrnet" else configs.values())]
+    if system == "fhrnet":
+        fhrnet.check(config)
+        opened = {fhrnet.run_of(config): config}
+    else:
+        opened = configs
+    first, *others = [
+        Experiment.open(each, stage_places(each, directory / "runs" / name)[0]) for name, each in opened.items()
+    ]
     if system == "sequential_cnn" and not first.records.exclusive:
         raise CxrError(
             f"the study of sequential_cnn is of exclusive classes, and an image of {first.records.dataset} may show "
@@ -112,15 +120,6 @@ def _short(name: str) -> str:
     return name.removeprefix(PHANTOM)
 
 
-def _stages(config: Config, directory: Path) -> list[Member]:
-    """The stages of one training as arms."""
-    run = directory / "runs" / "stages"
-    train_stages(config, run, mean_auroc)
-    *before, last = config.study.arms
-    places = {name: run / "stages" / str(number) for number, name in enumerate(before, start=1)} | {last: run}
-    return [Member.of(name, place) for name, place in places.items()]
-
-
 def _report(study: ArmStudy, extra: Extra, directory: Path) -> dict[str, Any]:
     """Everything the study found, as files and as one page."""
     paper = chapters.beside_paper(study)
@@ -143,7 +142,7 @@ def _report(study: ArmStudy, extra: Extra, directory: Path) -> dict[str, Any]:
         notes=[*chapters.notes(study), *extra.notes],
         interval=interval_text(study.scores[study.arms[0]]),
         curves={member.name: curves(member.test) for member in study.members},
-        training={member.name: epochs(member.directory) for member in study.members},
+        training={member.name: epochs(member.directory) for member in _runs(study)},
         cams=extra.cams,
         sections=[*first, *extra.sections, *(section for section, _ in common.values())],
         provenance=_provenance(study),
@@ -156,11 +155,16 @@ def _provenance(study: ArmStudy) -> dict[str, Any]:
     first = provenance(study.members[0].directory)
     shared = ("images", "versions", "device", "devices", "mesh", "host")
     names = ("identity", "seed", "parameters", "parameters that learn", "steps", "train_seconds")
-    every = {member.name: provenance(member.directory) for member in study.members}
+    every = {member.name: provenance(member.directory) for member in _runs(study)}
     return {name: first[name] for name in shared} | {
         arm: {"model": member.experiment.config.model.name} | {name: about[name] for name in names}
-        for (arm, about), member in zip(every.items(), study.members, strict=True)
+        for (arm, about), member in zip(every.items(), _runs(study), strict=True)
     }
+
+
+def _runs(study: ArmStudy) -> list[Member]:
+    """One member of each run: the last, where several are heads of one network."""
+    return list({member.directory: member for member in study.members}.values())
 
 
 def _write(study: ArmStudy, report: StudyReport, numbers: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -1,17 +1,70 @@
 """FHRNet: what fusing the branches gains, beside the paper and its peers, and whether the branches agree with it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float64
 from scipy.special import log_expit
 from scipy.stats import rankdata
 
+from cxrjax.config import Config, with_overrides
+from cxrjax.errors import CxrError
+from cxrjax.evaluate import tables
+from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.scores import MEAN, score
+from cxrjax.models.fhrnet import ARCHITECTURES
 from cxrjax.report.content import Section, Table
 from cxrjax.studies.armstudy import ArmStudy, Extra
 from cxrjax.studies.chapters import interval_cell
+from cxrjax.studies.study import Member
+from cxrjax.train.stages import stage_places, train_stages
+
+HEADS = ("global", "local", "fusion")
+"""Arms that are heads of one network where it is not trained in stages."""
+
+
+def check(config: Config) -> None:
+    """Refuse arms that are neither as many as stages nor heads of one FHRNet."""
+    names, stages, options = config.study.arms, config.train.stages, config.model.options
+    key = f"config key study.arms is {names}"
+    if stages and len(stages) != len(names):
+        raise CxrError(f"{key}, a name for each of train.stages, of which there are {len(stages)}")
+    joint = config.model.name in ARCHITECTURES and options.get("stage", "joint") == "joint"
+    if not stages and not (joint and set(names) <= set(HEADS)):
+        raise CxrError(
+            f"{key}, a name for each of train.stages, of which there are 0; without stages the network must be an "
+            f"fhrnet with model.options.stage=joint, and the arms its heads {', '.join(HEADS)}"
+        )
+
+
+def run_of(config: Config) -> str:
+    """The name of the one run."""
+    return "stages" if config.train.stages else config.train.heads
+
+
+def members(config: Config, folder: Path) -> list[Member]:
+    """Train; the arms are the stages of the run, or the heads of its network."""
+    run = folder / run_of(config)
+    train_stages(config, run, mean_auroc)
+    if config.train.stages:
+        return [Member.of(*each) for each in zip(config.study.arms, stage_places(config, run), strict=True)]
+    return [_head(name, run) for name in config.study.arms]
+
+
+def _head(name: str, run: Path) -> Member:
+    """One head of a network that was trained with all of them: the network in the stage of that head."""
+    whole, network, _ = open_run(run)
+    changes = ["model.options.prediction=fusion", f"model.options.stage={name}"]
+    experiment = replace(whole, config=with_overrides(whole.config, changes))
+    network = replace(network, skeleton=experiment.network.skeleton)
+    parts = {part: predict(experiment, network, part) for part in ("validation", "test")}
+    for part, table in parts.items():
+        table.write(run / "predictions" / name / f"{part}.parquet")
+    return Member(name, run, experiment, network, **parts)
 
 
 def add(study: ArmStudy) -> Extra:
@@ -21,7 +74,13 @@ def add(study: ArmStudy) -> Extra:
         study.better("fusion", "global", "The fusion is better than the global branch alone"),
         study.better("fusion", "local", "The fusion is better than the local branch alone"),
     ]
-    return Extra([_gains(study), consistency], claims, numbers={"consistency": numbers})
+    notes = []
+    if len({member.directory for member in study.members}) == 1:
+        how = "one head's loss a step, in turn" if study.config.train.heads == "alternating" else "the sum of losses"
+        notes = [
+            f"The arms are heads of one network, trained together ({how}) and kept at the prediction's best epoch."
+        ]
+    return Extra([_gains(study), consistency], claims, notes, numbers={"consistency": numbers})
 
 
 def _gains(study: ArmStudy) -> Section:
@@ -68,9 +127,19 @@ def agreement(first: Float64[np.ndarray, "N K"], second: Float64[np.ndarray, "N 
     return log_p - np.log(-np.expm1(log_p))
 
 
+def _write_sums(path: Path, branches: list[Predictions], fusion: Predictions) -> None:
+    """Of each test image and finding F: `sum_F` = log p_global + log p_local, and the fusion's `prob_F`."""
+    total = log_expit(branches[0].logit) + log_expit(branches[1].logit)
+    columns = {"id": pa.array(fusion.id)}
+    for prefix, values in (("sum", total), ("prob", fusion.probability)):
+        columns |= {f"{prefix}_{f}": pa.array(values[:, k]) for k, f in enumerate(fusion.findings)}
+    tables.write(path, pa.table(columns))
+
+
 def _consistency(study: ArmStudy) -> tuple[Section, dict[str, float | None]]:
     branches, fusion = [study.arm(name).test for name in ("global", "local")], study.arm("fusion").test
     both: Predictions = replace(fusion, logit=agreement(branches[0].logit, branches[1].logit))
+    _write_sums(study.arm("fusion").directory / "predictions" / "consistency.parquet", branches, fusion)
     table = score(both, **study.drawing)
     ours = {row["finding"]: row for row in study.scores["fusion"].rows()}
     rows, numbers = [], {}
@@ -83,7 +152,8 @@ def _consistency(study: ArmStudy) -> tuple[Section, dict[str, float | None]]:
         rows.append(["Mean" if finding == MEAN else finding, interval_cell(row), interval_cell(ours[finding]), shown])
     text = (
         "The score log p_global + log p_local, which the paper wants to be consistent, beside the fusion's own "
-        "probability, which is the prediction. The rank correlation (Spearman) is over the test images.",
+        "probability, which is the prediction. The rank correlation (Spearman) is over the test images. Both scores of "
+        "every image are in predictions/consistency.parquet of the fusion's run.",
     )
     columns = ("Finding", "AUC of the sum of logs", "AUC of the fusion", "Rank correlation")
     section = Section(
