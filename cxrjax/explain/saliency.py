@@ -31,7 +31,7 @@ Method = Literal["gradcam", "gradcam++", "layercam", "integrated"]
 Baseline = Literal["black", "mean"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-STEPS = 32
+STEPS = 64
 _AT_ONCE = 2**20  # pixels that pass through a network side by side
 
 

@@ -1,77 +1,45 @@
-"""Effective receptive fields side by side, each with a scale bar, and their sizes against depth."""
+"""Effective receptive fields of several networks and feature maps, and their sizes against depth."""
 
 import math
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib import patheffects
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cxrjax.report import pictures
 from cxrjax.report.content import Field
-from cxrjax.report.style import INK, MUTED, PAPER, WHITE, WIDE, colours, styled, words
+from cxrjax.report.style import INK, MUTED, PAPER, WIDE, colours, styled, words
 
 _MARKERS = "os^D"
 
 
-def round_length(most: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that is at most `most`, which is above 0."""
-    power = 10.0 ** math.floor(math.log10(most))
-    return power * next(step for step in (5, 2, 1) if step * power <= most * (1 + 1e-9))
-
-
-def scale_bar(panel: Axes, field: Field) -> None:
-    """A bar of a round length, at most a third of what the panel shows: in cm too where the image's width is known."""
-    across = field.map.shape[1]
-    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
-    shown = (right - left) * across / 3
-    if field.width_cm is None:
-        pixels = round_length(max(shown, 1))
-        label = f"{pixels:g} px"
-    else:
-        per_px = field.width_cm / across
-        length = round_length(shown * per_px)
-        pixels = length / per_px
-        label = f"{length:g} cm" if length >= 1 else f"{10 * length:g} mm"
-        label = f"{label} ({pixels:.0f} px)"
-    x, y = left + 0.06 * (right - left), bottom + 0.06 * (top - bottom)
-    around = [patheffects.withStroke(linewidth=2.2, foreground="#101418")]
-    panel.plot([x, x + pixels / across], [y, y], color=WHITE, lw=1.6, solid_capstyle="butt", path_effects=around)
-    above = y + 0.035 * (top - bottom)
-    panel.text(x, above, label, color=WHITE, fontsize=6.2, va="bottom", path_effects=around)
-
-
 @styled()
-def field_grid(fields: Mapping[str, Mapping[str, Field]], *, width: float = WIDE) -> Figure:
-    """Fields of several networks (down) and feature maps (across), each on the same scale of colour.
+def field_grid(fields: Mapping[str, Mapping[str, Field]], *, whole: bool = False, width: float = WIDE) -> Figure:
+    """Fields in rows and columns, such as networks and feature maps, on one scale of colour, each with a scale bar.
 
-    What a feature map cannot see is cut off: a column shows the part of the image that its widest field needs.
+    Args:
+      fields: name of the row -> name of the column -> field; all rows have the same columns.
+      whole: show the whole image, else of each column what its widest theoretical field covers, about the centre.
+      width: in inches, at most.
     """
     columns = list(dict.fromkeys(name for row in fields.values() for name in row))
-    side = min((width - 0.9) / len(columns), 2.4)
-    figure = Figure(figsize=(side * len(columns) + 0.9, (side + 0.42) * len(fields) + 0.1), layout="constrained")
+    side = min((width - 0.9) / len(columns) - 0.1, 2.2)
+    size = (side + 0.1) * len(columns) + 0.9, (side + 0.34) * len(fields) + 0.1
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(fields), len(columns), squeeze=False)
-    drawn = None
     for row, (network, of) in enumerate(fields.items()):
         panels[row, 0].set_ylabel(words(network), color=INK)
         for column, name in enumerate(columns):
-            panel, field = panels[row, column], of[name]
-            drawn = pictures.draw_field(panel, name if row == 0 else "", field)
-            half = window(max(each[name].theoretical_px or math.inf for each in fields.values()), field.map.shape[1])
-            panel.set(xlim=(0.5 - half, 0.5 + half), ylim=(0.5 + half, 0.5 - half))
-            panel.set_xlabel(f"⌀ {field.diameter_px:.3g} px", color=INK)
-            scale_bar(panel, field)
-    assert drawn is not None
+            widest = max(each[name].theoretical_px or math.inf for each in fields.values())
+            field = of[name]
+            half = 0.5 if whole else min(0.6 * widest / field.map.shape[1], 0.5)
+            drawn = pictures.draw_field(panels[row, column], name if row == 0 else "", field, half=half)
+            share = f", {field.diameter_fraction:.0%} of width" if whole else ""
+            panels[row, column].set_xlabel(f"⌀ {field.diameter_px:.3g} px{share}", color=INK)
     bar = figure.colorbar(drawn, ax=panels.ravel().tolist(), shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.set_label("relative sensitivity")
     return figure
-
-
-def window(pixels: float, across: int) -> float:
-    """Half the side of the part of the image to show around its centre, as a fraction of its width: 1/2 for all."""
-    return 0.5 if pixels == 0 else min(0.6 * pixels / across, 0.5)
 
 
 @styled()

@@ -16,7 +16,7 @@ from cxrjax.explain.localisation import Localisation
 from cxrjax.report.content import Table
 from cxrjax.report.style import MUTED, PAPER, WIDE, colours, panel_grid, styled, words
 
-ALL = "All findings"
+ALL, BY_CHANCE = "All findings", "by chance"
 NAMES = {
     "gradcam": "Grad-CAM",
     "gradcam++": "Grad-CAM++",
@@ -28,13 +28,13 @@ Located = Mapping[str, tuple[Localisation, BoxScores]]
 
 
 def tables(located: Located) -> list[Table]:
-    """The pointing game, then hit rates by IoU and by IoBB: a row per finding, cells of value, interval and chance."""
+    """The pointing game, then hit rates by IoU and by IoBB: a row per finding, with intervals and chance."""
     points = Table(
         "Pointing game: maps whose maximum lies in the finding. Energy: share of the map in the finding. By chance "
         "both are the finding's share of the image.",
         ("Finding", "Images", "Hits", "Hit rate", "Energy", "Empty maps"),
         [
-            (finding, of.images, of.hits, _cell(of.hit_rate, of.low, of.high, of.chance),
+            (finding, of.images, of.hits, f"{of.hit_rate:.2f} ({of.low:.2f}–{of.high:.2f}, chance {of.chance:.2f})",
              None if math.isnan(of.energy) else f"{of.energy:.2f} (chance {of.area:.2f})", of.empty)
             for finding, (of, _) in located.items()
         ],
@@ -48,22 +48,18 @@ def tables(located: Located) -> list[Table]:
 
 def _box_table(located: Located, kind: str, meaning: str) -> Table:
     limits = [rate.limit for rate in getattr(next(iter(located.values()))[1], kind)]
-    name = _LOOKS[kind][0]
-    rows = [
-        (finding, f"{getattr(of, f'mean_{kind}'):.2f}",
-         *(_cell(rate.rate, rate.low, rate.high, rate.chance) for rate in getattr(of, kind)))
-        for finding, (_, of) in located.items()
-    ]  # fmt: skip
+    rows = []
+    for finding, (_, of) in located.items():
+        rates: tuple[HitRate, ...] = getattr(of, kind)
+        cells = [f"{rate.rate:.2f} ({rate.low:.2f}–{rate.high:.2f})" for rate in rates]
+        rows.append((finding, f"{getattr(of, f'mean_{kind}'):.2f}", *cells))
+        rows.append((BY_CHANCE, "", *(f"{rate.chance:.2f}" for rate in rates)))
     return Table(
-        f"{name}, {meaning}: its mean, and the share of images where it is above a limit; by chance: the same box "
-        "anywhere.",
+        f"{_LOOKS[kind][0]}, {meaning}: its mean, and the share of images where it is above a limit. By chance: the "
+        "same boxes anywhere in the image.",
         ("Finding", "Mean", *(f"> {limit:g}" for limit in limits)),
         rows,
     )
-
-
-def _cell(value: float, low: float, high: float, chance: float) -> str:
-    return f"{value:.2f} ({low:.2f}–{high:.2f}, chance {chance:.2f})"
 
 
 def terminal(table: Table) -> TerminalTable:
@@ -77,7 +73,7 @@ def terminal(table: Table) -> TerminalTable:
     for row in table.rows:
         if row[0] == ALL:
             drawn.add_section()
-        drawn.add_row(*map(_in_lines, row))
+        drawn.add_row(*map(_in_lines, row), style="dim" if row[0] == BY_CHANCE else "")
     return drawn
 
 
@@ -95,13 +91,13 @@ def hit_rates(located: Located, *, width: float = WIDE) -> Figure:
     shades = dict(zip(_LOOKS, colours(3)[::2], strict=True))
     for panel, finding in zip(panels, shown, strict=True):
         points, fit = located[finding]
-        panel.set_title(words(finding, 24))
+        panel.set_title(words(finding, 22))
+        panel.set_title(f"n = {points.images:,}", loc="right", fontsize=6, fontweight="normal", color=MUTED)
         for kind, shade in shades.items():
             _curve(panel, getattr(fit, kind), kind, shade)
         panel.set(xlim=(0.05, 0.75), ylim=(-0.03, 1.03))
         panel.set_xticks([0.1, 0.3, 0.5, 0.7])
         panel.grid(axis="y")
-        panel.text(0.97, 0.95, f"n = {points.images:,}", transform=panel.transAxes, ha="right", va="top", color=MUTED)
     figure.supxlabel("overlap is above", fontsize=7, color=MUTED)
     figure.supylabel("share of images", fontsize=7, color=MUTED)
     handles = [

@@ -15,6 +15,7 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from cxrjax.report.content import Cam, Field
+from cxrjax.report.scalebar import scale_bar
 from cxrjax.report.style import INK, WHITE, WIDE, panel_grid, styled, words
 
 _OUTLINE = (0, 229, 255)
@@ -98,16 +99,26 @@ def erf_maps(fields: Mapping[str, Field], *, width: float = WIDE) -> Figure:
     return figure
 
 
-def draw_field(panel: Axes, size: str, field: Field) -> AxesImage:
-    """One effective receptive field on a panel, 0 to 1 across the image."""
+def draw_field(panel: Axes, size: str, field: Field, *, half: float = 0.5) -> AxesImage:
+    """One effective receptive field on a panel, 0 to 1 across the image, with a scale bar.
+
+    With `half` below 1/2 only that much of the image is shown on each side of the field's centre of mass.
+    """
     values = np.asarray(field.map, np.float64)
     image = panel.imshow(values, cmap="magma", norm=PowerNorm(0.5, 0, 1), extent=(0, 1, 1, 0), interpolation="nearest")
     height, across = values.shape
     x, y = (np.arange(across) + 0.5) / across, (np.arange(height) + 0.5) / height
-    panel.contour(x, y, values, levels=[mass_level(values, field.mass)], colors="#7fe3ff", linewidths=0.8)
+    panel.contour(x, y, values, levels=[mass_level(values, field.mass)], colors="#7fe3ff", linewidths=0.7)
+    if half < 0.5:
+        share = values / values.sum()
+        column, row = float(share.sum(0) @ x), float(share.sum(1) @ y)
+        panel.set(xlim=(column - half, column + half), ylim=(row + half, row - half))
+    else:
+        panel.set(xlim=(0, 1), ylim=(1, 0))
+    scale_bar(panel, across, field.width_cm)
     panel.set_title(words(size))
     panel.set_xlabel(f"⌀ {field.diameter_px:.0f} px, {field.diameter_fraction:.0%} of width", color=INK)
-    panel.set(xticks=[], yticks=[], aspect="equal")
+    panel.set(xticks=[], yticks=[], aspect="equal", facecolor="black")
     panel.spines[:].set_visible(False)
     return image
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regions", choices=("peak", "all"), help="boxes around the region of the maximum, or all (default: peak)"
     )
     maps.add_argument("--baseline", choices=("black", "mean"), help="of integrated gradients (default: black)")
-    maps.add_argument("--steps", type=_positive, metavar="N", help="of integrated gradients (default: 32)")
+    maps.add_argument("--steps", type=_positive, metavar="N", help="of integrated gradients (default: 64)")
     field = parser.add_argument_group("erf")
     field.add_argument(
         "--estimator", choices=("exact", "probe", "sum"), help="how equation 1 is computed (default: probe)"

@@ -343,5 +343,5 @@ def _notes(reading: Reading, result: Mapping[str, Any]) -> list[str]:
             + ("" if share is None else f" Their sums miss {share:.1%} of what the logits gain.")
         )
     if unlocated:
-        notes.append(f"Without a mask or box in these data: {', '.join(unlocated)}.")
+        notes.append(f"Without a mask or box in these images: {', '.join(unlocated)}.")
     return notes

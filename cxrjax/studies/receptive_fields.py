@@ -19,7 +19,7 @@ from cxrjax.explain.receptive_field import receptive_fields
 from cxrjax.files import beside, write_json
 from cxrjax.models.network import Network
 from cxrjax.report import fields as figures
-from cxrjax.report import pictures, style
+from cxrjax.report import style
 from cxrjax.report.content import Field
 from cxrjax.studies.explanation import load_images
 from cxrjax.train.described import network_of
@@ -177,8 +177,8 @@ def _write(folder: Path, found: Fields, result: Mapping[str, Any]) -> None:
     with beside(folder / "erf.npz") as temporary:
         np.savez_compressed(temporary, map=field.map, **arrays)  # pyright: ignore
     write_json(folder / "erf.json", dict(result))
-    drawn = {"erf": pictures.erf_maps({_title(state, last, field): field for state, row in last.items()
-                                       for field in row.values()})}  # fmt: skip
+    side_by_side = {state: next(iter(row.values())) for state, row in last.items()}
+    drawn = {"erf": figures.field_grid({f"{field.map.shape[1]} px": side_by_side}, whole=True)}
     if len(found[TRAINED]) > 1:
         drawn |= {"erf-layers": figures.field_grid(found), "erf-depth": figures.size_by_depth(found)}
     for name, figure in drawn.items():
@@ -190,11 +190,6 @@ def _write(folder: Path, found: Fields, result: Mapping[str, Any]) -> None:
         f"equivalent diameter of {field.diameter_px:.1f} px ({field.diameter_fraction:.0%} of the width)\n"
         + "\n".join(str(folder / f"{name}.png") for name in drawn)
     )
-
-
-def _title(state: str, last: Fields, field: Field) -> str:
-    size = f"{field.map.shape[1]} px"
-    return f"{size}, {state}" if len(last) > 1 else size
 
 
 def _table(found: Fields) -> Table:

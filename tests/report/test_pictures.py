@@ -70,6 +70,19 @@ def test_overlay_is_hot_where_the_map_is_and_outlines_the_truth():
     assert (cyan == (mask & ~inner)).all()
 
 
+def test_overlay_dashes_the_boxes_that_were_found():
+    box = np.array([[0.25, 0.5, 0.5, 0.25], [0, 0, 1, 1]])
+    picture = overlay(Cam(np.full((64, 64), 90, np.uint8), np.zeros((4, 4), np.float32), 0.9, boxes=box), side=64)
+    drawn = (picture != 90).any(-1)
+    expected = np.zeros((64, 64), bool)
+    for left, top, right, bottom in ((16, 32, 48, 48), (0, 0, 64, 64)):
+        expected[top:bottom, left:right] ^= True
+        expected[top + 1 : bottom - 1, left + 1 : right - 1] ^= True
+    assert (drawn == expected).all()
+    for colour in ((255, 255, 255), (16, 20, 24)):
+        assert 0.3 < (picture[drawn] == colour).all(-1).mean() < 0.7
+
+
 def test_jpeg_uri_decodes_to_nearly_the_picture():
     y, x = np.mgrid[0:64, 0:64]
     picture = np.stack([x * 2, y * 2, x + y], -1).astype(np.uint8)
