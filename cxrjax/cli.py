@@ -186,6 +186,14 @@ def _study(arguments: argparse.Namespace) -> Any:
     return arms(arguments.what, spec, arguments.overrides, arguments.workdir)
 
 
+def _plan(arguments: argparse.Namespace) -> Any:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on a device; the target's compiler needs none
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from cxrjax.studies.plans import run
+
+    return run(arguments)
+
+
 def _weights(arguments: argparse.Namespace) -> Any:
     from cxrjax.weights import convert
 
@@ -318,6 +326,27 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_config(study, required=False)
 
+    plan = verb("plan", _plan, "whether the training step fits a machine that need not be here, and what bounds it")
+    _add_recipe(plan, required=True)
+    plan.add_argument(
+        "--device", required=True, metavar="D", help="h200, h100, a100-80, a100-40, v5e, v5p or v6e"
+    )  # fmt: skip
+    plan.add_argument(
+        "--mesh", default="data=1", metavar="data=D,space=S",
+        help="devices that share a batch, and devices that share the rows of an image (default: one device)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--batch", type=int, default=0, metavar="N", help="images at once over all devices (default: the config's)"
+    )
+    plan.add_argument("--largest", action="store_true", help="find the largest batch that fits: several compilations")
+    plan.add_argument(
+        "--sweep", action="store_true",
+        help="a table of meshes at 512, 1024 and 2048 px, N images (default 1) for each part of `data`",
+    )  # fmt: skip
+    plan.add_argument(
+        "--estimate", action="store_true", help="from the shapes that the backward pass keeps, without its compiler"
+    )
+
     weights = verb("weights", _weights, "published PyTorch or safetensors weights, converted strictly")
     weights.add_argument("what", choices=("convert",), help="convert: to weights.safetensors and card.json")
     weights.add_argument("file", type=Path, metavar="FILE", help="safetensors, or what torch.save wrote; never run")
@@ -336,11 +365,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    _add_recipe(parser, required=required)
+    parser.add_argument("--workdir", type=Path, required=True, help="the directory of the run; made if absent")
+
+
+def _add_recipe(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--config", required=required, metavar="F[:ARG]",
         help="a recipe's file, or the name of one of configs/" + ("" if required else " (default: the study's own)"),
     )  # fmt: skip
-    parser.add_argument("--workdir", type=Path, required=True, help="the directory of the run; made if absent")
     parser.epilog = (
         "--config.KEY=VALUE changes one key of the recipe, for example --config.train.epochs=3. The keys: " + _keys()
     )

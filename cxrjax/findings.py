@@ -37,6 +37,9 @@ PHANTOM = ("Cardiomegaly", "Pleural Effusion", "Mass", "Nodule", "Pneumothorax",
 """The findings that the phantom draws, from coarse to fine."""
 
 
+VOCABULARIES = {"chestxray14": NIH14, "mimic_cxr_jpg": CHEXPERT14, "six_class": SIX_CLASS, "cxr_phantom": PHANTOM}
+"""Of the data sets that always have the same findings."""
+
 NO_FINDING = "No Finding"
 
 ONES_SMOOTHED, ZEROS_SMOOTHED = (0.55, 0.85), (0.0, 0.3)

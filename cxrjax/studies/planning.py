@@ -1,0 +1,272 @@
+"""Will it fit? The training step of a config, compiled ahead of time for a machine that is not here."""
+
+import dataclasses
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cxrjax.config import Config
+from cxrjax.data.pipeline import Batch
+from cxrjax.errors import CxrError
+from cxrjax.findings import VOCABULARIES
+from cxrjax.parallel.collectives import Collective, collectives
+from cxrjax.parallel.mesh import batch_shardings, make_mesh, replicated
+from cxrjax.parallel.targets import Target
+from cxrjax.studies.catalogue import multiply_adds
+from cxrjax.train.described import network_of
+from cxrjax.train.learning import Learning
+from cxrjax.train.losses import make_loss
+from cxrjax.train.optimizer import make_optimizer, schedule
+from cxrjax.train.state import TrainState
+from cxrjax.train.step import make_train_step
+
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+"""Nothing can be timed on a device that is not here."""
+
+ROWS_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": False}
+"""Where rows are split, that scheduler keeps all neighbours' rows alive at once: twice the memory."""
+
+USABLE = 0.92
+"""Share of a device's memory that a program can have (XLA_PYTHON_CLIENT_MEM_FRACTION on GPUs, whose default is .75)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training step on one device of the machine; bytes unless it says otherwise.
+
+    Attributes:
+      target: the device's name.
+      data: devices that share a batch.
+      space: devices that share the rows of an image.
+      size: side of the images in px.
+      batch: images of all devices at once (one accumulated part of the effective batch).
+      parameters: with running statistics.
+      optimizer: its moments.
+      inputs: the batch.
+      activations: everything else the step holds at its peak: activations, gradients, workspace that XLA knows of.
+      memory: of the device.
+      compiled: whether a compiler said so; else an estimate from the shapes that the backward pass keeps.
+      collectives: how many calls a step makes, by kind.
+      sent: bytes that leave the device in a step.
+      flops: of the step on this device, two per multiply-add of its convolutions and matrix products.
+      moved: bytes through the device's memory, as the compiler counts them; 0 where it does not say.
+      compute_s: least time that the arithmetic takes, seconds.
+      memory_s: least time that moving `moved` takes.
+      network_s: least time that sending takes.
+    """
+
+    target: str
+    data: int
+    space: int
+    size: int
+    batch: int
+    parameters: int
+    optimizer: int
+    inputs: int
+    activations: int
+    memory: int
+    compiled: bool
+    collectives: dict[str, int]
+    sent: float
+    flops: float
+    moved: float
+    compute_s: float
+    memory_s: float
+    network_s: float
+
+    @property
+    def peak(self) -> int:
+        """All that is held at once."""
+        return self.parameters + self.optimizer + self.inputs + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the usable part of the memory."""
+        return self.peak <= USABLE * self.memory
+
+    @property
+    def floor_s(self) -> float:
+        """No step is faster: the largest of the three times, which overlap at best."""
+        return max(self.compute_s, self.memory_s, self.network_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        more = {"peak": self.peak, "left": self.memory - self.peak, "fits": self.fits, "floor_s": self.floor_s}
+        return asdict(self) | more
+
+
+def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch: int = 0) -> Plan:
+    """Compile the config's training step for `data` x `space` devices.
+
+    Args:
+      config: a recipe; its data need not be here.
+      target: the accelerator.
+      data: devices that share a batch.
+      space: devices that share the rows of an image.
+      batch: images at once, over all devices; 0: `train.per_device` on each, or the whole effective batch.
+
+    Raises:
+      CxrError: a mesh that does not divide the batch or the rows, or a compiler that is not installed.
+    """
+    batch = _batch(config, data, space, batch)
+    mesh = make_mesh(data, space, target.devices(data * space))
+    step, state, inputs = _step(config, mesh, batch)
+    traced = step.trace(state, inputs)
+    options = GPU_OPTIONS | (ROWS_OPTIONS if space > 1 else {}) if target.gpu else {}
+    compiled = traced.lower().compile(compiler_options=options)
+    found = compiled.memory_analysis()
+    calls = collectives(compiled.as_text())
+    moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    fixed = _fixed(state, inputs, data, space)
+    activations = held + found.temp_size_in_bytes - sum(fixed.values())
+    return _plan(
+        target,
+        (data, space),
+        config.data.size,
+        batch,
+        fixed,
+        activations,
+        traced.jaxpr.jaxpr,
+        calls,
+        moved,
+        compiled=True,
+    )
+
+
+def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, batch: int = 0) -> Plan:
+    """The same without a compiler for the target: from what the backward pass keeps of the forward pass.
+
+    Fusion, padding, workspace and collectives are not in it: take it for a first idea. Arguments and errors are those
+    of `plan`.
+    """
+    batch = _batch(config, data, space, batch)
+    mesh = make_mesh(1, 1, jax.devices("cpu")[:1])
+    step, state, inputs = _step(config, mesh, batch)
+    network = _network(config)
+
+    def kept(params: Any, stats: Any, image: Any) -> Any:
+        def loss(params: Any) -> Any:
+            outputs, _ = dataclasses.replace(network, params=params, stats=stats).outputs(
+                image, train=True, key=jax.random.PRNGKey(0)
+            )
+            return [logits.sum() for logits in outputs.values()]
+
+        return jax.vjp(loss, params)[1]
+
+    saved = jax.eval_shape(kept, state.params, state.stats, inputs.image)
+    parameters = _bytes(state.params)
+    activations = (_bytes(saved) - parameters) // (data * space) + parameters  # and as much for the gradient
+    fixed = _fixed(state, inputs, data, space)
+    jaxpr = step.trace(state, inputs).jaxpr.jaxpr
+    return _plan(target, (data, space), config.data.size, batch, fixed, activations, jaxpr, [], 0.0, compiled=False)
+
+
+def largest_batch(config: Config, target: Target, *, data: int = 1, space: int = 1) -> tuple[int, list[Plan]]:
+    """The largest batch of all devices that fits, a multiple of `data`, and every plan that was made to find it.
+
+    Memory is nearly affine in the batch, so two plans point at the third; bisection settles the rest.
+    """
+    made: dict[int, Plan] = {}
+    room = USABLE * target.memory
+    low, high, guess = 0, 0, 1  # of the images on each data device; a high of 0 is not known yet
+    while not high or high - low > 1:
+        made[guess] = plan(config, target, data=data, space=space, batch=guess * data)
+        low, high = (guess, high) if made[guess].fits else (low, guess)
+        guess = min(max(_affine(made, room), low + 1), high - 1 if high else max(2, 8 * low))
+    return low * data, [made[each] for each in sorted(made)]
+
+
+def _affine(made: dict[int, Plan], room: float) -> int:
+    """The batch whose memory would be `room`, were it a straight line through the two largest plans."""
+    if len(made) < 2:
+        return 2
+    less, more = sorted(made)[-2:]
+    slope = (made[more].peak - made[less].peak) / (more - less)
+    return more + math.floor((room - made[more].peak) / slope) if slope > 0 else 2 * more
+
+
+def _batch(config: Config, data: int, space: int, batch: int) -> int:
+    """Images at once, checked against the mesh."""
+    batch = batch or (config.train.per_device * data if config.train.per_device else config.train.batch)
+    if batch < 1 or batch % data:
+        raise CxrError(f"a batch of {batch} images cannot be divided over mesh data={data}: {_nearest(batch, data)}")
+    if config.data.size % space:
+        raise CxrError(
+            f"{config.data.size} rows cannot be divided over mesh space={space}: {_nearest(config.data.size, space)}"
+        )
+    return batch
+
+
+def _network(config: Config) -> Any:
+    findings = tuple(config.data.findings) or VOCABULARIES.get(config.data.dataset)
+    if not findings:
+        raise CxrError(f"data set {config.data.dataset} can have any findings: name yours with --config.data.findings")
+    return network_of(config, len(findings))
+
+
+def _step(config: Config, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
+    """The jitted step and the shapes of its arguments, laid out on the mesh."""
+    optimizer = make_optimizer(config.optimizer)
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        network = _network(config)
+        learning = Learning.of(network, config)
+        state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0, learning))
+    findings = network.classes
+    options = dict(config.loss.options.items())
+    loss = make_loss(config.loss.name, prevalence=np.full(findings, 0.1), **options)
+    step = make_train_step(
+        network, optimizer, schedule(config.optimizer, 1000), mesh, 1, learning, loss,
+        config.train.heads == "alternating",
+    )  # fmt: skip
+    side = config.data.size
+    shapes: Any = [((batch, side, side, 1), np.uint8), ((batch, findings), np.float32), ((batch, findings), bool),
+                   ((batch,), bool), ((batch,), np.int32)]  # fmt: skip
+    shardings: Any = batch_shardings(mesh)
+    inputs: Any = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for (shape, dtype), sharding in zip(shapes, shardings, strict=True)
+    ]
+    whole = replicated(mesh)
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state)
+    return step, state, Batch(*inputs)
+
+
+def _fixed(state: Any, inputs: Any, data: int, space: int) -> dict[str, int]:
+    image, *rest = (_bytes(field) for field in inputs)
+    return {
+        "parameters": _bytes((state.params, state.stats)),
+        "optimizer": _bytes(state.optimizer),
+        "inputs": image // (data * space) + sum(rest) // data,
+    }
+
+
+def _plan(
+    target: Target, mesh: tuple[int, int], size: int, batch: int, fixed: dict[str, int], activations: int, jaxpr: Any,
+    calls: list[Collective], moved: float, *, compiled: bool,
+) -> Plan:  # fmt: skip
+    flops = 2 * multiply_adds(jaxpr) / math.prod(mesh)
+    sent = sum(call.sent for call in calls)
+    kinds = [call.kind for call in calls]
+    return Plan(
+        target=target.name, data=mesh[0], space=mesh[1], size=size, batch=batch, **fixed,
+        activations=int(activations), memory=target.memory, compiled=compiled,
+        collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
+        moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
+        network_s=sent / target.link,
+    )  # fmt: skip
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _nearest(number: int, parts: int) -> str:
+    """The multiples around a number that parts do not divide."""
+    below = number // parts * parts
+    return f"choose {f'{below} or ' if below else ''}{below + parts}"

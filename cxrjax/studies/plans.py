@@ -1,0 +1,115 @@
+"""The verb `plan`: words in, plans out, as tables and for JSON."""
+
+import argparse
+import re
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from cxrjax.config import Config, load
+from cxrjax.console import bar, say, stderr, stdout
+from cxrjax.errors import CxrError
+from cxrjax.models.options import one_of
+from cxrjax.parallel.targets import TARGETS, Target
+from cxrjax.studies.planning import USABLE, Plan, estimate, largest_batch, plan
+
+SWEEP_SIZES = (512, 1024, 2048)
+SWEEP_MESHES = ((1, 1), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1))
+
+
+def run(arguments: argparse.Namespace) -> Any:
+    """Plan what the words say.
+
+    Raises:
+      CxrError: as of `plan`, or a mesh that cannot be read.
+    """
+    config = load(arguments.config, arguments.overrides)
+    target = TARGETS[one_of("--device", arguments.device, TARGETS)]
+    data, space = mesh_of(arguments.mesh)
+    make = estimate if arguments.estimate or not _installed(target) else plan
+    if arguments.sweep:
+        plans = _sweep(config, target, arguments.batch or 1, make)
+    elif arguments.largest:
+        if make is estimate:
+            raise CxrError(f"--largest needs JAX's compiler for {target.name}: {_extra(target)}")
+        batch, plans = largest_batch(config, target, data=data, space=space)
+        say(f"the largest batch that fits: {batch} images over {data} x {space} {target.kind}")
+        stdout.print(table(plans))
+        return {"largest": batch, "plans": [each.as_dict() for each in plans]}
+    else:
+        plans = [make(config, target, data=data, space=space, batch=arguments.batch)]
+    stdout.print(table(plans))
+    if len(plans) == 1:
+        say(_sentences(plans[0], target))
+    return {"plans": [each.as_dict() for each in plans]}
+
+
+def mesh_of(text: str) -> tuple[int, int]:
+    """`data=D,space=S` as (D, S); what is left out is 1."""
+    found: dict[str, int] = {"data": 1, "space": 1}
+    for part in text.split(","):
+        matched = re.fullmatch(r"(data|space)=([1-9][0-9]*)", part.strip())
+        if matched is None:
+            raise CxrError(f"--mesh {text}: {part.strip()!r} is not data=D or space=S with a positive number")
+        found[matched[1]] = int(matched[2])
+    return found["data"], found["space"]
+
+
+def _installed(target: Target) -> bool:
+    try:
+        target.devices(1 if target.gpu else 4)
+    except CxrError as error:
+        stderr.print(f"{error}. What follows is an estimate.", markup=False, soft_wrap=True)
+        return False
+    return True
+
+
+def _extra(target: Target) -> str:
+    return f"uv sync --extra {'cuda' if target.gpu else 'tpu'}"
+
+
+def _sweep(config: Config, target: Target, each: int, make: Any) -> list[Plan]:
+    plans = []
+    with bar("compiling", len(SWEEP_SIZES) * len(SWEEP_MESHES), unit="steps") as advance:
+        for size in SWEEP_SIZES:
+            changed = config.copy_and_resolve_references()
+            changed.data.size = size
+            for data, space in SWEEP_MESHES:
+                plans.append(make(changed, target, data=data, space=space, batch=each * data))
+                advance()
+    return plans
+
+
+def table(plans: list[Plan]) -> Table:
+    """One line a plan; gigabytes are 1e9 bytes, of one device."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    columns = ("px", "data x space", "images", "state, GB", "activations", "peak", "left", "fits", "reduce", "permute",
+               "gather", "sent, GB", "floor, ms")  # fmt: skip
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+    for each in plans:
+        calls = (str(each.collectives.get(k, 0)) for k in ("all-reduce", "collective-permute", "all-gather"))
+        made.add_row(
+            f"{each.size}", f"{each.data} x {each.space}", f"{each.batch}",
+            *(f"{value / 1e9:.2f}" for value in (each.parameters + each.optimizer, each.activations, each.peak)),
+            f"{(each.memory - each.peak) / 1e9:.1f}", "yes" if each.fits else "no",
+            *(calls if each.compiled else ("?",) * 3),
+            f"{each.sent / 1e9:.3f}" if each.compiled else "?", f"{1e3 * each.floor_s:.1f}",
+        )  # fmt: skip
+    return made
+
+
+def _sentences(made: Plan, target: Target) -> str:
+    times = {"arithmetic": made.compute_s, "memory": made.memory_s, "network": made.network_s}
+    known = {name: seconds for name, seconds in times.items() if seconds}
+    slowest = max(known, key=lambda name: known[name])
+    bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
+    how = "as XLA's compiler for it says" if made.compiled else "estimated: no fusion, no workspace, no collectives"
+    share = made.peak / target.memory
+    fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
+    setting = f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}" if target.gpu and 0.75 < share <= USABLE else ""
+    return (
+        f"{target.kind}, {target.memory / 1e9:.0f} GB, {how}: {fits}{setting}. "
+        f"A step takes at least {1e3 * made.floor_s:.1f} ms, for its {slowest} ({bounds})."
+    )

@@ -1,0 +1,137 @@
+"""Plans: compiled for this machine's CPU devices in a target's place, and estimated."""
+
+import json
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pytest
+
+from cxrjax import cli
+from cxrjax import config as configs
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.network import Network, parameter_count
+from cxrjax.parallel.targets import TARGETS, Target
+from cxrjax.studies import planning, plans
+
+SMALL = ("model.options.growth=4", "model.options.blocks=(1, 1)", "model.options.stem_channels=4", "train.batch=4")
+
+
+@dataclass(frozen=True)
+class Here(Target):
+    """This machine's CPU devices, with a memory of our choice."""
+
+    def devices(self, count):
+        return jax.devices()[:count]
+
+
+def here(memory=1 << 40):
+    return Here("here", "CPU", memory, 1e12, 1e11, 1e10)
+
+
+@pytest.fixture
+def config():
+    return configs.load("demo:32", [*SMALL])
+
+
+def test_one_device(config):
+    made = planning.plan(config, here())
+    network = Network.of(create("densenet_small", classes=7, **config.model.options.to_dict()))
+    numbers = parameter_count(network)
+    assert made.optimizer == 8 * numbers + 4  # two moments, a count
+    assert made.parameters == 4 * (numbers + sum(np.size(leaf) for leaf in jax.tree.leaves(network.stats)))
+    assert made.inputs == 4 * (32 * 32 + 7 * 4 + 7 + 1 + 4)
+    assert made.activations > 0
+    assert made.compiled
+    assert made.collectives == {}
+    assert made.flops > 3 * 4 * 2 * 32 * 32 / 4 * 4 * 9  # more than the first layers'
+    assert made.floor_s == max(made.compute_s, made.memory_s) > 0
+
+
+@pytest.mark.parametrize(
+    ("data", "space", "kinds"), [(2, 1, {"all-reduce"}), (1, 2, {"all-reduce", "collective-permute"})]
+)
+def test_several_devices_share_the_work(config, data, space, kinds):
+    alone, shared = planning.plan(config, here()), planning.plan(config, here(), data=data, space=space)
+    assert set(shared.collectives) == kinds
+    assert shared.sent > 0
+    assert shared.network_s == shared.sent / 1e10
+    assert shared.flops == alone.flops / 2
+    assert shared.activations < alone.activations
+
+
+def test_the_largest_batch_is_the_largest_that_fits(config):
+    memory = int(planning.plan(config, here(), batch=9).peak / planning.USABLE) + 1
+    batch, made = planning.largest_batch(config, here(memory))
+    fits = {each.batch: each.fits for each in made}
+    assert fits[batch]
+    assert not fits[batch + 1]
+    assert batch >= 9
+    assert planning.largest_batch(config, here(1))[0] == 0
+
+
+def test_an_estimate_is_near_what_the_compiler_says(config):
+    made, guessed = planning.plan(config, here(), batch=16), planning.estimate(config, here(), batch=16)
+    assert not guessed.compiled
+    assert (guessed.parameters, guessed.optimizer, guessed.inputs) == (made.parameters, made.optimizer, made.inputs)
+    assert 1 / 4 < guessed.activations / made.activations < 4
+
+
+def test_recomputing_lowers_the_estimate():
+    kept, recomputed = (
+        planning.estimate(configs.load("densenet121:256", [f"model.remat={remat}"]), here(), batch=2)
+        for remat in ("none", "layer")
+    )
+    assert recomputed.activations < 0.5 * kept.activations
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [({"data": 3}, "a batch of 4 images cannot be divided over mesh data=3: choose 3 or 6"),
+     ({"space": 5}, "32 rows cannot be divided over mesh space=5: choose 30 or 35")],
+)  # fmt: skip
+def test_meshes_that_do_not_divide(config, mesh, said):
+    for make in (planning.plan, planning.estimate):
+        with pytest.raises(CxrError, match=said):
+            make(config, here(), **mesh)
+
+
+def test_findings_of_any_data_set_must_be_named(config):
+    with config.unlocked():
+        config.data.dataset = "folder"
+    with pytest.raises(CxrError, match=r"config\.data\.findings"):
+        planning.estimate(config, here())
+
+
+def test_words_of_a_mesh():
+    assert plans.mesh_of("data=4,space=2") == (4, 2)
+    assert plans.mesh_of("space=8") == (1, 8)
+    for wrong in ("4x2", "data=0", "rows=2"):
+        with pytest.raises(CxrError, match="is not data=D or space=S"):
+            plans.mesh_of(wrong)
+
+
+def test_the_verb_estimates_without_a_compiler(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    file = tmp_path / "plan.json"
+    words = ["plan", "--config", "demo:32", "--device", "v5e", "--estimate", "--json", str(file)]
+    assert cli.main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
+    assert "estimated" in " ".join(capsys.readouterr().out.split())
+    [made] = json.loads(file.read_text())["plans"]
+    assert made["fits"]
+    assert made["memory"] == TARGETS["v5e"].memory
+
+
+def test_a_sweep_has_every_mesh(config, monkeypatch):
+    monkeypatch.setattr(plans, "SWEEP_SIZES", (32, 64))
+    made = plans._sweep(config, here(), 1, planning.estimate)
+    assert [(each.size, each.data, each.space, each.batch) for each in made] == [
+        (size, data, space, data) for size in (32, 64) for data, space in plans.SWEEP_MESHES
+    ]
+    assert plans.table(made).row_count == 12
+
+
+def test_unknown_devices_are_named(capsys):
+    assert cli.main(["plan", "--config", "demo:32", "--device", "gtx"]) == 1
+    assert "h200" in capsys.readouterr().err
