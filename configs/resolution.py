@@ -91,9 +91,10 @@ def _phantom(config, size: int):
     config.data.size = size
     config.model.name = "densenet_small"
     config.optimizer.rate = 1e-2
+    config.optimizer.schedule = "cosine"  # too few epochs for a plateau
+    config.optimizer.warmup = 0.1
     config.optimizer.clip = 1.0
     config.train.steps_per_epoch = 150
     config.train.epochs = 9
-    config.study.erf_images = 16
     config.study.sizes = PHANTOM
     return config

@@ -234,9 +234,14 @@ def size_scatter(image_sizes: Int[np.ndarray, "N 2"], *, width: float = 4.2) -> 
     top, side = figure.add_subplot(grid[0, 0], sharex=main), figure.add_subplot(grid[1, 1], sharey=main)
     (colour,) = colours(1)
     main.scatter(pairs[:, 0], pairs[:, 1], s=3 + 12 * np.log10(count), color=colour, alpha=0.5, lw=0, rasterized=True)
-    main.set(xlabel="width, px", ylabel="height, px")
-    top.hist(pairs[:, 0], bins=40, weights=count, color=colour)
-    side.hist(pairs[:, 1], bins=40, weights=count, color=colour, orientation="horizontal")
+    around = np.maximum(0.06 * np.ptp(pairs, axis=0), 0.03 * pairs.max(0))  # one size alone has a scale, too
+    low, high = np.maximum(pairs.min(0) - around, 0), pairs.max(0) + around
+    bins = [np.linspace(*bounds, 51).tolist() for bounds in zip(low, high, strict=True)]
+    main.set(xlabel="width, px", ylabel="height, px", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    for axis in (main.xaxis, main.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
+    top.hist(pairs[:, 0], bins=bins[0], weights=count, color=colour)
+    side.hist(pairs[:, 1], bins=bins[1], weights=count, color=colour, orientation="horizontal")
     top.axis("off")
     side.axis("off")
     return figure

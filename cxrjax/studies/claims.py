@@ -1,7 +1,6 @@
 """What a resolution study was to show, whether this one shows it, and what it cannot show: in plain words.
 
-Differences are of AUROCs, averaged over findings and over all folds or seeds; their intervals come of drawing the test
-patients in pairs, fold by fold (`evaluate.sample`).
+Differences are of AUROCs, averaged over findings and over all folds or seeds; for their intervals see `Study.gain`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -138,17 +137,33 @@ def notes(study: Study) -> Sequence[str]:
             "Every model was trained once: the intervals are of the test patients, and say nothing of how much another "
             "training seed would change."
         )
-        return [*kept, *_voted(study)]
+        return [*kept, *_voted(study), *_unsized(study)]
     kept.append(
         f"Scores, intervals and claims average {study.several}. ROC curves, loss curves, activation maps and pictures "
         f"of receptive fields are those of {study.first_called}."
     )
-    kept.append(
-        "Intervals come of drawing test patients; how much another training would change shows in the standard "
-        f"deviations over {study.several}"
-        + ("." if study.kind == "training seed" else ", which share most of their training images.")
-    )
-    return [*kept, *_voted(study)]
+    if study.kind == "training seed":
+        kept.append(
+            "Intervals come of drawing test patients; how much another training would change shows in the standard "
+            f"deviations over {study.several}."
+        )
+    else:
+        kept.append(
+            "Intervals of scores come of drawing test patients, fold by fold: they hold for these networks. Those of "
+            "differences, by which claims are judged, are the wider of that and of the corrected t-test over folds "
+            "(Nadeau and Bengio 2003), which counts what another training would change, too."
+        )
+    return [*kept, *_voted(study), *_unsized(study)]
+
+
+def _unsized(study: Study) -> list[str]:
+    """Why a study that is to have it has no scatter of the images' sizes."""
+    if not study.config.study.paper or study.first[0].experiment.records.original_sizes is not None:
+        return []
+    return [
+        "The records hold no sizes of original images (they are drawn, or were prepared before sizes were kept), so "
+        "that there is no scatter of them."
+    ]
 
 
 def _voted(study: Study) -> list[str]:

@@ -18,6 +18,7 @@ from cxrjax.studies.study import LOGISTIC, STACKED, VOTED, Study
 
 ENSEMBLE = "ensemble"
 """The paper's name of its ensemble, of which one place says stacking and another averaging."""
+_PM = "\u00a0±\u00a0"  # a value and its deviation stay on one line
 
 
 def aurocs(study: Study) -> dict[str, np.ndarray]:
@@ -44,7 +45,7 @@ def group_section(study: Study) -> Section:
     columns = ("Finding", *(name[0].upper() + name[1:] for name in names), "Mean ± sd")
     tables = [
         Table(
-            f"{model}: AUROC in each {study.kind}.",
+            f"{model}: AUROC in each {study.kind}",
             columns,
             [
                 [finding, *map(text_of, of[:, k].tolist()), _mean_and_sd(of[:, k])]
@@ -113,7 +114,7 @@ def _beside(study: Study, paper: Paper) -> Table:
     for k, finding in enumerate((*study.findings, MEAN)):
         score = study.scores[STACKED].rows()[k]
         shown = finding != MEAN
-        count = f"{score['positives']:,} / {score['positives'] + score['negatives']:,}" if shown else None
+        count = f"{score['positives']:,}\u00a0/\u00a0{score['positives'] + score['negatives']:,}" if shown else None
         row: list[Any] = [finding if shown else "Mean", count]
         for name in (*study.sizes, VOTED, LOGISTIC, STACKED):
             row.append(_ours(study.scores[name].rows()[k], values[name][:, k]))
@@ -135,7 +136,7 @@ def _theirs(paper: Paper, model: str, finding: str) -> str | None:
     if finding == MEAN:
         return f"{paper.numbers['average'][model]:.3f}"
     mean = paper.auc_of(model, finding)
-    return None if mean is None else f"{mean:.3f} ± {_of_finding(paper.numbers['sd'][model], finding):.3f}"
+    return None if mean is None else f"{mean:.3f}{_PM}{_of_finding(paper.numbers['sd'][model], finding):.3f}"
 
 
 def _of_finding(printed: Mapping[str, float], finding: str) -> float:
@@ -185,7 +186,7 @@ def _mean_and_sd(values: np.ndarray) -> str:
     defined = values[~np.isnan(values)]
     if not len(defined):
         return "n/a"
-    return f"{defined.mean():.3f}" + (f" ± {defined.std(ddof=1):.3f}" if len(defined) > 1 else "")
+    return f"{defined.mean():.3f}" + (f"{_PM}{defined.std(ddof=1):.3f}" if len(defined) > 1 else "")
 
 
 def text_of(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from cxrjax.config import Config
 from cxrjax.console import bar
 from cxrjax.evaluate.comparison import Difference, sampled_difference
 from cxrjax.evaluate.ensemble import Logistic, align, combine, fit_logistic, fit_weights
+from cxrjax.evaluate.folds import OverFolds, over_folds
 from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.sample import Sample
@@ -177,9 +178,35 @@ class Study:
         return {name: score_sample(sample, confidence=evaluate.confidence) for name, sample in samples.items()}
 
     def gain(self, first: str, second: str, findings: Sequence[str]) -> Difference:
-        """The mean AUROC of one model over some findings less that of another, with patients drawn in pairs."""
+        """The mean AUROC of one model over some findings less that of another.
+
+        Its interval comes of drawing test patients in pairs; over folds it is `widened`.
+        """
         confidence = self.config.evaluate.confidence
-        return sampled_difference(self.samples[first], self.samples[second], findings, confidence=confidence)
+        found = sampled_difference(self.samples[first], self.samples[second], findings, confidence=confidence)
+        low, high = self.widened(found.low, found.high, found.each)
+        return replace(found, low=low, high=high)
+
+    def over_folds(self, each: Sequence[float]) -> OverFolds | None:
+        """What the folds say of the mean of one value a group; None where there are not several."""
+        folds = [group.fold for group in self.groups]
+        if len(set(folds)) < 2 or not len(each):
+            return None
+        values = [float(np.mean([v for v, of in zip(each, folds, strict=True) if of == fold])) for fold in set(folds)]
+        train, validation, _ = self.config.split.fractions
+        tested = 1 / self.config.split.folds
+        return over_folds(values, test_to_train=tested / ((1 - tested) * train / (train + validation)))
+
+    def widened(self, low: float, high: float, each: Sequence[float]) -> tuple[float, float]:
+        """An interval that comes of the test patients, widened to the one that comes of how folds differ.
+
+        The former holds for these networks; the latter counts what another training would change, too.
+        """
+        found = self.over_folds(each)
+        if found is None:
+            return low, high
+        bounds = found.interval(self.config.evaluate.confidence)
+        return float(np.fmin(low, bounds[0])), float(np.fmax(high, bounds[1]))
 
     def agreeing(self, gain: Difference) -> str:
         """In how many groups a difference has the sign of its mean, as the end of a sentence."""
