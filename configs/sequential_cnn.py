@@ -45,5 +45,6 @@ def get_config(arg: str = ""):
         dataset = config.data.dataset
         on_phantom(config)
         config.data.dataset = dataset  # six folders of drawn images: scripts/phantom_folders.py
+        config.train.epochs = 20
         config.study.arms = ("phantom-version3", "phantom-version1")
     return config

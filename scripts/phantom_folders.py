@@ -1,6 +1,6 @@
 """Draw phantom radiographs of six exclusive classes into folders, as the sequential CNN's study takes its images.
 
-python scripts/phantom_folders.py --out data/six --patients 200 --size 64
+python scripts/phantom_folders.py --out data/six --size 64
 cxrjax prepare six_class --source data/six --data-dir data --size 64
 
 Each class stands for one finding of the phantom, drawn alone; the Covid-19 images, as in the real mixture, come from a
@@ -34,7 +34,7 @@ def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
-    parser.add_argument("--patients", type=int, default=200, help="of all classes together (default: 200)")
+    parser.add_argument("--patients", type=int, default=1500, help="of all classes together (default: 1500)")
     parser.add_argument("--size", type=int, default=64, help="pixels along each radiograph's side (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the population (default: 0)")
     draw(**vars(parser.parse_args()))

@@ -1,12 +1,13 @@
 """One self-contained HTML file per study or run: figures as inline SVG, pictures as data, no script, no network."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cxrjax.report import figures, localised, pictures, style, tables
 from cxrjax.report.content import Cam, Field, MapsReport, RunReport, StudyReport, Table
@@ -135,8 +136,16 @@ def _render(template: str, **content: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["value"] = _value
-    environment.filters["cell"] = lambda cell: f"{cell:.3f}" if isinstance(cell, float) else _value(cell)
+    environment.filters["cell"] = _cell
+    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
     return environment.get_template(template).render(**content)
+
+
+def _cell(cell: Any) -> str:
+    """A table's cell: numbers to 3 decimals; a score and its interval, or an interval, stay on one line."""
+    text = f"{cell:.3f}" if isinstance(cell, float) else _value(cell)
+    whole = re.fullmatch(r"[-+.\d]+( \([-+.\d]+–[-+.\d]+\)|–[-+.\d]+| to [-+.\d]+)", text)
+    return Markup('<span class="whole">{}</span>').format(text) if whole else text
 
 
 def _value(value: Any) -> str:

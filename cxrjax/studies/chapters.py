@@ -23,6 +23,8 @@ from cxrjax.studies.single import interval_text
 
 Chapter = tuple[Section, Any]
 
+_FEWEST = 10  # images in a bin of a reliability diagram whose frequency is worth drawing
+
 
 def compared(study: ArmStudy) -> Chapter:
     """Each arm less the first, finding by finding and on average."""
@@ -31,7 +33,8 @@ def compared(study: ArmStudy) -> Chapter:
         rows = by_finding(member.test, first.test, confidence=study.config.evaluate.confidence)
         gain = study.gain(member, first)
         numbers[member.name] = {"mean": vars(gain), "findings": rows}
-        mean = ["Mean", None, None, signed(gain.value), signed_between(gain.low, gain.high), None, None]
+        means = [number(study.scores[each.name].mean.auroc) for each in (member, first)]
+        mean = ["Mean", *means, signed(gain.value), signed_between(gain.low, gain.high), None, None]
         tables.append(
             Table(
                 f"AUC of {member.name} less that of {first.name}.",
@@ -109,7 +112,7 @@ def calibrated(study: ArmStudy) -> Chapter:
     )
     figure = Diagrams(
         f"{study.best.name}, unscaled: observed frequency against predicted probability; larger dots stand for more "
-        "images.",
+        f"images, and bins of fewer than {_FEWEST} are left out.",
         curves,
     )
     table = Table("Calibration of each arm, means over findings.", ("Arm", *columns), rows)
@@ -120,8 +123,8 @@ def _diagrams(test: Predictions) -> dict[str, Reliability]:
     drawn = {}
     for k, finding in enumerate(test.findings):
         bins = reliability(test.probability[:, k], test.label[:, k], test.known[:, k])
-        filled = bins.count > 0
-        if filled.any():
+        filled = bins.count >= min(_FEWEST, bins.count.max())
+        if bins.count.any():
             drawn[finding] = Reliability(bins.predicted[filled], bins.observed[filled], bins.count[filled])
     return drawn
 

@@ -7,6 +7,7 @@ import pytest
 from report_samples import BARE, FINDINGS, run_report, study_report
 from test_figures import contrast
 
+from cxrjax.report.content import Table
 from cxrjax.report.page import run_page, study_page, write_page
 
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -126,6 +127,17 @@ def test_a_finding_without_a_score_says_why(study):
     rows[0] |= {"auroc": np.nan, "auroc_low": np.nan, "auroc_high": np.nan, "reason": "no <positive> image"}
     text = " ".join(Outline(study_page(study_report(**BARE, scores={"32 px": rows}))).text)
     assert re.search(r"n/a\s+\(no <positive> image\)", text)
+
+
+def test_long_names_break_at_underscores_and_scores_stay_with_their_intervals():
+    table = Table(
+        "Any.", ("Finding", "densenet_<b>"), [["a_b", "0.886 (0.859–0.910)"], ["c", "-0.1 to +0.2"], ["d", "n/a (no)"]]
+    )
+    html = study_page(study_report(**BARE, control=table))
+    assert "densenet_<wbr>&lt;b&gt;</th>" in html
+    assert '<span class="whole">0.886 (0.859–0.910)</span>' in html
+    assert '<span class="whole">-0.1 to +0.2</span>' in html
+    assert "<td>n/a (no)</td>" in html
 
 
 def test_a_page_is_whole_or_absent(tmp_path, monkeypatch):

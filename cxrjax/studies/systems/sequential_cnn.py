@@ -98,12 +98,16 @@ def _report(study: ArmStudy, first: Member, confusion: Confusion) -> Section:
         printed.append([row["class"], support, *(paper.get(same.get(name, name)) for name in REPORT)])
     macro = mean_defined([values["balanced_accuracy"] for values in theirs.values()])
     names = {name: name.replace("_", " ").capitalize() for name in REPORT} | {"ppv": "PPV", "npv": "NPV"}
-    columns = ("Class", "Images", *names.values())
+    measures = ("Images", *names.values())
     text = (
         f"{first.name}, each class against the rest. Accuracy {confusion.accuracy:.4f}; mean balanced accuracy "
         f"{confusion.balanced_accuracy:.3f}, the paper's {macro:.3f} as computed from its table.",
     )
-    tables = [Table("Ours.", columns, rows), Table("The paper's (version 3).", columns, printed)]
+    tables = [
+        Table(caption, ("Measure", *(row[0] for row in each)),
+              [[measure, *(row[k] for row in each)] for k, measure in enumerate(measures, start=1)])
+        for caption, each in (("Ours.", rows), ("The paper's (version 3).", printed))
+    ]  # fmt: skip
     return Section("Report by class", text, tables=tables)
 
 
