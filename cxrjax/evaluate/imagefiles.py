@@ -87,9 +87,8 @@ def read_prepared(file: Path, inputs: InputSpec) -> Float[np.ndarray, "N H W C"]
         raise CxrError(f"{file}: holds {images.dtype}; prepared images are floats (give grey images as PNG)")
     if images.ndim != 4 or not images.size:
         raise CxrError(f"{file}: holds an array of shape {images.shape}; prepared images are N x H x W x C")
-    for row in range(len(images)):
-        try:
-            check_range(np.asarray(images[row : row + 1]), inputs)
-        except CxrError as error:
-            raise CxrError(f"{file}: image {row}: {error}") from None
+    try:
+        check_range(images, inputs)
+    except CxrError as error:
+        raise CxrError(f"{file}: {error}") from None
     return images

@@ -25,6 +25,7 @@ from cxrjax.report.content import Cam
 from cxrjax.report.pictures import overlay
 from cxrjax.report.tables import highest
 
+_AT_ONCE = 16  # whole images in memory
 _SMALLEST, _LARGEST = 320, 1024  # px of an overlay's longer side
 
 
@@ -101,13 +102,13 @@ def write_overlays(
     """
     written: list[dict[str, Path]] = [{} for _ in found.id]
     rows = [n for n, file in enumerate(found.file) if shown[n].any() and not is_prepared(file)]
-    columns = np.flatnonzero(shown[rows].any(0)).tolist()
+    columns, batch = np.flatnonzero(shown[rows].any(0)).tolist(), min(manner.batch, _AT_ONCE, len(rows))
     with bar("overlays", len(rows)) as advance:
-        for first in range(0, len(rows), manner.batch):
-            part = rows[first : first + manner.batch]
+        for first in range(0, len(rows), batch or 1):
+            part = rows[first : first + batch]
             images = [read_grey(found.file[n]) for n in part]
             seen = [resize(image, manner.size) for image in images]
-            seen += seen[-1:] * (min(manner.batch, len(rows)) - len(part))  # one shape, compiled once
+            seen += seen[-1:] * (batch - len(part))  # one shape, compiled once
             maps = normalise(saliency(trained.network, np.stack(seen)[..., None], columns))
             for n, image, of_image in zip(part, images, maps, strict=False):
                 for k, cam in zip(columns, of_image, strict=True):
