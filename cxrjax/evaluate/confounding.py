@@ -37,9 +37,11 @@ def border(images: UInt8[np.ndarray, "N H W"], share: float = 0.05) -> Float32[n
 
 
 def pooled_sources(source: np.ndarray, patient: np.ndarray, least: int = 10) -> np.ndarray:
-    """Sources, those of fewer than `least` patients under one name; str[N]."""
+    """Sources, those of fewer than `least` patients under one name, unless that leaves one only; str[N]."""
     names = np.asarray(source, np.str_)
     few = [name for name in np.unique(names) if len(np.unique(patient[names == name])) < least]
+    if len(few) == len(np.unique(names)):
+        return names
     return np.where(np.isin(names, few), OTHERS, names)
 
 

@@ -62,6 +62,10 @@ def test_three_sources_are_three_findings_and_small_ones_are_pooled(rng):
     np.testing.assert_allclose(table.probability.sum(1), 1, atol=1e-9)
 
 
+def test_sources_that_are_all_small_stay_apart():
+    assert set(pooled_sources(SOURCE, PATIENT, least=COUNT)) == {"clinic", "hospital"}
+
+
 def test_what_cannot_be_tried_is_said():
     features = np.zeros((COUNT, 2))
     with pytest.raises(CxrError, match="all images come from here"):
