@@ -24,6 +24,7 @@ CHOICES = {
     "data.uncertain": ("zeros", "ones", "ignore", "smooth"),
     "data.not_mentioned": ("negative", "unknown"),
     "split.name": ("official", "random", "stratified", "folds", "small", "files"),
+    "split.by": ("patient", "image"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "layer"),
     "model.inputs": ("", "imagenet", "imagenet-grey", "unit", "unit-grey", "grey", "xrv"),
@@ -79,6 +80,7 @@ def default() -> Config:
     config.split.sizes = ()  # images per part, for `small`
     config.split.folds = 5  # for `folds`: how many, ...
     config.split.fold = 0  # ... and which of them, from 0, is for testing
+    config.split.by = "patient"  # stratified also: image (a patient may then be in two parts: leakage)
     config.split.share = 1.0  # of the patients; the others are in no part
 
     config.augment = ConfigDict()

@@ -59,6 +59,7 @@ def make_split(
     folds: int = 5,
     fold: int = 0,
     share: float = 1.0,
+    by: str = "patient",
 ) -> Split:
     """Split the records; no patient is ever in two parts.
 
@@ -82,6 +83,8 @@ def make_split(
       folds: how many there are.
       fold: which of them is for testing, from 0.
       share: of the patients, drawn first; the others are in no part. For "random", "stratified" and "folds".
+      by: "patient", or for "stratified" also "image": images are drawn one by one, as some papers do, and a patient may
+        be in several parts. Scores of such a split are too good; how many patients leak is said on standard error.
 
     Raises:
       CxrError: a patient would be in two parts (it is named), a part would be empty, a file or row cannot be used, a
@@ -89,6 +92,8 @@ def make_split(
     """
     if share != 1 and name in ("official", "small", "files"):
         raise CxrError(f"the {name} split takes all patients; a share of them is for random, stratified and folds")
+    if by not in ("patient", "image") or (by == "image" and name != "stratified"):
+        raise CxrError(f"a {name} split by {by} does not exist: by patient, or for the stratified split also by image")
     if name == "official":
         parts = _official(records, seed, fractions)
     elif name == "random":
@@ -96,7 +101,7 @@ def make_split(
         parts = _by_patient(records, rows, seed, dict(zip(PARTS, _fractions(fractions), strict=True)))
     elif name == "stratified":
         rows = _some_patients(records, seed, share)
-        parts = _stratified(records, rows, [seed], dict(zip(PARTS, _fractions(fractions), strict=True)))
+        parts = _stratified(records, rows, [seed], dict(zip(PARTS, _fractions(fractions), strict=True)), by)
     elif name == "folds":
         parts = _fold(records, _some_patients(records, seed, share), seed, fractions, folds, fold)
     elif name == "small":
@@ -105,7 +110,7 @@ def make_split(
         parts = _files(records, files)
     else:
         raise CxrError(f"unknown split {name!r}; choose one of {', '.join(NAMES)}")
-    return _checked(records, name, parts)
+    return _checked(records, name, parts, by)
 
 
 def check_leakage(records: Records, parts: Parts) -> None:
@@ -114,16 +119,20 @@ def check_leakage(records: Records, parts: Parts) -> None:
     Raises:
       CxrError: names the patients that are.
     """
+    if names := _leaks(records, parts):
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        raise CxrError(f"patients in two parts ({len(names):,}): {', '.join(names[:5])}{more}; keep each in one part")
+
+
+def _leaks(records: Records, parts: Parts) -> list[str]:
+    """The patients who are in two parts, with these."""
     owner: dict[str, str] = {}
     leaks: dict[str, str] = {}
     for part, rows in parts.items():
         for patient in np.unique(records.patient[rows]).tolist():
             if owner.setdefault(patient, part) != part:
                 leaks[patient] = f"{patient} ({owner[patient]} and {part})"
-    if leaks:
-        names = list(leaks.values())
-        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        raise CxrError(f"patients in two parts ({len(names):,}): {', '.join(names[:5])}{more}; keep each in one part")
+    return list(leaks.values())
 
 
 def shared_images(records: Records, parts: Parts) -> list[str]:
@@ -154,11 +163,18 @@ def save(split: Split, records: Records, path: Path | str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _checked(records: Records, name: str, parts: Parts) -> Split:
+def _checked(records: Records, name: str, parts: Parts, by: str) -> Split:
     for part, rows in parts.items():
         if len(rows) == 0:
             raise CxrError(f"the {name} split leaves no image for {part}; {len(records):,} images are prepared")
-    check_leakage(records, parts)
+    if by == "patient":
+        check_leakage(records, parts)
+    elif leaks := _leaks(records, parts):
+        stderr.print(
+            f"leakage: {len(leaks):,} of {len(np.unique(records.patient)):,} patients are in two parts of this split "
+            "by image, so that its scores are too good; split.by=patient has none",
+            style="yellow", soft_wrap=True,
+        )  # fmt: skip
     if shared := shared_images(records, parts):
         more = f" and {len(shared) - 5:,} more" if len(shared) > 5 else ""
         stderr.print(
@@ -212,11 +228,11 @@ def _fold(
 
 
 def _stratified(
-    records: Records, rows: np.ndarray, seed: Sequence[int], shares: Mapping[str, float]
+    records: Records, rows: np.ndarray, seed: Sequence[int], shares: Mapping[str, float], by: str = "patient"
 ) -> dict[str, np.ndarray]:
     """Give each part its share of the images and of every finding; a part without a share is left out."""
     shares = {part: share for part, share in shares.items() if share > 0}
-    patients, owner = np.unique(records.people[rows], return_inverse=True)
+    patients, owner = np.unique(records.people[rows] if by == "patient" else rows, return_inverse=True)
     positives = np.zeros((len(patients), len(records.findings)), int)
     np.add.at(positives, owner, records.labels[rows] == POSITIVE)
     total = sum(shares.values())

@@ -58,6 +58,7 @@ class Experiment:
             folds=config.split.folds,
             fold=config.split.fold,
             share=config.split.share,
+            by=config.split.by,
         )
         findings = tuple(config.data.findings) or records.findings
         positions([name for name in findings if name != NO_FINDING], records.findings)

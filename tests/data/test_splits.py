@@ -275,6 +275,20 @@ def test_an_unknown_name_lists_the_known_ones():
         make_split(HUNDRED, "files")
 
 
+def test_stratified_by_image_says_how_many_patients_leak(capsys):
+    records = labelled(300)
+    split = make_split(records, "stratified", by="image")
+    assert sorted(np.concatenate(list(split.parts.values()))) == list(range(len(records)))
+    part = np.full(len(records), "", object)
+    for name, rows in split.parts.items():
+        part[rows] = name
+    leaking = sum(len(set(part[records.patient == patient])) > 1 for patient in set(records.patient.tolist()))
+    assert leaking > 0
+    assert f"leakage: {leaking:,} of 300 patients" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(CxrError, match="a random split by image does not exist"):
+        make_split(records, "random", by="image")
+
+
 @pytest.fixture(scope="module")
 def whole(shared):
     """All 112,120 rows of ChestX-ray14, without images."""
