@@ -142,10 +142,10 @@ def _render(template: str, **content: Any) -> str:
 
 
 def _cell(cell: Any) -> str:
-    """A table's cell: numbers to 3 decimals; a score and its interval, or an interval, stay on one line."""
+    """A table's cell: numbers to 3 decimals; no line breaks inside an interval, but before one that follows a score."""
     text = f"{cell:.3f}" if isinstance(cell, float) else _value(cell)
-    whole = re.fullmatch(r"[-+.\d]+( \([-+.\d]+–[-+.\d]+\)|–[-+.\d]+| to [-+.\d]+)", text)
-    return Markup('<span class="whole">{}</span>').format(text) if whole else text
+    parts = re.fullmatch(r"([-+.\d]+ )?(\([-+.\d]+–[-+.\d]+\)|[-+.\d]+(?:–| to )[-+.\d]+)", text)
+    return Markup('{}<span class="whole">{}</span>').format(parts[1] or "", parts[2]) if parts else text
 
 
 def _value(value: Any) -> str:
