@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cxrjax.cli import _parser
+from cxrjax.cli import RUN
+from cxrjax.words import parser
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def understood(words: list[str]):
     """The arguments of `cxrjax`, as its own parser reads them."""
-    return _parser().parse_known_args(words[words.index("cxrjax") + 1 :])[0]
+    return parser(RUN).parse_known_args(words[words.index("cxrjax") + 1 :])[0]
 
 
 @pytest.fixture

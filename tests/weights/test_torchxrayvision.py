@@ -29,10 +29,12 @@ def xrv():
                 raise
         for name in [name for name in sys.modules if name.partition(".")[0] in ("torchvision", "torchxrayvision")]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        from torch import library
+
+        operators = library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        KEPT_ALIVE.append(library)
+            operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        KEPT_ALIVE.append(operators)
         return importlib.import_module("torchxrayvision")
 
 
