@@ -23,6 +23,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs"
 CHOICES = {
     "data.uncertain": ("zeros", "ones", "ignore", "smooth"),
     "data.not_mentioned": ("negative", "unknown"),
+    "data.sampling": ("shuffle", "balanced"),
     "split.name": ("official", "random", "stratified", "folds", "small", "files"),
     "split.by": ("patient", "image"),
     "model.dtype": ("float32", "bfloat16"),
@@ -70,6 +71,7 @@ def default() -> Config:
     config.data.uncertain = "zeros"  # -1 counts as: zeros | ones | ignore (masked) | smooth (drawn from interval)
     config.data.interval = (0.55, 0.85)  # of smooth; (0.0, 0.3) smooths towards zero
     config.data.not_mentioned = "negative"  # -2 counts as: negative | unknown (masked)
+    config.data.sampling = "shuffle"  # shuffle (each once an epoch) | balanced (findings, and none, equally often)
     config.data.threads = 2  # decoding threads
 
     config.split = ConfigDict()

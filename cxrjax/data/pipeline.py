@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 
 from cxrjax.data.images import Augment, Warp, resize
 from cxrjax.data.records import Records
+from cxrjax.data.sampling import Sampling, order
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, LabelPolicy, no_finding, positions, targets
 
@@ -47,12 +48,14 @@ class Examples:
       row: rows of its table, n of them.
       label: target values, 0 or 1, or between where the label policy smooths.
       known: whether each target is known.
+      origin: number of the data set that each comes from, where there are several.
     """
 
     records: Records
     row: Int32[np.ndarray, " n"]
     label: Float32[np.ndarray, "n K"]
     known: Bool[np.ndarray, "n K"]
+    origin: Int32[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -84,6 +87,7 @@ def training_batches(
     batch_size: int,
     augment: Augment,
     seed: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     start: int = 0,
     threads: int = 2,
     shard: tuple[int, int] = (0, 1),
@@ -91,7 +95,8 @@ def training_batches(
     """Endless batches of augmented images; every record once per epoch, each epoch in another order.
 
     Epochs follow each other without a gap: where the batch size does not divide their length, a batch holds the end of
-    one and the beginning of the next. No batch is short.
+    one and the beginning of the next. No batch is short. Another `sampling` draws in its proportions instead, which
+    every batch has as nearly as it can.
 
     Args:
       examples: n records, in any order.
@@ -99,6 +104,7 @@ def training_batches(
       batch_size: of all processes together.
       augment: what may happen to the images.
       seed: of the order and the augmentation; 0 or more.
+      sampling: which examples are drawn, and how often.
       start: number of the first batch, so that a run goes on as if it had never stopped.
       threads: that load batches; 0 loads them in the caller's thread. Memory holds `threads + 1` loaded batches.
       shard: (p, P): yield part p, `batch_size / P` rows, of every batch. The parts together are the global batch.
@@ -119,7 +125,8 @@ def training_batches(
     def draw(index: int, rng: np.random.Generator) -> tuple[int, Warp]:
         return int(index), augment.draw(rng)
 
-    plan = grain.MapDataset.range(len(examples)).shuffle(order_seed).repeat().random_map(draw, seed=draw_seed)
+    strata = sampling.strata(examples.label, examples.known, examples.origin)
+    plan = order(strata, batch_size, order_seed).random_map(draw, seed=draw_seed)
 
     def batch(number: int) -> Batch:
         return _load(examples, [plan[number * batch_size + row] for row in rows], size)

@@ -12,6 +12,7 @@ from cxrjax.config import Config
 from cxrjax.data.images import Augment
 from cxrjax.data.pipeline import Examples, examples
 from cxrjax.data.records import Records, open_records
+from cxrjax.data.sampling import Sampling
 from cxrjax.data.splits import Split, make_split
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, LabelPolicy, positions
@@ -155,6 +156,11 @@ class Experiment:
     def augment(self) -> Augment:
         """The geometric augmentation of training."""
         return Augment(**self.config.augment.to_dict())
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training draws its records."""
+        return Sampling(self.config.data.sampling)
 
     @property
     def accumulate(self) -> int:

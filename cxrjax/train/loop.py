@@ -172,6 +172,7 @@ class _Trainer:
             batch_size=self.config.train.batch,
             augment=self.experiment.augment,
             seed=self.config.seed,
+            sampling=self.experiment.sampling,
             start=self.progress.step,
             threads=data.threads,
             shard=process_shard(shardings.valid),
