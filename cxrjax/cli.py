@@ -100,18 +100,20 @@ def _demo(arguments: argparse.Namespace) -> Any:
 
 
 def _prepare(arguments: argparse.Namespace) -> Any:
-    from cxrjax.data.prepare import prepare
+    from cxrjax.data.prepare import prepare_sizes
 
-    prepared = prepare(
-        arguments.dataset, source=arguments.source, data_dir=arguments.data_dir, size=arguments.size,
-        allow_missing=arguments.allow_missing, workers=arguments.workers, **options(arguments),
+    made = prepare_sizes(
+        arguments.dataset, arguments.size, source=arguments.source, data_dir=arguments.data_dir,
+        allow_missing=arguments.allow_missing, workers=arguments.workers, repair=arguments.repair, **options(arguments),
     )  # fmt: skip
-    done = "was prepared before" if prepared.reused else f"prepared in {prepared.seconds:.0f} s"
-    say(
-        f"{prepared.images:,} images of {prepared.patients:,} patients, {prepared.bytes / 1e6:,.0f} MB, {done}: "
-        f"{prepared.directory}\nfingerprint {prepared.fingerprint}"
-    )
-    return {**vars(prepared), "directory": str(prepared.directory)}
+    for prepared in made:
+        done = "was prepared before" if prepared.reused else f"prepared in {prepared.seconds:.0f} s"
+        say(
+            f"{prepared.images:,} images of {prepared.patients:,} patients, {prepared.bytes / 1e6:,.0f} MB, {done}: "
+            f"{prepared.directory}\nfingerprint {prepared.fingerprint}"
+        )
+    results = [{**vars(prepared), "directory": str(prepared.directory)} for prepared in made]
+    return results[0] if len(results) == 1 else results
 
 
 def _train(arguments: argparse.Namespace) -> Any:

@@ -1,40 +1,26 @@
-"""What the builders share: records in table order, images made in parallel, the table beside the shards, a final check.
-
-Built on `ShardBasedBuilder`, because it streams: the writer of `GeneratorBasedBuilder` would hold a data set in memory
-when its order is to be kept, and needs TensorFlow as soon as there is more than 1 GB of it.
-"""
+"""What the builders share: records in table order, their features, and how an image file is stored."""
 
 import abc
-import contextlib
 import hashlib
 import inspect
-import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.utils.py_utils import classproperty
 
-from cxrjax import console
 from cxrjax.data.images import decode, encode, is_plain, resize
-from cxrjax.data.records import Record, Records, as_table, read_directory, write_table
+from cxrjax.data.records import Record, Records, as_table
 from cxrjax.data.splits import OFFICIAL, check_leakage
 from cxrjax.errors import CxrError
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-SPLIT = "records"  # the only TFDS split: what is trained on is decided later, by patient
-_SHARD_BYTES = 2**28  # the writer holds one shard in memory
-_BYTES_PER_PIXEL = 0.6  # of encoded radiographs
+from tfds_builders import shards
 
 
 @dataclass
@@ -67,7 +53,7 @@ class Stored:
     height: int = 0
 
 
-class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
+class Radiographs(FileReaderBuilder, skip_registration=True):
     """Base of the builders of radiographs.
 
     A record has the features id, patient, study, view, age, sex, source, official, labels, boxes and image (and mask,
@@ -77,12 +63,14 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
       FINDINGS: names of the labels.
       ENCODING: of resized images: "jpeg" (quality 95) or "png".
       MASKS: whether records have masks.
+      PUBLISHED: how many images, patients, and images of each official part the whole data set has.
       LEAKS: whether data with a patient in two official parts are prepared, so that only the official split is refused.
     """
 
     FINDINGS: tuple[str, ...] = ()
     ENCODING = "png"
     MASKS = False
+    PUBLISHED: Mapping[str, int] = MappingProxyType({})
     LEAKS = False
 
     def __init__(self, *, workers: int | None = None, file_format: str = "array_record", **kwargs):
@@ -107,8 +95,8 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Every record to be written, in order, without sha256."""
 
     @abc.abstractmethod
-    def _store(self, record: Record) -> Stored:
-        """Makes one record's image; called from many threads at once."""
+    def store(self, record: Record, sides: Sequence[int | None]) -> list[Stored]:
+        """Makes one record's image at some sizes, None its own; called from many threads at once."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -121,6 +109,11 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
         config = self.builder_config
         assert isinstance(config, SizeConfig)
         return config.size
+
+    @property
+    def records_per_shard(self) -> int:
+        """How many records a shard holds: 60 to 300 MB of large radiographs; every length divides the longest."""
+        return 1024 if self.size and self.size <= 1024 else 256
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = ("id", "patient", "study", "view", "sex", "source", "official")
@@ -136,38 +129,46 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
             features["mask"] = tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format="png")
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
+    def download_and_prepare(
+        self,
+        *,
+        download_dir: epath.PathLike | None = None,
+        download_config: tfds.download.DownloadConfig | None = None,
+        **_: Any,
+    ) -> None:
+        """Prepare what is not there yet; TFDS's entrance to what `cxrjax prepare` does."""
+        if not Path(self.data_dir).exists():
+            config = download_config or tfds.download.DownloadConfig()
+            manager = self._make_download_manager(download_dir=download_dir, download_config=config)
+            self._download_and_prepare(manager, config)
+
     def _download_and_prepare(
         self,
         dl_manager: tfds.download.DownloadManager,
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
-        self._written: list[Record] = []
-        with contextlib.ExitStack() as self._closing:  # after an error, the images under way are dropped
-            super()._download_and_prepare(dl_manager, download_config)
-        directory = Path(self.data_path)
-        about = {"dataset": self.name, "config": str(self.builder_config_name), "version": str(self.version)}
-        write_table(directory, self._written, self.FINDINGS, options=self.options, **about)
-        read_directory(directory).verify()
+        shards.make([self], self.records(dl_manager))
 
-    def _shard_iterators_per_split(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]]:
-        records = check(self._records(dl_manager), self.FINDINGS, self.LEAKS)
-        pixels = (self.size or 1024) ** 2
-        length = int(max(1, min(10_000, _SHARD_BYTES / (_BYTES_PER_PIXEL * pixels))))
-        stream = self._closing.enter_context(contextlib.closing(self._examples(records)))
-        return {SPLIT: [partial(itertools.islice, stream, length) for _ in range(0, len(records), length)]}
+    def records(self, dl_manager: tfds.download.DownloadManager | None = None) -> Sequence[Record]:
+        """Every record to be written, in order, checked; afterwards `store` can make their images."""
+        if dl_manager is None:
+            config = tfds.download.DownloadConfig(try_download_gcs=False)
+            dl_manager = self._make_download_manager(download_dir=None, download_config=config)
+        return check(self._records(dl_manager), self.FINDINGS, self.LEAKS)
 
-    def _examples(self, records: Sequence[Record]) -> Generator[tuple[int, dict[str, Any]], None, None]:
-        with console.bar(f"{self.name}/{self.builder_config_name}", len(records)) as advance:
-            images = in_order(self._store, records, workers=self.workers)
-            for row, (record, stored) in enumerate(zip(records, images, strict=True)):
-                about = {name: getattr(stored, name) for name in ("sha256", "width", "height")}
-                self._written.append(replace(record, **about))
-                yield row, self._example(record, stored)
-                advance()
+    def adopt(self, other: Self) -> None:
+        """Take over what another builder of the same data found in `records`, to make images of it too."""
 
-    def _example(self, record: Record, stored: Stored) -> dict[str, Any]:
+    def as_stored(self, record: Record, sha256: str, width: int, height: int) -> Record:
+        """The record of an image that is stored, with its digest and the size of what it was made from."""
+        return replace(record, sha256=sha256, width=width, height=height)
+
+    def stamp(self, record: Record) -> str:
+        """Says, without reading it, whether a record's image has changed."""
+        return ""
+
+    def example(self, record: Record, stored: Stored) -> dict[str, Any]:
+        """The record as TFDS's features take it."""
         names = ("id", "patient", "study", "view", "sex", "source", "official", "age")
         example: dict[str, Any] = {name: getattr(record, name) for name in names}
         example["labels"] = np.array(record.labels, np.int8)
@@ -182,8 +183,10 @@ class Radiographs(tfds.core.ShardBasedBuilder, skip_registration=True):
         return example if stored.mask is None else {**example, "mask": stored.mask}
 
 
-def stored_file(path: Path, size: int | None, encoding: str) -> Stored:
-    """An image file as it is stored: the same bytes if it is 8-bit grey and keeps its size, else encoded anew.
+def stored_file(path: Path, sides: Sequence[int | None], encoding: str) -> list[Stored]:
+    """An image file as it is stored at some sizes, read and decoded once.
+
+    At its own size (None) it keeps its bytes if it is 8-bit grey; else it is encoded anew.
 
     Raises:
       CxrError: the file cannot be read, or is no radiograph; the message names it.
@@ -195,28 +198,13 @@ def stored_file(path: Path, size: int | None, encoding: str) -> Stored:
     digest = hashlib.sha256(data).hexdigest()
     image = decode(data, str(path))
     height, width = image.shape
-    if size is not None:
-        kept = encode(resize(image, size), encoding)
-    else:
-        kept = data if is_plain(data) else encode(image, "png")
-    return Stored(kept, digest, width=width, height=height)
 
+    def kept(side: int | None) -> bytes:
+        if side is not None:
+            return encode(resize(image, side), encoding)
+        return data if is_plain(data) else encode(image, "png")
 
-def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, ahead: int = 4
-) -> Iterator[Result]:
-    """Map in threads, in order; at most `ahead` results per worker wait. OpenCV and hashing release the GIL."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= ahead * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    return [Stored(kept(side), digest, width=width, height=height) for side in sides]
 
 
 def check(records: Sequence[Record], findings: Sequence[str], leaks: bool = False) -> Sequence[Record]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tensorflow_datasets as tfds
 
@@ -119,9 +119,23 @@ class FromFiles(Radiographs, skip_registration=True):
         self.selection = self.select()
         return self.selection.records
 
-    def _store(self, record: Record) -> Stored:
+    def adopt(self, other: Self) -> None:
+        """Take over the other's selection."""
+        self.selection = other.selection
+
+    def store(self, record: Record, sides: Sequence[int | None]) -> list[Stored]:
+        """The record's file at some sizes."""
         assert self.selection is not None
-        return stored_file(self.selection.paths[record.id], self.size, self.ENCODING)
+        return stored_file(self.selection.paths[record.id], sides, self.ENCODING)
+
+    def stamp(self, record: Record) -> str:
+        """Size and time of the record's file."""
+        assert self.selection is not None
+        try:
+            found = self.selection.paths[record.id].stat()
+        except OSError:  # reading it says so by its name
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def find_files(source: Path, unique: Collection[str], what: str) -> Files:

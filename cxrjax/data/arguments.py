@@ -31,9 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-dir", type=Path, default=Path("data"), help="where prepared data sets lie (default: data)"
     )
     parser.add_argument(
-        "--size", type=_size, help="stored side in px, or native (default: native; the phantom's is 256)"
+        "--size",
+        type=_size,
+        nargs="+",
+        default=[None],
+        help="stored sides in px, or native: all are made in one pass (default: native; the phantom's is 256)",
     )
     parser.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
+    parser.add_argument("--repair", action="store_true", help="make damaged shards of prepared data anew")
     parser.add_argument("--workers", type=int, help="threads; default: one a core")
     parser.add_argument("--patients", type=int, help="cxr_phantom: how many patients to draw (default: 2600)")
     parser.add_argument("--seed", type=int, help="cxr_phantom: of the patients (default: 0)")

@@ -1,31 +1,31 @@
 """Preparing a data set: run its TFDS builder, once, so that what is there afterwards is complete or is nothing."""
 
 import contextlib
-import errno
 import fcntl
-import io
-import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tensorflow_datasets as tfds
 
 from cxrjax import console
-from cxrjax.data.records import Records, as_table, read_directory
+from cxrjax.data.manifest import MANIFEST, damaged, list_damage, read_manifest, sha256
+from cxrjax.data.noticed import about
+from cxrjax.data.records import TABLE, Record, Records, as_table, read_directory
 from cxrjax.errors import CxrError
+from tfds_builders import shards
 from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder as ChestXray14
 from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder as CxrPhantom
+from tfds_builders.drafts import folder_of
 from tfds_builders.folder.folder_dataset_builder import Builder as Folder
 from tfds_builders.mimic_cxr_jpg.mimic_cxr_jpg_dataset_builder import Builder as MimicCxrJpg
 from tfds_builders.radiographs import Radiographs
 from tfds_builders.six_class.six_class_dataset_builder import Builder as SixClass
-from tfds_builders.sources import FromFiles, some
+from tfds_builders.sources import FromFiles
 from tfds_builders.table.table_dataset_builder import Builder as Table
 
 BUILDERS: dict[str, type[Radiographs]] = {
@@ -78,60 +78,85 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare(
+def prepare(dataset: str, *, size: int | None = None, **how: Any) -> Prepared:
+    """Prepare a data set at one stored size; see `prepare_sizes`."""
+    return prepare_sizes(dataset, [size], **how)[0]
+
+
+def prepare_sizes(
     dataset: str,
+    sizes: Sequence[int | None],
     *,
     source: Path | str | None = None,
     data_dir: Path | str,
-    size: int | None = None,
     allow_missing: bool = False,
     workers: int | None = None,
+    repair: bool = False,
     **options: Any,
-) -> Prepared:
-    """Prepare a data set at one stored size; what is prepared already is checked against the options and reported.
+) -> list[Prepared]:
+    """Prepare a data set at several stored sizes, each image read once; sizes that are prepared already are checked.
 
     Args:
       dataset: one of `BUILDERS`.
+      sizes: sides of the stored images in pixels; None keeps the source's images, and takes 256 for the phantom.
       source: folder with the files. None downloads ChestX-ray14; the phantom needs none.
       data_dir: where prepared data sets are kept.
-      size: side of the stored images in pixels; None keeps the source's images, and takes 256 for the phantom.
       allow_missing: go on although images are missing, or not in the table; see `sources.match`.
       workers: threads; None takes one per core.
+      repair: make damaged shards of what is prepared already anew.
       **options: of the builder, as `OPTIONS` names them.
+
+    Returns:
+      what was prepared at each size.
 
     Raises:
       CxrError: the source cannot be used (the file or row is named), the disk is full, the data set is prepared with
-        other options, or another process is preparing it. Then nothing new is left on the disk.
+        other options or is damaged, or another process is preparing it. Shards that are finished then stay, beside the
+        place of the data set, and the same call goes on with them.
     """
     start = time.monotonic()
-    builder = _builder(dataset, source, Path(data_dir), size, allow_missing, workers, options)
-    directory = Path(builder.data_dir)
-    with _alone(directory):
-        reused = directory.is_dir()
-        if reused:
-            records = read_directory(directory)
-            _same(builder, records)
-        else:
-            _run(builder)
-            records = read_directory(directory)
-    selection = builder.selection if isinstance(builder, FromFiles) else None
-    missing, unlisted = (selection.missing, selection.unlisted) if selection else ([], [])
-    notes = _notes(len(records), missing, unlisted) + (selection.notes if selection else []) + _twins(records)
-    prepared = Prepared(
-        directory=directory,
-        images=len(records),
-        patients=len(np.unique(records.patient)),
-        missing=missing,
-        unlisted=unlisted,
-        fingerprint=records.fingerprint,
-        bytes=sum(path.stat().st_size for path in directory.iterdir()),
-        seconds=time.monotonic() - start,
-        reused=reused,
-        notes=notes,
-    )
-    for note in prepared.notes:
-        console.stderr.print(note, soft_wrap=True)
-    return prepared
+    folder, given = Path(data_dir), {"allow_missing": allow_missing, "workers": workers}
+    builders = [_builder(dataset, source, folder, size, **given, options=options) for size in dict.fromkeys(sizes)]
+    with contextlib.ExitStack() as held:
+        for directory in sorted(Path(builder.data_dir) for builder in builders):
+            held.enter_context(_alone(directory))
+        prepared = [builder for builder in builders if Path(builder.data_dir).is_dir()]
+        there = {builder: read_directory(Path(builder.data_dir), check=False) for builder in prepared}
+        for builder, records in there.items():
+            _same_options(builder, records)
+        new = [builder for builder in builders if builder not in there]
+        has_source = any(isinstance(builder, FromFiles) and builder.source is not None for builder in builders)
+        selected = _select(builders) if new or repair or has_source else None
+        notes = {builder: [] for builder in builders}
+        for builder, records in there.items():
+            if selected is not None and isinstance(builder, FromFiles):
+                _same_source(builder, records, selected)
+            notes[builder] += _whole(builder, records, selected if repair else None)
+        if new:
+            assert selected is not None
+            made = _make(new, selected)
+            notes |= {builder: made if builder is new[0] else [] for builder in new}
+    results = []
+    for builder in builders:
+        records = read_directory(Path(builder.data_dir))
+        selection = builder.selection if isinstance(builder, FromFiles) else None
+        results.append(
+            Prepared(
+                directory=Path(builder.data_dir),
+                images=len(records),
+                patients=len(np.unique(records.patient)),
+                missing=selection.missing if selection else [],
+                unlisted=selection.unlisted if selection else [],
+                fingerprint=records.fingerprint,
+                bytes=sum(path.stat().st_size for path in Path(builder.data_dir).iterdir()),
+                seconds=time.monotonic() - start,
+                reused=builder in there,
+                notes=notes[builder] + about(records, selection, builder.PUBLISHED),
+            )
+        )
+    for note in dict.fromkeys(note for prepared in results for note in prepared.notes):
+        console.stderr.print(note, soft_wrap=True, markup=False)
+    return results
 
 
 def _builder(
@@ -160,9 +185,17 @@ def _builder(
     return cls(data_dir=data_dir, config=config, workers=workers, **options)
 
 
+def _select(builders: Sequence[Radiographs]) -> Sequence[Record]:
+    """The records of the source, with which every builder can then make images."""
+    records = builders[0].records()
+    for builder in builders[1:]:
+        builder.adopt(builders[0])
+    return records
+
+
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold the lock on a data set's config; what a killed run left behind is removed."""
+    """Hold the lock on a data set's config."""
     folder = directory.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,26 +207,17 @@ def _alone(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CxrError(f"another process is preparing {folder}; wait until it is done") from error
-        for leftover in folder.glob(f"incomplete.*_{directory.name}"):
-            shutil.rmtree(leftover)
         yield
 
 
-def _run(builder: Radiographs) -> None:
-    tfds.disable_progress_bar()
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
+def _make(builders: Sequence[Radiographs], records: Sequence[Record]) -> list[str]:
+    """Make what is not there yet; a `CxrError` that the work wrapped in another error comes out as it was."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
-            builder.download_and_prepare(download_config=config)
+        return shards.make(builders, records)
     except Exception as error:
         for cause in _causes(error):
             if isinstance(cause, CxrError):
                 raise cause from None
-            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(cause):
-                raise CxrError(
-                    f"the disk is full: {builder.data_dir} could not be written and nothing of it was kept; "
-                    "make room, or choose another --data-dir"
-                ) from error
         raise
 
 
@@ -203,57 +227,74 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _same(builder: Radiographs, records: Records) -> None:
-    """Check that what is prepared is what would be prepared."""
-    mend = f"delete {records.directory} to prepare it anew, or choose another --data-dir"
+def _whole(builder: Radiographs, records: Records, repair_from: Sequence[Record] | None) -> list[str]:
+    """Compare every shard with its checksum, and repair it from these records if there are any.
+
+    Returns:
+      notes, one line each.
+
+    Raises:
+      CxrError: something is damaged and is not to be repaired, or cannot be.
+    """
+    directory = Path(builder.data_dir)
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return [
+            f"{directory} was prepared before checksums were kept ({MANIFEST} is absent), so it was not checked for "
+            "damage; delete it and prepare it again to have them"
+        ]
+    if sha256(directory / TABLE) != manifest.table:
+        raise CxrError(f"{directory / TABLE} is damaged (checksum differs); delete {directory} and prepare it again")
+    with console.bar(
+        f"checking {builder.name}/{builder.builder_config_name}", len(manifest.shards), unit="shards"
+    ) as on:
+        wrong = damaged(directory, manifest, workers=builder.workers, advance=on)
+    if not wrong:
+        shutil.rmtree(folder_of(directory), ignore_errors=True)  # of a run that was killed in its last moment
+        return []
+    if repair_from is None:
+        raise CxrError(
+            f"damaged in {directory}: {list_damage(wrong)}; the same command with --repair makes only these shards anew"
+        )
+    shards.repair(builder, repair_from, [digest.hex() for digest in records.digests.tolist()], list(wrong))
+    return [f"repaired in {directory}: {list_damage(wrong)}"]
+
+
+def _same_options(builder: Radiographs, records: Records) -> None:
+    """Check that what is prepared was prepared with these options."""
     for name, wanted in builder.options.items():
         if records.options.get(name) != wanted:
             raise CxrError(
-                f"{records.directory} was prepared with {name} {records.options.get(name)}, not {wanted}; {mend}"
+                f"{records.directory} was prepared with {name} {records.options.get(name)}, not {wanted}; "
+                f"{_mend(records)}"
             )
-    if isinstance(builder, FromFiles) and builder.source is not None:
-        builder.selection = builder.select()
-        ids = [record.id for record in builder.selection.records]
-        if ids != records.id.tolist():
+
+
+def _same_source(builder: FromFiles, records: Records, selected: Sequence[Record]) -> None:
+    """Check that what is prepared is what would be prepared from the source."""
+    ids = [record.id for record in selected]
+    if ids != records.id.tolist():
+        raise CxrError(
+            f"{records.directory} was prepared from {len(records):,} images, not the {len(ids):,} of "
+            f"{builder.source}; {_mend(records)}"
+        )
+    if tuple(builder.FINDINGS) != records.findings:
+        raise CxrError(
+            f"{records.directory} was prepared with findings {', '.join(records.findings)}; {_mend(records)}"
+        )
+    now = as_table(selected, builder.FINDINGS)
+    for name in (*_FIXED, *(f"label_{finding}" for finding in records.findings)):
+        if not _equal(now[name], records.table[name]):
             raise CxrError(
-                f"{records.directory} was prepared from {len(records):,} images, not the {len(ids):,} of "
-                f"{builder.source}; {mend}"
+                f"{records.directory} was prepared with another {name} than the source has now; {_mend(records)}"
             )
-        if tuple(builder.FINDINGS) != records.findings:
-            raise CxrError(f"{records.directory} was prepared with findings {', '.join(records.findings)}; {mend}")
-        now = as_table(builder.selection.records, builder.FINDINGS)
-        for name in (*_FIXED, *(f"label_{finding}" for finding in records.findings)):
-            if not _equal(now[name], records.table[name]):
-                raise CxrError(f"{records.directory} was prepared with another {name} than the source has now; {mend}")
+
+
+def _mend(records: Records) -> str:
+    return f"delete {records.directory} to prepare it anew, or choose another --data-dir"
 
 
 def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
     """Equal values, whether kept as a dictionary or not; unknown ages are equal."""
     values = [column.cast(pa.string()).combine_chunks() for column in (one, other)]
     return values[0].equals(values[1])
-
-
-def _twins(records: Records) -> list[str]:
-    """A note of images that are the same file under several patients."""
-    _, first, which = np.unique(records.digests, return_index=True, return_inverse=True)
-    twins = np.flatnonzero(records.patient != records.patient[first[which]])
-    if not len(twins):
-        return []
-    pairs = [f"{records.id[row]} = {records.id[first[which[row]]]}" for row in twins.tolist()]
-    return [
-        f"{len(twins):,} images are the same file as another patient's ({some(pairs)}): parts that are drawn keep such "
-        "patients together, but the source's own parts may have one in training and one in the test part; delete one "
-        "of each, or give both the same patient"
-    ]
-
-
-def _notes(images: int, missing: list[str], unlisted: list[str]) -> list[str]:
-    notes = []
-    if missing:
-        notes.append(
-            f"subset: {images:,} of the {images + len(missing):,} images in the table are prepared, "
-            f"{len(missing):,} are not in the source"
-        )
-    if unlisted:
-        notes.append(f"{len(unlisted):,} images of the source are left out: they are not in the table")
-    return notes

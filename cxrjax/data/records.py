@@ -24,6 +24,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from cxrjax.data.images import decode
+from cxrjax.data.manifest import cut_off, list_damage, read_manifest
 from cxrjax.errors import CxrError
 from cxrjax.findings import positions
 
@@ -81,6 +82,7 @@ class Record:
 _TEXT = ("id", "patient", "study", "view", "sex", "source", "official")
 _CATEGORIES = ("view", "sex", "source", "official")
 _MEND = "delete that folder and prepare it again"
+_REPAIR = "the `cxrjax prepare` command that made it, with --repair, makes only what is damaged anew"
 _BOXES = pa.list_(pa.struct([("finding", pa.string()), *((side, pa.float32()) for side in "xywh")]))
 
 
@@ -218,8 +220,6 @@ class Records:
         Raises:
           CxrError: they differ.
         """
-        if len(self._shards) != len(self):
-            raise CxrError(f"{self.directory} holds {len(self._shards):,} images, its table {len(self):,}: {_MEND}")
         for row in np.unique(np.linspace(0, len(self) - 1, sample).astype(int)).tolist():
             if self._features(row)["id"].bytes_list.value[0].decode() != self.id[row]:
                 raise CxrError(f"record {row} of {self.directory} is not {self.id[row]}: {_MEND}")
@@ -232,8 +232,18 @@ class Records:
         try:
             example = proto.Example.FromString(self._shards[int(row)])  # pyright: ignore[reportAttributeAccessIssue]
         except (OSError, RuntimeError, ValueError) as error:
-            raise CxrError(f"record {row} of {self.directory} cannot be read ({error}): {_MEND}") from error
+            where = f"record {row} of {self.directory}{self._shard_of(int(row))}"
+            raise CxrError(f"{where} cannot be read ({error}): {_REPAIR}") from error
         return example.features.feature
+
+    def _shard_of(self, row: int) -> str:
+        """The name of the shard that holds a record, in brackets; nothing where shards are not listed."""
+        manifest = read_manifest(self.directory) if self.directory else None
+        for entry in manifest.shards if manifest else ():
+            if row < entry.records:
+                return f" ({entry.file})"
+            row -= entry.records
+        return ""
 
     @cached_property
     def _shards(self) -> Any:
@@ -241,7 +251,10 @@ class Records:
 
         if self.directory is None:
             raise CxrError(f"this table of {self.dataset} has no images; prepare the data set first")
-        return ArrayRecordDataSource(shards(self.directory))
+        source = ArrayRecordDataSource(shards(self.directory))
+        if len(source) != len(self):
+            raise CxrError(f"{self.directory} holds {len(source):,} images, its table {len(self):,}: {_MEND}")
+        return source
 
 
 def shards(directory: Path) -> list[Path]:
@@ -314,7 +327,8 @@ def open_records(data_dir: Path | str, dataset: str, config: str) -> Records:
       config: the stored size, such as "256", or "native".
 
     Raises:
-      CxrError: nothing of that name and size is prepared there, or only by another version of this program.
+      CxrError: nothing of that name and size is prepared there, or only by another version of this program; or a shard
+        is missing or cut off (its content is compared with its checksum by `prepare` only).
     """
     directory = _newest(Path(data_dir) / dataset / config)
     if directory is None:
@@ -327,8 +341,13 @@ def open_records(data_dir: Path | str, dataset: str, config: str) -> Records:
     return read_directory(directory)
 
 
-def read_directory(directory: Path) -> Records:
-    """Open the prepared data in exactly this directory; see `open_records`."""
+def read_directory(directory: Path, *, check: bool = True) -> Records:
+    """Open the prepared data in exactly this directory; see `open_records`.
+
+    Args:
+      directory: of the prepared data.
+      check: whether shards that are missing or cut off are an error.
+    """
     path = directory / TABLE
     try:
         with pq.ParquetFile(path) as file:
@@ -343,6 +362,9 @@ def read_directory(directory: Path) -> Records:
             f"{path} has layout {header.get('format')} and this program reads {FORMAT}; "
             f"delete {directory} and prepare it again"
         )
+    manifest = read_manifest(directory) if check else None
+    if manifest and (wrong := cut_off(directory, manifest)):
+        raise CxrError(f"damaged in {directory}: {list_damage(wrong)}; {_REPAIR}")
     about = {name: header[name] for name in ("dataset", "config", "fingerprint", "options")}
     return Records(directory, findings=tuple(header["findings"]), table=table, **about)
 

@@ -1,9 +1,7 @@
 """Preparing on the phantom: complete or nothing, whatever happens; and without TensorFlow."""
 
-import errno
 import fcntl
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters
 
 from cxrjax.data import phantom
 from cxrjax.data.prepare import prepare
@@ -21,7 +18,7 @@ from cxrjax.data.records import TABLE, open_records, read_directory, write_table
 from cxrjax.errors import CxrError
 from cxrjax.findings import PHANTOM
 from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder
-from tfds_builders.radiographs import in_order
+from tfds_builders.shards import in_order
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,7 +119,7 @@ def test_random_access_from_many_threads(drawn):
 
 
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("tfds_builders.radiographs._SHARD_BYTES", 3 * 64 * 64 * 0.6)
+    monkeypatch.setattr(Builder, "records_per_shard", 3)
     prepared, records = draw(tmp_path)
     shards = sorted(path.name for path in prepared.directory.glob("*.array_record*"))
     assert len(shards) == -(-prepared.images // 3)
@@ -169,59 +166,21 @@ def test_a_data_dir_that_cannot_be_written(tmp_path):
         draw(tmp_path / "file")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        RuntimeError("write() failed: No space left on device; writing x.array_record"),  # as ArrayRecord says it
-    ],
-)
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, error):
-    class Full(file_adapters.ArrayRecordFileAdapter):
-        @classmethod
-        def write_examples(cls, path, iterator):
-            Path(path).write_bytes(b"".join(example for _, example in [next(iterator), next(iterator)]))
-            raise error
+@pytest.mark.parametrize("started", [False, True])
+def test_an_interruption_keeps_finished_shards_only(tmp_path, monkeypatch, drawn, started):
+    store = Builder.store
 
-    monkeypatch.setitem(file_adapters.ADAPTER_FOR_FORMAT, file_adapters.FileFormat.ARRAY_RECORD, Full)
-    with pytest.raises(CxrError, match=r"the disk is full: .*nothing of it was kept; make room"):
-        draw(tmp_path)
-    assert not leftovers(tmp_path)
-
-
-def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
-    store = Builder._store
-
-    def interrupted(self, record):
+    def interrupted(self, record, sides):
         if record.id.startswith("p00005"):
             raise KeyboardInterrupt
-        return store(self, record)
+        return store(self, record, sides)
 
-    monkeypatch.setattr(Builder, "_store", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        draw(tmp_path)
-    assert not leftovers(tmp_path)
-
-
-KILLED = """
-import os, signal, sys
-from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder
-from cxrjax.data.prepare import prepare
-store = Builder._store
-def killed(self, record):
-    if record.id.startswith("p00005"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return store(self, record)
-Builder._store = killed
-prepare("cxr_phantom", data_dir=sys.argv[1], size=64, patients=12, workers=1)
-"""
-
-
-def test_a_killed_run_is_not_taken_for_prepared_and_is_cleared_away(tmp_path, drawn):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()
-    [leftover] = leftovers(tmp_path)
-    assert leftover.startswith("incomplete.")
+    with monkeypatch.context() as patch:
+        patch.setattr(Builder, "store", interrupted)
+        patch.setattr(Builder, "records_per_shard", 4 if started else 1024)
+        with pytest.raises(KeyboardInterrupt):
+            draw(tmp_path)
+    assert leftovers(tmp_path) == (["incomplete.1.0.0"] if started else [])
     with pytest.raises(CxrError, match="cxr_phantom/64 is not prepared"):
         open_records(tmp_path, "cxr_phantom", "64")
     prepared, _ = draw(tmp_path)

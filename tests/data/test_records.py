@@ -86,7 +86,7 @@ def test_opening_reads_the_table_and_no_shard(tmp_path):
     opened = open_records(tmp_path, "d", "256")
     assert len(opened.id) == len(opened.labels) == 20
     assert opened.boxes(2)
-    with pytest.raises(CxrError, match=r"record 0 of .*1\.0\.0 cannot be read .*prepare it again"):
+    with pytest.raises(CxrError, match=r"record 0 of .*1\.0\.0 cannot be read .*with --repair"):
         opened.image_bytes(0)
 
 
@@ -163,7 +163,7 @@ def test_original_sizes_are_known_for_all_images_or_not_at_all():
 @pytest.mark.parametrize("size", [None, 8])
 def test_a_builder_keeps_the_size_of_the_source_image(tmp_path, size):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 20), np.uint8))
-    stored = stored_file(tmp_path / "a.png", size, "png")
+    [stored] = stored_file(tmp_path / "a.png", [size], "png")
     assert (stored.width, stored.height) == (20, 30)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -64,15 +64,23 @@ class Builder(Radiographs):
             for radiograph in population
         ]
 
-    def _store(self, record: Record) -> Stored:
-        assert self.size is not None
+    def adopt(self, other: Self) -> None:
+        """Take over the other's population."""
+        self._radiographs = other._radiographs
+
+    def store(self, record: Record, sides: Sequence[int | None]) -> list[Stored]:
+        """The radiograph drawn at some sizes, with its masks."""
         radiograph = self._radiographs[record.id]
-        image = phantom.render(radiograph, self.size)
-        bits = np.zeros_like(image)
-        for finding, mask in phantom.masks(radiograph, self.size).items():
-            bits |= mask.astype(np.uint8) << PHANTOM.index(finding)
-        digest = hashlib.sha256(image.tobytes() + bits.tobytes()).hexdigest()
-        return Stored(encode(image, self.ENCODING), digest, encode(bits, "png"))
+        return [_draw(radiograph, side) for side in sides if side is not None]
+
+
+def _draw(radiograph: phantom.Radiograph, side: int) -> Stored:
+    image = phantom.render(radiograph, side)
+    bits = np.zeros_like(image)
+    for finding, mask in phantom.masks(radiograph, side).items():
+        bits |= mask.astype(np.uint8) << PHANTOM.index(finding)
+    digest = hashlib.sha256(image.tobytes() + bits.tobytes()).hexdigest()
+    return Stored(encode(image, "png"), digest, encode(bits, "png"))
 
 
 def _official(seed: int, patient: str) -> str:
