@@ -27,7 +27,7 @@ CHOICES = {
     "split.name": ("official", "random", "stratified", "folds", "small", "files"),
     "split.by": ("patient", "image"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "layer"),
+    "model.remat": ("none", "layer", "block", "full"),
     "model.inputs": ("", "imagenet", "imagenet-grey", "unit", "unit-grey", "grey", "xrv"),
     "optimizer.name": ("adam", "adamw", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "plateau"),
@@ -66,11 +66,14 @@ def default() -> Config:
     config.data.dir = "data"  # the --data-dir of prepare
     config.data.stored = "256"  # which prepared size is read: native, 1024, ...
     config.data.size = 256  # what the network sees: size x size px
-    config.data.findings = ()  # a subset, by name; empty: all of the data set
+    config.data.findings = ()  # a subset, by name; empty: all of data.dataset
     config.data.views = ()  # for example ("PA", "AP"); empty: all
     config.data.uncertain = "zeros"  # -1 counts as: zeros | ones | ignore (masked) | smooth (drawn from interval)
     config.data.interval = (0.55, 0.85)  # of smooth; (0.0, 0.3) smooths towards zero
     config.data.not_mentioned = "negative"  # -2 counts as: negative | unknown (masked)
+    config.data.exceptions = ()  # findings with rules of their own: "Edema; uncertain=ones; not_mentioned=unknown"
+    config.data.mix = ()  # further data sets, with changes of their own: "mimic_cxr_jpg; split.name=official"
+    config.data.weights = ()  # parts of the training draws that data.dataset and those of mix have; empty: as they are
     config.data.sampling = "shuffle"  # shuffle (each once an epoch) | balanced (findings, and none, equally often)
     config.data.threads = 2  # decoding threads
 
@@ -96,7 +99,7 @@ def default() -> Config:
     config.model = ConfigDict()
     config.model.name = "densenet_small"
     config.model.dtype = "float32"  # what the network computes in; parameters stay float32
-    config.model.remat = "none"  # none | layer: recompute inside dense layers, for memory
+    config.model.remat = "none"  # none | layer | block | full: what is recomputed instead of kept, for memory
     config.model.inputs = (
         ""  # how grey is scaled and normalised: imagenet | unit | grey | xrv; empty: the network's own
     )

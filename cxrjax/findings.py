@@ -182,7 +182,7 @@ def translate(
 def _translated(
     finding: str, column: Mapping[str, np.ndarray], labels: np.ndarray, available: Sequence[str]
 ) -> Int8[np.ndarray, " N"]:
-    same = next((name for name in (finding, _SAME.get(finding)) if name in column), None)
+    same = name_in(available, finding)
     if same is not None:
         return column[same]
     if finding == NO_FINDING:
@@ -200,6 +200,11 @@ def _translated(
         result[((wider == POSITIVE) | (wider == UNCERTAIN)) & (result != NEGATIVE)] = UNCERTAIN
         result[wider == NEGATIVE] = NEGATIVE
     return result
+
+
+def name_in(available: Sequence[str], finding: str) -> str | None:
+    """What a vocabulary calls a finding, which may have another name of the same meaning there; None without it."""
+    return next((name for name in (finding, _SAME.get(finding)) if name in available), None)
 
 
 def positions(wanted: Sequence[str], available: Sequence[str]) -> list[int]:

@@ -184,10 +184,11 @@ def _checked(records: Records, name: str, parts: Parts, by: str) -> Split:
             markup=False, soft_wrap=True,
         )  # fmt: skip
     parts = {part: np.sort(rows).astype(np.int32) for part, rows in parts.items()}
-    return Split(name, parts, _fingerprint(records, parts))
+    return Split(name, parts, fingerprint_of(records, parts))
 
 
-def _fingerprint(records: Records, parts: Parts) -> str:
+def fingerprint_of(records: Records, parts: Parts) -> str:
+    """Equal where the same ids are in the same parts."""
     lines = sorted(f"{id}\t{part}\n" for part, rows in parts.items() for id in records.id[rows].tolist())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -281,7 +282,7 @@ def _files(records: Records, files: Path | str | Mapping[str, Path | str] | Sequ
     if isinstance(files, str | Path):
         parts = _locate(records, _read_csv(Path(files)), files, every=True)
         mark = _FINGERPRINT.search(_lines(Path(files))[0])
-        if mark and mark[1] != _fingerprint(records, parts):
+        if mark and mark[1] != fingerprint_of(records, parts):
             raise CxrError(f"{files} was changed since it was saved; delete its first line to use it as it is")
         return parts
     lists = files if isinstance(files, Mapping) else dict(zip(PARTS, files, strict=False))

@@ -11,17 +11,19 @@ import numpy as np
 from cxrjax.config import Config
 from cxrjax.data.images import Augment
 from cxrjax.data.pipeline import Examples, examples
-from cxrjax.data.records import Records, open_records
+from cxrjax.data.pooled import Pooled, own_policy, pool, pool_splits
+from cxrjax.data.records import Records
 from cxrjax.data.sampling import Sampling
-from cxrjax.data.splits import Split, make_split
+from cxrjax.data.splits import Split
 from cxrjax.errors import CxrError
-from cxrjax.findings import NO_FINDING, LabelPolicy, positions
+from cxrjax.findings import NO_FINDING, positions
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import make_mesh
 from cxrjax.train.described import network_of
 from cxrjax.train.initial import Start, initial_network, located, vanished_start
 from cxrjax.train.learning import Learning
 from cxrjax.train.losses import Loss, make_loss, prevalence_of
+from cxrjax.train.sources import Source, source_configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Experiment:
     findings: tuple[str, ...]
     mesh: jax.sharding.Mesh
     directory: Path | None = None
+    sources: tuple[Source, ...] = ()
 
     @classmethod
     def open(cls, config: Config, directory: Path | None = None) -> "Experiment":
@@ -48,67 +51,72 @@ class Experiment:
         """
         config = config if directory is None else located(config, directory)
         mesh = make_mesh(config.mesh.data, config.mesh.space)
-        records = open_records(Path(config.data.dir), config.data.dataset, config.data.stored)
-        split = make_split(
-            records,
-            config.split.name,
-            seed=config.split.seed,
-            fractions=config.split.fractions,
-            files=_files(config.split.files),
-            sizes=config.split.sizes or None,
-            folds=config.split.folds,
-            fold=config.split.fold,
-            share=config.split.share,
-            by=config.split.by,
-        )
-        findings = tuple(config.data.findings) or records.findings
-        positions([name for name in findings if name != NO_FINDING], records.findings)
-        if config.data.stored.isdigit() and config.data.size > int(config.data.stored):
-            raise CxrError(
-                f"config key data.size = {config.data.size} is more than the {config.data.stored} px that are stored: "
-                "enlarged images hold no more detail; prepare a larger size and set data.stored"
-            )
+        sources = tuple(map(Source.open, source_configs(config)))
+        first = sources[0]
+        findings = tuple(config.data.findings) or first.records.findings
+        if len(sources) == 1:
+            positions([name for name in findings if name != NO_FINDING], first.records.findings)
+            records, split = first.records, first.split
+        else:
+            records = pool([source.records for source in sources], findings)
+            split = pool_splits(records, [source.split for source in sources])
         if config.data.size % mesh.shape["space"]:
             raise CxrError(
                 f"config key data.size = {config.data.size} rows cannot be divided over mesh.space = "
                 f"{mesh.shape['space']} devices: choose a multiple"
             )
-        return cls(config, records, split, findings, mesh, directory)
+        return cls(config, records, split, findings, mesh, directory, sources)
 
     @cached_property
     def parts(self) -> dict[str, Examples]:
-        """The examples of train, validation and test, after the view filter and the label policy."""
-        data = self.config.data
-        views = {str(view) for view in self.records.view}
-        unknown = sorted(set(data.views) - views)
-        if unknown:
-            raise CxrError(
-                f"config key data.views: no image has view {unknown[0]}; there are {', '.join(sorted(views))}"
-            )
-        parts = {}
-        for name, rows in self.split.parts.items():
-            rows = rows[np.isin(self.records.view[rows], data.views)] if data.views else rows
-            parts[name] = self.part_of_rows(rows, learnt=name == "train")
-        return parts
+        """The examples of train, validation and test, after the view filter and the label policy.
+
+        Of several data sets, each part holds one after the other.
+        """
+        parts: dict[str, list[np.ndarray]] = {}
+        for number, source in enumerate(self.sources):
+            for name, rows in source.parts.items():
+                parts.setdefault(name, []).append(rows + self._start(number))
+        return {name: self.part_of_rows(np.concatenate(rows), learnt=name == "train") for name, rows in parts.items()}
 
     def part_of_rows(self, rows: np.ndarray, *, learnt: bool = False) -> Examples:
         """Any rows of the records table, with the targets that the label policy gives them, to learn or to score."""
-        data = self.config.data
-        policy = LabelPolicy(
-            uncertain=data.uncertain, not_mentioned=data.not_mentioned, interval=data.interval, seed=self.config.seed
-        )
-        return examples(self.records, rows, self.findings, policy if learnt else policy.scored)
+        rows = np.asarray(rows, np.int32)
+        if not isinstance(self.records, Pooled):
+            policy = self.sources[0].policy
+            return examples(self.records, rows, self.findings, policy if learnt else policy.scored)
+        origin = self.records.origin(rows)
+        label = np.zeros((len(rows), len(self.findings)), np.float32)
+        known = np.zeros(label.shape, bool)
+        for number, source in enumerate(self.sources):
+            own = origin == number
+            policy = own_policy(source.policy, source.records, self.findings)
+            of = examples(self.records, rows[own], self.findings, policy if learnt else policy.scored)
+            label[own], known[own] = of.label, of.known
+        return Examples(self.records, rows, label, known, origin)
+
+    def _start(self, number: int) -> int:
+        """The row of the records table at which a data set begins."""
+        return int(self.records.starts[number]) if isinstance(self.records, Pooled) else 0
 
     def part(self, name: str) -> Examples:
-        """One part, which must have images."""
-        if name not in self.parts:
-            raise CxrError(f"there is no part {name} in split {self.split.name}; there are {', '.join(self.parts)}")
-        if not len(self.parts[name].row):
+        """One part, which must have images; `test@chestxray14` is what a data set has in it."""
+        whole, _, dataset = name.partition("@")
+        if whole not in self.parts:
+            raise CxrError(f"there is no part {whole} in split {self.split.name}; there are {', '.join(self.parts)}")
+        part = self.parts[whole]
+        if dataset:
+            names = [source.records.dataset for source in self.sources]
+            if dataset not in names:
+                raise CxrError(f"there is no data set {dataset} in this run; there are {', '.join(names)}")
+            of = np.zeros(len(part), np.int32) if part.origin is None else part.origin
+            part = self.part_of_rows(part.row[of == names.index(dataset)], learnt=whole == "train")
+        if not len(part):
             raise CxrError(
                 f"part {name} of split {self.split.name} has no images ({len(self.records)} records in "
                 f"{self.records.directory}): change split.name, split.fractions or data.views"
             )
-        return self.parts[name]
+        return part
 
     @cached_property
     def network(self) -> Network:
@@ -160,7 +168,7 @@ class Experiment:
     @property
     def sampling(self) -> Sampling:
         """How training draws its records."""
-        return Sampling(self.config.data.sampling)
+        return Sampling(self.config.data.sampling, tuple(map(float, self.config.data.weights)))
 
     @property
     def accumulate(self) -> int:
@@ -199,7 +207,8 @@ class Experiment:
         """
         for part in ("train", "validation"):
             self.part(part)
-        _ = self.network, self.learning, self.loss
+        train = self.part("train")
+        _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.known, train.origin)
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:
             identity |= {"initial weights": self._initial.mark}
@@ -210,9 +219,3 @@ class Experiment:
                     "initial values: name the modules to freeze, without these"
                 )
         return identity
-
-
-def _files(names: tuple[str, ...]) -> Path | list[Path] | None:
-    """The split's files as `make_split` takes them: one CSV, or three lists."""
-    paths = [Path(name) for name in names]
-    return paths[0] if len(paths) == 1 else paths or None

@@ -15,6 +15,7 @@ from cxrjax.config import Config, flatten, from_dict
 from cxrjax.config import read as read_config
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
+from cxrjax.train.sources import with_absolute_files
 
 # What may change between a run's start and its continuation without changing its result.
 _FREE = ("title", "data.dir", "data.threads", "model.init_from", "train.log_every", "train.save_every",
@@ -58,6 +59,7 @@ class Run:
         file = self.directory / "config.json"
         wanted = config.to_dict()
         wanted["data"]["dir"] = str(Path(config.data.dir).resolve())  # found again from any working directory
+        wanted["data"]["mix"] = with_absolute_files(config.data.mix)
         wanted["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
         if file.exists() and begun(self.directory):
             refuse_other(flatten(read_config(file)), flatten(from_dict(wanted)), self.directory)
