@@ -16,7 +16,7 @@ from etils import epath
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.utils.py_utils import classproperty
 
-from cxrjax.data.images import decode, encode, is_plain, resize
+from cxrjax.data.images import decode, encode, is_plain, pad, resize
 from cxrjax.data.records import Record, Records, as_table
 from cxrjax.data.splits import OFFICIAL, check_leakage
 from cxrjax.errors import CxrError
@@ -183,10 +183,16 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
         return example if stored.mask is None else {**example, "mask": stored.mask}
 
 
-def stored_file(path: Path, sides: Sequence[int | None], encoding: str) -> list[Stored]:
+def stored_file(path: Path, sides: Sequence[int | None], encoding: str, aspect: str = "stretch") -> list[Stored]:
     """An image file as it is stored at some sizes, read and decoded once.
 
     At its own size (None) it keeps its bytes if it is 8-bit grey; else it is encoded anew.
+
+    Args:
+      path: the file.
+      sides: in px.
+      encoding: of resized images, "jpeg" or "png".
+      aspect: how an image becomes a square: "stretch", or "pad" with black first.
 
     Raises:
       CxrError: the file cannot be read, or is no radiograph; the message names it.
@@ -198,10 +204,11 @@ def stored_file(path: Path, sides: Sequence[int | None], encoding: str) -> list[
     digest = hashlib.sha256(data).hexdigest()
     image = decode(data, str(path))
     height, width = image.shape
+    whole = pad(image) if aspect == "pad" and any(sides) else image
 
     def kept(side: int | None) -> bytes:
         if side is not None:
-            return encode(resize(image, side), encoding)
+            return encode(resize(whole, side), encoding)
         return data if is_plain(data) else encode(image, "png")
 
     return [Stored(kept(side), digest, width=width, height=height) for side in sides]

@@ -6,19 +6,23 @@ import gzip
 import io
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import tensorflow_datasets as tfds
 
-from cxrjax.data.records import Record
+from cxrjax.data.images import margins
+from cxrjax.data.records import Box, Record
 from cxrjax.errors import CxrError
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, POSITIVE, UNCERTAIN
 from tfds_builders.radiographs import Radiographs, Stored, stored_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 """Of files that are taken for images; what they are, their content decides."""
+
+ASPECTS = ("stretch", "pad")
+"""How an image becomes a square: stretched, or in the middle of a black one."""
 
 Files = dict[str, Path]
 
@@ -97,15 +101,30 @@ class FromFiles(Radiographs, skip_registration=True):
     Attributes:
       source: folder with the files.
       allow_missing: whether to go on if images of the table are missing, or images are not in the table.
+      aspect: how images become squares, one of `ASPECTS`; images of their own size stay as they are.
       selection: after `select`, what is prepared and what does not match.
     """
 
-    def __init__(self, *, source: Path | str | None = None, allow_missing: bool = False, **kwargs: Any):
+    def __init__(
+        self, *, source: Path | str | None = None, allow_missing: bool = False, aspect: str = "stretch", **kwargs: Any
+    ):
         """Makes the builder; see the attributes, and `Radiographs` for the rest."""
+        if aspect not in ASPECTS:
+            raise CxrError(f"unknown aspect {aspect!r}; choose {' or '.join(ASPECTS)}")
+        self.aspect = aspect
         self.source = None if source is None else Path(source)
         self.allow_missing = allow_missing
         self.selection: Selection | None = None
         super().__init__(**kwargs)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the content depends on; the aspect only where it is another than all data had that know of none."""
+        return {**super().options, "aspect": "pad"} if self._pads else super().options
+
+    @property
+    def _pads(self) -> bool:
+        return self.aspect == "pad" and self.size is not None
 
     @abc.abstractmethod
     def select(self) -> Selection:
@@ -126,7 +145,14 @@ class FromFiles(Radiographs, skip_registration=True):
     def store(self, record: Record, sides: Sequence[int | None]) -> list[Stored]:
         """The record's file at some sizes."""
         assert self.selection is not None
-        return stored_file(self.selection.paths[record.id], sides, self.ENCODING)
+        return stored_file(self.selection.paths[record.id], sides, self.ENCODING, self.aspect)
+
+    def as_stored(self, record: Record, sha256: str, width: int, height: int) -> Record:
+        """The record with its boxes where the stored image has them."""
+        stored = super().as_stored(record, sha256, width, height)
+        if not self._pads:
+            return stored
+        return replace(stored, boxes=tuple(_on_square(box, width, height) for box in stored.boxes))
 
     def stamp(self, record: Record) -> str:
         """Size and time of the record's file."""
@@ -136,6 +162,13 @@ class FromFiles(Radiographs, skip_registration=True):
         except OSError:  # reading it says so by its name
             return ""
         return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _on_square(box: Box, width: int, height: int) -> Box:
+    """A box of an image that was padded to a square."""
+    side, top, left = margins(height, width)
+    x, y = (box.x * width + left) / side, (box.y * height + top) / side
+    return replace(box, x=x, y=y, w=box.w * width / side, h=box.h * height / side)
 
 
 def find_files(source: Path, unique: Collection[str], what: str) -> Files:

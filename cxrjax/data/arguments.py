@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _OPTIONS = (
+    "aspect",
     "patients",
     "seed",
     "labels",
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[None],
         help="stored sides in px, or native: all are made in one pass (default: native; the phantom's is 256)",
+    )
+    parser.add_argument(
+        "--aspect",
+        choices=("stretch", "pad"),
+        help="how images become squares: stretched as the papers do (default), or in the middle of a black square",
     )
     parser.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
     parser.add_argument("--repair", action="store_true", help="make damaged shards of prepared data anew")

@@ -105,6 +105,21 @@ def resize(image: Grey, size: int | tuple[int, int]) -> Grey:
     return image
 
 
+def pad(image: Grey) -> UInt8[np.ndarray, "side side"]:
+    """The image in the middle of a black square, as `margins` says."""
+    rows, columns = image.shape
+    side, top, left = margins(rows, columns)
+    return np.asarray(
+        cv2.copyMakeBorder(image, top, side - rows - top, left, side - columns - left, cv2.BORDER_CONSTANT, value=0)
+    )
+
+
+def margins(rows: int, columns: int) -> tuple[int, int, int]:
+    """Side of the square that `pad` makes, and how many pixels above and left of the image; an odd one goes after."""
+    side = max(rows, columns)
+    return side, (side - rows) // 2, (side - columns) // 2
+
+
 @dataclass(frozen=True)
 class Warp:
     """One drawn augmentation: mirror, shear, zoom and rotate about the image's centre, then shift; then brighten.

@@ -37,15 +37,16 @@ BUILDERS: dict[str, type[Radiographs]] = {
     "table": Table,
 }
 OPTIONS = {
-    "chestxray14": (),
+    "chestxray14": ("aspect",),
     "cxr_phantom": ("patients", "seed"),
-    "mimic_cxr_jpg": ("labels",),
-    "six_class": ("name",),
-    "folder": ("name",),
-    "table": ("name", "table", "image_column", "label_columns", "class_column", "patient_column"),
+    "mimic_cxr_jpg": ("aspect", "labels"),
+    "six_class": ("aspect", "name"),
+    "folder": ("aspect", "name"),
+    "table": ("aspect", "name", "table", "image_column", "label_columns", "class_column", "patient_column"),
 }
 """Options of each builder beside source, size and workers."""
 
+_DEFAULTS = {"aspect": "stretch"}  # of options that are kept only where they are another
 _FIXED = ("id", "patient", "study", "view", "age", "sex", "source", "official")
 
 
@@ -262,11 +263,11 @@ def _whole(builder: Radiographs, records: Records, repair_from: Sequence[Record]
 
 def _same_options(builder: Radiographs, records: Records) -> None:
     """Check that what is prepared was prepared with these options."""
-    for name, wanted in builder.options.items():
-        if records.options.get(name) != wanted:
+    wanted, had = ({**_DEFAULTS, **options} for options in (builder.options, records.options))
+    for name in wanted:
+        if had.get(name) != wanted[name]:
             raise CxrError(
-                f"{records.directory} was prepared with {name} {records.options.get(name)}, not {wanted}; "
-                f"{_mend(records)}"
+                f"{records.directory} was prepared with {name} {had.get(name)}, not {wanted[name]}; {_mend(records)}"
             )
 
 

@@ -313,7 +313,8 @@ def write_table(
 ) -> None:
     """Put the table beside the shards, with its fingerprint and what else `open_records` says."""
     header = {"format": FORMAT, "dataset": dataset, "config": config, "findings": findings, "options": options or {}}
-    header["fingerprint"] = fingerprint(records, dataset, config, version, *findings)
+    more = [f"{name}={header['options'][name]}" for name in ("aspect",) if name in header["options"]]
+    header["fingerprint"] = fingerprint(records, dataset, config, version, *findings, *more)
     table = as_table(records, findings).replace_schema_metadata({"cxrjax": json.dumps(header)})
     pq.write_table(table, directory / TABLE, compression="zstd")
 

@@ -440,4 +440,4 @@ def test_it_is_a_standard_tfds_builder(tmp_path):
     assert isinstance(builder, Builder)
     assert builder.info.description.startswith("ChestX-ray14 of the NIH Clinical Center")
     assert "wang2017chestxray" in builder.info.citation
-    assert list(Builder.builder_configs) == ["native", "1024", "512", "256", "224"]
+    assert list(Builder.builder_configs) == ["native", "2048", "1024", "512", "256", "224"]

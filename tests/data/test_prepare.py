@@ -150,7 +150,7 @@ def test_damage_is_found(tmp_path):
         ({"size": 100}, "cxr_phantom is not stored at size 100; choose one of 256, 32, 64"),
         ({"patient": 3}, "cxr_phantom has no option 'patient'; its options are patients, seed"),
         ({"source": "x"}, "cxr_phantom has no source: it is drawn; leave --source out"),
-        ({"dataset": "chestxray14", "size": 256, "seed": 1}, "chestxray14 has no option 'seed'; its options are none"),
+        ({"dataset": "chestxray14", "size": 256, "seed": 1}, "chestxray14 has no option 'seed'; its options are aspect"),
         ({"patients": 0}, "there is no record to prepare"),
     ],
 )

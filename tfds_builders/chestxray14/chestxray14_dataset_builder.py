@@ -22,7 +22,7 @@ class Builder(FromFiles):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - as TFDS wants it
-    BUILDER_CONFIGS = sizes(None, 1024, 512, 256, 224)
+    BUILDER_CONFIGS = sizes(None, 2048, 1024, 512, 256, 224)
     FINDINGS = NIH14
     ENCODING = "jpeg"
 
