@@ -10,6 +10,11 @@ from jaxtyping import Bool, UInt8
 from cxrjax.data import dicom
 from cxrjax.errors import CxrError
 
+try:
+    import simplejpeg  # pyright: ignore[reportMissingImports]
+except ImportError:  # an environment that was made before this was needed: damage inside a JPEG goes unnoticed there
+    simplejpeg = None
+
 Grey = UInt8[np.ndarray, "H W"]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -36,8 +41,13 @@ def decode(data: bytes, name: str) -> Grey:
 
     Raises:
       CxrError: empty, cut off or damaged data, anything but PNG, JPEG and DICOM, a PNG or JPEG of more than 8 bits,
-        CMYK, transparency, a colour photograph. Damage inside a JPEG's compressed picture may go unnoticed: only a
-        file's checksum tells.
+        CMYK, transparency, a colour photograph.
+
+    A PNG has checksums. A JPEG has none, but its code words must come out even: whatever makes libjpeg-turbo warn is an
+    error here. So a JPEG that lacks its end, or a piece of a baseline one, never becomes a picture with a grey rest,
+    also where its end marker is there. What cannot be noticed is damage that leaves valid code words: most changes of
+    single bytes, some missing pieces of progressive files, and such a file cut exactly between two of its scans. Only a
+    checksum of the file tells these.
     """
     if not data:
         raise CxrError(f"{name}: the file is empty (0 bytes); fetch it again")
@@ -47,7 +57,11 @@ def decode(data: bytes, name: str) -> Grey:
     if data.startswith(PNG_SIGNATURE):
         transparency = _check_png(data, name)
     elif data.startswith(JPEG_SIGNATURE):
-        _check_jpeg(data, name)
+        grey = _check_jpeg(data, name)
+        if simplejpeg:
+            image = _decode_strictly(data, name, grey)
+            if not _says_how_to_turn(data):
+                return image[..., 0] if grey else _luminance(image, name)
     else:
         raise CxrError(f"{name}: {_what(data)}, not a PNG, JPEG or DICOM image; convert it to 8-bit grey PNG")
     try:
@@ -67,7 +81,7 @@ def is_plain(data: bytes) -> bool:
     """Whether a file that `decode` takes is just its grey pixels: 8-bit grey PNG, or grey JPEG as it is to be seen."""
     if data.startswith(PNG_SIGNATURE):
         return data[24:26] == b"\x08\x00"  # the header's depth and colour type
-    return data.startswith(JPEG_SIGNATURE) and _check_jpeg(data, "") and b"Exif\0\0" not in data[: 1 << 16]
+    return data.startswith(JPEG_SIGNATURE) and _check_jpeg(data, "") and not _says_how_to_turn(data)
 
 
 def encode(image: Grey, format: str = "png", quality: int = 95) -> bytes:
@@ -254,6 +268,23 @@ def _check_jpeg(data: bytes, name: str) -> bool:
     if data.rfind(b"\xff\xd9") < position:
         raise _cut_off(data, name)
     return components == 1
+
+
+def _says_how_to_turn(data: bytes) -> bool:
+    """Whether a JPEG has Exif data, which may hold an orientation: OpenCV applies it."""
+    return b"Exif\0\0" in data[: 1 << 16]
+
+
+def _decode_strictly(data: bytes, name: str, grey: bool) -> UInt8[np.ndarray, "H W C"]:
+    """A JPEG's pixels, grey or BGR; whatever libjpeg-turbo would only warn of is an error."""
+    assert simplejpeg is not None
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="GRAY" if grey else "BGR", strict=True)
+    except ValueError as error:
+        raise CxrError(
+            f"{name}: the JPEG is damaged ({error}); fetch the file again, or, if it is so at its source and looks "
+            "whole, save it anew as 8-bit grey PNG"
+        ) from error
 
 
 def _check_opaque(data: bytes, name: str) -> None:
