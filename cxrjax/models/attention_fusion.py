@@ -41,7 +41,7 @@ class AttentionFusion(Backbone):
       classes: number of findings.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer".
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       attention: "self" (the paper's count) or "cross" (what its name says).
       match: "up" enlarges the coarser maps to the finer ones' size (bilinear), "down" averages the finer ones.
@@ -110,8 +110,8 @@ class AttentionFusion(Backbone):
         """The trunks' last maps, "dense" and "efficient"; both side by side, "fused"; after attention, "final"."""
         self.check(images)
         named = OrderedDict(
-            dense=self.dense.features(images, train=train)["final"],
-            efficient=self.efficient.features(images, train=train, key=key)["final"],
+            dense=self.dense.trunk(images, train)["final"],
+            efficient=self.efficient.trunk(images, train, key)["final"],
         )
         parts = self._matched(self.dense_reduction(named["dense"]), self.efficient_reduction(named["efficient"]))
         named["fused"] = jnp.concatenate(parts, axis=-1)

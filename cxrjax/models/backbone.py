@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from cxrjax.errors import CxrError
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import InputSpec
-from cxrjax.models.layers import Maps
+from cxrjax.models.layers import REMATS, Maps, recomputed
 from cxrjax.models.options import one_of, positive
 
 DTYPES = ("bfloat16", "float32", "float64")
-REMATS = ("none", "layer")
 
 
 class Backbone(nnx.Module):
@@ -28,7 +27,7 @@ class Backbone(nnx.Module):
       classes: number of findings K.
       inputs: what the network expects of its images.
       dtype: compute type; parameters and statistics are float32 (float64 with float64).
-      remat: "none", or "layer" to recompute layer by layer in the backward pass.
+      remat: what the backward pass recomputes: "none", each "layer", and on top each "block", or the network in "full".
       published: where published weights keep ours, as (our path, their path) prefixes; the first that fits holds.
       stem: paths of the first convolution and of the norm after it (empty where there is none).
       replaceable: top-level modules that belong to the task, not to the features: new weights may leave them out.
@@ -69,6 +68,14 @@ class Backbone(nnx.Module):
         """
         raise TypeError(f"{type(self).__name__} does not say how to compute features")
 
+    def trunk(self, images: Maps, train: bool, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
+        """`features`, which the backward pass recomputes from the images where `remat` is "full".
+
+        Of a network of several, each is recomputed by itself, so that only one's maps are in memory at a time.
+        """
+        remat = "none" if self.members else self.remat
+        return recomputed(_features, remat, "full")(self, images, train, key)
+
     def head(
         self, features: Mapping[str, Maps], *, train: bool = False, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B K"]:
@@ -104,7 +111,7 @@ class Backbone(nnx.Module):
         With `backbone_in_training` False, features are computed as at inference also in training.
         """
         training = train and backbone_in_training
-        features = self.features(images, train=training, key=key if training else None)
+        features = self.trunk(images, training, key if training else None)
         return self.heads(features, train=train, key=key)
 
     def check(self, images: Maps) -> None:
@@ -119,6 +126,10 @@ class Backbone(nnx.Module):
                 f"this network takes prepared {self.dtype} images, not {images.dtype}: "
                 "use Network.apply for uint8, or inputs.prepare with model.inputs and model.dtype"
             )
+
+
+def _features(network: Backbone, images: Maps, train: bool, key: PRNGKeyArray | None) -> OrderedDict[str, Maps]:
+    return network.features(images, train=train, key=key)
 
 
 @dataclass(frozen=True)

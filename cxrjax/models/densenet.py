@@ -16,7 +16,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import STEM_POOLS, BatchNorm, Maker, Maps, average_pool, recomputed
+from cxrjax.models.layers import STEM_POOLS, BatchNorm, Maker, Maps, average_pool, recomputed, summed_at_once
 from cxrjax.models.options import one_of, positive
 
 
@@ -31,7 +31,7 @@ class DenseNet(Backbone):
       classes: number of findings.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer".
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       growth: channels that each layer adds.
       blocks: layers per dense block.
@@ -96,21 +96,28 @@ class DenseNet(Backbone):
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Maps after the stem, of each block ("block1", ... before any norm), and "final" (after the last norm)."""
         self.check(images)
-        maps = [recomputed(DenseNet._stem, self.remat)(self, images, train)]
-        named = OrderedDict(stem=maps[0])
+        maps = recomputed(DenseNet._stem, self.remat)(self, images, train)
+        named = OrderedDict(stem=maps)
         for number in range(1, self.blocks + 1):
-            maps = getattr(self, f"denseblock{number}")(maps, train)
-            named[f"block{number}"] = jnp.concatenate(maps, axis=-1)  # costs nothing where nobody reads it
-            if number < self.blocks:
-                maps = [recomputed(Transition.__call__, self.remat)(getattr(self, f"transition{number}"), maps, train)]
-        if self.norm5 is None:
-            named["final"] = named[f"block{self.blocks}"]
-        else:
-            named["final"] = recomputed(DenseNet._last_norm, self.remat)(self, maps, train)
+            stage = recomputed(DenseNet._stage, self.remat, "block", static=(2, 3))
+            named[f"block{number}"], maps = stage(self, maps, train, number)
+        named["final"] = maps
         return named
 
     def _stem(self, images: Maps, train: bool) -> Maps:
         return STEM_POOLS[self.stem_pool](_norm_relu(self.norm0, self.conv0(images), train))
+
+    def _stage(self, maps: Maps, train: bool, number: int) -> tuple[Maps, Maps]:
+        """A block's maps, which cost nothing where nobody reads them, and what follows makes of them."""
+        grown = getattr(self, f"denseblock{number}")([maps], train)
+        whole = jnp.concatenate(grown, axis=-1)
+        if number < self.blocks:
+            return whole, recomputed(Transition.__call__, self.remat)(
+                getattr(self, f"transition{number}"), grown, train
+            )
+        if self.norm5 is None:
+            return whole, whole
+        return whole, recomputed(DenseNet._last_norm, self.remat)(self, grown, train)
 
     def _last_norm(self, maps: list[Maps], train: bool) -> Maps:
         assert self.norm5 is not None
@@ -131,6 +138,7 @@ class DenseBlock(nnx.Module):
         """The list of maps, grown by one entry per layer."""
         for number in range(1, self.layers + 1):
             layer = getattr(self, f"denselayer{number}")
+            maps = summed_at_once(maps) if self.remat != "none" else maps
             maps = [*maps, recomputed(DenseLayer.__call__, self.remat)(layer, maps, train)]
         return maps
 

@@ -41,7 +41,7 @@ class EfficientNet(Backbone):
       classes: number of findings.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer", which recomputes block by block.
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       width: what all numbers of channels are multiplied by, and rounded to multiples of 8.
       depth: what the stages' numbers of blocks are multiplied by, and rounded up.
@@ -103,22 +103,33 @@ class EfficientNet(Backbone):
         """
         self.check(images)
         stem, *stages, last = self.stages
-        active, block_of = recomputed(ConvNormSiLU.active, self.remat), recomputed(MBConv.__call__, self.remat)
+        active = recomputed(ConvNormSiLU.active, self.remat)
         maps = active(stem, images, train)
         named, total, done = OrderedDict(stem=maps), sum(map(len, stages)), 0
+        in_turn = recomputed(_in_turn, self.remat, "block", static=(2, 4))
         for stage, blocks in enumerate(stages, start=1):
-            for number, block in enumerate(blocks):
-                survival = None
-                if key is not None:
-                    each = jnp.ones((len(maps), 1, 1, 1), maps.dtype)
-                    survival = drop(each, self.stochastic_depth * done / total, key, HEAD_DRAWS + done)
-                expansion, maps = block_of(block, maps, train, survival)
-                if number == 0 and block.expands:
-                    named[f"stage{stage}_expansion"] = expansion  # costs nothing where nobody reads it
-                done += 1
+            survivals = []
+            for number in range(done, done + len(blocks)):
+                each = jnp.ones((len(maps), 1, 1, 1), maps.dtype)
+                rate = self.stochastic_depth * number / total
+                survivals.append(None if key is None else drop(each, rate, key, HEAD_DRAWS + number))
+            expansion, maps = in_turn(blocks, maps, train, survivals, self.remat)
+            if blocks[0].expands:
+                named[f"stage{stage}_expansion"] = expansion  # costs nothing where nobody reads it
             named[f"stage{stage}"] = maps
+            done += len(blocks)
         named["final"] = active(last, maps, train)
         return named
+
+
+def _in_turn(blocks: nnx.List, maps: Maps, train: bool, survivals: list[Maps | None], remat: str) -> tuple[Maps, Maps]:
+    """What the first of a stage's blocks expands, and what all of them make."""
+    block_of = recomputed(MBConv.__call__, remat)
+    first, *others = zip(blocks, survivals, strict=True)
+    expansion, maps = block_of(first[0], maps, train, first[1])
+    for block, survival in others:
+        _, maps = block_of(block, maps, train, survival)
+    return expansion, maps
 
 
 class ConvNormSiLU(ConvNorm):

@@ -42,7 +42,7 @@ class FHRNet(Backbone):
       classes: number of findings.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer".
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       backbone: an HRNet, by its name.
       neck: of both HRNets: "half" (the paper's, 1024 values) or "public" (2048, so that public weights load whole).
@@ -127,12 +127,12 @@ class FHRNet(Backbone):
         """
         self.check(images)
         whole = self._whole(images)
-        named = self.global_branch.features(whole, train=train and self.stage in ("global", "joint"))
+        named = self.global_branch.trunk(whole, train and self.stage in ("global", "joint"))
         if self.stage == "global":
             return named
         seen = named.pop("final")
         region = self._region(images, whole, seen)
-        local = self.local_branch.features(region, train=train and self.stage in ("local", "joint"))["final"]
+        local = self.local_branch.trunk(region, train and self.stage in ("local", "joint"))["final"]
         if self.stage == "local":
             return OrderedDict(named, **{"global": seen}, final=local)
         return OrderedDict(named, local=local, final=seen)

@@ -5,7 +5,7 @@ are timm's, so that its weights fit by name.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -22,7 +22,7 @@ from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import ConvNorm, Maker, Maps, recomputed
 from cxrjax.models.options import one_of, positive
-from cxrjax.models.resnet import BasicBlock, Block, Bottleneck
+from cxrjax.models.resnet import BasicBlock, Bottleneck, in_turn, one_by_one
 
 # Of the neck's first bottleneck: it makes 4 times as many maps of the finest branch, and the neck ends with 64 times.
 NECKS = {"public": 32, "half": 16, "eighth": 4}
@@ -42,7 +42,7 @@ class HRNet(Backbone):
       classes: number of findings.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer".
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       width: channels of the finest branch.
       modules: of each stage; a network has one branch more than stages.
@@ -112,12 +112,12 @@ class HRNet(Backbone):
         self.check(images)
         check_size(*images.shape[1:-1], multiple=2 ** (self.branches + 1))
         named = OrderedDict(stem=recomputed(HRNet._stem, self.remat)(self, images, train))
-        named["layer1"] = _in_turn(self.layer1, named["stem"], train, self.remat)
+        named["layer1"] = in_turn(self.layer1, named["stem"], train, self.remat)
         branches = [named["layer1"]]
         for stage in range(2, self.branches + 1):
             branches = self._one_more(getattr(self, f"transition{stage - 1}"), branches, train)
             for module in getattr(self, f"stage{stage}"):
-                branches = module(branches, train)
+                branches = recomputed(HighResolutionModule.__call__, self.remat, "block")(module, branches, train)
             named.update({f"stage{stage}_branch{number}": maps for number, maps in enumerate(branches, start=1)})
         named["final"] = self._neck(branches, train)
         return named
@@ -137,7 +137,7 @@ class HRNet(Backbone):
         """From the finest branch to the coarsest: halve what there is and add the next."""
         active = recomputed(ConvNorm.active, self.remat)
         rows = zip(self.incre_modules, branches, strict=True)
-        total, *others = [_in_turn(row, maps, train, self.remat) for row, maps in rows]
+        total, *others = [one_by_one(row, maps, train, self.remat) for row, maps in rows]
         for halve, maps in zip(self.downsamp_modules, others, strict=True):
             total = maps + active(halve, total, train)
         return active(self.final_layer, total, train)
@@ -147,13 +147,6 @@ def _bottlenecks(make: Maker, channels: int, width: int, count: int) -> nnx.List
     """Bottlenecks in a row, with 3x3 convolutions of `width` channels."""
     inputs = [channels, *[width * Bottleneck.expansion] * (count - 1)]
     return nnx.List(Bottleneck(make, each, width, stride=1) for each in inputs)
-
-
-def _in_turn(blocks: Iterable[Block], maps: Maps, train: bool, remat: str) -> Maps:
-    """What residual blocks in a row make of the maps."""
-    for block in blocks:
-        maps = recomputed(type(block).__call__, remat)(block, maps, train)
-    return maps
 
 
 def _transition(make: Maker, before: Sequence[int], after: Sequence[int]) -> nnx.List:
@@ -196,7 +189,7 @@ class HighResolutionModule(nnx.Module):
     def __call__(self, branches: list[Maps], train: bool) -> list[Maps]:
         """New maps of every branch, of the same shapes."""
         rows = zip(self.branches, branches, strict=True)
-        branches = [_in_turn(row, maps, train, self.remat) for row, maps in rows]
+        branches = [one_by_one(row, maps, train, self.remat) for row, maps in rows]
         return [recomputed(Fusion.__call__, self.remat)(fusion, branches, train) for fusion in self.fuse_layers]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
@@ -212,7 +212,50 @@ def max_pool(maps: Maps, window: int, stride: int, padding: int = 0) -> Maps:
         B, H, W, C = maps.shape
         whole = maps[:, : H // window * window, : W // window * window]
         return whole.reshape(B, H // window, window, W // window, window, C).max((2, 4))
-    return _pool(maps, -np.inf, jax.lax.max, window, stride, padding)
+    _check_fits(maps, window, padding)
+    return _overlapping_max(maps, window, stride, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _overlapping_max(maps: Maps, window: int, stride: int, padding: int) -> Maps:
+    return _reduce(maps, -np.inf, jax.lax.max, window, stride, padding)
+
+
+def _max_and_place(maps: Maps, window: int, stride: int, padding: int) -> tuple[Maps, Any]:
+    """The maxima, and where in its window each first occurs, in bytes: all that the gradient needs.
+
+    XLA's own gradient keeps four integers of 32 bits per maximum, the peak of a training step at full resolution.
+    """
+    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(maps, sides, constant_values=-np.inf)
+    rows, columns = ((side + 2 * padding - window) // stride for side in maps.shape[1:3])
+    largest = place = None
+    for number, (row, column) in enumerate(np.ndindex(window, window)):
+        seen = padded[:, row : row + rows * stride + 1 : stride, column : column + columns * stride + 1 : stride]
+        if largest is None or place is None:
+            largest, place = seen, jnp.zeros(seen.shape, jnp.uint8)
+        else:
+            place = jnp.where(seen > largest, jnp.uint8(number), place)
+            largest = jnp.maximum(largest, seen)
+    assert largest is not None
+    return largest, (place, maps.shape)
+
+
+def _to_the_maxima(window: int, stride: int, padding: int, kept: Any, gradient: Maps) -> tuple[Maps]:
+    place, shape = kept
+    wide = gradient.astype(storage(gradient.dtype))
+    zero = jnp.zeros((), wide.dtype)
+    total = zero
+    for number, offsets in enumerate(np.ndindex(window, window)):
+        sides = [
+            (offset - padding, side + padding - offset - (count - 1) * stride - 1, stride - 1)
+            for offset, side, count in zip(offsets, shape[1:3], gradient.shape[1:3], strict=True)
+        ]
+        total = total + jax.lax.pad(jnp.where(place == number, wide, zero), zero, [(0, 0, 0), *sides, (0, 0, 0)])
+    return (total.astype(gradient.dtype),)
+
+
+_overlapping_max.defvjp(_max_and_place, _to_the_maxima)
 
 
 STEM_POOLS = {
@@ -224,11 +267,11 @@ STEM_POOLS = {
 
 def average_pool(maps: Maps, window: int, stride: int) -> Maps:
     """Mean over square windows, as `torch.nn.AvgPool2d`."""
-    return _pool(maps, 0.0, jax.lax.add, window, stride, 0) / window**2
+    _check_fits(maps, window, 0)
+    return _reduce(maps, 0.0, jax.lax.add, window, stride, 0) / window**2
 
 
-def _pool(maps: Maps, start: float, combine: Callable, window: int, stride: int, padding: int) -> Maps:
-    _check_fits(maps, window, padding)
+def _reduce(maps: Maps, start: float, combine: Callable, window: int, stride: int, padding: int) -> Maps:
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     return jax.lax.reduce_window(maps, start, combine, (1, window, window, 1), (1, stride, stride, 1), sides)
 
@@ -242,12 +285,36 @@ def _check_fits(maps: Maps, window: int, padding: int) -> None:
         )
 
 
-@cache
-def recomputed(method: Callable, remat: str) -> Callable:
-    """An unbound layer method as a function of (layer, inputs, train).
+REMATS = ("none", "layer", "block", "full")
+"""What the backward pass recomputes instead of keeping it: each names all that those before it do, and more."""
 
-    With `remat="layer"` the backward pass recomputes what the method computes instead of keeping it, so only its
-    inputs stay in memory; results and running statistics are the same, and statistics move once. (`jax.checkpoint`
-    on a method would lose them.)
+
+@cache
+def recomputed(method: Callable, remat: str, level: str = "layer", static: tuple[int, ...] = (2,)) -> Callable:
+    """An unbound method of a layer, a block or a network as a function of (module, inputs, train, ...).
+
+    Where `remat` covers the method's level, the backward pass recomputes what the method computes instead of keeping
+    it, so only its inputs stay in memory; results and running statistics are the same, and statistics move once.
+    (`jax.checkpoint` on a method would lose them.) Levels nest: what a block recomputes its layers recompute again.
+
+    Args:
+      method: the function.
+      remat: one of `REMATS`.
+      level: what the method is: "layer", "block" or "full" (a whole network).
+      static: positions of arguments that are no arrays.
     """
-    return nnx.remat(method, static_argnums=(2,), graph=False) if remat == "layer" else method
+    covered = REMATS.index(remat) >= REMATS.index(level)
+    return nnx.remat(method, static_argnums=static, graph=False) if covered else method
+
+
+@jax.custom_vjp
+def summed_at_once(maps: Any) -> Any:
+    """The same maps; in the backward pass what has come together of their gradients is summed before anything else.
+
+    XLA would rather keep the gradients of all readers and sum them when the sum is needed: in a dense block that is
+    one gradient of all maps for each layer, all alive at once.
+    """
+    return maps
+
+
+summed_at_once.defvjp(lambda maps: (maps, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))

@@ -74,4 +74,5 @@ def crop(images: Maps, boxes: Float[Array, "B 4"], size: int) -> Maps:
         shift = -jnp.stack([top * height, left * width]) * scale
         return jax.image.scale_and_translate(image, (size, size, channels), (0, 1), scale, shift, method="linear")
 
-    return jax.vmap(one)(images.astype(jnp.promote_types(images.dtype, jnp.float32)), boxes).astype(images.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # jax.image mixes floats where images are float64
+        return jax.vmap(one)(images.astype(jnp.promote_types(images.dtype, jnp.float32)), boxes).astype(images.dtype)

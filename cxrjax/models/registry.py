@@ -41,7 +41,7 @@ def create(
       classes: number of findings K.
       dtype: compute type, bfloat16, float32 or float64 (name or type); parameters and batch statistics are float32
         (float64 with float64).
-      remat: "none", or "layer" to recompute layer by layer in the backward pass instead of keeping maps.
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial weights.
       inputs: what the network expects of its images; None for the architecture's own.
       **options: of the family, see its class; one that is a dict changes single entries of the architecture's own.

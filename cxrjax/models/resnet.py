@@ -27,7 +27,7 @@ class ResNet(Backbone):
       classes: number of findings.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer", which recomputes block by block.
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
       layers: blocks per stage; each stage but the first halves height and width.
@@ -90,13 +90,24 @@ class ResNet(Backbone):
         maps = recomputed(ResNet._stem, self.remat)(self, images, train)
         named = OrderedDict(stem=maps)
         for stage in range(1, self.stages + 1):
-            for block in getattr(self, f"layer{stage}"):
-                maps = recomputed(type(block).__call__, self.remat)(block, maps, train)
+            maps = in_turn(getattr(self, f"layer{stage}"), maps, train, self.remat)
             named[f"layer{stage}" if stage < self.stages else "final"] = maps
         return named
 
     def _stem(self, images: Maps, train: bool) -> Maps:
         return STEM_POOLS[self.stem_pool](nnx.relu(self.bn1(self.conv1(images), train=train)))
+
+
+def in_turn(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
+    """What residual blocks in a row make of the maps; the row is a block to recompute, each of them a layer."""
+    return recomputed(one_by_one, remat, "block", static=(2, 3))(blocks, maps, train, remat)
+
+
+def one_by_one(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
+    """The same within a larger block."""
+    for block in blocks:
+        maps = recomputed(type(block).__call__, remat)(block, maps, train)
+    return maps
 
 
 class Block(nnx.Module):

@@ -33,7 +33,7 @@ class SequentialCNN(Backbone):
       classes: number of classes.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer", which recomputes stage by stage.
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       image_size: height and width of the images.
       widths: channels of each stage's 3x3 convolution.

@@ -24,7 +24,7 @@ class SimpleCNN(Backbone):
       classes: number of findings.
       inputs: what the network expects of its images.
       dtype: compute type.
-      remat: "none" or "layer".
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       seed: of the initial values.
       pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
       hidden: units of the head's hidden layer; 0 for none.

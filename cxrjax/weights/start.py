@@ -27,7 +27,7 @@ def load_converted(
     Args:
       directory: of `convert`.
       dtype: compute type.
-      remat: "none" or "layer".
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
       classes: for weights without a head: the number of outputs of a fresh one.
 
     Raises:

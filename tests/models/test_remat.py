@@ -1,0 +1,93 @@
+"""Recomputing changes nothing but memory: every family, every policy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cxrjax.models import create
+from cxrjax.models.layers import REMATS
+from cxrjax.models.network import Network
+
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+ROUNDED = {"xla_allow_excess_precision": False}  # what is bfloat16 is rounded, also where it is not stored
+CASES = {
+    "densenet": ("densenet_small", {"growth": 4, "blocks": (2, 1), "stem_channels": 4, "stem_pool": "3x3"}),
+    "simple": ("simple_cnn", {}),
+    "sequential": (
+        "sequential_cnn", {"image_size": 32, "dropout": 0.3, "norm": True, "widths": (4, 6), "units": (8, 5)}
+    ),
+    "resnet": ("resnet_small", {"layers": (1, 2), "width": 4, "stem_pool": "3x3"}),
+    "bottlenecks": ("resnet_small", {"layers": (2, 1), "width": 4, "block": "bottleneck"}),
+    "hrnet": ("hrnet_small", {"width": 2, "modules": (1, 1), "stem_channels": 4}),
+    "efficientnet": (
+        "efficientnet_small",
+        {"stem_channels": 8, "blocks": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "stochastic_depth": 0.8},
+    ),
+    "attention_fusion": ("attention_fusion_small", {}),
+    "fhrnet": ("fhrnet_small", {"stage": "joint"}),
+}  # fmt: skip
+
+
+def step_of(case: str, remat: str, dtype: str, **compiler):
+    """The jitted gradient of a loss, and the network."""
+    name, options = CASES[case]
+    network = Network.of(create(name, classes=3, dtype=dtype, remat=remat, seed=1, **options))
+    images = jnp.asarray(np.random.default_rng(5).integers(0, 256, (3, 32, 32, 1), np.uint8))
+
+    def loss(params):
+        key = jax.random.key(0)
+        outputs, stats = dataclasses.replace(network, params=params).outputs(images, train=True, key=key)
+        return sum(jnp.square(logits).sum() for logits in outputs.values()), (outputs, stats)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE | compiler), network
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_statistics_are_the_same(case):
+    """ "full" recomputes what the others do, and more; of the DenseNet each is tried."""
+    with jax.enable_x64(True):
+        results, regions = {}, {}
+        for remat in REMATS if case == "densenet" else ("none", "full"):
+            step, network = step_of(case, remat, "float64")
+            regions[remat] = str(step.trace(network.params).jaxpr).count("prevent_cse")
+            results[remat] = jax.device_get(step(network.params))
+        kept = results.pop("none")
+        assert kept[0][0].dtype == np.float64
+        before, after = jax.tree.leaves(network.stats), jax.tree.leaves(kept[0][1][1])
+        assert not any(map(np.array_equal, before, after))  # those of every layer have moved
+        for remat in results:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), kept, results[remat])
+    assert list(regions.values()) == sorted(set(regions.values()))  # else nothing is compared
+
+
+def test_in_bfloat16_every_bit_is_the_same():
+    results = []
+    for remat in REMATS:
+        step, network = step_of("densenet", remat, "bfloat16", **ROUNDED)
+        results.append(jax.device_get(step(network.params)))
+    for result in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], result)
+
+
+@pytest.mark.parametrize(
+    ("remat", "kept"),
+    [("layer", [(128, 1), (32, 8), (32, 4), (32, 4), (32, 4), (16, 10), (16, 4), (16, 4), (16, 4), (16, 22)]),
+     ("block", [(128, 1), (32, 8), (16, 10), (16, 22)]),
+     ("full", [(128, 1), (16, 22)])],
+)  # fmt: skip
+def test_what_is_kept(remat, kept):
+    """Images, then maps (side, channels) that the forward pass hands to the backward pass; the head's come last."""
+    options = {"growth": 4, "blocks": (3, 3), "stem_channels": 8}
+    network = Network.of(create("densenet_small", classes=2, remat=remat, **options))
+
+    def backward(network, images):
+        def logits(params):
+            return dataclasses.replace(network, params=params).apply(images, train=True)[0]
+
+        return jax.vjp(logits, network.params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(backward, network, jax.ShapeDtypeStruct((2, 128, 128, 1), jnp.uint8)))
+    assert [leaf.shape[2:] for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] == 2] == kept
