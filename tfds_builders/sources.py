@@ -39,6 +39,7 @@ class Selection:
       missing: ids of rows without an image.
       unlisted: images without a row.
       notes: one line each, what a user should know of them.
+      sizes: width and height of images in px, by id, where the source's tables tell.
     """
 
     records: list[Record]
@@ -46,6 +47,7 @@ class Selection:
     missing: list[str]
     unlisted: list[str]
     notes: list[str] = field(default_factory=list)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def subset(self) -> bool:

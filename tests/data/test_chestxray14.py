@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from cxrjax.data.noticed import _totals
 from cxrjax.data.prepare import prepare
 from cxrjax.data.records import Box, open_records
 from cxrjax.errors import CxrError
@@ -304,6 +305,14 @@ def test_the_genuine_subset_is_complete(genuine, shared):
     )
     np.testing.assert_array_equal(records.age, [float(row["Patient Age"]) for row in rows])
     assert (records.labels == 1).any(0).all(), "all 14 findings"
+
+
+def test_the_published_table_has_the_published_counts(genuine, shared):
+    prepared, _ = genuine
+    assert not any("published" in note for note in prepared.notes)
+    table = nih.table(shared / "data/nih")
+    assert _totals(table, 0, Builder.PUBLISHED) == []
+    assert _totals(table, 1, Builder.PUBLISHED) == ["the table lists 112,121 images, and the published one 112,120"]
 
 
 def test_genuine_images_are_what_pil_makes_of_them(genuine, shared):

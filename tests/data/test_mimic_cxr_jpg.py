@@ -63,8 +63,9 @@ def write(folder: Path, kind: str, lines: list[str], packed: bool = True) -> Non
 
 
 @pytest.fixture
-def source(tmp_path) -> Path:
-    """The archive as PhysioNet lays it out, six images of it."""
+def source(tmp_path, monkeypatch) -> Path:
+    """The archive as PhysioNet lays it out, with six images, as if no more were published."""
+    monkeypatch.setattr(Builder, "PUBLISHED", {"images": 6, "patients": 4, "train": 4, "validation": 1, "test": 1})
     folder = tmp_path / "mimic-cxr-jpg-2.0.0"
     for k, (id, (study, subject, _, _)) in enumerate(IMAGES.items()):
         path = folder / f"files/p{subject[:2]}/p{subject}/s{study}/{id}.jpg"
@@ -78,7 +79,7 @@ def source(tmp_path) -> Path:
     )
     write(folder, "chexpert", [LABELS, *CHEXPERT])
     write(folder, "negbio", [LABELS, *NEGBIO])
-    rest = "3056,2544,21800506,213014.531,CHEST (PA AND LAT),postero-anterior,Erect"
+    rest = "60,50,21800506,213014.531,CHEST (PA AND LAT),postero-anterior,Erect"
     rows = [
         f"{id},{subject},{study},CHEST (PA AND LAT),{view},{rest}" for id, (study, subject, _, view) in IMAGES.items()
     ]
@@ -253,6 +254,31 @@ def test_an_image_without_metadata_has_no_view(source, tmp_path):
     prepared, records = run(source, tmp_path)
     assert records.view[5] == ""
     assert "no metadata for 1 images: their view is unknown" in prepared.notes
+
+
+def test_an_image_of_another_size_than_its_row_says_is_named(source, tmp_path):
+    edited(
+        source, "metadata", lambda lines: [line.replace("60,50", "3056,2544") if B in line else line for line in lines]
+    )
+    prepared, _ = run(source, tmp_path)
+    note = f"1 images are of another size than the table says: {B} is 50 x 60 px, not 2544 x 3056"
+    assert note in prepared.notes
+    assert note in run(source, tmp_path)[0].notes, "also of what is prepared already"
+    edited(source, "metadata", lambda lines: [line.replace("60,50", "60,") for line in lines])
+    with pytest.raises(CxrError, match=r"metadata.csv.gz, line 2: Rows and Columns are '60' and ''"):
+        run(source, tmp_path)
+
+
+def test_counts_that_are_not_the_published_ones_are_told(source, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    prepared, _ = run(source, tmp_path)
+    assert (
+        "this is not the whole published data set: 6 images (published: 377,110), 4 patients (published: 65,379), "
+        "4 train (published: 368,960), 1 validation (published: 2,991), 1 test (published: 5,159)"
+    ) in prepared.notes
+    image(source, D).unlink()
+    prepared, _ = run(source, tmp_path / "less", allow_missing=True)
+    assert "the table lists 6 images, and the published one 377,110" in prepared.notes
 
 
 def test_the_data_are_for_credentialed_users(tmp_path, capsys):

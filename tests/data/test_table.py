@@ -122,7 +122,10 @@ def test_a_table_whose_images_are_elsewhere(listed, tmp_path):
             {"image_column": "path", "class_column": "who"},
             "labels.csv, line 5: who is empty; every image needs a class",
         ),
-        ({**LISTED, "labels": "negbio"}, "table has no option 'labels'; its options are name, table, image_column"),
+        (
+            {**LISTED, "labels": "negbio"},
+            "table has no option 'labels'; its options are aspect, name, table, image_column",
+        ),
     ],
 )
 def test_wrong_options(listed, tmp_path, options, message):

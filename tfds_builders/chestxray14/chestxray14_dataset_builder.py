@@ -1,6 +1,7 @@
 """ChestX-ray14 of the NIH Clinical Center, from its published files."""
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import tensorflow_datasets as tfds
 
@@ -25,6 +26,7 @@ class Builder(FromFiles):
     BUILDER_CONFIGS = sizes(None, 2048, 1024, 512, 256, 224)
     FINDINGS = NIH14
     ENCODING = "jpeg"
+    PUBLISHED = MappingProxyType({"images": 112_120, "patients": 30_805, "train_val": 86_524, "test": 25_596})
 
     def select(self) -> Selection:
         """What would be prepared from the source folder (images in any folders below; None downloads, 42 GB)."""

@@ -1,6 +1,7 @@
 """MIMIC-CXR-JPG, from the files that PhysioNet gives to credentialed users."""
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -20,6 +21,9 @@ class Builder(FromFiles):
     BUILDER_CONFIGS = sizes(None, 2048, 1024, 512, 256, 224)
     FINDINGS = CHEXPERT14
     ENCODING = "jpeg"
+    PUBLISHED = MappingProxyType(
+        {"images": 377_110, "patients": 65_379, "train": 368_960, "validation": 2_991, "test": 5_159}
+    )
 
     def __init__(self, *, source: Path | str | None = None, labels: str = "chexpert", **kwargs: Any):
         """Makes the builder.
@@ -54,6 +58,7 @@ class Builder(FromFiles):
         read = tables.read(files, self.source, self.labels)
         images = {Path(name).stem: path for name, path in files.items() if name.lower().endswith(".jpg")}
         found = match(read.records, images, self.source, self.allow_missing)
+        found.sizes.update(read.sizes)
         prepared = {record.study for record in found.records}
         if unlabelled := [study for study in read.unlabelled if study in prepared]:
             first = f"no {self.labels} labels for {len(unlabelled):,} studies, such as {unlabelled[0]}"

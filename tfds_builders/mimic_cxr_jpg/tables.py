@@ -27,11 +27,13 @@ class Tables:
       records: one per image of the table of parts, in its order.
       unlabelled: studies without a row in the table of labels; theirs are all not mentioned.
       viewless: images without a row in the table of metadata.
+      sizes: width and height in px that the table of metadata gives, by id.
     """
 
     records: list[Record]
     unlabelled: list[str]
     viewless: list[str]
+    sizes: dict[str, tuple[int, int]]
 
 
 def read(files: Files, source: object, labeller: str) -> Tables:
@@ -46,7 +48,7 @@ def read(files: Files, source: object, labeller: str) -> Tables:
       CxrError: a table or a column is missing, or a row cannot be understood; the message names it.
     """
     labels = _labels(_path(files, labeller, source))
-    views = _views(_path(files, "metadata", source))
+    views, sizes = _metadata(_path(files, "metadata", source))
     path = _path(files, "split", source)
     records: list[Record] = []
     unlabelled: dict[str, None] = {}
@@ -73,7 +75,7 @@ def read(files: Files, source: object, labeller: str) -> Tables:
                 official=part,
             )
         )
-    return Tables(records, list(unlabelled), [record.id for record in records if record.id not in views])
+    return Tables(records, list(unlabelled), [record.id for record in records if record.id not in views], sizes)
 
 
 def _labels(path: Path) -> dict[str, tuple[int, ...]]:
@@ -86,8 +88,18 @@ def _labels(path: Path) -> dict[str, tuple[int, ...]]:
     return labels
 
 
-def _views(path: Path) -> dict[str, str]:
-    return {row["dicom_id"]: row["ViewPosition"] for _, row in _rows(path, ("dicom_id", "ViewPosition"))}
+def _metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """The view and the size of each image, by id."""
+    views, sizes = {}, {}
+    for line, row in _rows(path, ("dicom_id", "ViewPosition", "Rows", "Columns")):
+        views[row["dicom_id"]] = row["ViewPosition"]
+        try:
+            sizes[row["dicom_id"]] = int(row["Columns"]), int(row["Rows"])
+        except ValueError:
+            raise CxrError(
+                f"{path}, line {line}: Rows and Columns are {row['Rows']!r} and {row['Columns']!r}"
+            ) from None
+    return views, sizes
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
