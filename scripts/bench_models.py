@@ -34,7 +34,7 @@ def measure(name: str, size: int, batch: int, dtype: str, remat: str, steps: int
     import optax
 
     from cxrjax import config as configs
-    from cxrjax.data.pipeline import Batch
+    from cxrjax.data.batch import Batch
     from cxrjax.data.placement import place
     from cxrjax.models import create
     from cxrjax.models.network import Network

@@ -8,35 +8,17 @@ is all that a checkpoint needs to keep. (A position kept by the stream would be 
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32
 
+from cxrjax.data.batch import Batch
 from cxrjax.data.images import Augment, Warp, resize
 from cxrjax.data.records import Records
 from cxrjax.data.sampling import Sampling, order
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, LabelPolicy, no_finding, positions, targets
-
-
-class Batch(NamedTuple):
-    """What a training or evaluation step takes.
-
-    Attributes:
-      image: grey bytes, 0 black.
-      label: 0 or 1; 0 where unknown.
-      known: whether the label counts in losses and scores; False in padding.
-      valid: False in padding.
-      record: row of the `Records` table; -1 in padding.
-    """
-
-    image: UInt8[np.ndarray, "B H W 1"]
-    label: Float32[np.ndarray, "B K"]
-    known: Bool[np.ndarray, "B K"]
-    valid: Bool[np.ndarray, " B"]
-    record: Int32[np.ndarray, " B"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.data.pipeline import Batch
+from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
 
 

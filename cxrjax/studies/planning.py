@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cxrjax.config import Config
-from cxrjax.data.pipeline import Batch
+from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.parallel.collectives import Collective, collectives

@@ -15,7 +15,8 @@ import numpy as np
 
 from cxrjax.config import Config, flatten
 from cxrjax.console import bar
-from cxrjax.data.pipeline import Batch, training_batches
+from cxrjax.data.batch import Batch
+from cxrjax.data.pipeline import training_batches
 from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.data.splits import save as save_split
 from cxrjax.errors import CxrError

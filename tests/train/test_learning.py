@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from cxrjax import config as configs
-from cxrjax.data.pipeline import Batch
+from cxrjax.data.batch import Batch
 from cxrjax.data.placement import place
 from cxrjax.errors import CxrError
 from cxrjax.models import create

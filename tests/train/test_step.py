@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from cxrjax import config as configs
-from cxrjax.data.pipeline import Batch
+from cxrjax.data.batch import Batch
 from cxrjax.data.placement import place
 from cxrjax.models import create
 from cxrjax.models.network import Network
