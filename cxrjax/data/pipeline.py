@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from cxrjax.data.batch import Batch
-from cxrjax.data.images import Augment, Warp, resize
+from cxrjax.data.images import Augment, Warp
 from cxrjax.data.records import Records
 from cxrjax.data.sampling import Sampling, order
 from cxrjax.errors import CxrError
@@ -163,7 +163,7 @@ def _load(examples: Examples, plan: Sequence[tuple[int, Warp] | None], size: int
         if item is not None:
             which, warp = item
             row = int(examples.row[which])
-            batch.image[i, :, :, 0] = warp.image(resize(examples.records.image(row), size))
+            batch.image[i, :, :, 0] = warp.image(examples.records.image(row, size))
             batch.label[i], batch.known[i] = examples.label[which], examples.known[which]
             batch.valid[i], batch.record[i] = True, row
     return batch

@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 
 from cxrjax.data.images import decode
 from cxrjax.data.manifest import cut_off, list_damage, read_manifest
+from cxrjax.data.scaled import decode_at
 from cxrjax.errors import CxrError
 from cxrjax.findings import positions
 
@@ -190,9 +191,11 @@ class Records:
         """The image as it is stored: PNG or JPEG. Safe to call from many threads."""
         return self._features(row)["image"].bytes_list.value[0]
 
-    def image(self, row: int) -> UInt8[np.ndarray, "H W"]:
-        """The grey image, 0 black."""
-        return decode(self.image_bytes(row), f"{self.id[row]} of {self.dataset}/{self.config}")
+    def image(self, row: int, size: int | None = None) -> UInt8[np.ndarray, "H W"]:
+        """The grey image, 0 black; as it is stored, or at size x size px, for which less of it may be decoded."""
+        name = f"{self.id[row]} of {self.dataset}/{self.config}"
+        data = self.image_bytes(row)
+        return decode(data, name) if size is None else decode_at(data, name, size)
 
     def mask(self, row: int, finding: str, size: int) -> Bool[np.ndarray, "size size"] | None:
         """Where the finding is, on a grid of size x size over the whole image.

@@ -39,8 +39,9 @@ class InMemory:
         self.threads.add(threading.current_thread().name)
         return self._bytes[row]
 
-    def image(self, row):
-        return decode(self.image_bytes(row), self.id[row])
+    def image(self, row, size=None):
+        image = decode(self.image_bytes(row), self.id[row])
+        return image if size is None else resize(image, size)
 
 
 def some(n, **options) -> Examples:
@@ -239,7 +240,7 @@ def test_only_a_few_batches_are_loaded_ahead():
     data = some(200, size=2)
     reads = []
     image = data.records.image
-    data.records.image = lambda row: (reads.append(row), image(row))[1]
+    data.records.image = lambda row, size: (reads.append(row), image(row, size))[1]
     batches = training(data, threads=2, augment=Augment())
     next(batches)
     time.sleep(0.2)

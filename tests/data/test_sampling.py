@@ -24,7 +24,7 @@ def some(n=60, seed=0, sets=1):
     label[0] = 0
     label[1] = (0, 0, 1, 1)
     origin = rng.permutation(np.arange(n, dtype=np.int32) % sets)
-    records = SimpleNamespace(image=lambda row: np.full((1, 1), row % 251, np.uint8))
+    records = SimpleNamespace(image=lambda row, size: np.full((1, 1), row % 251, np.uint8))
     return Examples(records, np.arange(n, dtype=np.int32), label, np.ones((n, 4), bool), origin)  # pyright: ignore
 
 

@@ -1,0 +1,58 @@
+"""Images decoded at the size that is wanted are what whole ones averaged are, nearly."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxrjax.data.images import decode, encode, resize
+from cxrjax.data.phantom import population, render
+from cxrjax.data.scaled import decode_at
+from cxrjax.errors import CxrError
+
+
+@pytest.fixture(scope="module")
+def radiograph():
+    """A drawn radiograph of 1000 x 900 px with its noise."""
+    return np.ascontiguousarray(render(population(patients=9, seed=0)[0], 1000)[:, :900])
+
+
+def test_a_large_jpeg_is_what_a_whole_one_averaged_is(radiograph):
+    data = encode(radiograph, "jpeg")
+    whole = Image.fromarray(decode(data, "x"))
+    for size in (50, 100, 112, 113, 200, 225, 300, 450, 512, 900):
+        area = resize(np.asarray(whole), size).astype(int)
+        scaled = decode_at(data, "x", size)
+        assert scaled.dtype == np.uint8
+        assert scaled.shape == (size, size)
+        assert np.abs(area - scaled).mean() < 1.3
+        bilinear = np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR), int)
+        assert np.abs(area - scaled).mean() < 1.5 * np.abs(area - bilinear).mean()
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg"])
+@pytest.mark.parametrize("size", [64, 1000])
+def test_what_is_not_twice_as_large_is_decoded_whole(radiograph, format, size):
+    data = encode(cv2.resize(radiograph, (100, 90)), format)
+    np.testing.assert_array_equal(decode_at(data, "x", size), resize(decode(data, "x"), size))
+
+
+def test_colour_and_turned_files_go_the_long_way(radiograph):
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(radiograph).save(turned, "JPEG", quality=95, exif=exif)
+    colour = io.BytesIO()
+    Image.fromarray(radiograph).convert("RGB").save(colour, "JPEG", quality=95)
+    for data in (turned.getvalue(), colour.getvalue()):
+        np.testing.assert_array_equal(decode_at(data, "x", 100), resize(decode(data, "x"), 100))
+    up = resize(radiograph, 100).astype(int)
+    assert np.abs(decode_at(turned.getvalue(), "x", 100) - np.rot90(up, -1)).mean() < 1
+
+
+def test_damage_is_named(radiograph):
+    data = encode(radiograph, "jpeg")
+    for broken in (data[:2000], b"", data[:200] + data[-300:-2]):
+        with pytest.raises(CxrError, match=r"^image 7: "):
+            decode_at(broken, "image 7", 100)
