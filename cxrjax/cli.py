@@ -104,7 +104,8 @@ def _prepare(arguments: argparse.Namespace) -> Any:
 
     made = prepare_sizes(
         arguments.dataset, arguments.size, source=arguments.source, data_dir=arguments.data_dir,
-        allow_missing=arguments.allow_missing, workers=arguments.workers, repair=arguments.repair, **options(arguments),
+        allow_missing=arguments.allow_missing, workers=arguments.workers, repair=arguments.repair,
+        beam=arguments.beam_options if arguments.beam else None, **options(arguments),
     )  # fmt: skip
     for prepared in made:
         done = "was prepared before" if prepared.reused else f"prepared in {prepared.seconds:.0f} s"

@@ -95,6 +95,11 @@ class Draft:
         return self.folder / "data"
 
     @property
+    def failures(self) -> Path:
+        """Where other processes that make shards say what went wrong."""
+        return self.folder / "failed"
+
+    @property
     def missing(self) -> set[int]:
         """The shards that are still to be made."""
         return self.wanted - self.finished.keys()
@@ -118,16 +123,17 @@ class Draft:
                     self.finished[k] = found
                 advance()
         stale = [path for name, path in notes.items() if name not in {_note(k) for k in self.finished}]
+        shutil.rmtree(self.failures, ignore_errors=True)
         kept = {note.entry.file for note in self.finished.values()}
         for path in [*stale, *(path for path in self._files() if path.name not in kept)]:
             path.unlink()
         return len(stale)
 
-    def trust(self) -> None:
-        """Take up every shard that has a note, as it is."""
-        for k in self.wanted:
+    def trust(self, rows: range | None = None) -> None:
+        """Take up every shard (that begins in these rows) that has a note, as it is."""
+        for k in self.missing:
             path = self._notes / _note(k)
-            if path.exists():
+            if (rows is None or self.shards[k].start in rows) and path.exists():
                 self.finished[k] = _parse(path)
 
     def add(self, row: int, stored: "Stored") -> None:

@@ -81,6 +81,8 @@ def _keeping(drafts: Sequence[Draft]) -> Generator[None, None, None]:
         yield
     except BaseException as error:
         kept = [draft for draft in drafts if draft.give_up()]
+        for draft in kept:
+            draft.trust()  # other processes may have finished more
         if disk_is_full(error):
             raise CxrError(_full(drafts, kept)) from error
         raise

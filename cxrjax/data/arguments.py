@@ -1,6 +1,7 @@
 """The words of `cxrjax prepare`, apart from the work itself, whose libraries take a second to load."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
     parser.add_argument("--repair", action="store_true", help="make damaged shards of prepared data anew")
-    parser.add_argument("--workers", type=int, help="threads; default: one a core")
+    parser.add_argument("--workers", type=int, help="threads; default: one a core, with --beam one a worker")
+    parser.add_argument("--beam", action="store_true", help="make the shards with Apache Beam, on many machines")
+    parser.add_argument(
+        "--beam-options",
+        type=shlex.split,
+        default=[],
+        metavar="FLAGS",
+        help="Beam's, as one word: --beam-options='--runner=...'",
+    )
     parser.add_argument("--patients", type=int, help="cxr_phantom: how many patients to draw (default: 2600)")
     parser.add_argument("--seed", type=int, help="cxr_phantom: of the patients (default: 0)")
     parser.add_argument("--labels", metavar="LABELLER", help="mimic_cxr_jpg: chexpert (default) or negbio")

@@ -4,8 +4,9 @@ import contextlib
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cxrjax.errors import CxrError
 from tfds_builders import shards
 from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder as ChestXray14
 from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder as CxrPhantom
-from tfds_builders.drafts import folder_of
+from tfds_builders.drafts import Draft, folder_of
 from tfds_builders.folder.folder_dataset_builder import Builder as Folder
 from tfds_builders.mimic_cxr_jpg.mimic_cxr_jpg_dataset_builder import Builder as MimicCxrJpg
 from tfds_builders.radiographs import Radiographs
@@ -45,6 +46,9 @@ OPTIONS = {
     "table": ("aspect", "name", "table", "image_column", "label_columns", "class_column", "patient_column"),
 }
 """Options of each builder beside source, size and workers."""
+
+Run = Callable[[Sequence[Draft]], None]
+"""What makes the missing shards of drafts."""
 
 _DEFAULTS = {"aspect": "stretch"}  # of options that are kept only where they are another
 _FIXED = ("id", "patient", "study", "view", "age", "sex", "source", "official")
@@ -93,6 +97,7 @@ def prepare_sizes(
     allow_missing: bool = False,
     workers: int | None = None,
     repair: bool = False,
+    beam: Sequence[str] | None = None,
     **options: Any,
 ) -> list[Prepared]:
     """Prepare a data set at several stored sizes, each image read once; sizes that are prepared already are checked.
@@ -105,6 +110,7 @@ def prepare_sizes(
       allow_missing: go on although images are missing, or not in the table; see `sources.match`.
       workers: threads; None takes one per core.
       repair: make damaged shards of what is prepared already anew.
+      beam: options of the Apache Beam pipeline that makes the shards; None makes them in this process.
       **options: of the builder, as `OPTIONS` names them.
 
     Returns:
@@ -116,8 +122,14 @@ def prepare_sizes(
         place of the data set, and the same call goes on with them.
     """
     start = time.monotonic()
-    folder, given = Path(data_dir), {"allow_missing": allow_missing, "workers": workers}
-    builders = [_builder(dataset, source, folder, size, **given, options=options) for size in dict.fromkeys(sizes)]
+    if beam is not None:  # its workers have other working directories, and the runner one of them per core
+        options = {name: _absolute(option) for name, option in options.items()}
+        source, data_dir, workers = _absolute(source), Path(data_dir).absolute(), workers or 1
+    given = {"allow_missing": allow_missing, "workers": workers}
+    recipes = [
+        _recipe(dataset, source, Path(data_dir), size, **given, options=options) for size in dict.fromkeys(sizes)
+    ]
+    builders = [recipe() for recipe in recipes]
     with contextlib.ExitStack() as held:
         for directory in sorted(Path(builder.data_dir) for builder in builders):
             held.enter_context(_alone(directory))
@@ -135,7 +147,8 @@ def prepare_sizes(
             notes[builder] += _whole(builder, records, selected if repair else None)
         if new:
             assert selected is not None
-            made = _make(new, selected)
+            run = None if beam is None else _on_beam([recipes[builders.index(builder)] for builder in new], beam)
+            made = _make(new, selected, run)
             notes |= {builder: made if builder is new[0] else [] for builder in new}
     results = []
     for builder in builders:
@@ -160,7 +173,7 @@ def prepare_sizes(
     return results
 
 
-def _builder(
+def _recipe(
     dataset: str,
     source: Path | str | None,
     data_dir: Path,
@@ -168,8 +181,8 @@ def _builder(
     allow_missing: bool,
     workers: int | None,
     options: dict[str, Any],
-) -> Radiographs:
-    """The builder, with options it knows."""
+) -> Callable[[], Radiographs]:
+    """How the builder is made, with options it knows."""
     if dataset not in BUILDERS:
         raise CxrError(f"unknown data set {dataset!r}; choose one of {', '.join(BUILDERS)}")
     cls, known = BUILDERS[dataset], OPTIONS[dataset]
@@ -183,7 +196,19 @@ def _builder(
         options = {**options, "source": source, "allow_missing": allow_missing}
     elif source is not None:
         raise CxrError(f"{dataset} has no source: it is drawn; leave --source out")
-    return cls(data_dir=data_dir, config=config, workers=workers, **options)
+    return partial(cls, data_dir=data_dir, config=config, workers=workers, **options)
+
+
+def _absolute(option: Any) -> Any:
+    return option.absolute() if isinstance(option, Path) else option
+
+
+def _on_beam(recipes: Sequence[Callable[[], Radiographs]], flags: Sequence[str]) -> Run:
+    try:
+        from tfds_builders import on_beam
+    except ImportError as error:
+        raise CxrError("--beam needs the package apache-beam: install with `uv sync --no-dev --extra beam`") from error
+    return on_beam.run(recipes, flags)
 
 
 def _select(builders: Sequence[Radiographs]) -> Sequence[Record]:
@@ -211,10 +236,10 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def _make(builders: Sequence[Radiographs], records: Sequence[Record]) -> list[str]:
+def _make(builders: Sequence[Radiographs], records: Sequence[Record], run: Run | None) -> list[str]:
     """Make what is not there yet; a `CxrError` that the work wrapped in another error comes out as it was."""
     try:
-        return shards.make(builders, records)
+        return shards.make(builders, records, run)
     except Exception as error:
         for cause in _causes(error):
             if isinstance(cause, CxrError):
