@@ -75,7 +75,7 @@ class Draft:
         self.builder, self.records = builder, records
         self.final = Path(builder.data_dir)
         self.folder = folder_of(self.final)
-        self.length = builder.records_per_shard
+        self.length = builder.shard_length(len(records))
         starts = range(0, len(records), self.length)
         template = builder._get_filename_template(SPLIT)
         files = [template.sharded_filepath(shard_index=k, num_shards=len(starts)).name for k in range(len(starts))]

@@ -110,10 +110,14 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
         assert isinstance(config, SizeConfig)
         return config.size
 
-    @property
-    def records_per_shard(self) -> int:
-        """How many records a shard holds: 60 to 300 MB of large radiographs; every length divides the longest."""
-        return 1024 if self.size and self.size <= 1024 else 256
+    def shard_length(self, count: int) -> int:
+        """How many of `count` records a shard holds: a sixteenth, unless that is very many or few.
+
+        That is no more work than one likes to lose, and few enough files to hold them all open. A power of two, so that
+        the shards of all sizes begin with the same records.
+        """
+        most = 1024 if self.size and self.size <= 1024 else 512
+        return max(64, min(most, 1 << (count // 16).bit_length()))
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = ("id", "patient", "study", "view", "sex", "source", "official")

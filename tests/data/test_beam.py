@@ -16,7 +16,7 @@ COUNT = 22
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(Radiographs, "records_per_shard", property(lambda self: 2 if self.size == 64 else 4))
+    monkeypatch.setattr(Radiographs, "shard_length", lambda self, _: 2 if self.size == 64 else 4)
 
 
 @pytest.fixture

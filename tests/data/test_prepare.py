@@ -119,7 +119,7 @@ def test_random_access_from_many_threads(drawn):
 
 
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(Builder, "records_per_shard", 3)
+    monkeypatch.setattr(Builder, "shard_length", lambda *_: 3)
     prepared, records = draw(tmp_path)
     shards = sorted(path.name for path in prepared.directory.glob("*.array_record*"))
     assert len(shards) == -(-prepared.images // 3)
@@ -150,7 +150,10 @@ def test_damage_is_found(tmp_path):
         ({"size": 100}, "cxr_phantom is not stored at size 100; choose one of 256, 32, 64"),
         ({"patient": 3}, "cxr_phantom has no option 'patient'; its options are patients, seed"),
         ({"source": "x"}, "cxr_phantom has no source: it is drawn; leave --source out"),
-        ({"dataset": "chestxray14", "size": 256, "seed": 1}, "chestxray14 has no option 'seed'; its options are aspect"),
+        (
+            {"dataset": "chestxray14", "size": 256, "seed": 1},
+            "chestxray14 has no option 'seed'; its options are aspect",
+        ),
         ({"patients": 0}, "there is no record to prepare"),
     ],
 )
@@ -177,7 +180,7 @@ def test_an_interruption_keeps_finished_shards_only(tmp_path, monkeypatch, drawn
 
     with monkeypatch.context() as patch:
         patch.setattr(Builder, "store", interrupted)
-        patch.setattr(Builder, "records_per_shard", 4 if started else 1024)
+        patch.setattr(Builder, "shard_length", lambda *_: 4 if started else 64)
         with pytest.raises(KeyboardInterrupt):
             draw(tmp_path)
     assert leftovers(tmp_path) == (["incomplete.1.0.0"] if started else [])

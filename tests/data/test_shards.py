@@ -21,6 +21,8 @@ from cxrjax.data.records import TABLE, open_records, read_directory, shards
 from cxrjax.errors import CxrError
 from tests.own import picture
 from tfds_builders import drafts
+from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder as Nih
+from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder as Phantom
 from tfds_builders.folder.folder_dataset_builder import Builder as Folder
 from tfds_builders.radiographs import Radiographs
 
@@ -31,7 +33,7 @@ COUNT, LENGTH = 22, 4  # images, and records of a shard in these tests: six shar
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Shards of four records; of two at 64 px."""
-    monkeypatch.setattr(Radiographs, "records_per_shard", property(lambda self: 2 if self.size == 64 else LENGTH))
+    monkeypatch.setattr(Radiographs, "shard_length", lambda self, _: 2 if self.size == 64 else LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def whole(source, tmp_path_factory):
     """Prepared at one stroke, at two sizes, each alone."""
     data = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Radiographs, "records_per_shard", property(lambda self: 2 if self.size == 64 else LENGTH))
+        patch.setattr(Radiographs, "shard_length", lambda self, _: 2 if self.size == 64 else LENGTH)
         for size in (32, 64):
             prepare("folder", source=source, data_dir=data, size=size)
     return data
@@ -95,8 +97,10 @@ KILLED = """
 import os, signal, sys
 from cxrjax.data.prepare import prepare_sizes
 from tfds_builders import drafts
+from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder as Nih
+from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder as Phantom
 from tfds_builders.radiographs import Radiographs
-Radiographs.records_per_shard = property(lambda self: 2 if self.size == 64 else 4)
+Radiographs.shard_length = lambda self, _: 2 if self.size == 64 else 4
 sizes, (step, at) = eval(sys.argv[3]), sys.argv[4].split(":")
 count = 0
 def killing(function):
@@ -405,3 +409,17 @@ def test_what_is_stored_is_the_image_at_every_size(source, whole):
         image = cv2.imread(str(source / records.id[5]), cv2.IMREAD_GRAYSCALE)
         how = cv2.INTER_AREA if size < 40 else cv2.INTER_LINEAR
         assert np.abs(records.image(5) - cv2.resize(image, (size, size), interpolation=how).astype(int)).mean() < 1.5
+
+
+PLAN = Radiographs.shard_length
+
+
+@pytest.mark.parametrize(
+    ("count", "small", "large"),
+    [(1, 64, 64), (240, 64, 64), (4_171, 512, 512), (112_120, 1024, 512), (377_110, 1024, 512)],
+)
+def test_the_plan_depends_on_the_data_alone(tmp_path, count, small, large):
+    for size, length in ((32, small), (1024, small), (2048, large), (None, large)):
+        builder = Phantom(data_dir=tmp_path, config=str(size)) if size else Nih(data_dir=tmp_path, config="native")
+        assert PLAN(builder, count) == length
+    assert -(-count // large) < 900, "files that are open at a time"
