@@ -8,7 +8,7 @@ from typing import Any
 
 from cxrjax import __version__
 from cxrjax.data.arguments import add_arguments
-from cxrjax.studies import explaining
+from cxrjax.studies import bench, explaining
 
 STUDIES = ("resolution", "fhrnet", "transfer", "attention_fusion", "sequential_cnn")
 EPILOG = "`cxrjax VERB --help` says more. Every verb takes --json FILE (- for standard output) and --debug."
@@ -35,7 +35,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
     demo.add_argument("--workdir", type=Path, help="where everything goes (default: runs/demo, or runs/demo-full)")
     demo.add_argument("--full", action="store_true", help="also at 256 and 512 px, with several seeds")
 
-    prepare = verb("prepare", "turn a source of radiographs into sharded records of one size")
+    prepare = verb("prepare", "turn a source of radiographs into sharded records, at one size or several")
     add_arguments(prepare)
 
     train = verb("train", "train one config; goes on by itself where it was stopped")
@@ -132,6 +132,9 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
     plan.add_argument(
         "--estimate", action="store_true", help="from the shapes that the backward pass keeps, without its compiler"
     )
+
+    measured = verb("bench", "speed and memory of training and inference on this machine's device")
+    bench.add_arguments(measured)
 
     weights = verb("weights", "published PyTorch or safetensors weights, converted strictly")
     weights.add_argument("what", choices=("convert",), help="convert: to weights.safetensors and card.json")

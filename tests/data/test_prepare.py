@@ -237,6 +237,19 @@ def test_tfds_reads_the_phantom(drawn):
     assert builder.info.description.startswith("The phantom")
 
 
+def test_tfds_prepares_the_phantom(drawn, tmp_path):
+    """TFDS's own entrance does the same work."""
+    prepared, _ = drawn
+    builder = tfds.builder("cxr_phantom/64", data_dir=tmp_path, patients=12)
+    builder.download_and_prepare()
+    builder.download_and_prepare()
+    assert len(builder.as_data_source("records")) == prepared.images
+    for path in prepared.directory.iterdir():
+        assert (tmp_path / "cxr_phantom/64/1.0.0" / path.name).read_bytes() == path.read_bytes()
+    again, _ = draw(tmp_path)
+    assert again.reused
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_mapping_in_order_looks_ahead_a_little_only(workers):
     started = []
