@@ -97,8 +97,6 @@ KILLED = """
 import os, signal, sys
 from cxrjax.data.prepare import prepare_sizes
 from tfds_builders import drafts
-from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder as Nih
-from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder as Phantom
 from tfds_builders.radiographs import Radiographs
 Radiographs.shard_length = lambda self, _: 2 if self.size == 64 else 4
 sizes, (step, at) = eval(sys.argv[3]), sys.argv[4].split(":")
