@@ -20,10 +20,22 @@ def _log_sum_exp(maps: Maps) -> Float[Array, "B C"]:
     return (jax.nn.logsumexp(SHARPNESS * maps, axis=(1, 2)) - math.log(positions)) / SHARPNESS
 
 
+def _largest(maps: Maps) -> Float[Array, "B C"]:
+    """The largest value of each channel; of equal ones the first has the gradient.
+
+    (The gradient of `jnp.max` compares the result with the maps, and divides by 0 where these were computed anew and
+    rounded otherwise.)
+    """
+    values = maps.reshape(len(maps), -1, maps.shape[-1])
+    place = jnp.argmax(values, axis=1)[:, None]
+    there = jnp.arange(values.shape[1], dtype=place.dtype)[None, :, None] == place
+    return jnp.where(there, values, jnp.zeros_like(values)).sum(1)
+
+
 POOLINGS = {
     "average": lambda maps: maps.mean((1, 2)),
-    "max": lambda maps: maps.max((1, 2)),
-    "average+max": lambda maps: jnp.concatenate([maps.mean((1, 2)), maps.max((1, 2))], axis=-1),
+    "max": _largest,
+    "average+max": lambda maps: jnp.concatenate([maps.mean((1, 2)), _largest(maps)], axis=-1),
     "log-sum-exp": _log_sum_exp,
 }
 

@@ -1,7 +1,8 @@
 """The `data` x `space` mesh: batches are split over `data`, the rows of each image over `space`."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def make_mesh(data: int = 0, space: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -45,3 +49,14 @@ def batch_shardings(mesh: Mesh) -> Any:
     image: Any = NamedSharding(mesh, P("data", "space"))
     rows: Any = NamedSharding(mesh, P("data"))
     return Batch(image=image, label=rows, known=rows, valid=rows, record=rows)
+
+
+def seen_by_layers(mesh: Mesh, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function to be jitted for the mesh, whose layers lay their maps out on it (`models.rows`)."""
+
+    @wraps(function)
+    def on_mesh(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return on_mesh

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import batch_shardings, replicated
+from cxrjax.parallel.mesh import batch_shardings, replicated, seen_by_layers
 from cxrjax.train.learning import Learning, everything
 from cxrjax.train.losses import Loss, masked_bce
 from cxrjax.train.state import TrainState
@@ -92,7 +92,12 @@ def make_train_step(
         return state, metrics
 
     whole = replicated(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_shardings(mesh)), out_shardings=(whole, whole))
+    return jax.jit(
+        seen_by_layers(mesh, step),
+        donate_argnums=0,
+        in_shardings=(whole, batch_shardings(mesh)),
+        out_shardings=(whole, whole),
+    )
 
 
 def make_predict_step(mesh: Mesh) -> Callable[[Network, Any], jax.Array]:
@@ -102,4 +107,6 @@ def make_predict_step(mesh: Mesh) -> Callable[[Network, Any], jax.Array]:
         return network.apply(image, train=False)[0]
 
     whole = replicated(mesh)
-    return jax.jit(predict, in_shardings=(whole, batch_shardings(mesh).image), out_shardings=whole)
+    return jax.jit(
+        seen_by_layers(mesh, predict), in_shardings=(whole, batch_shardings(mesh).image), out_shardings=whole
+    )

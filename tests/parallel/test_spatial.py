@@ -1,0 +1,84 @@
+"""A training step whose images' rows are shared by several devices is the step of one device, for every family."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cxrjax.data.batch import Batch
+from cxrjax.data.placement import place
+from cxrjax.models import create
+from cxrjax.models.network import Network
+from cxrjax.parallel.mesh import batch_shardings, make_mesh, replicated
+from cxrjax.train.state import TrainState
+from cxrjax.train.step import make_train_step
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+DENSENET = {"growth": 4, "blocks": (1, 1, 1), "stem_channels": 4}
+HRNET = {"modules": (1, 1), "width": 4, "stem_channels": 4, "neck": "eighth"}
+EFFICIENTNET = {"blocks": ((1, 3, 1, 8, 1), (4, 3, 2, 8, 1), (4, 5, 2, 8, 2))}
+
+# A network, its options, the images' rows and columns, and meshes of data x space devices. Maps of 72 rows become 36,
+# 18 and 9, and those of 64 become 4: fewer than devices, or not divisible among them.
+CASES = [
+    ("densenet_small", DENSENET | {"stem_pool": "3x3", "stem_kernel": 7}, (64, 32), [(1, 2), (2, 4)]),
+    ("densenet_small", DENSENET | {"pooling": "log-sum-exp"}, (72, 32), [(1, 8)]),
+    ("resnet_small", {"pooling": "average+max"}, (72, 32), [(2, 4), (4, 2)]),
+    ("resnet_small", {"block": "bottleneck", "width": 4, "stem_pool": "3x3", "pooling": "max"}, (64, 32), [(1, 8)]),
+    ("hrnet_small", HRNET, (64, 64), [(1, 8)]),
+    ("efficientnet_small", EFFICIENTNET | {"stochastic_depth": 0.5, "dropout": 0.2}, (64, 32), [(1, 4)]),
+    ("efficientnet_small", EFFICIENTNET, (72, 32), [(2, 4)]),
+    ("attention_fusion_small", {"match": "up"}, (64, 32), [(1, 4)]),
+    ("attention_fusion_small", {"attention": "cross", "match": "down"}, (72, 32), [(2, 2)]),
+    pytest.param("fhrnet_small", {"crop": 0}, (64, 64), [(1, 4)], marks=pytest.mark.slow),
+    ("simple_cnn", {}, (40, 40), [(1, 2)]),
+    ("sequential_cnn_v1", {"image_size": 40, "units": (8,)}, (40, 40), [(2, 4)]),
+    ("sequential_cnn_v2", {"image_size": 24, "units": (8,), "widths": (4, 8)}, (24, 24), [(1, 8)]),
+]
+
+
+def batch_of(rows, columns, n=4):
+    rng = np.random.default_rng(0)
+    return Batch(
+        image=rng.integers(0, 256, (n, rows, columns, 1), np.uint8),
+        label=rng.integers(0, 2, (n, 3)).astype(np.float32),
+        known=rng.random((n, 3)) < 0.8,
+        valid=np.ones(n, bool),
+        record=np.arange(n, dtype=np.int32),
+    )
+
+
+def after_a_step(network, shape, mesh):
+    """Gradients, running statistics and loss; the optimiser does nothing but keep the gradient."""
+    optimizer = optax.trace(decay=0.0)
+    step = make_train_step(network, optimizer, optax.constant_schedule(0.1), mesh)
+    state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
+    batch = place(batch_of(*shape), batch_shardings(mesh))
+    state, metrics = step.lower(state, batch).compile(compiler_options=QUICK)(state, batch)
+    return jax.device_get((state.optimizer.trace, state.stats, metrics["loss"]))
+
+
+def relative(found, expected):
+    flat = [np.concatenate([np.zeros(0), *map(np.ravel, jax.tree.leaves(t))]) for t in (found, expected)]
+    size = np.linalg.norm(flat[1])
+    return np.linalg.norm(flat[0] - flat[1]) / size if size else float(np.any(flat[0]))
+
+
+def compare(name, options, shape, meshes, dtype):
+    """The largest relative errors of gradients, statistics and loss."""
+    network = Network.of(create(name, classes=3, dtype=dtype, **options))
+    alone = after_a_step(network, shape, make_mesh(1, 1))
+    assert np.isfinite(relative(jax.tree.map(np.zeros_like, alone[0]), alone[0]))
+    errors = []
+    for mesh in meshes:
+        shared = after_a_step(network, shape, make_mesh(*mesh))
+        errors.append([relative(found, expected) for found, expected in zip(shared, alone, strict=True)])
+    return np.max(errors, axis=0)
+
+
+@pytest.mark.parametrize(("name", "options", "shape", "meshes"), CASES)
+def test_float64(name, options, shape, meshes):
+    with jax.enable_x64(True):
+        errors = compare(name, options, shape, meshes, "float64")
+    assert errors.max() < 1e-10, errors
