@@ -104,9 +104,10 @@ class Draft:
         """The shards that are still to be made."""
         return self.wanted - self.finished.keys()
 
-    def needs(self, row: int) -> bool:
-        """Whether a record belongs to a shard that is still to be made."""
-        return row // self.length in self.missing
+    @property
+    def rows(self) -> set[int]:
+        """The records of the shards that are still to be made."""
+        return {row for k in self.missing for row in range(self.shards[k].start, self.shards[k].stop)}
 
     def resume(self) -> int:
         """Take up what an earlier run finished.

@@ -32,12 +32,8 @@ def run(recipes: Sequence[Recipe], flags: Sequence[str]) -> Callable[[Sequence[D
     """
 
     def make(drafts: Sequence[Draft]) -> None:
-        count, length = len(drafts[0].records), max(draft.length for draft in drafts)
-        starts = [
-            start
-            for start in range(0, count, length)
-            if any(draft.needs(row) for draft in drafts for row in range(start, min(start + length, count)))
-        ]
+        length = max(draft.length for draft in drafts)
+        starts = sorted({row // length * length for draft in drafts for row in draft.rows})
         for draft in drafts:
             draft.failures.mkdir(parents=True, exist_ok=True)
         with beam.Pipeline(options=PipelineOptions(list(flags))) as pipeline:

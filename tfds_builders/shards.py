@@ -146,7 +146,7 @@ def disk_is_full(error: BaseException | None) -> bool:
 def _here(drafts: Sequence[Draft]) -> None:
     first = drafts[0]
     sizes = "+".join(str(draft.builder.builder_config_name) for draft in drafts)
-    rows = [row for row in range(len(first.records)) if any(draft.needs(row) for draft in drafts)]
+    rows = sorted(set().union(*(draft.rows for draft in drafts)))
     done = len(first.records) - len(rows)
     with console.bar(f"{first.builder.name}/{sizes}", len(first.records), start=done) as advance:
         write(drafts, rows, workers=first.builder.workers, advance=advance)
