@@ -1,6 +1,6 @@
 """The `data` x `space` mesh: batches are split over `data`, the rows of each image over `space`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,13 +30,44 @@ def make_mesh(data: int = 0, space: int = 1, devices: Sequence[Any] | None = Non
     devices = jax.devices() if devices is None else devices
     if space < 1 or (data or 1) < 1:
         raise CxrError(f"config keys mesh.data = {data} and mesh.space = {space} must be positive (mesh.data may be 0)")
-    data = data or len(devices) // space
-    if data < 1 or data * space > len(devices):
+    if not data and len(devices) % space:
         raise CxrError(
-            f"a mesh of {data or 1} x {space} devices (config keys mesh.data, mesh.space) needs "
-            f"{(data or 1) * space}, and there are {len(devices)}"
+            f"config key mesh.space = {space} does not divide the {len(devices)} devices: choose "
+            f"{_listed(n for n in range(1, len(devices) + 1) if len(devices) % n == 0)}, or set mesh.data as well"
+        )
+    data = data or len(devices) // space
+    if data * space > len(devices):
+        fits = len(devices) // space
+        nearest = f"mesh.data = {fits}" if fits else f"mesh.data = 1, mesh.space = {len(devices)}"
+        raise CxrError(
+            f"a mesh of {data} x {space} devices (config keys mesh.data, mesh.space) needs {data * space}, and there "
+            f"are {len(devices)}: the nearest that works is {nearest}"
         )
     return Mesh(np.asarray(devices[: data * space]).reshape(data, space), ("data", "space"))
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_divides(what: str, number: int, axis: str, parts: int, otherwise: str = "") -> None:
+    """Check that an axis of the mesh divides a number of rows or images.
+
+    Args:
+      what: the number with what it counts, for the error: "a batch of 4 images".
+      number: that number.
+      axis: "data" or "space".
+      parts: how many devices that axis has.
+      otherwise: what else would mend it.
+
+    Raises:
+      CxrError: it does not; the multiples around the number are named.
+    """
+    if number % parts or not number:
+        below = number // parts * parts
+        choices = _listed(n for n in (below, below + parts) if n)
+        raise CxrError(f"{what} cannot be divided over mesh {axis}={parts}: choose {choices}{otherwise}")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

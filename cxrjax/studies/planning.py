@@ -14,7 +14,7 @@ from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.parallel.collectives import Collective, collectives
-from cxrjax.parallel.mesh import batch_shardings, make_mesh, replicated
+from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
 from cxrjax.parallel.targets import Target
 from cxrjax.studies.catalogue import multiply_adds
 from cxrjax.train.described import network_of
@@ -193,12 +193,8 @@ def _affine(made: dict[int, Plan], room: float) -> int:
 def _batch(config: Config, data: int, space: int, batch: int) -> int:
     """Images at once, checked against the mesh."""
     batch = batch or (config.train.per_device * data if config.train.per_device else config.train.batch)
-    if batch < 1 or batch % data:
-        raise CxrError(f"a batch of {batch} images cannot be divided over mesh data={data}: {_nearest(batch, data)}")
-    if config.data.size % space:
-        raise CxrError(
-            f"{config.data.size} rows cannot be divided over mesh space={space}: {_nearest(config.data.size, space)}"
-        )
+    check_divides(f"a batch of {batch} images", batch, "data", data)
+    check_divides(f"{config.data.size} rows", config.data.size, "space", space)
     return batch
 
 
@@ -264,9 +260,3 @@ def _plan(
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _nearest(number: int, parts: int) -> str:
-    """The multiples around a number that parts do not divide."""
-    below = number // parts * parts
-    return f"choose {f'{below} or ' if below else ''}{below + parts}"

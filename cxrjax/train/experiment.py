@@ -18,7 +18,7 @@ from cxrjax.data.splits import Split
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, positions
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import make_mesh
+from cxrjax.parallel.mesh import check_divides, make_mesh
 from cxrjax.train.described import network_of
 from cxrjax.train.initial import Start, initial_network, located, vanished_start
 from cxrjax.train.learning import Learning
@@ -60,11 +60,8 @@ class Experiment:
         else:
             records = pool([source.records for source in sources], findings)
             split = pool_splits(records, [source.split for source in sources])
-        if config.data.size % mesh.shape["space"]:
-            raise CxrError(
-                f"config key data.size = {config.data.size} rows cannot be divided over mesh.space = "
-                f"{mesh.shape['space']} devices: choose a multiple"
-            )
+        rows = config.data.size
+        check_divides(f"config key data.size = {rows} rows", rows, "space", mesh.shape["space"])
         return cls(config, records, split, findings, mesh, directory, sources)
 
     @cached_property
@@ -179,14 +176,15 @@ class Experiment:
         """
         batch, devices = self.config.train.batch, self.mesh.shape["data"]
         at_once = devices * (self.config.train.per_device or max(batch // devices, 1))
+        fits = max(n for n in range(1, devices + 1) if batch % n == 0)
+        instead = f", or set mesh.data to {fits}, and mesh.space to share images among the others"
+        check_divides(f"config key train.batch = {batch} images", batch, "data", devices, instead)
         if batch % at_once:
-            fits = max(n for n in range(1, devices + 1) if batch % n == 0)
             raise CxrError(
                 f"config key train.batch = {batch} is not a multiple of {at_once} "
-                f"({devices} devices x {at_once // devices} images); "
-                + (f"set mesh.data to {fits}, which divides it, and mesh.space to share images among the others"
-                   if batch % devices else f"set train.per_device to a divisor of {batch // devices}")
-            )  # fmt: skip
+                f"({devices} devices x {at_once // devices} images): "
+                f"set train.per_device to a divisor of {batch // devices}"
+            )
         return batch // at_once
 
     @property

@@ -1,8 +1,10 @@
+import re
+
 import jax
 import pytest
 
 from cxrjax.errors import CxrError
-from cxrjax.parallel.mesh import batch_shardings, make_mesh
+from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh
 
 
 def test_the_mesh_takes_all_devices_that_space_leaves():
@@ -11,10 +13,32 @@ def test_the_mesh_takes_all_devices_that_space_leaves():
     assert dict(make_mesh(1, 1).shape) == {"data": 1, "space": 1}
 
 
-@pytest.mark.parametrize("shape", [(9, 1), (4, 3), (0, 9), (1, 0), (-1, 1)])
-def test_a_mesh_that_does_not_fit_is_refused(shape):
-    with pytest.raises(CxrError, match=r"mesh\.(data|space)"):
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((9, 1), "mesh.data, mesh.space) needs 9, and there are 8: the nearest that works is mesh.data = 8"),
+        ((4, 3), "needs 12, and there are 8: the nearest that works is mesh.data = 2"),
+        ((2, 9), "needs 18, and there are 8: the nearest that works is mesh.data = 1, mesh.space = 8"),
+        ((0, 9), "mesh.space = 9 does not divide the 8 devices: choose 1, 2, 4 or 8"),
+        ((0, 3), "mesh.space = 3 does not divide the 8 devices: choose 1, 2, 4 or 8, or set mesh.data as well"),
+        ((1, 0), "must be positive"),
+        ((-1, 1), "must be positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(shape, said):
+    with pytest.raises(CxrError, match=re.escape(said)):
         make_mesh(*shape)
+
+
+def test_a_mesh_may_leave_devices_idle():
+    assert dict(make_mesh(2, 3).shape) == {"data": 2, "space": 3}
+
+
+def test_what_the_mesh_does_not_divide_is_refused_with_the_nearest_that_it_does():
+    check_divides("64 rows", 64, "space", 8)
+    for number, nearest in ((20, "16 or 24"), (7, "8"), (0, "8")):
+        with pytest.raises(CxrError, match=f"^{number} rows cannot be divided over mesh space=8: choose {nearest}$"):
+            check_divides(f"{number} rows", number, "space", 8)
 
 
 def test_rows_of_images_lie_on_the_space_axis():

@@ -7,9 +7,11 @@ import pytest
 
 from cxrjax.data.batch import Batch
 from cxrjax.data.placement import place
+from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings, make_mesh, replicated
+from cxrjax.train.experiment import Experiment
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
 
@@ -82,3 +84,18 @@ def test_float64(name, options, shape, meshes):
     with jax.enable_x64(True):
         errors = compare(name, options, shape, meshes, "float64")
     assert errors.max() < 1e-10, errors
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("mesh.space=3", "config key data.size = 32 rows cannot be divided over mesh space=3: choose 30 or 33"),
+        (
+            "mesh.data=3",
+            "train.batch = 4 images cannot be divided over mesh data=3: choose 3 or 6, or set mesh.data to 2",
+        ),
+    ],
+)
+def test_what_the_mesh_does_not_divide_is_refused_before_training(tiny, override, said):
+    with pytest.raises(CxrError, match=said):
+        _ = Experiment.open(tiny(override)).accumulate
