@@ -272,7 +272,7 @@ def _check_jpeg(data: bytes, name: str) -> bool:
 
 def _says_how_to_turn(data: bytes) -> bool:
     """Whether a JPEG has Exif data, which may hold an orientation: OpenCV applies it."""
-    return b"Exif\0\0" in data[: 1 << 16]
+    return data.find(b"Exif\0\0", 0, 1 << 16) >= 0
 
 
 def _decode_strictly(data: bytes, name: str, grey: bool) -> UInt8[np.ndarray, "H W C"]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, UInt8
 
 from cxrjax.data.batch import Batch
 from cxrjax.data.images import Augment, Warp
@@ -108,7 +108,11 @@ def training_batches(
         return int(index), augment.draw(rng)
 
     strata = sampling.strata(examples.label, examples.known, examples.origin)
-    plan = order(strata, batch_size, order_seed).random_map(draw, seed=draw_seed)
+    plan = order(strata, batch_size, order_seed)
+    if augment == Augment():
+        plan = plan.map(lambda index: (int(index), Warp()))  # drawing nothing costs a third of reading a small image
+    else:
+        plan = plan.random_map(draw, seed=draw_seed)
 
     def batch(number: int) -> Batch:
         return _load(examples, [plan[number * batch_size + row] for row in rows], size)
@@ -163,10 +167,19 @@ def _load(examples: Examples, plan: Sequence[tuple[int, Warp] | None], size: int
         if item is not None:
             which, warp = item
             row = int(examples.row[which])
-            batch.image[i, :, :, 0] = warp.image(examples.records.image(row, size))
+            batch.image[i, :, :, 0] = warp.image(_image(examples.records, row, size))
             batch.label[i], batch.known[i] = examples.label[which], examples.known[which]
             batch.valid[i], batch.record[i] = True, row
     return batch
+
+
+def _image(records: Records, row: int, size: int) -> UInt8[np.ndarray, "size size"]:
+    try:
+        return records.image(row, size)
+    except CxrError:
+        raise
+    except Exception as error:  # of whichever library: a run of days must say which image it was
+        raise CxrError(f"{records.id[row]} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def _stream(batch: Callable[[int], Batch], start: int, stop: int, threads: int) -> Generator[Batch, None, None]:
@@ -174,9 +187,19 @@ def _stream(batch: Callable[[int], Batch], start: int, stop: int, threads: int) 
 
     Threads, not processes: decoding and warping release the interpreter's lock, and nothing is copied or left behind.
     """
+
+    def attempt(number: int) -> Batch | CxrError:
+        try:
+            return batch(number)
+        except CxrError as error:
+            return error  # to be raised below: Grain would add lines of its own to the message
+
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
-    batches = iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(options))
+    batches = iter(grain.MapDataset.range(start, stop).map(attempt).to_iter_dataset(options))
     try:
-        yield from batches
+        for loaded in batches:
+            if isinstance(loaded, CxrError):
+                raise loaded
+            yield loaded
     finally:
         batches.close()
