@@ -1,81 +1,339 @@
-"""Measures the loader: images per second and CPU time per image, one JSON line per case.
+"""Measures the loader against torch's DataLoader with PIL and torchvision, on the same images: a JSON line per case.
 
-python scripts/bench_loader.py --data-dir DATA --dataset chestxray14 --config 1024
-python scripts/bench_loader.py --synthetic 256 512 1024      # smooth noise as JPEG of quality 95, in memory
+python scripts/bench_loader.py --peer-python ENV/bin/python [--images FOLDER] [--sizes 256 512 1024 2048] [--work DIR]
+
+Makes originals of 2544x3056 px from the radiographs in FOLDER (or drawn ones): enlarged, with as much noise as makes a
+JPEG of quality 95 as large as MIMIC-CXR-JPG's are on average. Prepares them at every size, and writes the prepared
+images as files for the peer. Then, each case in a process of its own, with two threads or two workers:
+
+  torch originals   decode, resize, flip, rotate (PIL, bilinear), normalise to float32: DataLoader, 2 workers
+  torch resized     the same from files that have the size already
+  ours prepared     training batches of the prepared store, with the same flip and rotation
+  ours plain        the same without augmentation
+  floor             nothing but libjpeg-turbo decoding the same bytes in two threads, each image left behind
+  ours on the fly   training batches of the originals (stored size native), with flip and rotation
+
+Memory is the largest sum of proportional set sizes over the process tree, libraries included.
 """
 
 import argparse
+import csv
+import itertools
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
-from cxrjax.data.images import Augment, decode, encode
-from cxrjax.data.pipeline import Examples, training_batches
-from cxrjax.data.records import open_records
-
-AUGMENTS = {"none": Augment(), "flip": Augment(flip=0.5), "warp": Augment(flip=0.5, rotation=15)}
-
-
-class Synthetic:
-    """Stands for records: images whose JPEGs are about as large as those of radiographs."""
-
-    def __init__(self, size: int, count: int = 4000):
-        rng = np.random.default_rng(0)
-        coarse = rng.uniform(40, 200, (16, 16)).astype(np.float32)
-        smooth = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
-        noisy = np.clip(smooth + rng.normal(0, 2.5, (size, size)), 0, 255).astype(np.uint8)
-        self.encoded, self.count = encode(noisy, "jpeg"), count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def image(self, row: int) -> np.ndarray:
-        """The same image for every row."""
-        return decode(self.encoded, f"image {row}")
-
-
-def measure(records: Any, size: int | None, augment: Augment, threads: int, batch_size: int, seconds: float) -> dict:
-    """The speed of training batches over about `seconds`, after a few to warm up."""
-    n = len(records)
-    size = int(size or records.image(0).shape[0])
-    examples = Examples(records, np.arange(n, dtype=np.int32), np.zeros((n, 1), np.float32), np.ones((n, 1), bool))
-    batches = training_batches(examples, size=size, batch_size=batch_size, augment=augment, seed=0, threads=threads)
-    for _ in range(threads + 2):
-        next(batches)
-    count, wall, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() < wall + seconds:
-        next(batches)
-        count += batch_size
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    batches.close()
-    return {"size": size, "images_per_s": round(count / wall, 1), "cpu_ms_per_image": round(1e3 * cpu / count, 3)}
+ORIGINAL = (3056, 2544)
+KILOBYTES = 1600
+BATCH = 8
+ROTATION = 15
+GOALS = {
+    "ours prepared / torch originals": {256: 40, 512: 15, 1024: 7, 2048: 5},
+    "ours prepared / torch resized": {256: 2.5, 512: 2.5, 1024: 3, 2048: 4},
+    "ours plain / floor": {256: 0.65, 512: 0.7, 1024: 0.8, 2048: 0.75},
+    "ours on the fly / torch originals": {256: 1.9, 512: 2, 1024: 2.3, 2048: 3},
+}
+CASES = ("torch originals", "torch resized", "ours prepared", "ours plain", "floor", "ours on the fly")
 
 
 def main() -> None:
-    """Prints one line per stored size, augmentation and number of threads."""
+    """Runs all cases, or in a child one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="folder of prepared data sets")
-    parser.add_argument("--dataset", default="chestxray14")
-    parser.add_argument("--config", default="1024", help="stored size")
-    parser.add_argument("--size", type=int, help="of the batches; default the stored size")
-    parser.add_argument("--synthetic", type=int, nargs="*", default=[], metavar="SIZE")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=3.0, help="about how long each case runs")
+    parser.add_argument("--peer-python", default=sys.executable, help="of an environment with torch and torchvision")
+    parser.add_argument("--images", type=Path, help="folder of radiographs; default: drawn ones")
+    parser.add_argument("--count", type=int, default=32, help="how many originals")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--seconds", type=float, default=5, help="at least, of each case")
+    parser.add_argument("--threads", type=int, default=2, help="or workers")
+    parser.add_argument("--work", type=Path, help="where images are made, and kept; default: a temporary folder")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.case:
+        size, case = int(options.sizes[0]), options.case
+        print(json.dumps(measure(batches(case, size, options.work, options.threads), options.seconds)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        make(work, options.images, options.count, options.sizes)
+        for size in options.sizes:
+            speed = {}
+            for case in options.cases:
+                python = options.peer_python if case.startswith("torch") else sys.executable
+                result = run(python, case, size, work, options)
+                speed[case] = result["images_per_s"]
+                print(json.dumps({"size": size, "case": case} | result), flush=True)
+            print(json.dumps({"size": size} | ratios(speed, size)), flush=True)
 
-    sources: dict[str, Any] = {f"synthetic-{size}": Synthetic(size) for size in options.synthetic}
-    if options.data_dir:
-        sources[options.config] = open_records(options.data_dir, options.dataset, options.config)
-    for name, records in sources.items():
-        for kind, augment in AUGMENTS.items():
-            for threads in options.threads:
-                case = {"data": name, "augment": kind, "threads": threads, "batch_size": options.batch_size}
-                speed = measure(records, options.size, augment, threads, options.batch_size, options.seconds)
-                print(json.dumps(case | speed), flush=True)
+
+def ratios(speed: dict[str, float], size: int) -> dict[str, Any]:
+    """The comparisons that these cases allow, with their goals."""
+    found = {}
+    for name, goals in GOALS.items():
+        one, other = name.split(" / ")
+        if one in speed and other in speed:
+            found[name] = {"ratio": round(speed[one] / speed[other], 2), "goal": goals.get(size)}
+    return found
+
+
+# --- the images
+
+
+def make(work: Path, images: Path | None, count: int, sizes: list[int]) -> None:
+    """Originals, prepared stores and resized files, unless they are there."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from cxrjax.data.prepare import prepare_sizes
+    from cxrjax.data.records import open_records
+
+    folder = work / "originals"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda number: original(folder / f"{number}.jpg", images, number), range(count)))
+    with (work / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("path", "patient", "Mass"), *((f"{n}.jpg", n, n % 2) for n in range(count))])
+    prepare_sizes(
+        "table", [None, *sizes], source=folder, data_dir=work / "data", name="bench", table=work / "table.csv",
+        image_column="path", label_columns=("Mass",), patient_column="patient",
+    )  # fmt: skip
+    for size in sizes:
+        (work / str(size)).mkdir(exist_ok=True)
+        records = open_records(work / "data", "bench", str(size))
+        for row, name in enumerate(records.id):
+            (work / str(size) / name).write_bytes(records.image_bytes(row))
+
+
+def original(path: Path, images: Path | None, number: int) -> None:
+    """A radiograph enlarged, with as much noise as makes its JPEG as large as it should be."""
+    import cv2
+    import numpy as np
+
+    from cxrjax.data.phantom import population, render
+
+    if path.exists():
+        return
+    if images:
+        files = sorted(file for file in images.iterdir() if file.suffix in (".png", ".jpg"))
+        image = cv2.imread(str(files[number % len(files)]), cv2.IMREAD_GRAYSCALE)
+    else:
+        image = render(population(seed=0, patients=number + 1)[number], 1024)
+    assert image is not None
+    large = cv2.resize(image, ORIGINAL[::-1], interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    noise = np.random.default_rng(number).standard_normal(ORIGINAL, np.float32)
+    low, high, data = 0.0, 8.0, b""
+    for _ in range(6):
+        middle = (low + high) / 2
+        noisy = np.clip(large + middle * noise, 0, 255).astype(np.uint8)
+        data = cv2.imencode(".jpg", noisy, (cv2.IMWRITE_JPEG_QUALITY, 95))[1].tobytes()
+        low, high = (middle, high) if len(data) < KILOBYTES * 1000 else (low, middle)
+    path.write_bytes(data)
+
+
+# --- the cases: endless batches, as how many images each has
+
+
+def batches(case: str, size: int, work: Path, threads: int) -> Iterator[int]:
+    """The stream of a case."""
+    if case == "floor":
+        return floor(work / str(size), threads)
+    if case.startswith("torch"):
+        resized = case == "torch resized"
+        return peer(work / str(size) if resized else work / "originals", 0 if resized else size, threads)
+    return ours(
+        work / "data", "native" if case == "ours on the fly" else str(size), size, case != "ours plain", threads
+    )
+
+
+def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> Iterator[int]:
+    """Batches as training takes them."""
+    import numpy as np
+
+    from cxrjax.data.images import Augment
+    from cxrjax.data.pipeline import examples, training_batches
+    from cxrjax.data.records import open_records
+    from cxrjax.findings import LabelPolicy
+
+    records = open_records(data, "bench", stored)
+    augment = Augment(flip=0.5, rotation=ROTATION) if augmented else Augment()
+    some = examples(records, np.tile(np.arange(len(records)), 4096), records.findings, LabelPolicy())
+    for batch in training_batches(some, size=size, batch_size=BATCH, augment=augment, seed=0, threads=threads):
+        yield len(batch.image)
+
+
+def peer(folder: Path, size: int, workers: int) -> Iterator[int]:
+    """What a user of PyTorch would write; `size` 0 leaves the images as they are."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    try:
+        from torchvision import transforms  # pyright: ignore[reportMissingImports]
+    except RuntimeError:  # a build without compiled operators, which transforms do not need
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        from torchvision import transforms  # pyright: ignore[reportMissingImports]
+    from PIL import Image
+
+    steps = [transforms.Resize((size, size))] if size else []
+    transform = transforms.Compose([
+        *steps,
+        transforms.RandomHorizontalFlip(0.5),
+        transforms.RandomRotation(ROTATION, interpolation=transforms.InterpolationMode.BILINEAR),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5], [0.25]),
+    ])  # fmt: skip
+    files = sorted(folder.glob("*.jpg"))
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(files) * 4096
+
+        def __getitem__(self, index: int):
+            with Image.open(files[index % len(files)]) as image:
+                return transform(image.convert("L"))
+
+    loader = torch.utils.data.DataLoader(Images(), BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    for batch in loader:
+        yield len(batch)
+
+
+def floor(folder: Path, threads: int) -> Iterator[int]:
+    """Threads that decode and do nothing else; the faster of simplejpeg and OpenCV where both are installed."""
+    import cv2
+    import numpy as np
+
+    cv2.setNumThreads(0)
+    files = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    arrays = [np.frombuffer(data, np.uint8) for data in files]
+    decoders: dict[str, Callable[[int], Any]] = {"cv2": lambda n: cv2.imdecode(arrays[n], cv2.IMREAD_GRAYSCALE)}
+    try:
+        import simplejpeg  # pyright: ignore[reportMissingImports]
+
+        decoders["simplejpeg"] = lambda n: simplejpeg.decode_jpeg(files[n], "GRAY")
+    except ImportError:
+        pass
+
+    def seconds(decode: Callable[[int], Any]) -> float:
+        start = time.process_time()
+        for n in range(len(files)):
+            decode(n)
+        return time.process_time() - start
+
+    times = {name: min(seconds(decode) for _ in range(3)) for name, decode in decoders.items()}
+    decode = decoders[min(times, key=lambda name: times[name])]
+    done, count = threading.Event(), [0] * threads
+
+    def work(thread: int) -> None:
+        for n in itertools.cycle(range(len(files))):
+            if done.is_set():
+                return
+            decode(n)
+            count[thread] += 1
+
+    for thread in range(threads):
+        threading.Thread(target=work, args=(thread,), daemon=True).start()
+    before = 0
+    try:
+        while True:
+            time.sleep(0.2)
+            now = sum(count)
+            yield now - before
+            before = now
+    finally:
+        done.set()
+
+
+# --- measuring
+
+
+def measure(stream: Iterator[int], seconds: float) -> dict[str, Any]:
+    """Images, seconds and CPU seconds of the process tree, in the steady state."""
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            peak[0] = max(peak[0], tree_memory())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    for _ in range(6):
+        next(stream)
+    count, wall, cpu = 0, time.perf_counter(), tree_seconds()
+    taken = 0
+    while taken < 6 or time.perf_counter() < wall + seconds:
+        count += next(stream)
+        taken += 1
+    wall, cpu = time.perf_counter() - wall, tree_seconds() - cpu
+    watcher.start()  # only now, for watching costs time
+    until = time.perf_counter() + 1.5
+    while time.perf_counter() < until:
+        next(stream)
+    ended.set()
+    watcher.join()
+    return {
+        "images_per_s": round(count / wall, 1),
+        "cpu_ms_per_image": round(1e3 * cpu / count, 2),
+        "memory_mb": round(peak[0] / 1e6),
+    }
+
+
+def run(python: str, case: str, size: int, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A case in a process of its own."""
+    words = [python, __file__, "--case", case, "--sizes", size, "--work", work, "--seconds", options.seconds]
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [str(word) for word in (*words, "--threads", options.threads)],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{case} at {size} px failed with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tree() -> list[int]:
+    """This process and all below it."""
+    parent = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent[int(place.parent.name)] = int(place.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [os.getpid()]
+    for process in found:
+        found += [child for child, above in parent.items() if above == process]
+    return found
+
+
+def tree_seconds() -> float:
+    """CPU time of the tree, living and waited for."""
+    ticks = 0
+    for process in tree():
+        try:
+            ticks += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]))
+        except OSError:
+            continue
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def tree_memory() -> int:
+    """Bytes of the tree; what processes share counts once."""
+    total = 0
+    for process in tree():
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return total
 
 
 if __name__ == "__main__":
