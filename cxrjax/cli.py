@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cxrjax.config import load
-from cxrjax.console import say, stderr, stdout
+from cxrjax.console import bar, say, stderr, stdout
 from cxrjax.data.arguments import options
 from cxrjax.errors import CxrError
 from cxrjax.files import write_text
@@ -193,6 +193,22 @@ def _plan(arguments: argparse.Namespace) -> Any:
     return run(arguments)
 
 
+def _bench(arguments: argparse.Namespace) -> Any:
+    from cxrjax.studies import bench
+
+    wanted = bench.cases(arguments.cases, arguments.dtypes, arguments.remats, arguments.steps)
+    measured = []
+    with bar("measuring", len(wanted), unit="cases") as advance:
+        for row in bench.rows(wanted, inference=arguments.inference):
+            measured.append(row)
+            advance()
+    stdout.print(bench.table(measured))
+    for row in measured:
+        if "error" in row:
+            say(f"{row['arch']} at {row['resolution']} px, {row['batch']} images, {row['variant']}: {row['error']}")
+    return measured
+
+
 def _weights(arguments: argparse.Namespace) -> Any:
     from cxrjax.weights import convert
 
@@ -227,6 +243,7 @@ RUN = {
     "models": _models,
     "study": _study,
     "plan": _plan,
+    "bench": _bench,
     "weights": _weights,
 }
 

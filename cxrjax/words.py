@@ -8,7 +8,7 @@ from typing import Any
 
 from cxrjax import __version__
 from cxrjax.data.arguments import add_arguments
-from cxrjax.studies import explaining
+from cxrjax.studies import bench, explaining
 
 STUDIES = ("resolution", "fhrnet", "transfer", "attention_fusion", "sequential_cnn")
 EPILOG = "`cxrjax VERB --help` says more. Every verb takes --json FILE (- for standard output) and --debug."
@@ -132,6 +132,9 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
     plan.add_argument(
         "--estimate", action="store_true", help="from the shapes that the backward pass keeps, without its compiler"
     )
+
+    measured = verb("bench", "speed and memory of training and inference on this machine's device")
+    bench.add_arguments(measured)
 
     weights = verb("weights", "published PyTorch or safetensors weights, converted strictly")
     weights.add_argument("what", choices=("convert",), help="convert: to weights.safetensors and card.json")

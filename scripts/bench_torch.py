@@ -1,75 +1,114 @@
-"""Measures PyTorch's training step of the networks that torchvision and timm have, one JSON line per case.
+"""Measures PyTorch's training and inference of the networks that torchvision and timm have, one JSON line per case.
 
-python scripts/bench_torch.py --cases densenet121:224:4 hrnet_w18:64:2     # uv sync --group peers
+python scripts/bench_torch.py densenet121:1024:8 hrnet_w18:512:16 --variants amp ckpt compile   # uv sync --group peers
 
-The counterpart of `bench_models.py`: float32, 14 findings, Adam, a grey batch that already lies on the device. Maps
-are channels-last, which is PyTorch's faster layout.
+The counterpart of `cxrjax bench`, with its names: 14 findings, Adam, a grey batch of bytes that already lies on the
+device. Variants, each what a user of PyTorch would take; all keep maps channels-last, which is its faster layout:
+
+  float32  no mixed precision
+  amp      bfloat16 autocast, fused Adam
+  ckpt     amp, and torchvision's memory_efficient=True (DenseNet only)
+  compile  amp, and torch.compile
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 FINDINGS = 14
+VARIANTS = ("float32", "amp", "ckpt", "compile")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def measure(name: str, size: int, batch: int, steps: int) -> dict[str, Any]:
+def network(name: str, variant: str) -> Any:
+    """The network as its library makes it, initial values drawn."""
+    if name.startswith("hrnet"):
+        import timm  # pyright: ignore[reportMissingImports]
+
+        return timm.create_model(name, pretrained=False, num_classes=FINDINGS)
+    import torchvision  # pyright: ignore[reportMissingImports]
+
+    efficient = {"memory_efficient": True} if variant == "ckpt" and name.startswith("densenet") else {}
+    return getattr(torchvision.models, name)(weights=None, num_classes=FINDINGS, **efficient)
+
+
+def measure(name: str, size: int, batch: int, variant: str, steps: int) -> dict[str, Any]:
     """One case, on the first GPU or else on the CPU."""
     import torch  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    if name.startswith("hrnet"):
-        import timm  # pyright: ignore[reportMissingImports]
-
-        model = timm.create_model(name, pretrained=False, num_classes=FINDINGS)
-    else:
-        import torchvision  # pyright: ignore[reportMissingImports]
-
-        model = getattr(torchvision.models, name)(weights=None, num_classes=FINDINGS)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+    model = network(name, variant).to(device, memory_format=torch.channels_last).train()
+    called = torch.compile(model) if variant == "compile" else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=device == "cuda")
     grey = torch.randint(0, 256, (batch, 1, size, size), dtype=torch.uint8, device=device)
     label = (torch.rand(batch, FINDINGS, device=device) < 0.1).float()
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
 
+    def logits() -> Any:
+        images = ((grey.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=variant != "float32"):
+            return called(images)
+
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        images = ((grey.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-        torch.nn.functional.binary_cross_entropy_with_logits(model(images), label).backward()
+        torch.nn.functional.binary_cross_entropy_with_logits(logits().float(), label).backward()
         optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    times = []
-    for _ in range(steps + 3):
-        start = time.perf_counter(), time.process_time()
-        step()
-        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    step_s, step_cpu_s = map(statistics.median, zip(*times[3:], strict=True))
-    return {
-        "step_s": round(step_s, 4),
-        "images_per_s": round(batch / step_s, 2),
-        "step_cpu_s": round(step_cpu_s, 4),
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
+    def infer() -> None:
+        with torch.no_grad():
+            logits()
+
+    def timed(what: str, call: Callable[[], None]) -> dict[str, Any]:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(steps + 3):
+            start = time.perf_counter(), time.process_time()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        seconds, cpu = map(statistics.median, zip(*times[3:], strict=True))
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        found = {"s": seconds, "cpu_s": cpu, "images_per_s": batch / seconds, "peak_bytes": peak}
+        return {f"{what}_{key}": value for key, value in found.items()}
+
+    about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    trained = timed("train", step)
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    model.eval()
+    return about | trained | timed("infer", infer)
 
 
 def main() -> None:
-    """Prints one line per case."""
+    """Prints one line per case and variant; what cannot be measured says why."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", required=True, metavar="NAME:SIZE:BATCH")
+    parser.add_argument("cases", nargs="+", metavar="ARCH:SIZE:BATCH")
+    parser.add_argument("--variants", nargs="+", default=["amp"], choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
+    import torch  # pyright: ignore[reportMissingImports]
+
     for case in options.cases:
         name, size, batch = case.split(":")
-        row = {"network": name, "size": int(size), "batch": int(batch), "dtype": "float32"}
-        print(json.dumps(row | measure(name, int(size), int(batch), options.steps)), flush=True)
+        for variant in options.variants:
+            row: dict[str, Any] = {"framework": f"torch {torch.__version__}", "arch": name, "resolution": int(size)}
+            row |= {"batch": int(batch), "variant": variant}
+            try:
+                row |= measure(name, int(size), int(batch), variant, options.steps)
+            except torch.cuda.OutOfMemoryError:
+                row["error"] = "out of memory"
+            except RuntimeError as error:  # a compiler's fault, a network without the variant
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

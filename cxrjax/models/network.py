@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu.parameter_overview import count_parameters
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
@@ -112,6 +111,8 @@ class Network:
 
 def parameter_count(of: Any) -> int:
     """Number of parameters, batch statistics left out, of a module, a `Network` or nested dicts of arrays."""
+    from clu.parameter_overview import count_parameters  # not where only a step is measured
+
     if isinstance(of, Backbone):
         of = Network.of(of)
     return int(count_parameters(of.params if isinstance(of, Network) else of))

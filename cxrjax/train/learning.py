@@ -4,14 +4,16 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cxrjax.config import Config
 from cxrjax.errors import CxrError
 from cxrjax.models.network import Network
+
+if TYPE_CHECKING:  # a step can be measured where configs cannot be read
+    from cxrjax.config import Config
 
 Path = tuple[Any, ...]
 HEAD = "classifier"
@@ -32,7 +34,7 @@ class Learning:
     backbone_in_training: bool = True
 
     @classmethod
-    def of(cls, network: Network, config: Config) -> "Learning":
+    def of(cls, network: Network, config: "Config") -> "Learning":
         """What a config says of a network.
 
         Args:

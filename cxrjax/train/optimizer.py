@@ -1,13 +1,16 @@
 """From config to optax: Adam and kin, clipping, and the rate's course over the steps."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from cxrjax.config import Config
+if TYPE_CHECKING:  # a step can be measured where configs cannot be read
+    from cxrjax.config import Config
 
 
-def schedule(config: Config, steps: int) -> optax.Schedule:
+def schedule(config: "Config", steps: int) -> optax.Schedule:
     """The learning rate at each step.
 
     `constant` and `plateau` hold `rate` after the warm-up (the plateau's factor lives in the state, since it
@@ -23,7 +26,7 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.rate, warmup), after], [warmup])
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: "Config") -> optax.GradientTransformation:
     """Gradients to directions of unit rate; the step multiplies them by the rate of the hour.
 
     Moments are held as one vector each: every array of the state costs some microseconds a step to hand over, and

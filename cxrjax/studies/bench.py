@@ -1,0 +1,265 @@
+"""How fast are training and inference here? One process a case, so that nothing is warm and the peak is its own.
+
+`python -m cxrjax.studies.bench CASE ...` does the same with JAX, Flax, optax and this package's source alone.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
+from typing import Any
+
+from cxrjax.errors import CxrError
+
+FINDINGS = 14
+WARM_UP = 3
+_ONE = "--one"  # one case, in this process
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured, in one process: a training step (forward, backward, Adam) or inference of one batch.
+
+    Attributes:
+      arch: a network's name.
+      resolution: side of the images in px.
+      batch: images at once, on one device.
+      dtype: what it computes in.
+      remat: what the backward pass recomputes; nothing in inference.
+      inference: whether it is inference.
+      steps: that the medians are of.
+    """
+
+    arch: str
+    resolution: int
+    batch: int
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    inference: bool = False
+    steps: int = 10
+
+
+def cases(words: Sequence[str], dtypes: Sequence[str], remats: Sequence[str], steps: int) -> list[Case]:
+    """One training case for each ARCH:SIZE:BATCH, type and way of recomputing.
+
+    Raises:
+      CxrError: a word is no such case.
+    """
+    made = []
+    for word, dtype, remat in product(words, dtypes, remats):
+        matched = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", word)
+        if matched is None:
+            raise CxrError(f"{word!r} is no case: write ARCH:SIZE:BATCH, such as densenet121:1024:8")
+        made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, steps=steps))
+    return made
+
+
+def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str, Any]]:
+    """The measurements of each case, training and inference side by side; what went wrong is its `error`.
+
+    The values have the names of the peer's benchmark: `train_s`, `train_images_per_s`, `train_peak_bytes`, `infer_s`
+    and so on, medians over the steps. Beside them:
+
+      trace_s, lower_s, compile_s, first_step_s   once, without a compilation cache
+      train_cpu_s                     median CPU time of all threads: what to compare on a busy machine
+      train_dispatch_ms               median time until the call returns, while the device works on
+      train_planned_bytes             arguments, results and temporaries, as the compiler counts them
+      train_peak_bytes                what the device held at most; null where it does not say (CPUs)
+      train_floor_s, train_roofline   least time by the chip's data sheet, and its share of train_s; null if unknown
+    """
+    for case in wanted:
+        about = {"arch": case.arch, "resolution": case.resolution, "batch": case.batch,
+                 "variant": f"{case.dtype}, remat {case.remat}"}  # fmt: skip
+        row = about | _apart(case)
+        if inference and "error" not in row:
+            row |= _apart(Case(**(asdict(case) | {"inference": True, "remat": "none"})))
+        yield row
+
+
+def _apart(case: Case) -> dict[str, Any]:
+    """One measurement, by a process of its own."""
+    made = subprocess.run(
+        [sys.executable, "-m", "cxrjax.studies.bench", _ONE, json.dumps(asdict(case))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = made.stdout.splitlines()
+    if made.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    if "RESOURCE_EXHAUSTED" in made.stderr:
+        return {"error": "out of memory"}
+    raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", made.stderr, re.MULTILINE)
+    return {"error": raised[-1][:300] if raised else f"its process ended with code {made.returncode}"}
+
+
+def table(measured: Sequence[dict[str, Any]]) -> Any:
+    """A line for each case that could be measured: what a user compares; gigabytes are 1e9 bytes."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in (
+        "network",
+        "px",
+        "images",
+        "",
+        "step, ms",
+        "images/s",
+        "peak, GB",
+        "roofline",
+        "inference, images/s",
+    ):
+        made.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in measured:
+        if "error" in row:
+            continue
+        about = (row["arch"], f"{row['resolution']}", f"{row['batch']}", row["variant"])
+        peak, share, inferred = (row.get(k) for k in ("train_peak_bytes", "train_roofline", "infer_images_per_s"))
+        made.add_row(
+            *about, f"{1e3 * row['train_s']:.1f}", f"{row['train_images_per_s']:.1f}",
+            f"{peak / 1e9:.2f}" if peak else f"{row['train_planned_bytes'] / 1e9:.2f} planned",
+            f"{share:.0%}" if share else "", f"{inferred:.1f}" if inferred else "",
+        )  # fmt: skip
+    return made
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One case, in this process, on its first device."""
+    import jax
+    import numpy as np
+    import optax
+
+    from cxrjax.data.batch import Batch
+    from cxrjax.data.placement import place
+    from cxrjax.models import create
+    from cxrjax.models.network import Network
+    from cxrjax.parallel.mesh import batch_shardings, make_mesh, replicated
+    from cxrjax.train.state import TrainState
+    from cxrjax.train.step import make_predict_step, make_train_step
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    rng = np.random.default_rng(0)
+    count, side = case.batch, case.resolution
+    host = Batch(
+        image=rng.integers(0, 256, (count, side, side, 1), np.uint8),
+        label=(rng.random((count, FINDINGS)) < 0.1).astype(np.float32),
+        known=np.ones((count, FINDINGS), bool),
+        valid=np.ones(count, bool),
+        record=np.arange(count, dtype=np.int32),
+    )
+    mesh = make_mesh(1, 1)
+    placed = place(host, batch_shardings(mesh))
+    network = Network.of(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat))
+    if case.inference:
+        arguments = jax.device_put(network, replicated(mesh)), placed.image
+        return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments)
+    optimizer = optax.flatten(optax.scale_by_adam())
+    state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
+    step = make_train_step(network, optimizer, optax.constant_schedule(1e-4), mesh)
+    return _timed(case, step, (state, placed), lambda result: (result[0], placed))
+
+
+def _timed(case: Case, step: Any, arguments: tuple, following: Callable[[Any], tuple]) -> dict[str, Any]:
+    """Compile a jitted step and time it; `following` makes the next call's arguments of a result."""
+    import jax
+
+    moments = [time.perf_counter()]
+    traced = step.trace(*arguments)
+    moments.append(time.perf_counter())
+    lowered = traced.lower()
+    moments.append(time.perf_counter())
+    compiled = lowered.compile()
+    moments.append(time.perf_counter())
+    result = jax.block_until_ready(step(*arguments))
+    moments.append(time.perf_counter())
+    once = dict(zip(("trace_s", "lower_s", "compile_s", "first_step_s"),
+                    (round(after - before, 2) for before, after in pairwise(moments)),
+                    strict=True))  # fmt: skip
+
+    times = []
+    for _ in range(case.steps + WARM_UP):
+        arguments = following(result)
+        start = time.perf_counter(), time.process_time()
+        result = step(*arguments)
+        returned = time.perf_counter() - start[0]
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start[0], time.process_time() - start[1], returned))
+    seconds, cpu, dispatch = map(statistics.median, zip(*times[WARM_UP:], strict=True))
+
+    device = jax.devices()[0]
+    floor = _floor(traced.jaxpr.jaxpr, compiled, device.device_kind)
+    what = "infer" if case.inference else "train"
+    found: dict[str, Any] = {
+        "s": seconds,
+        "images_per_s": case.batch / seconds,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "cpu_s": cpu,
+        "dispatch_ms": 1e3 * dispatch,
+        "planned_bytes": _planned(compiled),
+        "floor_s": floor,
+        "roofline": floor and floor / seconds,
+    }
+    same = {"framework": f"cxrjax, jax {jax.__version__}", "device": device.device_kind}
+    if not case.inference:
+        same |= once | {"loss": float(result[1]["loss"])}
+    return same | {f"{what}_{name}": value for name, value in found.items()}
+
+
+def _planned(compiled: Any) -> int | None:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return arguments + memory.temp_size_in_bytes
+
+
+def _floor(jaxpr: Any, compiled: Any, kind: str) -> float | None:
+    """Least seconds that a chip of this kind needs: its arithmetic's or, where the compiler counts bytes, its memory's.
+
+    Recomputed products count as arithmetic, as they are done.
+    """
+    from cxrjax.parallel.targets import TARGETS
+    from cxrjax.studies.catalogue import multiply_adds
+
+    target = next((each for each in TARGETS.values() if each.kind.split("-")[0] == kind.split("-")[0]), None)
+    if target is None:
+        return None
+    moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
+    return max(2 * multiply_adds(jaxpr) / target.flops, moved / target.bandwidth)
+
+
+def main() -> None:
+    """Prints one JSON line a case."""
+    if sys.argv[1:2] == [_ONE]:
+        print(json.dumps(measure(Case(**json.loads(sys.argv[2])))), flush=True)
+        return
+    parser = argparse.ArgumentParser(prog="python -m cxrjax.studies.bench", description=__doc__)
+    add_arguments(parser)
+    given = parser.parse_args()
+    for row in rows(cases(given.cases, given.dtypes, given.remats, given.steps), inference=given.inference):
+        print(json.dumps(row), flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `bench` takes."""
+    parser.add_argument("cases", nargs="+", metavar="ARCH:SIZE:BATCH", help="such as densenet121:1024:8")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float32"), help="(default: bfloat16)"
+    )
+    parser.add_argument(
+        "--remats", nargs="+", default=["none"], choices=("none", "layer", "block", "full"),
+        help="what the backward pass recomputes (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="medians are over N steps (default: 10)")
+    parser.add_argument(
+        "--no-inference", dest="inference", action="store_false", help="measure training steps alone"
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Measurements: what they say of a small network, and what they need."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cxrjax import cli
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.network import Network, parameter_count
+from cxrjax.studies import bench
+
+ABSENT = ("grain", "tensorflow_datasets", "array_record", "clu", "ml_collections", "tensorboardX", "pyarrow", "sklearn")
+
+
+@pytest.mark.slow
+def test_the_verb_measures_training_and_inference(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    words = ["bench", "simple_cnn:32:4", "densenet_small:8:1", "--dtypes", "float32", "--steps", "2"]
+    assert cli.main([*words, "--json", str(file)]) == 0
+    good, bad = json.loads(file.read_text())
+    assert (good["arch"], good["resolution"], good["batch"], good["variant"]) == (
+        "simple_cnn", 32, 4, "float32, remat none",
+    )  # fmt: skip
+    for what in ("train", "infer"):
+        assert good[f"{what}_images_per_s"] == pytest.approx(4 / good[f"{what}_s"])
+        assert 0 < good[f"{what}_dispatch_ms"] / 1e3 <= good[f"{what}_s"]
+    parameters = 4 * parameter_count(Network.of(create("simple_cnn", classes=bench.FINDINGS)))
+    assert good["train_planned_bytes"] > 3 * parameters  # themselves and two moments
+    assert 0.3 < good["loss"] < 1.2
+    assert "batch norm cannot train on one value" in bad["error"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "planned" in printed
+    assert "densenet_small at 8 px, 1 images, float32, remat none: cxrjax.errors.CxrError: batch norm" in printed
+
+
+def test_it_needs_few_packages():
+    program = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from cxrjax.studies import bench; {{}}"
+    case = bench.Case("simple_cnn", 32, 2, dtype="float32", inference=True, steps=1)
+    line = program.format(f"import json; print(json.dumps(bench.measure(bench.{case!r})))")
+    made = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["infer_s"] > 0
+
+
+@pytest.mark.parametrize("word", ["densenet121", "densenet121:0:4", "densenet121:64:4:4", "a b:64:4"])
+def test_words_that_are_no_case(word):
+    with pytest.raises(CxrError, match="ARCH:SIZE:BATCH"):
+        bench.cases([word], ["float32"], ["none"], 3)
+
+
+def test_every_combination_is_a_case():
+    made = bench.cases(["a:64:4", "b:32:2"], ["bfloat16", "float32"], ["none", "layer"], 7)
+    assert len({(case.arch, case.dtype, case.remat) for case in made}) == len(made) == 8
+    assert {case.steps for case in made} == {7}
