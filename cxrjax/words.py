@@ -127,8 +127,16 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
     plan.add_argument("--largest", action="store_true", help="find the largest batch that fits: several compilations")
     plan.add_argument(
         "--sweep", action="store_true",
-        help="a table of meshes at 512, 1024 and 2048 px, N images (default 1) for each part of `data`",
+        help="a table of sizes, meshes and ways of recomputing, N images (default 1) for each part of `data`",
     )  # fmt: skip
+    plan.add_argument("--sizes", type=int, nargs="+", metavar="PX", help="of --sweep (default: 512 1024 2048)")
+    plan.add_argument(
+        "--meshes", nargs="+", default=[], metavar="data=D,space=S",
+        help="of --sweep (default: one device, rows over 4 and 8, 2 x 4, 4 x 2, 8 x 1)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--remats", nargs="+", choices=("none", "layer", "block", "full"), help="of --sweep (default: the config's)"
+    )
     plan.add_argument(
         "--estimate", action="store_true", help="from the shapes that the backward pass keeps, without its compiler"
     )

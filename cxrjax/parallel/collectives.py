@@ -61,6 +61,11 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
+def bytes_of(kind: str) -> int:
+    """Bytes of a type as XLA writes it, such as `f32[2,64]{1,0}` or a tuple of such."""
+    return sum(_bytes(name, extent) for name, extent in _SHAPE.findall(kind))
+
+
 def _bytes(kind: str, extent: str) -> int:
     count = 1
     for side in extent.split(","):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from cxrjax.config import Config
 from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
-from cxrjax.parallel.collectives import Collective, collectives
+from cxrjax.parallel.collectives import Collective
+from cxrjax.parallel.compiled import needs
 from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
 from cxrjax.parallel.targets import Target
 from cxrjax.studies.catalogue import multiply_adds
@@ -24,11 +26,8 @@ from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
 
-GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
-"""Nothing can be timed on a device that is not here."""
-
-ROWS_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": False}
-"""Where rows are split, that scheduler keeps all neighbours' rows alive at once: twice the memory."""
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
+"""Nothing can be timed on a device that is not here; and memory does not depend on how well kernels are compiled."""
 
 USABLE = 0.92
 """Share of a device's memory that a program can have (XLA_PYTHON_CLIENT_MEM_FRACTION on GPUs, whose default is .75)."""
@@ -43,6 +42,7 @@ class Plan:
       data: devices that share a batch.
       space: devices that share the rows of an image.
       size: side of the images in px.
+      remat: what the backward pass recomputes.
       batch: images of all devices at once (one accumulated part of the effective batch).
       parameters: with running statistics.
       optimizer: its moments.
@@ -53,7 +53,7 @@ class Plan:
       collectives: how many calls a step makes, by kind.
       sent: bytes that leave the device in a step.
       flops: of the step on this device, two per multiply-add of its convolutions and matrix products.
-      moved: bytes through the device's memory, as the compiler counts them; 0 where it does not say.
+      moved: bytes through the device's memory; 0 in an estimate.
       compute_s: least time that the arithmetic takes, seconds.
       memory_s: least time that moving `moved` takes.
       network_s: least time that sending takes.
@@ -63,6 +63,7 @@ class Plan:
     data: int
     space: int
     size: int
+    remat: str
     batch: int
     parameters: int
     optimizer: int
@@ -116,26 +117,13 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
     mesh = make_mesh(data, space, target.devices(data * space))
     step, state, inputs = _step(config, mesh, batch)
     traced = step.trace(state, inputs)
-    options = GPU_OPTIONS | (ROWS_OPTIONS if space > 1 else {}) if target.gpu else {}
-    compiled = traced.lower().compile(compiler_options=options)
-    found = compiled.memory_analysis()
-    calls = collectives(compiled.as_text())
-    moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    found = needs(traced, target, GPU_OPTIONS if target.gpu else {})
     fixed = _fixed(state, inputs, data, space)
-    activations = held + found.temp_size_in_bytes - sum(fixed.values())
+    activations = found.held + found.temporary - sum(fixed.values())
     return _plan(
-        target,
-        (data, space),
-        config.data.size,
-        batch,
-        fixed,
-        activations,
-        traced.jaxpr.jaxpr,
-        calls,
-        moved,
+        target, (data, space), config, batch, fixed, activations, traced.jaxpr.jaxpr, found.calls, found.moved,
         compiled=True,
-    )
+    )  # fmt: skip
 
 
 def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, batch: int = 0) -> Plan:
@@ -163,7 +151,7 @@ def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, b
     activations = (_bytes(saved) - parameters) // (data * space) + parameters  # and as much for the gradient
     fixed = _fixed(state, inputs, data, space)
     jaxpr = step.trace(state, inputs).jaxpr.jaxpr
-    return _plan(target, (data, space), config.data.size, batch, fixed, activations, jaxpr, [], 0.0, compiled=False)
+    return _plan(target, (data, space), config, batch, fixed, activations, jaxpr, [], 0.0, compiled=False)
 
 
 def largest_batch(config: Config, target: Target, *, data: int = 1, space: int = 1) -> tuple[int, list[Plan]]:
@@ -243,15 +231,15 @@ def _fixed(state: Any, inputs: Any, data: int, space: int) -> dict[str, int]:
 
 
 def _plan(
-    target: Target, mesh: tuple[int, int], size: int, batch: int, fixed: dict[str, int], activations: int, jaxpr: Any,
-    calls: list[Collective], moved: float, *, compiled: bool,
+    target: Target, mesh: tuple[int, int], config: Config, batch: int, fixed: dict[str, int], activations: int,
+    jaxpr: Any, calls: Sequence[Collective], moved: float, *, compiled: bool,
 ) -> Plan:  # fmt: skip
     flops = 2 * multiply_adds(jaxpr) / math.prod(mesh)
     sent = sum(call.sent for call in calls)
     kinds = [call.kind for call in calls]
     return Plan(
-        target=target.name, data=mesh[0], space=mesh[1], size=size, batch=batch, **fixed,
-        activations=int(activations), memory=target.memory, compiled=compiled,
+        target=target.name, data=mesh[0], space=mesh[1], size=config.data.size, remat=config.model.remat, batch=batch,
+        **fixed, activations=int(activations), memory=target.memory, compiled=compiled,
         collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
         moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
         network_s=sent / target.link,

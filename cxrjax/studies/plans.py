@@ -2,6 +2,8 @@
 
 import argparse
 import re
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from rich import box
@@ -29,7 +31,9 @@ def run(arguments: argparse.Namespace) -> Any:
     data, space = mesh_of(arguments.mesh)
     make = estimate if arguments.estimate or not _installed(target) else plan
     if arguments.sweep:
-        plans = _sweep(config, target, arguments.batch or 1, make)
+        sizes, remats = arguments.sizes or SWEEP_SIZES, arguments.remats or (config.model.remat,)
+        meshes = [mesh_of(mesh) for mesh in arguments.meshes] or SWEEP_MESHES
+        plans = _sweep(config, target, arguments.batch or 1, make, sizes, meshes, remats)
     elif arguments.largest:
         if make is estimate:
             raise CxrError(f"--largest needs JAX's compiler for {target.name}: {_extra(target)}")
@@ -69,29 +73,31 @@ def _extra(target: Target) -> str:
     return f"uv sync --extra {'cuda' if target.gpu else 'tpu'}"
 
 
-def _sweep(config: Config, target: Target, each: int, make: Any) -> list[Plan]:
+def _sweep(
+    config: Config, target: Target, each: int, make: Any, sizes: Sequence[int], meshes: Sequence[tuple[int, int]],
+    remats: Sequence[str],
+) -> list[Plan]:  # fmt: skip
     plans = []
-    with bar("compiling", len(SWEEP_SIZES) * len(SWEEP_MESHES), unit="steps") as advance:
-        for size in SWEEP_SIZES:
+    with bar("compiling", len(sizes) * len(meshes) * len(remats), unit="steps") as advance:
+        for size, (data, space), remat in product(sizes, meshes, remats):
             changed = config.copy_and_resolve_references()
-            changed.data.size = size
-            for data, space in SWEEP_MESHES:
-                plans.append(make(changed, target, data=data, space=space, batch=each * data))
-                advance()
+            changed.data.size, changed.model.remat = size, remat
+            plans.append(make(changed, target, data=data, space=space, batch=each * data))
+            advance()
     return plans
 
 
 def table(plans: list[Plan]) -> Table:
     """One line a plan; gigabytes are 1e9 bytes, of one device."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = ("px", "data x space", "images", "state, GB", "activations", "peak", "left", "fits", "reduce", "permute",
-               "gather", "sent, GB", "floor, ms")  # fmt: skip
+    columns = ("px", "data x space", "images", "remat", "state, GB", "activations", "peak", "left", "fits", "reduce",
+               "permute", "gather", "sent, GB", "floor, ms")  # fmt: skip
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
     for each in plans:
         calls = (str(each.collectives.get(k, 0)) for k in ("all-reduce", "collective-permute", "all-gather"))
         made.add_row(
-            f"{each.size}", f"{each.data} x {each.space}", f"{each.batch}",
+            f"{each.size}", f"{each.data} x {each.space}", f"{each.batch}", each.remat,
             *(f"{value / 1e9:.2f}" for value in (each.parameters + each.optimizer, each.activations, each.peak)),
             f"{(each.memory - each.peak) / 1e9:.1f}", "yes" if each.fits else "no",
             *(calls if each.compiled else ("?",) * 3),

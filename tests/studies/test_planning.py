@@ -1,6 +1,7 @@
 """Plans: compiled for this machine's CPU devices in a target's place, and estimated."""
 
 import json
+import re
 from dataclasses import dataclass
 
 import jax
@@ -28,6 +29,11 @@ class Here(Target):
 
 def here(memory=1 << 40):
     return Here("here", "CPU", memory, 1e12, 1e11, 1e10)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_other_days(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -123,13 +129,20 @@ def test_the_verb_estimates_without_a_compiler(capsys, tmp_path, monkeypatch):
     assert made["memory"] == TARGETS["v5e"].memory
 
 
-def test_a_sweep_has_every_mesh(config, monkeypatch):
-    monkeypatch.setattr(plans, "SWEEP_SIZES", (32, 64))
-    made = plans._sweep(config, here(), 1, planning.estimate)
-    assert [(each.size, each.data, each.space, each.batch) for each in made] == [
-        (size, data, space, data) for size in (32, 64) for data, space in plans.SWEEP_MESHES
-    ]
-    assert plans.table(made).row_count == 12
+def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    file = tmp_path / "plan.json"
+    words = ["plan", "--config", "demo:32", "--device", "v5e", "--estimate", "--json", str(file), "--sweep", "--sizes"]
+    words += ["32", "64", "--meshes", "data=2", "space=4", "--remats", "none", "layer"]
+    assert cli.main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
+    made = json.loads(file.read_text())["plans"]
+    assert [(each["size"], each["data"], each["space"], each["batch"], each["remat"]) for each in made] == [
+        (size, data, space, data, remat)
+        for size in (32, 64) for data, space in ((2, 1), (1, 4)) for remat in ("none", "layer")
+    ]  # fmt: skip
+    peak = {(each["size"], each["data"], each["remat"]): each["peak"] for each in made}
+    assert peak[64, 1, "layer"] < peak[64, 1, "none"]
+    assert len(re.findall(r"^ *(?:32|64) ", capsys.readouterr().out, re.MULTILINE)) == 8
 
 
 def test_unknown_devices_are_named(capsys):

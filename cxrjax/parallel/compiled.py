@@ -1,0 +1,107 @@
+"""What a program needs on a device that is not here: compiled once, and remembered by what it is."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cxrjax.files import write_json
+from cxrjax.parallel.collectives import Collective, bytes_of, collectives
+from cxrjax.parallel.targets import Target
+
+_COMPILERS = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?(?P<name>%[\w.-]+) = (?P<type>\(.*?\)|\S+) (?P<kind>[\w-]+)\((?P<takes>.*?)\)"
+)
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
+         "while", "conditional", "call", "iota"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one device needs for one call.
+
+    Attributes:
+      held: bytes of arguments and results; what is donated counts once.
+      temporary: bytes of everything else at the peak: activations, gradients, workspace that XLA knows of.
+      calls: its collectives.
+      moved: bytes through the device's memory.
+    """
+
+    held: int
+    temporary: int
+    calls: tuple[Collective, ...]
+    moved: float
+
+
+def needs(traced: Any, target: Target, options: dict[str, Any]) -> Needs:
+    """Compile a traced program for a target, or remember what was found when it last was.
+
+    Compiling a training step takes minutes; a plan that is asked for again, the steps of a bisection among them, is
+    read from `$XDG_CACHE_HOME/cxrjax/plans` (`~/.cache` by default). The key is the program, the target, the options
+    and the versions of the compilers.
+
+    Args:
+      traced: of a jitted function whose arguments lie on the target's devices.
+      target: what it is compiled for.
+      options: the compiler's.
+    """
+    lowered = traced.lower()
+    key = "\n".join((lowered.as_text(), repr(target), json.dumps(options, sort_keys=True), *map(_version, _COMPILERS)))
+    file = cache() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    try:
+        return _read(file)
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
+        found = _of(lowered.compile(compiler_options=options))
+    write_json(file, asdict(found))
+    return found
+
+
+def cache() -> Path:
+    """Where what was found is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxrjax" / "plans"
+
+
+def _read(file: Path) -> Needs:
+    values = json.loads(file.read_text())
+    calls = tuple(Collective(**{**call, "shapes": tuple(call["shapes"])}) for call in values.pop("calls"))
+    return Needs(calls=calls, **values)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _of(compiled: Any) -> Needs:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    counted = (compiled.cost_analysis() or {}).get("bytes accessed")  # XLA's compiler for GPUs does not say
+    return Needs(
+        held=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        calls=tuple(collectives(text)),
+        moved=float(counted or moved(text)),
+    )
+
+
+def moved(text: str) -> int:
+    """Bytes that a compiled program (`compiled.as_text()`) reads and writes: its kernels' operands and results.
+
+    A fused kernel is taken to read each operand once, as XLA's own analysis does; what loops repeat counts not at all.
+    """
+    entry = text[text.find("\nENTRY ") + 1 :].split("\n}", 1)[0]
+    sizes, total = {}, 0
+    for line in entry.splitlines()[1:]:
+        found = _INSTRUCTION.match(line)
+        if found is None:
+            continue
+        sizes[found["name"]] = bytes_of(found["type"])
+        if found["kind"] not in _FREE and not found["kind"].endswith("-done"):
+            total += sizes[found["name"]] + sum(sizes.get(name, 0) for name in re.findall(r"%[\w.-]+", found["takes"]))
+    return total

@@ -1,0 +1,87 @@
+"""What is read from compiled programs, beside XLA's own count, and what is remembered of them."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cxrjax.parallel import compiled
+from cxrjax.parallel.compiled import moved, needs
+from cxrjax.parallel.targets import Target
+
+
+@dataclass(frozen=True)
+class Here(Target):
+    """This machine, in the place of an accelerator."""
+
+
+HERE = Here("here", "CPU", 1 << 40, 1e12, 1e11, 1e10)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def traced(scale=2.0):
+    """A program that puts one of its results where an argument was."""
+    return jax.jit(lambda x, y: (x + 1, (jnp.sin(x) * scale @ y).sum(0)), donate_argnums=0).trace(
+        jnp.ones((64, 32)), jnp.ones((32, 16))
+    )
+
+
+def test_needs_are_what_the_compiler_says():
+    found, memory = needs(traced(), HERE, {}), traced().lower().compile().memory_analysis()
+    assert found.temporary == memory.temp_size_in_bytes > 0
+    assert 0 <= found.held - 4 * (64 * 32 + 32 * 16 + 16) < 100  # the donated argument and its result once
+    assert found.calls == ()
+
+
+def test_a_program_is_compiled_once(monkeypatch):
+    first = needs(traced(), HERE, {})
+    monkeypatch.setattr(compiled, "_of", lambda _: pytest.fail("compiled again"))
+    assert needs(traced(), HERE, {}) == first
+    for different in ((traced(3.0), HERE, {}), (traced(), Here("other", "CPU", 1, 1.0, 1.0, 1.0), {}),
+                      (traced(), HERE, {"xla_backend_optimization_level": 0})):  # fmt: skip
+        with pytest.raises(pytest.fail.Exception):
+            needs(*different)
+
+
+def test_what_was_half_written_is_made_again():
+    first = needs(traced(), HERE, {})
+    [file] = compiled.cache().iterdir()
+    for damaged in ("", "{", "{}", '{"calls": [], "bytes": 3}', "[]"):
+        file.write_text(damaged)
+        assert needs(traced(), HERE, {}) == first
+        assert file.read_text() != damaged
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: jnp.sin(x) + 1, lambda x: (x @ x.T).sum(0), lambda x: x[::2].T @ x[::2]]
+)
+def test_bytes_moved_are_about_what_xla_counts(function):
+    program = jax.jit(function).lower(jnp.ones((128, 64))).compile()
+    counted = program.cost_analysis()["bytes accessed"]
+    assert 0.5 < moved(program.as_text()) / counted < 2
+
+
+def test_bytes_moved_by_a_gpu_program():
+    text = """HloModule jit_step
+
+%fused (a: f32[8]) -> f32[8] {
+  %b = f32[1000]{0} broadcast(%a)
+}
+
+ENTRY %main (p: f32[8], q: bf16[4,4]) -> (f32[8], bf16[4,4]) {
+  %p.1 = f32[8]{0} parameter(0), metadata={op_name="p"}
+  %q.1 = bf16[4,4]{1,0:T(8,128)} parameter(1)
+  %f.1 = (f32[8]{0}, bf16[2]{0}) fusion(%p.1, /*index=1*/%q.1), kind=kLoop, calls=%fused
+  %g.1 = f32[8]{0} get-tuple-element(%f.1), index=0
+  %start = (f32[8]{0}, f32[8]{0}) copy-start(%g.1)
+  %done = f32[8]{0} copy-done(%start)
+  ROOT %t = (f32[8]{0}, bf16[4,4]{1,0}) tuple(%done, %q.1)
+}
+"""
+    fusion, copy = (32 + 4) + 32 + 32, 64 + 32
+    assert moved(text) == fusion + copy
