@@ -23,9 +23,10 @@ from cxrjax.words import parser
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb; the value is the exit code: 0 only on success, 128 + n when signal n stopped the work."""
     program = parser(RUN)
-    arguments, rest = program.parse_known_args(words)
-    overrides = [word for word in rest if word.startswith("--config.")]
-    if unknown := [word for word in rest if word not in overrides]:
+    words = sys.argv[1:] if words is None else words
+    overrides = [word for word in words if word.startswith("--config.")]
+    arguments, unknown = program.parse_known_args([word for word in words if word not in overrides])
+    if unknown:
         program.error(f"unknown argument {unknown[0]}; see cxrjax {arguments.verb} --help")
     if overrides and not hasattr(arguments, "config"):
         program.error(f"cxrjax {arguments.verb} takes no {overrides[0].partition('=')[0]}")
@@ -194,9 +195,15 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
 
 def _bench(arguments: argparse.Namespace) -> Any:
+    from cxrjax.parallel.mesh import mesh_of
     from cxrjax.studies import bench
 
-    wanted = bench.cases(arguments.cases, arguments.dtypes, arguments.remats, arguments.steps)
+    mesh, steps = mesh_of(arguments.mesh), arguments.steps
+    wanted = bench.cases(arguments.cases, arguments.dtypes, arguments.remats, steps, mesh)
+    if arguments.config:
+        wanted.append(bench.Case.of(load(arguments.config, arguments.overrides), steps))
+    if not wanted:
+        raise CxrError("nothing to measure: name ARCH:SIZE:BATCH, such as densenet121:1024:8, or --config F")
     measured = []
     with bar("measuring", len(wanted), unit="cases") as advance:
         for row in bench.rows(wanted, inference=arguments.inference):

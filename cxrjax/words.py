@@ -142,6 +142,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
     )
 
     measured = verb("bench", "speed and memory of training and inference on this machine's device")
+    _add_recipe(measured, required=False, otherwise="none")
     bench.add_arguments(measured)
 
     weights = verb("weights", "published PyTorch or safetensors weights, converted strictly")
@@ -166,10 +167,10 @@ def _add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     parser.add_argument("--workdir", type=Path, required=True, help="the directory of the run; made if absent")
 
 
-def _add_recipe(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, *, required: bool, otherwise: str = "the study's own") -> None:
     parser.add_argument(
         "--config", required=required, metavar="F[:ARG]",
-        help="a recipe's file, or the name of one of configs/" + ("" if required else " (default: the study's own)"),
+        help="a recipe's file, or the name of one of configs/" + ("" if required else f" (default: {otherwise})"),
     )  # fmt: skip
     parser.epilog = (
         "--config.KEY=VALUE changes one key of the recipe, for example --config.train.epochs=3. The keys: " + _keys()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from cxrjax.errors import CxrError
@@ -45,13 +46,37 @@ class _NoKeys:
 
 
 @evenly
-def _convolution(maps: Maps, *args: Any, **options: Any) -> Maps:
-    return jax.lax.conv_general_dilated(maps, *args, **options)
+def _convolution(maps: Maps, kernel: Array, *args: Any, **options: Any) -> Maps:
+    return jax.lax.conv_general_dilated(*_kernel_first(maps, kernel), *args, **options)
 
 
 @evenly
-def _depthwise(maps: Maps, *args: Any, **options: Any) -> Maps:
-    return depthwise(maps, *args, **options)
+def _depthwise(maps: Maps, kernel: Array, *args: Any, **options: Any) -> Maps:
+    return depthwise(*_kernel_first(maps, kernel), *args, **options)
+
+
+@jax.custom_vjp
+def _kernel_first(maps: Maps, kernel: Array) -> tuple[Maps, Array]:
+    """The same; the backward pass computes the kernel's gradient before it goes on with that of the maps.
+
+    XLA would rather leave kernels' gradients, and all maps that they are made of, for the end, where several devices
+    add them up: twice the memory. Where only one of the two is wanted it is not held up.
+    """
+    return maps, kernel
+
+
+def _whether_both(maps: Any, kernel: Any) -> tuple[tuple[Maps, Array], tuple[()] | None]:
+    return (maps.value, kernel.value), () if maps.perturbed and kernel.perturbed else None
+
+
+def _both_or_one(both: tuple[()] | None, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
+    if any(isinstance(each, SymbolicZero) for each in gradients):
+        maps, kernel = (None if isinstance(each, SymbolicZero) else each for each in gradients)
+        return maps, kernel
+    return gradients if both is None else jax.lax.optimization_barrier(gradients)
+
+
+_kernel_first.defvjp(_whether_both, _both_or_one, symbolic_zeros=True)
 
 
 class Maker:

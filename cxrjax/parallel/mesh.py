@@ -1,5 +1,6 @@
 """The `data` x `space` mesh: batches are split over `data`, the rows of each image over `space`."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -46,6 +47,21 @@ def make_mesh(data: int = 0, space: int = 1, devices: Sequence[Any] | None = Non
     return Mesh(np.asarray(devices[: data * space]).reshape(data, space), ("data", "space"))
 
 
+def mesh_of(text: str) -> tuple[int, int]:
+    """`data=D,space=S` as (D, S); what is left out is 1.
+
+    Raises:
+      CxrError: it is not written so.
+    """
+    found: dict[str, int] = {"data": 1, "space": 1}
+    for part in text.split(","):
+        matched = re.fullmatch(r"(data|space)=([1-9][0-9]*)", part.strip())
+        if matched is None:
+            raise CxrError(f"--mesh {text}: {part.strip()!r} is not data=D or space=S with a positive number")
+        found[matched[1]] = int(matched[2])
+    return found["data"], found["space"]
+
+
 def _listed(numbers: Iterable[int]) -> str:
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last
@@ -80,16 +96,6 @@ def batch_shardings(mesh: Mesh) -> Any:
     image: Any = NamedSharding(mesh, P("data", "space"))
     rows: Any = NamedSharding(mesh, P("data"))
     return Batch(image=image, label=rows, known=rows, valid=rows, record=rows)
-
-
-def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """What XLA is told of a program for this mesh.
-
-    Where GPUs share the rows of images, its latency-hiding scheduler would keep all neighbours' rows alive at once, and
-    so take twice the memory.
-    """
-    shared = mesh.shape["space"] > 1 and mesh.devices.flat[0].platform == "gpu"
-    return {"xla_gpu_enable_latency_hiding_scheduler": False} if shared else {}
 
 
 def seen_by_layers(mesh: Mesh, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

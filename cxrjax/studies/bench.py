@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cxrjax.errors import CxrError
+
+if TYPE_CHECKING:  # it is not needed to measure a case
+    from cxrjax.config import Config
 
 FINDINGS = 14
 WARM_UP = 3
@@ -29,11 +32,14 @@ class Case:
     Attributes:
       arch: a network's name.
       resolution: side of the images in px.
-      batch: images at once, on one device.
+      batch: images at once, over all devices.
       dtype: what it computes in.
       remat: what the backward pass recomputes; nothing in inference.
       inference: whether it is inference.
       steps: that the medians are of.
+      data: devices that share the batch; 0: all that there are, but for `space`.
+      space: devices that share the rows of an image.
+      options: of the network.
     """
 
     arch: str
@@ -43,10 +49,25 @@ class Case:
     remat: str = "none"
     inference: bool = False
     steps: int = 10
+    data: int = 1
+    space: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: "Config", steps: int) -> "Case":
+        """The training step of a recipe, on its mesh, with as many images as pass at once."""
+        model, train, mesh = config.model, config.train, config.mesh
+        batch = train.per_device * mesh.data if train.per_device and mesh.data else train.batch
+        return cls(
+            model.name, config.data.size, batch, model.dtype, model.remat, steps=steps, data=mesh.data,
+            space=mesh.space, options=model.options.to_dict(),
+        )  # fmt: skip
 
 
-def cases(words: Sequence[str], dtypes: Sequence[str], remats: Sequence[str], steps: int) -> list[Case]:
-    """One training case for each ARCH:SIZE:BATCH, type and way of recomputing.
+def cases(
+    words: Sequence[str], dtypes: Sequence[str], remats: Sequence[str], steps: int, mesh: tuple[int, int] = (1, 1)
+) -> list[Case]:
+    """One training case for each ARCH:SIZE:BATCH, type and way of recomputing, on a mesh of data x space devices.
 
     Raises:
       CxrError: a word is no such case.
@@ -56,7 +77,7 @@ def cases(words: Sequence[str], dtypes: Sequence[str], remats: Sequence[str], st
         matched = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", word)
         if matched is None:
             raise CxrError(f"{word!r} is no case: write ARCH:SIZE:BATCH, such as densenet121:1024:8")
-        made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, steps=steps))
+        made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, False, steps, *mesh))
     return made
 
 
@@ -70,12 +91,12 @@ def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str
       train_cpu_s                     median CPU time of all threads: what to compare on a busy machine
       train_dispatch_ms               median time until the call returns, while the device works on
       train_planned_bytes             arguments, results and temporaries, as the compiler counts them
-      train_peak_bytes                what the device held at most; null where it does not say (CPUs)
+      train_peak_bytes                what a device held at most; null where it does not say (CPUs)
       train_floor_s, train_roofline   least time by the chip's data sheet, and its share of train_s; null if unknown
     """
     for case in wanted:
         about = {"arch": case.arch, "resolution": case.resolution, "batch": case.batch,
-                 "variant": f"{case.dtype}, remat {case.remat}"}  # fmt: skip
+                 "variant": f"{case.dtype}, remat {case.remat}", "data": case.data, "space": case.space}  # fmt: skip
         row = about | _apart(case)
         if inference and "error" not in row:
             row |= _apart(Case(**(asdict(case) | {"inference": True, "remat": "none"})))
@@ -138,7 +159,7 @@ def measure(case: Case) -> dict[str, Any]:
     from cxrjax.data.placement import place
     from cxrjax.models import create
     from cxrjax.models.network import Network
-    from cxrjax.parallel.mesh import batch_shardings, make_mesh, replicated
+    from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
     from cxrjax.train.state import TrainState
     from cxrjax.train.step import make_predict_step, make_train_step
 
@@ -152,19 +173,21 @@ def measure(case: Case) -> dict[str, Any]:
         valid=np.ones(count, bool),
         record=np.arange(count, dtype=np.int32),
     )
-    mesh = make_mesh(1, 1)
+    mesh = make_mesh(case.data, case.space)
+    check_divides(f"a batch of {count} images", count, "data", mesh.shape["data"])
+    check_divides(f"{side} rows", side, "space", case.space)
     placed = place(host, batch_shardings(mesh))
-    network = Network.of(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat))
+    network = Network.of(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options))
     if case.inference:
         arguments = jax.device_put(network, replicated(mesh)), placed.image
-        return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments)
+        return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices)
     optimizer = optax.flatten(optax.scale_by_adam())
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
     step = make_train_step(network, optimizer, optax.constant_schedule(1e-4), mesh)
-    return _timed(case, step, (state, placed), lambda result: (result[0], placed))
+    return _timed(case, step, (state, placed), lambda result: (result[0], placed), mesh.devices)
 
 
-def _timed(case: Case, step: Any, arguments: tuple, following: Callable[[Any], tuple]) -> dict[str, Any]:
+def _timed(case: Case, step: Any, arguments: tuple, following: Callable[[Any], tuple], devices: Any) -> dict[str, Any]:
     """Compile a jitted step and time it; `following` makes the next call's arguments of a result."""
     import jax
 
@@ -191,13 +214,14 @@ def _timed(case: Case, step: Any, arguments: tuple, following: Callable[[Any], t
         times.append((time.perf_counter() - start[0], time.process_time() - start[1], returned))
     seconds, cpu, dispatch = map(statistics.median, zip(*times[WARM_UP:], strict=True))
 
-    device = jax.devices()[0]
-    floor = _floor(traced.jaxpr.jaxpr, compiled, device.device_kind)
+    device = devices.flat[0]
+    floor = _floor(traced.jaxpr.jaxpr, compiled, device.device_kind, devices.size)
+    peaks = [(each.memory_stats() or {}).get("peak_bytes_in_use") for each in devices.flat]
     what = "infer" if case.inference else "train"
     found: dict[str, Any] = {
         "s": seconds,
         "images_per_s": case.batch / seconds,
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "peak_bytes": max((peak for peak in peaks if peak), default=None),
         "cpu_s": cpu,
         "dispatch_ms": 1e3 * dispatch,
         "planned_bytes": _planned(compiled),
@@ -218,19 +242,19 @@ def _planned(compiled: Any) -> int | None:
     return arguments + memory.temp_size_in_bytes
 
 
-def _floor(jaxpr: Any, compiled: Any, kind: str) -> float | None:
-    """Least seconds that a chip of this kind needs: its arithmetic's or, where the compiler counts bytes, its memory's.
+def _floor(jaxpr: Any, compiled: Any, kind: str, devices: int) -> float | None:
+    """Least seconds that chips of this kind need: for their arithmetic or for moving bytes through their memory.
 
     Recomputed products count as arithmetic, as they are done.
     """
+    from cxrjax.parallel.needs import moved
     from cxrjax.parallel.targets import TARGETS
     from cxrjax.studies.catalogue import multiply_adds
 
     target = next((each for each in TARGETS.values() if each.kind.split("-")[0] == kind.split("-")[0]), None)
     if target is None:
         return None
-    moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
-    return max(2 * multiply_adds(jaxpr) / target.flops, moved / target.bandwidth)
+    return max(2 * multiply_adds(jaxpr) / devices / target.flops, moved(compiled) / target.bandwidth)
 
 
 def main() -> None:
@@ -240,14 +264,17 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m cxrjax.studies.bench", description=__doc__)
     add_arguments(parser)
+    from cxrjax.parallel.mesh import mesh_of
+
     given = parser.parse_args()
-    for row in rows(cases(given.cases, given.dtypes, given.remats, given.steps), inference=given.inference):
+    wanted = cases(given.cases, given.dtypes, given.remats, given.steps, mesh_of(given.mesh))
+    for row in rows(wanted, inference=given.inference):
         print(json.dumps(row), flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `bench` takes."""
-    parser.add_argument("cases", nargs="+", metavar="ARCH:SIZE:BATCH", help="such as densenet121:1024:8")
+    parser.add_argument("cases", nargs="*", metavar="ARCH:SIZE:BATCH", help="such as densenet121:1024:8")
     parser.add_argument(
         "--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float32"), help="(default: bfloat16)"
     )
@@ -255,6 +282,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remats", nargs="+", default=["none"], choices=("none", "layer", "block", "full"),
         help="what the backward pass recomputes (default: none)",
     )  # fmt: skip
+    parser.add_argument(
+        "--mesh", default="data=1", metavar="data=D,space=S", help="devices that share the batch, and an image's rows"
+    )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="medians are over N steps (default: 10)")
     parser.add_argument(
         "--no-inference", dest="inference", action="store_false", help="measure training steps alone"

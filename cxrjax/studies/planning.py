@@ -15,8 +15,8 @@ from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.parallel.collectives import Collective
-from cxrjax.parallel.compiled import needs
 from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
+from cxrjax.parallel.needs import needs
 from cxrjax.parallel.targets import Target
 from cxrjax.studies.catalogue import multiply_adds
 from cxrjax.train.described import network_of

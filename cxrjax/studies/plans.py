@@ -1,7 +1,6 @@
 """The verb `plan`: words in, plans out, as tables and for JSON."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -13,6 +12,7 @@ from cxrjax.config import Config, load
 from cxrjax.console import bar, say, stderr, stdout
 from cxrjax.errors import CxrError
 from cxrjax.models.options import one_of
+from cxrjax.parallel.mesh import mesh_of
 from cxrjax.parallel.targets import TARGETS, Target
 from cxrjax.studies.planning import USABLE, Plan, estimate, largest_batch, plan
 
@@ -49,17 +49,6 @@ def run(arguments: argparse.Namespace) -> Any:
     return {"plans": [each.as_dict() for each in plans]}
 
 
-def mesh_of(text: str) -> tuple[int, int]:
-    """`data=D,space=S` as (D, S); what is left out is 1."""
-    found: dict[str, int] = {"data": 1, "space": 1}
-    for part in text.split(","):
-        matched = re.fullmatch(r"(data|space)=([1-9][0-9]*)", part.strip())
-        if matched is None:
-            raise CxrError(f"--mesh {text}: {part.strip()!r} is not data=D or space=S with a positive number")
-        found[matched[1]] = int(matched[2])
-    return found["data"], found["space"]
-
-
 def _installed(target: Target) -> bool:
     try:
         target.devices(1 if target.gpu else 4)
@@ -90,7 +79,7 @@ def _sweep(
 def table(plans: list[Plan]) -> Table:
     """One line a plan; gigabytes are 1e9 bytes, of one device."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = ("px", "data x space", "images", "remat", "state, GB", "activations", "peak", "left", "fits", "reduce",
+    columns = ("px", "data x space", "images", "remat", "state, GB", "rest", "peak", "left", "fits", "reduce",
                "permute", "gather", "sent, GB", "floor, ms")  # fmt: skip
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import batch_shardings, compiler_options, replicated, seen_by_layers
+from cxrjax.parallel.mesh import batch_shardings, replicated, seen_by_layers
 from cxrjax.train.learning import Learning, everything
 from cxrjax.train.losses import Loss, masked_bce
 from cxrjax.train.state import TrainState
@@ -97,7 +97,6 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(whole, batch_shardings(mesh)),
         out_shardings=(whole, whole),
-        compiler_options=compiler_options(mesh),
     )
 
 
@@ -109,8 +108,5 @@ def make_predict_step(mesh: Mesh) -> Callable[[Network, Any], jax.Array]:
 
     whole = replicated(mesh)
     return jax.jit(
-        seen_by_layers(mesh, predict),
-        in_shardings=(whole, batch_shardings(mesh).image),
-        out_shardings=whole,
-        compiler_options=compiler_options(mesh),
+        seen_by_layers(mesh, predict), in_shardings=(whole, batch_shardings(mesh).image), out_shardings=whole
     )

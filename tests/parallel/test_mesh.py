@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from cxrjax.errors import CxrError
-from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh
+from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, mesh_of
 
 
 def test_the_mesh_takes_all_devices_that_space_leaves():
@@ -46,3 +46,11 @@ def test_rows_of_images_lie_on_the_space_axis():
     assert shardings.image.shard_shape((4, 16, 16, 1)) == (2, 4, 16, 1)
     assert shardings.label.shard_shape((4, 3)) == (2, 3)
     assert len(jax.devices()) == 8
+
+
+def test_words_of_a_mesh():
+    assert mesh_of("data=4,space=2") == (4, 2)
+    assert mesh_of("space=8") == (1, 8)
+    for wrong in ("4x2", "data=0", "rows=2"):
+        with pytest.raises(CxrError, match="is not data=D or space=S"):
+            mesh_of(wrong)

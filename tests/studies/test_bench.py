@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cxrjax import cli
+from cxrjax.config import load
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
@@ -55,3 +56,32 @@ def test_every_combination_is_a_case():
     made = bench.cases(["a:64:4", "b:32:2"], ["bfloat16", "float32"], ["none", "layer"], 7)
     assert len({(case.arch, case.dtype, case.remat) for case in made}) == len(made) == 8
     assert {case.steps for case in made} == {7}
+
+
+@pytest.mark.slow
+def test_a_recipe_on_its_mesh(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    file = tmp_path / "bench.json"
+    words = ["bench", "--config", "demo:32", "--steps", "1", "--no-inference", "--json", str(file)]
+    small = ("model.options.growth=4", "model.options.blocks=(1, 1)", "mesh.data=2", "mesh.space=2", "train.batch=4")
+    assert cli.main([*words, *(f"--config.{word}" for word in small)]) == 0
+    [row] = json.loads(file.read_text())
+    assert (row["arch"], row["resolution"], row["batch"], row["data"], row["space"]) == ("densenet_small", 32, 4, 2, 2)
+    assert row["train_s"] > 0
+
+
+def test_a_recipe_is_a_case():
+    config = load("resolution:2048", ["train.per_device=7", "mesh.data=6"])
+    assert bench.Case.of(config, 5) == bench.Case(
+        "densenet121", 2048, 42, "bfloat16", "layer", steps=5, data=6, space=1
+    )  # fmt: skip
+
+
+def test_nothing_to_measure(capsys):
+    assert cli.main(["bench"]) == 1
+    assert "ARCH:SIZE:BATCH" in capsys.readouterr().err
+
+
+def test_a_mesh_that_does_not_divide():
+    with pytest.raises(CxrError, match="32 rows cannot be divided over mesh space=3"):
+        bench.measure(bench.Case("simple_cnn", 32, 2, space=3))

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cxrjax.parallel import compiled
-from cxrjax.parallel.compiled import moved, needs
+from cxrjax.parallel import needs as module
+from cxrjax.parallel.needs import moved_by, needs
 from cxrjax.parallel.targets import Target
 
 
@@ -40,7 +40,7 @@ def test_needs_are_what_the_compiler_says():
 
 def test_a_program_is_compiled_once(monkeypatch):
     first = needs(traced(), HERE, {})
-    monkeypatch.setattr(compiled, "_of", lambda _: pytest.fail("compiled again"))
+    monkeypatch.setattr(module, "_of", lambda _: pytest.fail("compiled again"))
     assert needs(traced(), HERE, {}) == first
     for different in ((traced(3.0), HERE, {}), (traced(), Here("other", "CPU", 1, 1.0, 1.0, 1.0), {}),
                       (traced(), HERE, {"xla_backend_optimization_level": 0})):  # fmt: skip
@@ -50,7 +50,7 @@ def test_a_program_is_compiled_once(monkeypatch):
 
 def test_what_was_half_written_is_made_again():
     first = needs(traced(), HERE, {})
-    [file] = compiled.cache().iterdir()
+    [file] = module.cache().iterdir()
     for damaged in ("", "{", "{}", '{"calls": [], "bytes": 3}', "[]"):
         file.write_text(damaged)
         assert needs(traced(), HERE, {}) == first
@@ -63,7 +63,7 @@ def test_what_was_half_written_is_made_again():
 def test_bytes_moved_are_about_what_xla_counts(function):
     program = jax.jit(function).lower(jnp.ones((128, 64))).compile()
     counted = program.cost_analysis()["bytes accessed"]
-    assert 0.5 < moved(program.as_text()) / counted < 2
+    assert 0.5 < moved_by(program.as_text()) / counted < 2
 
 
 def test_bytes_moved_by_a_gpu_program():
@@ -84,4 +84,4 @@ ENTRY %main (p: f32[8], q: bf16[4,4]) -> (f32[8], bf16[4,4]) {
 }
 """
     fusion, copy = (32 + 4) + 32 + 32, 64 + 32
-    assert moved(text) == fusion + copy
+    assert moved_by(text) == fusion + copy

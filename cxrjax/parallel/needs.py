@@ -80,18 +80,22 @@ def _version(package: str) -> str:
 
 
 def _of(compiled: Any) -> Needs:
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    counted = (compiled.cost_analysis() or {}).get("bytes accessed")  # XLA's compiler for GPUs does not say
+    memory = compiled.memory_analysis()
     return Needs(
         held=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        calls=tuple(collectives(text)),
-        moved=float(counted or moved(text)),
+        calls=tuple(collectives(compiled.as_text())),
+        moved=moved(compiled),
     )
 
 
-def moved(text: str) -> int:
-    """Bytes that a compiled program (`compiled.as_text()`) reads and writes: its kernels' operands and results.
+def moved(compiled: Any) -> float:
+    """Bytes that a compiled program moves through its device's memory, as XLA counts them or, for GPUs, as it would."""
+    return float((compiled.cost_analysis() or {}).get("bytes accessed") or moved_by(compiled.as_text()))
+
+
+def moved_by(text: str) -> int:
+    """Bytes that the kernels of a program (`compiled.as_text()`) take and give.
 
     A fused kernel is taken to read each operand once, as XLA's own analysis does; what loops repeat counts not at all.
     """
