@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,23 @@ def main() -> None:
         work = options.work or Path(temporary)
         make(work, options.images, options.count, options.sizes)
         for size in options.sizes:
-            speed = {}
+            results = {}
             for case in options.cases:
                 python = options.peer_python if case.startswith("torch") else sys.executable
-                result = run(python, case, size, work, options)
-                speed[case] = result["images_per_s"]
-                print(json.dumps({"size": size, "case": case} | result), flush=True)
-            print(json.dumps({"size": size} | ratios(speed, size)), flush=True)
+                results[case] = run(python, case, size, work, options)
+                print(json.dumps({"size": size, "case": case} | results[case]), flush=True)
+            print(json.dumps({"size": size} | ratios(results, size)), flush=True)
 
 
-def ratios(speed: dict[str, float], size: int) -> dict[str, Any]:
-    """The comparisons that these cases allow, with their goals."""
+def ratios(results: dict[str, dict[str, Any]], size: int) -> dict[str, Any]:
+    """The comparisons that these cases allow, by images/s and by CPU time, with their goals."""
     found = {}
     for name, goals in GOALS.items():
         one, other = name.split(" / ")
-        if one in speed and other in speed:
-            found[name] = {"ratio": round(speed[one] / speed[other], 2), "goal": goals.get(size)}
+        if one in results and other in results:
+            by_speed = results[one]["images_per_s"] / results[other]["images_per_s"]
+            by_cpu = results[other]["cpu_ms_per_image"] / results[one]["cpu_ms_per_image"]
+            found[name] = {"ratio": round(by_speed, 2), "by_cpu": round(by_cpu, 2), "goal": goals.get(size)}
     return found
 
 
@@ -140,7 +141,7 @@ def original(path: Path, images: Path | None, number: int) -> None:
 # --- the cases: endless batches, as how many images each has
 
 
-def batches(case: str, size: int, work: Path, threads: int) -> Iterator[int]:
+def batches(case: str, size: int, work: Path, threads: int) -> Generator[int, None, None]:
     """The stream of a case."""
     if case == "floor":
         return floor(work / str(size), threads)
@@ -152,7 +153,7 @@ def batches(case: str, size: int, work: Path, threads: int) -> Iterator[int]:
     )
 
 
-def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> Iterator[int]:
+def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> Generator[int, None, None]:
     """Batches as training takes them."""
     import numpy as np
 
@@ -168,7 +169,7 @@ def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> I
         yield len(batch.image)
 
 
-def peer(folder: Path, size: int, workers: int) -> Iterator[int]:
+def peer(folder: Path, size: int, workers: int) -> Generator[int, None, None]:
     """What a user of PyTorch would write; `size` 0 leaves the images as they are."""
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -206,7 +207,7 @@ def peer(folder: Path, size: int, workers: int) -> Iterator[int]:
         yield len(batch)
 
 
-def floor(folder: Path, threads: int) -> Iterator[int]:
+def floor(folder: Path, threads: int) -> Generator[int, None, None]:
     """Threads that decode and do nothing else; the faster of simplejpeg and OpenCV where both are installed."""
     import cv2
     import numpy as np
@@ -239,8 +240,9 @@ def floor(folder: Path, threads: int) -> Iterator[int]:
             decode(n)
             count[thread] += 1
 
-    for thread in range(threads):
-        threading.Thread(target=work, args=(thread,), daemon=True).start()
+    started = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
+    for thread in started:
+        thread.start()
     before = 0
     try:
         while True:
@@ -250,12 +252,14 @@ def floor(folder: Path, threads: int) -> Iterator[int]:
             before = now
     finally:
         done.set()
+        for thread in started:
+            thread.join()
 
 
 # --- measuring
 
 
-def measure(stream: Iterator[int], seconds: float) -> dict[str, Any]:
+def measure(stream: Generator[int, None, None], seconds: float) -> dict[str, Any]:
     """Images, seconds and CPU seconds of the process tree, in the steady state."""
     peak, ended = [0], threading.Event()
 
@@ -278,9 +282,10 @@ def measure(stream: Iterator[int], seconds: float) -> dict[str, Any]:
         next(stream)
     ended.set()
     watcher.join()
+    stream.close()
     return {
         "images_per_s": round(count / wall, 1),
-        "cpu_ms_per_image": round(1e3 * cpu / count, 2),
+        "cpu_ms_per_image": round(1e3 * cpu / count, 3),
         "memory_mb": round(peak[0] / 1e6),
     }
 
