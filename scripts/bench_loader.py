@@ -13,7 +13,8 @@ images as files for the peer. Then, each case in a process of its own, with two 
   floor             nothing but libjpeg-turbo decoding the same bytes in two threads, each image left behind
   ours on the fly   training batches of the originals (stored size native), with flip and rotation
 
-Memory is the largest sum of proportional set sizes over the process tree, libraries included.
+Memory is the largest sum of proportional set sizes over the process tree, libraries included. `--tables FILE` prints
+the lines of an earlier run as docs/loader.md has them.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="at least, of each case")
     parser.add_argument("--threads", type=int, default=2, help="or workers")
     parser.add_argument("--work", type=Path, help="where images are made, and kept; default: a temporary folder")
+    parser.add_argument("--tables", type=Path, help="JSON lines of an earlier run")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tables:
+        print(tables([json.loads(line) for line in options.tables.read_text().splitlines()]))
+        return
     if options.case:
         size, case = int(options.sizes[0]), options.case
         print(json.dumps(measure(batches(case, size, options.work, options.threads), options.seconds)))
@@ -82,6 +87,28 @@ def ratios(results: dict[str, dict[str, Any]], size: int) -> dict[str, Any]:
             by_cpu = results[other]["cpu_ms_per_image"] / results[one]["cpu_ms_per_image"]
             found[name] = {"ratio": round(by_speed, 2), "by_cpu": round(by_cpu, 2), "goal": goals.get(size)}
     return found
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Two tables in Markdown: what each case does, and the comparisons with their goals."""
+    sizes = list(dict.fromkeys(line["size"] for line in lines))
+    cases = {(line["case"], line["size"]): line for line in lines if "case" in line}
+    compared = {(name, line["size"]): line[name] for line in lines for name in GOALS if name in line}
+
+    def case(name: str, size: int) -> str:
+        line = cases.get((name, size))
+        return "" if line is None else "{images_per_s:,} / {cpu_ms_per_image:.2f} / {memory_mb:,}".format(**line)
+
+    def comparison(name: str, size: int) -> str:
+        line = compared.get((name, size))
+        return "" if line is None else "{ratio:.2f} / {by_cpu:.2f} ({goal})".format(**line)
+
+    def table(first: str, names: Iterable[str], cell: Callable[[str, int], str]) -> list[str]:
+        rows = [[first, *map(str, sizes)], ["---"] * (1 + len(sizes))]
+        rows += [[name, *(cell(name, size) for size in sizes)] for name in names]
+        return [f"| {' | '.join(row)} |" for row in rows]
+
+    return "\n".join([*table("images/s / CPU ms / MB", CASES, case), "", *table("ratio", GOALS, comparison)])
 
 
 # --- the images
