@@ -47,7 +47,7 @@ def bar(description: str, total: int | None, *, unit: str = "images", start: int
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=False) as progress:
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal or total == 0) as progress:
         task = progress.add_task(description, total=total, completed=start, unit=unit)
 
         def advance(n: int = 1, description: str | None = None) -> None:

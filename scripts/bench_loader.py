@@ -13,7 +13,8 @@ images as files for the peer. Then, each case in a process of its own, with two 
   floor             nothing but libjpeg-turbo decoding the same bytes in two threads, each image left behind
   ours on the fly   training batches of the originals (stored size native), with flip and rotation
 
-Memory is the largest sum of proportional set sizes over the process tree, libraries included.
+Memory is the largest sum of proportional set sizes over the process tree, libraries included. `--tables FILE` prints
+the lines of an earlier run as docs/loader.md has them.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="at least, of each case")
     parser.add_argument("--threads", type=int, default=2, help="or workers")
     parser.add_argument("--work", type=Path, help="where images are made, and kept; default: a temporary folder")
+    parser.add_argument("--tables", type=Path, help="JSON lines of an earlier run")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tables:
+        print(tables([json.loads(line) for line in options.tables.read_text().splitlines()]))
+        return
     if options.case:
         size, case = int(options.sizes[0]), options.case
         print(json.dumps(measure(batches(case, size, options.work, options.threads), options.seconds)))
@@ -64,23 +69,46 @@ def main() -> None:
         work = options.work or Path(temporary)
         make(work, options.images, options.count, options.sizes)
         for size in options.sizes:
-            speed = {}
+            results = {}
             for case in options.cases:
                 python = options.peer_python if case.startswith("torch") else sys.executable
-                result = run(python, case, size, work, options)
-                speed[case] = result["images_per_s"]
-                print(json.dumps({"size": size, "case": case} | result), flush=True)
-            print(json.dumps({"size": size} | ratios(speed, size)), flush=True)
+                results[case] = run(python, case, size, work, options)
+                print(json.dumps({"size": size, "case": case} | results[case]), flush=True)
+            print(json.dumps({"size": size} | ratios(results, size)), flush=True)
 
 
-def ratios(speed: dict[str, float], size: int) -> dict[str, Any]:
-    """The comparisons that these cases allow, with their goals."""
+def ratios(results: dict[str, dict[str, Any]], size: int) -> dict[str, Any]:
+    """The comparisons that these cases allow, by images/s and by CPU time, with their goals."""
     found = {}
     for name, goals in GOALS.items():
         one, other = name.split(" / ")
-        if one in speed and other in speed:
-            found[name] = {"ratio": round(speed[one] / speed[other], 2), "goal": goals.get(size)}
+        if one in results and other in results:
+            by_speed = results[one]["images_per_s"] / results[other]["images_per_s"]
+            by_cpu = results[other]["cpu_ms_per_image"] / results[one]["cpu_ms_per_image"]
+            found[name] = {"ratio": round(by_speed, 2), "by_cpu": round(by_cpu, 2), "goal": goals.get(size)}
     return found
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Two tables in Markdown: what each case does, and the comparisons with their goals."""
+    sizes = list(dict.fromkeys(line["size"] for line in lines))
+    cases = {(line["case"], line["size"]): line for line in lines if "case" in line}
+    compared = {(name, line["size"]): line[name] for line in lines for name in GOALS if name in line}
+
+    def case(name: str, size: int) -> str:
+        line = cases.get((name, size))
+        return "" if line is None else "{images_per_s:,} / {cpu_ms_per_image:.2f} / {memory_mb:,}".format(**line)
+
+    def comparison(name: str, size: int) -> str:
+        line = compared.get((name, size))
+        return "" if line is None else "{ratio:.2f} / {by_cpu:.2f} ({goal})".format(**line)
+
+    def table(first: str, names: Iterable[str], cell: Callable[[str, int], str]) -> list[str]:
+        rows = [[first, *map(str, sizes)], ["---"] * (1 + len(sizes))]
+        rows += [[name, *(cell(name, size) for size in sizes)] for name in names]
+        return [f"| {' | '.join(row)} |" for row in rows]
+
+    return "\n".join([*table("images/s / CPU ms / MB", CASES, case), "", *table("ratio", GOALS, comparison)])
 
 
 # --- the images
@@ -140,7 +168,7 @@ def original(path: Path, images: Path | None, number: int) -> None:
 # --- the cases: endless batches, as how many images each has
 
 
-def batches(case: str, size: int, work: Path, threads: int) -> Iterator[int]:
+def batches(case: str, size: int, work: Path, threads: int) -> Generator[int, None, None]:
     """The stream of a case."""
     if case == "floor":
         return floor(work / str(size), threads)
@@ -152,7 +180,7 @@ def batches(case: str, size: int, work: Path, threads: int) -> Iterator[int]:
     )
 
 
-def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> Iterator[int]:
+def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> Generator[int, None, None]:
     """Batches as training takes them."""
     import numpy as np
 
@@ -168,7 +196,7 @@ def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> I
         yield len(batch.image)
 
 
-def peer(folder: Path, size: int, workers: int) -> Iterator[int]:
+def peer(folder: Path, size: int, workers: int) -> Generator[int, None, None]:
     """What a user of PyTorch would write; `size` 0 leaves the images as they are."""
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -206,7 +234,7 @@ def peer(folder: Path, size: int, workers: int) -> Iterator[int]:
         yield len(batch)
 
 
-def floor(folder: Path, threads: int) -> Iterator[int]:
+def floor(folder: Path, threads: int) -> Generator[int, None, None]:
     """Threads that decode and do nothing else; the faster of simplejpeg and OpenCV where both are installed."""
     import cv2
     import numpy as np
@@ -239,8 +267,9 @@ def floor(folder: Path, threads: int) -> Iterator[int]:
             decode(n)
             count[thread] += 1
 
-    for thread in range(threads):
-        threading.Thread(target=work, args=(thread,), daemon=True).start()
+    started = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
+    for thread in started:
+        thread.start()
     before = 0
     try:
         while True:
@@ -250,12 +279,14 @@ def floor(folder: Path, threads: int) -> Iterator[int]:
             before = now
     finally:
         done.set()
+        for thread in started:
+            thread.join()
 
 
 # --- measuring
 
 
-def measure(stream: Iterator[int], seconds: float) -> dict[str, Any]:
+def measure(stream: Generator[int, None, None], seconds: float) -> dict[str, Any]:
     """Images, seconds and CPU seconds of the process tree, in the steady state."""
     peak, ended = [0], threading.Event()
 
@@ -278,9 +309,10 @@ def measure(stream: Iterator[int], seconds: float) -> dict[str, Any]:
         next(stream)
     ended.set()
     watcher.join()
+    stream.close()
     return {
         "images_per_s": round(count / wall, 1),
-        "cpu_ms_per_image": round(1e3 * cpu / count, 2),
+        "cpu_ms_per_image": round(1e3 * cpu / count, 3),
         "memory_mb": round(peak[0] / 1e6),
     }
 

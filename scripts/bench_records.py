@@ -27,14 +27,14 @@ from pathlib import Path
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 from cxrjax.data.records import open_records
-before, start = resident(), time.perf_counter()
+before, start, cpu = resident(), time.perf_counter(), time.process_time()
 records = open_records(sys.argv[1], "mimic_cxr_jpg", "native")
 rows, findings = records.labels.shape
 patients, views = len(set(records.patient.tolist())), len(set(records.view.tolist()))
-seconds = time.perf_counter() - start
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps({
     "records": rows, "findings": findings, "patients": patients, "views": views, "seconds": round(seconds, 2),
-    "memory_mb": round((resident() - before) / 1e6),
+    "cpu_seconds": round(cpu, 2), "memory_mb": round((resident() - before) / 1e6),
 }))
 """
 

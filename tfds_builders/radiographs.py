@@ -91,8 +91,8 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
         return epath.Path(inspect.getfile(cls))
 
     @abc.abstractmethod
-    def _records(self, dl_manager: tfds.download.DownloadManager) -> Sequence[Record]:
-        """Every record to be written, in order, without sha256."""
+    def _records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
+        """Every record to be written, in order, without sha256; without a manager, what downloads makes its own."""
 
     @abc.abstractmethod
     def store(self, record: Record, sides: Sequence[int | None]) -> list[Stored]:
@@ -155,9 +155,6 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
 
     def records(self, dl_manager: tfds.download.DownloadManager | None = None) -> Sequence[Record]:
         """Every record to be written, in order, checked; afterwards `store` can make their images."""
-        if dl_manager is None:
-            config = tfds.download.DownloadConfig(try_download_gcs=False)
-            dl_manager = self._make_download_manager(download_dir=None, download_config=config)
         return check(self._records(dl_manager), self.FINDINGS, self.LEAKS)
 
     def adopt(self, other: Self) -> None:

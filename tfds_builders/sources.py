@@ -136,7 +136,7 @@ class FromFiles(Radiographs, skip_registration=True):
           CxrError: it cannot be used; the message says what is wrong with which file.
         """
 
-    def _records(self, dl_manager: tfds.download.DownloadManager) -> Sequence[Record]:
+    def _records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
         self.selection = self.select()
         return self.selection.records
 

@@ -167,18 +167,32 @@ class Warp:
 
     def image(self, image: Grey) -> Grey:
         """The image moved (linear interpolation, black where nothing was) and brightened; same shape."""
-        moved = self._move(image, cv2.INTER_LINEAR)
-        return moved if self.brightness == 1 else np.asarray(cv2.convertScaleAbs(moved, alpha=self.brightness))
+        return self.into(np.empty_like(image), image)
+
+    def into(self, target: Grey, image: Grey) -> Grey:
+        """`image`, but written to an array of that shape, which is returned: a large image is not copied again."""
+        moved = self._move(image, cv2.INTER_LINEAR, target)
+        if self.brightness != 1:
+            cv2.convertScaleAbs(moved, dst=target, alpha=self.brightness)
+        elif moved is image:
+            target[...] = image
+        return target
 
     def mask(self, mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
         """A mask moved with its image (nearest pixel, False where nothing was); same shape."""
-        return self._move(mask.astype(np.uint8), cv2.INTER_NEAREST).astype(bool)
+        image = mask.astype(np.uint8)
+        return self._move(image, cv2.INTER_NEAREST, np.empty_like(image)).astype(bool)
 
-    def _move(self, image: Grey, interpolation: int) -> Grey:
-        if (self.rotation, self.shift, self.zoom, self.shear) == (0, (0, 0), 1, 0):
-            return np.asarray(cv2.flip(image, 1)) if self.flip else image
-        rows, columns = image.shape
-        return np.asarray(cv2.warpAffine(image, self.matrix(rows, columns), (columns, rows), flags=interpolation))
+    def _move(self, image: Grey, interpolation: int, target: Grey) -> Grey:
+        """The image moved, in `target`; itself where it does not move."""
+        if (self.rotation, self.shift, self.zoom, self.shear) != (0, (0, 0), 1, 0):
+            rows, columns = image.shape
+            cv2.warpAffine(image, self.matrix(rows, columns), (columns, rows), dst=target, flags=interpolation)
+        elif self.flip:
+            cv2.flip(image, 1, dst=target)
+        else:
+            return image
+        return target
 
 
 @dataclass(frozen=True)

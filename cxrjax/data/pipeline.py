@@ -157,17 +157,20 @@ def _load(examples: Examples, plan: Sequence[tuple[int, Warp] | None], size: int
     """Reads what is planned: (which example, what happens to it), None for padding."""
     count, findings = len(plan), examples.label.shape[1]
     batch = Batch(
-        image=np.zeros((count, size, size, 1), np.uint8),
+        image=np.empty((count, size, size, 1), np.uint8),
         label=np.zeros((count, findings), np.float32),
         known=np.zeros((count, findings), bool),
         valid=np.zeros(count, bool),
         record=np.full(count, -1, np.int32),
     )
     for i, item in enumerate(plan):
-        if item is not None:
+        pixels = batch.image[i, :, :, 0]
+        if item is None:
+            pixels[...] = 0
+        else:
             which, warp = item
             row = int(examples.row[which])
-            batch.image[i, :, :, 0] = warp.image(_image(examples.records, row, size))
+            warp.into(pixels, _image(examples.records, row, size))
             batch.label[i], batch.known[i] = examples.label[which], examples.known[which]
             batch.valid[i], batch.record[i] = True, row
     return batch

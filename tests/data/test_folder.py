@@ -98,6 +98,7 @@ def test_metadata_beside_the_folders(folders, tmp_path):
     [
         ("filename", "file", "metadata.csv lacks the column filename; it has file, patientid"),
         (",40,", ",forty,", r"metadata.csv, line 2: age 'forty' is not a number of years"),
+        ("c.png,8", "a.png,8", r"metadata.csv, line 5: a.png has a second row; keep one"),
         (",male,", ",man,", r"metadata.csv, line 4: sex 'man' is not M, F or empty"),
     ],
 )

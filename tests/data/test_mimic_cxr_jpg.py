@@ -187,6 +187,7 @@ def test_copies_of_the_tables(source, tmp_path, kind, edit, packed):
         ),
         ("chexpert", "53189527,1.0", "53189527,yes", r"line 3: Atelectasis is 'yes'"),
         ("chexpert", "50000014", "53189527", r"line 4: study 53189527 has a second row; keep one"),
+        ("metadata", B, A, r"metadata.csv.gz, line 3: image 00aa.* has a second row; keep one"),
         ("metadata", "ViewPosition", "View", r"metadata.csv.gz lacks the column ViewPosition"),
         (
             "split",
@@ -293,6 +294,7 @@ def test_from_the_command_line(source, tmp_path, capsys):
     assert main([*words, "--labels", "negbio", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
     assert open_records(tmp_path / "D", "mimic_cxr_jpg", "256").options["labels"] == "negbio"
+    assert [path.name for path in (tmp_path / "D").iterdir()] == ["mimic_cxr_jpg"], "no folder for downloads"
 
 
 def test_native_keeps_the_published_bytes_and_tfds_reads_them(source, tmp_path):

@@ -33,8 +33,11 @@ class Builder(FromFiles):
         assert self.source is not None
         return select(nih.find_files(self.source), self.source, self.allow_missing)
 
-    def _records(self, dl_manager: tfds.download.DownloadManager) -> Sequence[Record]:
+    def _records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
         if self.source is not None:
             return super()._records(dl_manager)
+        if dl_manager is None:
+            config = tfds.download.DownloadConfig(try_download_gcs=False)
+            dl_manager = self._make_download_manager(download_dir=None, download_config=config)
         self.selection = select(download.fetch(dl_manager), "the download", self.allow_missing)
         return self.selection.records

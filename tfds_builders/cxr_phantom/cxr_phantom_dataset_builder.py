@@ -46,7 +46,7 @@ class Builder(Radiographs):
         """What the content depends on."""
         return {**super().options, "patients": self.patients, "seed": self.seed}
 
-    def _records(self, dl_manager: tfds.download.DownloadManager) -> Sequence[Record]:
+    def _records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
         population = phantom.population(self.seed, self.patients)
         self._radiographs = {radiograph.id: radiograph for radiograph in population}
         return [

@@ -113,5 +113,10 @@ def _metadata(source: Path) -> dict[str, tuple[str, dict[str, str]]]:
     path = source / METADATA
     if not path.is_file():
         return {}
-    rows = read_rows(path, ("filename",), "it is optional: delete it if it is not a table of the images")
-    return {row["filename"].strip(): (f"{path}, line {line}", row) for line, row in rows}
+    known: dict[str, tuple[str, dict[str, str]]] = {}
+    for line, row in read_rows(path, ("filename",), "it is optional: delete it if it is not a table of the images"):
+        name = row["filename"].strip()
+        if name in known:
+            raise CxrError(f"{path}, line {line}: {name} has a second row; keep one")
+        known[name] = f"{path}, line {line}", row
+    return known

@@ -92,6 +92,8 @@ def _metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
     """The view and the size of each image, by id."""
     views, sizes = {}, {}
     for line, row in _rows(path, ("dicom_id", "ViewPosition", "Rows", "Columns")):
+        if row["dicom_id"] in views:
+            raise CxrError(f"{path}, line {line}: image {row['dicom_id']} has a second row; keep one")
         views[row["dicom_id"]] = row["ViewPosition"]
         try:
             sizes[row["dicom_id"]] = int(row["Columns"]), int(row["Rows"])

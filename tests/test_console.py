@@ -1,0 +1,29 @@
+"""Progress bars: what somebody who waits sees."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cxrjax import console
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=file, force_terminal=True, width=120))
+    return file
+
+
+def test_a_bar_says_how_much_is_done_and_how_long_it_takes(terminal):
+    with console.bar("making", 3, start=1) as advance:
+        advance()
+    assert "making" in terminal.getvalue()
+    assert "2/3" in terminal.getvalue()
+    assert "ETA" in terminal.getvalue()
+
+
+def test_nothing_to_do_has_no_bar(terminal):
+    with console.bar("checking", 0):
+        pass
+    assert "checking" not in terminal.getvalue()
