@@ -124,15 +124,16 @@ def _train(arguments: argparse.Namespace) -> Any:
 
     config = load(arguments.config, arguments.overrides)
     start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
-    progress = train_stages(config, arguments.workdir, mean_auroc)
+    progress = train_stages(config, arguments.workdir, mean_auroc, profile=arguments.profile)
     best = (
         ""
         if progress.best is None
         else f", best {config.train.watch} {abs(progress.best):.4f} at step {progress.best_step}"
     )
     early = ", stopped early" if progress.stopped_early else ""
-    say(f"trained {progress.step} steps{early}{best}: {arguments.workdir}")
-    return {"directory": str(arguments.workdir), **vars(progress)}
+    waiting = "" if progress.data_wait is None else f", {progress.data_wait:.1%} of the time waiting for data"
+    say(f"trained {progress.step} steps{early}{best}{waiting}: {arguments.workdir}")
+    return {"directory": str(arguments.workdir), **vars(progress), "data_wait": progress.data_wait}
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:
