@@ -92,11 +92,19 @@ def _write_json(file: str, result: Any) -> None:
         write_text(Path(file), text)
 
 
+def _keep_compiled(directory: Path) -> None:
+    from cxrjax.parallel.compiled import keep_compiled
+
+    keep_compiled(directory / "cache")
+
+
 def _demo(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.demo import demo
 
     recipe = "demo_full" if arguments.full else "demo"
-    return demo(arguments.workdir or Path("runs") / recipe.replace("_", "-"), recipe=recipe)
+    directory = arguments.workdir or Path("runs") / recipe.replace("_", "-")
+    _keep_compiled(directory)
+    return demo(directory, recipe=recipe)
 
 
 def _prepare(arguments: argparse.Namespace) -> Any:
@@ -124,6 +132,7 @@ def _train(arguments: argparse.Namespace) -> Any:
 
     config = load(arguments.config, arguments.overrides)
     start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
+    _keep_compiled(arguments.workdir)
     progress = train_stages(config, arguments.workdir, mean_auroc, profile=arguments.profile)
     best = (
         ""
@@ -139,6 +148,7 @@ def _train(arguments: argparse.Namespace) -> Any:
 def _evaluate(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.single import evaluate_run
 
+    _keep_compiled(arguments.run_directory)
     return evaluate_run(
         arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples
     )
@@ -164,6 +174,11 @@ def _predict(arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
+def _explain(arguments: argparse.Namespace) -> Any:
+    _keep_compiled(arguments.run_directory)
+    return explaining.explain(arguments)
+
+
 def _models(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.catalogue import detail, entries, overview
 
@@ -175,6 +190,7 @@ def _models(arguments: argparse.Namespace) -> Any:
 
 def _study(arguments: argparse.Namespace) -> Any:
     spec = arguments.config or arguments.what
+    _keep_compiled(arguments.workdir)
     if arguments.what == "resolution":
         from cxrjax.studies.resolution import resolution
 
@@ -240,7 +256,7 @@ RUN = {
     "evaluate": _evaluate,
     "score": _score,
     "predict": _predict,
-    "explain": explaining.explain,
+    "explain": _explain,
     "models": _models,
     "study": _study,
     "plan": _plan,
