@@ -3,6 +3,7 @@
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -13,7 +14,8 @@ def keep_compiled(directory: Path) -> None:
     Where JAX_COMPILATION_CACHE_DIR names a place, that one is used; JAX_ENABLE_COMPILATION_CACHE=false switches it off.
     Processes may share a directory at the same time.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config  # a type checker does not know what it has
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return
     jax.config.update("jax_compilation_cache_dir", str(directory.resolve()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
