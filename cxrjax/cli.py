@@ -7,14 +7,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 from cxrjax.config import load
 from cxrjax.console import bar, say, stderr, stdout
 from cxrjax.data.arguments import options
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_text
 from cxrjax.studies import explaining
 from cxrjax.words import parser
@@ -46,7 +46,21 @@ def main(words: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
+        if asked := out_of_memory(error):
+            return _exhausted(arguments, asked)
         return _fail(*_explain_error(error))
+
+
+def _exhausted(arguments: argparse.Namespace, asked: str) -> int:
+    """A device without enough memory: what needs less, and for training what the plan says of it."""
+    from cxrjax.parallel.runtime import first
+    from cxrjax.studies import exhausted
+
+    code = _fail(f"out of device memory ({asked} asked for); what needs less: {exhausted.mend(arguments)}", 1)
+    if arguments.verb == "train" and first():
+        with suppress(KeyboardInterrupt):
+            exhausted.advise(arguments)
+    return code
 
 
 def _quiet() -> None:
@@ -150,8 +164,9 @@ def _evaluate(arguments: argparse.Namespace) -> Any:
 
     _keep_compiled(arguments.run_directory)
     return evaluate_run(
-        arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples
-    )
+        arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples,
+        batch=arguments.batch,
+    )  # fmt: skip
 
 
 def _score(arguments: argparse.Namespace) -> Any:

@@ -50,6 +50,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
 
     evaluate = verb("evaluate", "predictions, scores with intervals, and a page for one run")
     _add_run(evaluate)
+    evaluate.add_argument("--batch", type=int, default=0, help="images at once; default: the config's evaluate.batch")
     evaluate.add_argument("--resamples", type=int, help="bootstrap resamples of patients; default: the config's")
 
     score = verb("score", "the same scores for anyone's predictions")

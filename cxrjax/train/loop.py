@@ -19,7 +19,7 @@ from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
 from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.data.splits import save as save_split
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_json
 from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
@@ -93,7 +93,7 @@ def train(
         try:
             return trainer.run()
         except jax.errors.JaxRuntimeError as error:
-            if several():
+            if several() and not out_of_memory(error):
                 raise lost(directory, error) from error
             raise
 
