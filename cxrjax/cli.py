@@ -7,14 +7,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 from cxrjax.config import load
 from cxrjax.console import bar, say, stderr, stdout
 from cxrjax.data.arguments import options
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_text
 from cxrjax.studies import explaining
 from cxrjax.words import parser
@@ -47,7 +47,21 @@ def main(words: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
+        if asked := out_of_memory(error):
+            return _exhausted(arguments, asked)
         return _fail(*_explain_error(error))
+
+
+def _exhausted(arguments: argparse.Namespace, asked: str) -> int:
+    """A device without enough memory: what needs less, and for training what the plan says of it."""
+    from cxrjax.parallel.runtime import first
+    from cxrjax.studies import exhausted
+
+    code = _fail(f"out of device memory ({asked} asked for); what needs less: {exhausted.mend(arguments)}", 1)
+    if arguments.verb == "train" and first():
+        with suppress(KeyboardInterrupt):
+            exhausted.advise(arguments)
+    return code
 
 
 def _quiet() -> None:
@@ -93,11 +107,19 @@ def _write_json(file: str, result: Any) -> None:
         write_text(Path(file), text)
 
 
+def _keep_compiled(directory: Path) -> None:
+    from cxrjax.parallel.compiled import keep_compiled
+
+    keep_compiled(directory / "cache")
+
+
 def _demo(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.demo import demo
 
     recipe = "demo_full" if arguments.full else "demo"
-    return demo(arguments.workdir or Path("runs") / recipe.replace("_", "-"), recipe=recipe)
+    directory = arguments.workdir or Path("runs") / recipe.replace("_", "-")
+    _keep_compiled(directory)
+    return demo(directory, recipe=recipe)
 
 
 def _prepare(arguments: argparse.Namespace) -> Any:
@@ -125,23 +147,27 @@ def _train(arguments: argparse.Namespace) -> Any:
 
     config = load(arguments.config, arguments.overrides)
     start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
-    progress = train_stages(config, arguments.workdir, mean_auroc)
+    _keep_compiled(arguments.workdir)
+    progress = train_stages(config, arguments.workdir, mean_auroc, profile=arguments.profile)
     best = (
         ""
         if progress.best is None
         else f", best {config.train.watch} {abs(progress.best):.4f} at step {progress.best_step}"
     )
     early = ", stopped early" if progress.stopped_early else ""
-    say(f"trained {progress.step} steps{early}{best}: {arguments.workdir}")
-    return {"directory": str(arguments.workdir), **vars(progress)}
+    waiting = "" if progress.data_wait is None else f", {progress.data_wait:.1%} of the time waiting for data"
+    say(f"trained {progress.step} steps{early}{best}{waiting}: {arguments.workdir}")
+    return {"directory": str(arguments.workdir), **vars(progress), "data_wait": progress.data_wait}
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.single import evaluate_run
 
+    _keep_compiled(arguments.run_directory)
     return evaluate_run(
-        arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples
-    )
+        arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples,
+        batch=arguments.batch,
+    )  # fmt: skip
 
 
 def _score(arguments: argparse.Namespace) -> Any:
@@ -164,6 +190,11 @@ def _predict(arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
+def _explain(arguments: argparse.Namespace) -> Any:
+    _keep_compiled(arguments.run_directory)
+    return explaining.explain(arguments)
+
+
 def _models(arguments: argparse.Namespace) -> Any:
     from cxrjax.studies.catalogue import detail, entries, overview
 
@@ -175,6 +206,7 @@ def _models(arguments: argparse.Namespace) -> Any:
 
 def _study(arguments: argparse.Namespace) -> Any:
     spec = arguments.config or arguments.what
+    _keep_compiled(arguments.workdir)
     if arguments.what == "resolution":
         from cxrjax.studies.resolution import resolution
 
@@ -246,7 +278,7 @@ RUN = {
     "evaluate": _evaluate,
     "score": _score,
     "predict": _predict,
-    "explain": explaining.explain,
+    "explain": _explain,
     "models": _models,
     "study": _study,
     "plan": _plan,

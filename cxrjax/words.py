@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,16 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
 
     train = verb("train", "train one config; goes on by itself where it was stopped")
     _add_config(train)
+    train.add_argument(
+        "--profile", type=_steps, metavar="steps=A:B",
+        help="trace steps A to B into WORKDIR/profile, for TensorBoard's profiler and Perfetto (ui.perfetto.dev); of "
+        "several processes the first",
+    )  # fmt: skip
     _add_processes(train)
 
     evaluate = verb("evaluate", "predictions, scores with intervals, and a page for one run")
     _add_run(evaluate)
+    evaluate.add_argument("--batch", type=int, default=0, help="images at once; default: the config's evaluate.batch")
     evaluate.add_argument("--resamples", type=int, help="bootstrap resamples of patients; default: the config's")
 
     score = verb("score", "the same scores for anyone's predictions")
@@ -200,6 +207,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="the directory of a trained run")
     parser.add_argument("--split", default="test", help="train, validation or test (default: test)")
     parser.add_argument("--data-dir", type=Path, help="where the prepared data lie now; default: where they were")
+
+
+def _steps(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"steps=([0-9]+):([0-9]+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not steps=A:B with two numbers, such as steps=10:15")
+    first, last = map(int, found.groups())
+    if not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(f"{text!r}: steps count from 1, and the second must not be before the first")
+    return first, last
 
 
 def _option(text: str) -> tuple[str, Any]:

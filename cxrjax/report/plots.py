@@ -271,3 +271,32 @@ def _label(figure: Figure, *, x: str = "", y: str = "") -> None:
 def _legend(figure: Figure, lines: list[Line2D], width: float) -> None:
     if lines:
         figure.legend(handles=lines, loc="outside upper left", ncols=max(1, min(len(lines), int(width / 1.1))))
+
+
+@styled()
+def losses_beside(
+    training: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], *, key: str = "train_mean_loss", width: float = WIDE
+) -> Figure:
+    """One loss of several ways to train, a panel for each task, a thin line for each run and a thick one for the mean.
+
+    Args:
+      training: task -> way -> log lines of each of its runs, an epoch each.
+      key: of the lines, beside "epoch".
+      width: in inches.
+    """
+    ways = list(dict.fromkeys(way for of_task in training.values() for way in of_task))
+    colour = dict(zip(ways, colours(1, len(ways) - 1), strict=True))
+    figure, panels = panel_grid(len(training), width, panel=3.0, height=2.2, legend=True)
+    for panel, (task, of_task) in zip(panels, training.items(), strict=True):
+        panel.set_title(f"Loss, {words(task, 18)}")
+        for way, runs in of_task.items():
+            lines = [series(rows, "epoch", key) for rows in runs]
+            for line in lines:
+                panel.plot(*line, color=colour[way], lw=0.7, alpha=0.5)
+            if len({len(x) for x, _ in lines}) == 1:
+                panel.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=colour[way], lw=1.6)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.grid(axis="y")
+    _label(figure, x="epoch")
+    _legend(figure, [Line2D([], [], color=colour[way], label=words(way)) for way in ways], width)
+    return figure

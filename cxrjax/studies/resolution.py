@@ -156,7 +156,7 @@ def _check_data(config: Config, planned: Mapping[str, Planned]) -> None:
     for name, each in planned.items():
         if each.group == first.group or each.label == first.label:  # the others are of the same data and folds
             experiment = Experiment.open(each.config)
-            _ = experiment.accumulate
+            experiment.check_size()
             for part in ("train", "validation", "test"):
                 experiment.part(part)
             if each.group == first.group:

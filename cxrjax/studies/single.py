@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cxrjax.config import validate
 from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import roc_curve
@@ -20,7 +21,7 @@ from cxrjax.train.metrics import read_metrics
 
 
 def evaluate_run(
-    directory: Path, *, part: str = "test", data_dir: Path | None = None, resamples: int | None = None
+    directory: Path, *, part: str = "test", data_dir: Path | None = None, resamples: int | None = None, batch: int = 0
 ) -> dict[str, Any]:
     """Predict one part with the best checkpoint, score it, and write everything into the run's directory.
 
@@ -32,6 +33,9 @@ def evaluate_run(
     """
     experiment, network, about = open_run(directory, data_dir)
     config = experiment.config
+    if batch:
+        config.evaluate.batch = batch
+        validate(config)
     predictions = predict(experiment, network, part)
     predictions.write(directory / "predictions" / f"{part}.parquet")
     validation = predictions if part == "validation" else predict(experiment, network, "validation")

@@ -23,6 +23,7 @@ from cxrjax.train.described import network_of
 from cxrjax.train.initial import Start, initial_network, located, vanished_start
 from cxrjax.train.learning import Learning
 from cxrjax.train.losses import Loss, make_loss, prevalence_of
+from cxrjax.train.sizes import check_size
 from cxrjax.train.sources import Source, source_configs
 
 
@@ -187,6 +188,16 @@ class Experiment:
             )
         return batch // at_once
 
+    def check_size(self) -> None:
+        """Find out before any image is read whether the network takes images of `data.size`.
+
+        Raises:
+          CxrError: it does not; sizes that work are named.
+        """
+        images = self.config.train.batch // self.accumulate
+        in_training = self.learning.backbone_in_training
+        check_size(self.network, self.config.data.size, images=images, backbone_in_training=in_training)
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps that make an epoch."""
@@ -205,6 +216,7 @@ class Experiment:
         """
         for part in ("train", "validation"):
             self.part(part)
+        self.check_size()
         train = self.part("train")
         _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.known, train.origin)
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}

@@ -19,7 +19,7 @@ from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
 from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.data.splits import save as save_split
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_json
 from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
@@ -30,6 +30,7 @@ from cxrjax.train.inference import logits_of
 from cxrjax.train.losses import log_odds
 from cxrjax.train.metrics import MetricWriter, Unwritten
 from cxrjax.train.optimizer import make_optimizer, schedule
+from cxrjax.train.pace import Profile, Waiting
 from cxrjax.train.run import Run, describe_run
 from cxrjax.train.state import Progress, TrainState
 from cxrjax.train.step import make_predict_step, make_train_step
@@ -48,7 +49,14 @@ class InterruptedRunError(CxrError):
         self.number = number
 
 
-def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment | None = None) -> Progress:
+def train(
+    config: Config,
+    directory: Path,
+    auroc: Auroc,
+    experiment: Experiment | None = None,
+    *,
+    profile: tuple[int, int] | None = None,
+) -> Progress:
     """Train what the config says in `directory`, from its newest checkpoint if it has one.
 
     A run that is killed at any moment and started again ends with the same bits as one never killed: batch k
@@ -62,6 +70,7 @@ def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment 
       directory: the run's directory; made if absent.
       auroc: `(logits, labels, known) -> mean AUROC`, for validation.
       experiment: the opened config, where the caller has it already.
+      profile: first and last of the steps that process 0 traces into `directory/profile`; those done already are not.
 
     Raises:
       CxrError: bad input, processes that do not agree, or a loss that is not finite.
@@ -69,6 +78,7 @@ def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment 
     """
     experiment = experiment or Experiment.open(config)
     check_watch(experiment)
+    _check_profile(profile, config.train.epochs * experiment.steps_per_epoch)
     agree("config", {key: value for key, value in flatten(config).items() if key not in LOCAL})
     agree("data and split", experiment.identity)
     with in_first(lambda: Run(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
@@ -79,10 +89,11 @@ def train(config: Config, directory: Path, auroc: Auroc, experiment: Experiment 
             return trainer.progress
         writer = MetricWriter(directory, trainer.progress.step) if first() else Unwritten()
         trainer.writer = stack.enter_context(writer)
+        trainer.profile = stack.enter_context(Profile(directory, profile if first() else None))
         try:
             return trainer.run()
         except jax.errors.JaxRuntimeError as error:
-            if several():
+            if several() and not out_of_memory(error):
                 raise lost(directory, error) from error
             raise
 
@@ -91,6 +102,7 @@ class _Trainer:
     """The loop's parts, in the order in which they happen."""
 
     writer: MetricWriter | Unwritten
+    profile: Profile
 
     def __init__(self, experiment: Experiment, directory: Path, checkpoints: Checkpoints, auroc: Auroc):
         config = experiment.config
@@ -118,6 +130,7 @@ class _Trainer:
         restored = checkpoints.restore_last(self.state)
         if restored:
             self.state, self.progress = restored[0], Progress(**restored[1])
+        self.waiting = Waiting(self.progress.waited, self.progress.stepped)
 
     def run(self) -> Progress:
         """Go on from where the progress stands to the last epoch, or to an early stop."""
@@ -132,19 +145,29 @@ class _Trainer:
                 while True:
                     if self._at_epoch_end:
                         self._settle(pending, 0)
+                        self.waiting.pause()
                         self._end_epoch(lambda _: self._stop(received))
                         self._save()
+                        self.waiting.go()
                     if self.finished:
                         break
                     received.extend(told_to_stop(progress.step))
                     if received:
                         self._settle(pending, 0)
                         self._stop(received)
-                    batch, rows = next(batches)
-                    self.state, metrics = self.train_step(self.state, batch)
+                    if self.profile.starts(progress.step + 1):
+                        self._settle(pending, 0)
+                        self.profile.start()
+                    with jax.profiler.StepTraceAnnotation("train", step_num=progress.step + 1):
+                        batch, rows = self.waiting.next(batches)
+                        self.state, metrics = self.train_step(self.state, batch)
+                    self.waiting.go()
                     progress.step += 1
                     pending.append((progress.step, metrics, rows))
                     self._settle(pending, 2)  # the device stays two steps ahead of the host
+                    if self.profile.ends(progress.step):
+                        self._settle(pending, 0)
+                        self.profile.stop()
                     if train.save_every and progress.step % train.save_every == 0 and not self._at_epoch_end:
                         self._settle(pending, 0)
                         self._save()
@@ -184,7 +207,7 @@ class _Trainer:
         """Read the metrics of steps that are done; stop the run if a loss or gradient is not finite."""
         while len(pending) > allowed:
             step, metrics, rows = pending.popleft()
-            values = {name: float(value) for name, value in metrics.items()}
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
                 self._not_finite(step, values, rows)
             self.progress.loss_sum += values["loss"]
@@ -217,6 +240,7 @@ class _Trainer:
                 "val_accuracy": accuracy,
                 "rate": progress.rate,
                 "seconds": progress.seconds,
+                "data_wait": self.waiting.of_epoch(),
             },
         )
         self.writer.flush()
@@ -250,6 +274,8 @@ class _Trainer:
         now = time.perf_counter()
         self.progress.seconds += now - self._clock
         self._clock = now
+        self.waiting.tick()
+        self.progress.waited, self.progress.stepped = self.waiting.waited, self.waiting.stepped
 
     def _save(self) -> None:
         self._tick()
@@ -305,6 +331,7 @@ class _Trainer:
                 "images": {name: len(part.row) for name, part in experiment.parts.items()},
                 "steps": self.progress.step,
                 "train_seconds": round(self.progress.seconds, 1),
+                "data_wait": self.progress.data_wait,
             },
         )
         save_split(experiment.split, experiment.records, self.directory / "split.csv")
@@ -317,6 +344,14 @@ def lost(directory: Path, error: Exception) -> CxrError:
         f"another process stopped or cannot be reached ({reason}); start all of them again, with any number of "
         f"processes: the run goes on from the newest checkpoint in {directory}"
     )
+
+
+def _check_profile(steps: tuple[int, int] | None, total: int) -> None:
+    if steps and steps[1] > total:
+        raise CxrError(
+            f"steps {steps[0]} to {steps[1]} cannot be profiled in a run of {total} steps: choose --profile "
+            f"steps=A:B with B at most {total}"
+        )
 
 
 def check_watch(experiment: Experiment) -> None:

@@ -10,7 +10,7 @@ from cxrjax.train.run import begun
 from cxrjax.train.state import Progress
 
 
-def train_stages(config: Config, directory: Path, auroc: Auroc) -> Progress:
+def train_stages(config: Config, directory: Path, auroc: Auroc, *, profile: tuple[int, int] | None = None) -> Progress:
     """Train what the config says, stage by stage where `train.stages` lists some.
 
     Each stage is a run of its own: with its optimiser, its early stopping and its best checkpoint. All but the last lie
@@ -21,6 +21,7 @@ def train_stages(config: Config, directory: Path, auroc: Auroc) -> Progress:
       config: `train.stages` holds what each stage changes, such as "train.freeze=backbone; optimizer.rate=1e-3".
       directory: of the run.
       auroc: as in `train`.
+      profile: as in `train`, of each stage.
 
     Raises:
       CxrError: as in `train`, or an unknown key in a stage.
@@ -32,7 +33,7 @@ def train_stages(config: Config, directory: Path, auroc: Auroc) -> Progress:
             with stage.unlocked():
                 stage.model.init_from = before
             experiment = Experiment.open(stage, place)
-            progress = train(experiment.config, place, auroc, experiment)
+            progress = train(experiment.config, place, auroc, experiment, profile=profile)
         before = str(place.resolve())
     return progress
 

@@ -65,3 +65,10 @@ class Progress:
     since_lowest: int = 0  # epochs
     stopped_early: bool = False
     seconds: float = 0.0  # of training, over all starts
+    stepped: float = 0.0  # seconds of them in steps, but for the first of each start
+    waited: float = 0.0  # seconds of those without a batch
+
+    @property
+    def data_wait(self) -> float | None:
+        """The share of the steps' time in which no batch was there; None where none was measured."""
+        return self.waited / self.stepped if self.waited else None

@@ -1,3 +1,6 @@
+import os
+import threading
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,3 +69,22 @@ def test_best_written_again_by_a_resumed_run_is_no_error(tmp_path):
         checkpoints.wait()
         checkpoints.save_best(4, STATE, {"val_auroc": 0.5})
         assert checkpoints.restore_best(STATE)[1] == {"val_auroc": 0.5}
+
+
+def test_saving_returns_before_the_state_is_on_disk(tmp_path, monkeypatch):
+    """The writing thread stops short of its last act until `save` has returned."""
+    returned, waited, rename = threading.Event(), [], os.rename
+
+    def late(*words, **more):
+        waited.append(returned.wait(60))
+        rename(*words, **more)
+
+    monkeypatch.setattr(os, "rename", late)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, STATE, {"step": 1})
+        assert not (tmp_path / "last" / "1").exists()
+        returned.set()
+        checkpoints.wait()
+        assert (tmp_path / "last" / "1").is_dir()
+    assert waited
+    assert all(waited)

@@ -63,7 +63,7 @@ def same_metrics(one: Path, other: Path) -> None:
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
         for name in wanted:
-            if name != "seconds":
+            if name not in ("seconds", "data_wait"):
                 # Rounding turns a sign before a ReLU now and then, and a rank among 15 images.
                 close = {"train_gradient_norm": 1e-2, "val_auroc": 2e-2}.get(name, 1e-4)
                 np.testing.assert_allclose(row[name], wanted[name], rtol=close, err_msg=f"{name} at {row['step']}")

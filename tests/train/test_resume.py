@@ -23,6 +23,7 @@ from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.state import TrainState
 
 STEPS = 60
+CLOCKS = ("seconds", "stepped", "waited", "data_wait")
 OPTIONS = (
     "train.epochs=5",
     "train.steps_per_epoch=12",
@@ -52,7 +53,7 @@ def newest(directory: Path) -> int:
 
 
 def final(overrides, directory):
-    """Every array of the last state and of the best network, as bytes, and the progress less its clock."""
+    """Every array of the last state and of the best network, as bytes, and the progress less its clocks."""
     config = configs.load("demo:32", overrides)
     experiment = Experiment.open(config)
     like = TrainState.create(experiment.network, make_optimizer(config.optimizer), 0)
@@ -63,7 +64,7 @@ def final(overrides, directory):
     state, progress = restored
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
               for path, leaf in jax.tree_util.tree_leaves_with_path((state, best))}  # fmt: skip
-    return arrays, {name: value for name, value in progress.items() if name != "seconds"}
+    return arrays, {name: value for name, value in progress.items() if name not in CLOCKS}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def unbroken(tiny_overrides, tmp_path_factory):
 
 
 def without_clock(rows):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows]
 
 
 @pytest.mark.slow

@@ -1,0 +1,106 @@
+"""What to do where a device's memory did not suffice: the settings that need less, and what the plan says of them."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import jax
+from rich import box
+from rich.table import Table
+
+from cxrjax.config import Config, load, with_overrides
+from cxrjax.console import bar, stderr
+from cxrjax.errors import CxrError
+from cxrjax.models.layers import REMATS
+from cxrjax.parallel.targets import TARGETS, Target
+from cxrjax.studies.planning import Plan, estimate, plan
+
+TPUS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+"""How JAX calls those of `TARGETS` that it calls otherwise."""
+
+OTHERS = {
+    "evaluate": "--batch N with N below the config's evaluate.batch",
+    "predict": "--batch or --size below what they are",
+    "explain": "fewer --images or --steps, or JAX_PLATFORMS=cpu, which is slow and has the host's memory",
+}
+
+
+def mend(arguments: argparse.Namespace) -> str:
+    """The settings with which a verb needs less memory, as the end of a sentence."""
+    if arguments.verb != "train":
+        return OTHERS.get(arguments.verb, "a smaller data.size, train.per_device or evaluate.batch")
+    config = load(arguments.config, arguments.overrides)
+    return "; ".join([*(f"--config.{' --config.'.join(each)}" for each in less(config)), _in_validation(config)])
+
+
+def advise(arguments: argparse.Namespace) -> None:
+    """Print what the plan says of a training step as it is, and with less."""
+    config = load(arguments.config, arguments.overrides)
+    target, make = planned_for(jax.devices()[0])
+    data, space = _mesh(config)
+    settings = [[], *less(config)]
+    stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.", markup=False)
+    made: list[tuple[str, Plan]] = []
+    with bar("planning", len(settings), unit="settings") as advance:
+        for changes in settings:
+            changed = with_overrides(config, changes)
+            parts = changed.mesh.space // config.mesh.space
+            with suppress(CxrError, jax.errors.JaxRuntimeError):  # the mesh, or the target's compiler, does not take it
+                made.append((" ".join(changes) or "as it is", make(changed, target, data=data, space=space * parts)))
+            advance()
+    stderr.print(_table(made, target.memory))
+    if made and not made[0][1].compiled:
+        stderr.print("Estimated from shapes: without fusion and workspace, good for comparing rows only.", markup=False)
+
+
+def less(config: Config) -> Iterator[list[str]]:
+    """Changes that lower what a training step holds, the cheapest first."""
+    for remat in REMATS[REMATS.index(config.model.remat) + 1 :]:
+        yield [f"model.remat={remat}"]
+    most = config.model.remat if config.model.remat == REMATS[-1] else "block"
+    data, space = _mesh(config)
+    share = max(config.train.batch // data, 1)
+    at_once = config.train.per_device or share
+    fewer = next((n for n in range(at_once // 2, 0, -1) if share % n == 0), 0)
+    if fewer:
+        yield [f"train.per_device={fewer}"]
+        yield [f"model.remat={most}", f"train.per_device={fewer}"]
+    if config.data.size % (2 * space) == 0:
+        yield [f"mesh.space={2 * space}"]
+    if config.data.size > 64:
+        yield [f"data.size={config.data.size // 2}"]
+
+
+def planned_for(device: Any) -> tuple[Target, Any]:
+    """The device as the plan knows it, and what plans for it: a compiler where there is one, else an estimate."""
+    name = TPUS.get(device.device_kind, "")
+    for target in TARGETS.values():
+        if device.device_kind == target.kind or target.name == name:
+            try:
+                target.devices(1 if target.gpu else 4)
+            except CxrError:
+                return target, estimate
+            return target, plan
+    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return Target(device.device_kind, device.device_kind, memory, 1.0, 1.0, 1.0), estimate
+
+
+def _mesh(config: Config) -> tuple[int, int]:
+    space = config.mesh.space
+    return config.mesh.data or max(len(jax.devices()) // space, 1), space
+
+
+def _in_validation(config: Config) -> str:
+    return f"in validation, --config.evaluate.batch below {config.evaluate.batch}"
+
+
+def _table(made: list[tuple[str, Plan]], memory: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("setting", no_wrap=True)
+    for column in ("devices", "images at once", "GB of each", "fits"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, each in made:
+        fits = "?" if not memory or not each.compiled else "yes" if each.fits else "no"
+        table.add_row(name, f"{each.data} x {each.space}", f"{each.batch}", f"{each.peak / 1e9:.3g}", fits)
+    return table

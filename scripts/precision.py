@@ -1,0 +1,78 @@
+"""Trains the phantom in float32 and in bfloat16 from the same seeds; do their losses differ by more than noise?
+
+uv run cxrjax prepare cxr_phantom --data-dir data --size 128
+uv run python scripts/precision.py --data-dir data --workdir runs/precision     # a quarter of an hour on two CPU cores
+
+Runs go on where they were stopped. The noise is how two float32 runs of other seeds differ. It prints a JSON line for
+each size and writes WORKDIR/losses.svg; --config.KEY=VALUE changes the recipe `demo`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cxrjax.config import load
+from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.parallel.compiled import keep_compiled
+from cxrjax.report import plots, style
+from cxrjax.train.metrics import read_metrics
+from cxrjax.train.stages import train_stages
+
+TYPES = ("float32", "bfloat16")
+
+
+def trained(directory: Path, size: int, dtype: str, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
+    """One run's log lines of whole epochs."""
+    config = load(f"demo:{size}", [f"model.dtype={dtype}", f"seed={seed}", *overrides])
+    run = directory / f"{size}px-{dtype}-seed{seed}"
+    train_stages(config, run, mean_auroc)
+    return [row for row in read_metrics(run / "metrics.jsonl") if "val_loss" in row]
+
+
+def compared(size: int, runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Differences of the training losses, each the mean over an epoch's steps."""
+    wide, narrow = (np.array([[row["train_mean_loss"] for row in rows] for rows in runs[dtype]]) for dtype in TYPES)
+    between = [np.abs(one - other) for i, one in enumerate(wide) for other in wide[:i]]
+    error = np.sqrt((wide.var(0, ddof=1) + narrow.var(0, ddof=1)) / len(wide))
+    return {
+        "size": size,
+        "seeds": len(wide),
+        "epochs": wide.shape[1],
+        "same_seed": [round(float(value), 4) for value in np.abs(narrow - wide).mean(1)],
+        "between_float32_seeds": [round(float(value), 4) for value in np.mean(between, axis=1)],
+        "mean_difference": [round(float(value), 4) for value in narrow.mean(0) - wide.mean(0)],
+        "standard_error": [round(float(value), 4) for value in error],
+        **{
+            f"last_{key}_{dtype}": [round(float(rows[-1][key]), 4) for rows in runs[dtype]]
+            for key in ("train_mean_loss", "val_loss", "val_auroc")
+            for dtype in TYPES
+        },
+    }
+
+
+def main() -> None:
+    """Trains, compares, draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two or more")
+    arguments, overrides = parser.parse_known_args()
+    overrides = [f"data.dir={arguments.data_dir}", *overrides]
+    keep_compiled(arguments.workdir / "cache")
+    curves = {}
+    for size in arguments.sizes:
+        runs = {
+            dtype: [trained(arguments.workdir, size, dtype, seed, overrides) for seed in arguments.seeds]
+            for dtype in TYPES
+        }
+        print(json.dumps(compared(size, runs)), flush=True)
+        curves[f"{size} px"] = runs
+    style.save(plots.losses_beside(curves), arguments.workdir / "losses.svg")
+
+
+if __name__ == "__main__":
+    main()

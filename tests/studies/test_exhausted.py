@@ -1,0 +1,74 @@
+"""Out of memory: one clear line with what needs less, and the plan's table where a step was trained."""
+
+import jax
+import pytest
+
+from cxrjax import cli
+from cxrjax.config import load
+from cxrjax.errors import out_of_memory
+from cxrjax.studies import exhausted, single
+from cxrjax.train import loop
+
+GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 39000000000 bytes."
+
+
+def raising(*_, **__):
+    raise jax.errors.JaxRuntimeError(GPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        (GPU, "39 GB"),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.72GiB.", "3.99 GB"),
+        ("RESOURCE_EXHAUSTED: Failed to allocate request for 16.0GiB (17179869184B) on device ordinal 0", "17.2 GB"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.15G of 15.48G hbm.", "18.4 GB"),
+        ("RESOURCE_EXHAUSTED: no words", "no words"),
+        ("INTERNAL: out of luck", ""),
+    ],
+)
+def test_what_was_asked_for_is_found_in_the_words_of_every_device(text, asked):
+    assert out_of_memory(jax.errors.JaxRuntimeError(text)) == asked
+    outer = RuntimeError("while stepping")
+    outer.__cause__ = jax.errors.JaxRuntimeError(text)
+    assert out_of_memory(outer) == asked
+
+
+def test_training_says_what_needs_less_and_what_the_plan_says_of_it(tiny_overrides, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: raising)
+    words = [f"--config.{word}" for word in tiny_overrides]
+    assert cli.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 1
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith(
+        "cxrjax: out of device memory (39 GB asked for); what needs less: --config.model.remat=layer;"
+    )
+    for setting in ("--config.train.per_device=2", "--config.mesh.space=2", "--config.evaluate.batch below 100"):
+        assert setting in first
+    table = "\n".join(others)
+    assert "Traceback" not in table
+    rows = {line.rsplit(maxsplit=6)[0].strip(): line.split()[-2] for line in others if " x " in line}
+    assert float(rows["model.remat=block"]) < float(rows["as it is"])
+    assert float(rows["train.per_device=2"]) < float(rows["as it is"])
+    assert "Estimated from shapes" in table
+
+
+def test_settings_begin_where_the_config_stands():
+    config = load("densenet121:256", ["model.remat=block", "train.batch=16", "train.per_device=4", "mesh.data=2"])
+    assert list(exhausted.less(config)) == [
+        ["model.remat=full"],
+        ["train.per_device=2"],
+        ["model.remat=block", "train.per_device=2"],
+        ["mesh.space=2"],
+        ["data.size=128"],
+    ]
+
+
+@pytest.mark.parametrize(("verb", "said"), [("evaluate", "--batch N"), ("predict", "--batch or --size")])
+def test_other_verbs_say_their_own_settings(verb, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(single, "evaluate_run", raising)
+    monkeypatch.setattr("cxrjax.studies.prediction.predict_files", raising)
+    words = [verb, str(tmp_path), *(["x.png"] if verb == "predict" else [])]
+    assert cli.main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cxrjax: out of device memory (39 GB asked for); what needs less: ")
+    assert said in line

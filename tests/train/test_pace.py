@@ -1,0 +1,117 @@
+"""What a run says of its own pace, and that nothing in its steps makes the devices wait for the host."""
+
+import gzip
+import json
+import time
+
+import jax
+import pytest
+
+from cxrjax import cli
+from cxrjax.errors import CxrError
+from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.train import loop
+from cxrjax.train.metrics import read_metrics
+
+STEP = 0.05
+"""Seconds that a step is made to take, so that a busy machine changes little."""
+
+
+def paced(monkeypatch, *, loading: float) -> None:
+    """The real batches, each `loading` seconds late, and the real step made `STEP` longer, as a busy device would."""
+    batches, settle = loop.training_batches, loop._Trainer._settle
+
+    def late(*words, **more):
+        for batch in batches(*words, **more):
+            time.sleep(loading)
+            yield batch
+
+    def slow(self, pending, allowed):
+        time.sleep(STEP)
+        settle(self, pending, allowed)
+
+    monkeypatch.setattr(loop, "training_batches", late)
+    monkeypatch.setattr(loop._Trainer, "_settle", slow)
+
+
+def test_a_fast_loader_is_not_waited_for(tiny, tmp_path, monkeypatch):
+    paced(monkeypatch, loading=0)
+    progress = loop.train(tiny("train.epochs=2", "train.steps_per_epoch=8"), tmp_path, mean_auroc)
+    assert progress.data_wait is not None
+    assert progress.data_wait < 0.2
+
+
+def test_a_slow_loader_is_told_of_in_every_place(tiny_overrides, tmp_path, monkeypatch, capsys):
+    """It sleeps four times as long as the step: the share is about 0.8, or less where the machine is busy."""
+    paced(monkeypatch, loading=4 * STEP)
+    words = [f"--config.{word}" for word in (*tiny_overrides, "train.epochs=2")]
+    assert cli.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 0
+    shares = [row["data_wait"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    whole = json.loads((tmp_path / "run.json").read_text())["data_wait"]
+    assert len(shares) == 2
+    for share in (*shares, whole):
+        assert 0.4 < share < 0.95
+    assert f"{whole:.1%} of the time waiting for data" in capsys.readouterr().out
+
+
+class Unread:
+    """A metric that is not read yet; reading it notes how many steps were given to the devices since its own."""
+
+    def __init__(self, value, own, given, lags):
+        self.value, self.own, self.given, self.lags = value, own, given, lags
+
+    def __float__(self):
+        self.lags[self.own] = len(self.given) - self.own
+        return float(self.value)
+
+
+def test_the_host_stays_two_steps_behind_and_steps_take_nothing_from_it(tiny, tmp_path, monkeypatch):
+    given, lags, make = [], {}, loop.make_train_step
+
+    def watched(*words, **more):
+        step = make(*words, **more)
+
+        def watching(state, batch):
+            with jax.transfer_guard("disallow"):  # all that the step takes is on the devices
+                state, metrics = step(state, batch)
+            given.append(None)
+            return state, {name: Unread(value, len(given), given, lags) for name, value in metrics.items()}
+
+        return watching
+
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    loop.train(tiny("train.epochs=2", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
+    assert lags == {1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 0, 7: 2, 8: 2, 9: 2, 10: 2, 11: 1, 12: 0}
+
+
+def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, capsys):
+    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
+    assert cli.main([*words, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
+    (device_trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")  # what TensorBoard reads
+    assert b"train" in device_trace.read_bytes()
+    (perfetto,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
+    assert steps == {"6", "7"}
+    assert any("jit_step" in str(event) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("10:15", "is not steps=A:B"),
+        ("steps=3", "is not steps=A:B"),
+        ("steps=7:6", "must not be before the first"),
+        ("steps=0:6", "count from 1"),
+    ],
+)
+def test_steps_that_are_none_are_refused(text, said, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), "--profile", text])
+    assert said in capsys.readouterr().err
+
+
+def test_steps_beyond_the_run_are_refused_before_it(tiny, tmp_path):
+    with pytest.raises(CxrError, match="steps 10 to 13 cannot be profiled in a run of 12 steps"):
+        loop.train(tiny(), tmp_path, mean_auroc, profile=(10, 13))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,75 @@
+"""Training in bfloat16: what stays float32, and that its losses are those of float32 within the noise of seeds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from cxrjax.data.batch import Batch
+from cxrjax.models import create
+from cxrjax.models.network import Network
+from cxrjax.parallel.mesh import make_mesh
+from cxrjax.train.optimizer import make_optimizer
+from cxrjax.train.state import TrainState
+from cxrjax.train.step import make_train_step
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "precision.py"
+WIDE = {"exp", "exp2", "log", "log1p", "logistic", "rsqrt", "sqrt", "erf", "tanh", "integer_pow", "square"}
+"""Operations of norms, probabilities, losses and optimisers; the convolutions and what joins them have none."""
+
+
+def equations(jaxpr):
+    """All of a program, those of its inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_state_norms_loss_and_optimizer_of_a_bfloat16_run_are_float32(tiny):
+    network = Network.of(create("densenet_small", classes=3, dtype="bfloat16", growth=4, blocks=(1, 1)))
+    optimizer = make_optimizer(tiny().optimizer)
+    state = TrainState.create(network, optimizer, 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.stats))} == {jnp.dtype("float32")}
+    assert jnp.bfloat16 not in {leaf.dtype for leaf in jax.tree.leaves(state)}
+    step = make_train_step(network, optimizer, lambda _: jnp.float32(0.1), make_mesh(1, 1))
+    batch = Batch(
+        np.zeros((4, 32, 32, 1), np.uint8), np.zeros((4, 3), np.float32), np.ones((4, 3), bool), np.ones(4, bool),
+        np.arange(4, dtype=np.int32),
+    )  # fmt: skip
+    traced = step.trace(state, batch)
+    after, metrics = traced.out_info
+    for before, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert leaf.dtype == before.dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
+    kinds = {}
+    for equation in equations(traced.jaxpr.jaxpr):
+        for value in equation.outvars:
+            kinds.setdefault(equation.primitive.name, set()).add(str(value.aval.dtype))
+    assert "bfloat16" in kinds["conv_general_dilated"]  # it does compute in bfloat16
+    found = WIDE & set(kinds)
+    assert {"rsqrt", "sqrt", "square"} <= found
+    for name in sorted(found):
+        assert "bfloat16" not in kinds[name], name
+
+
+@pytest.mark.slow
+def test_losses_in_bfloat16_are_those_of_float32_within_the_noise_of_seeds(phantom_data, tmp_path):
+    overrides = (
+        "data.stored=32", "split.name=random", "split.fractions=(0.6, 0.2, 0.2)", "train.epochs=6",
+        "train.steps_per_epoch=20", "train.watch=val_loss",
+    )  # fmt: skip
+    words = ["--data-dir", str(phantom_data), "--workdir", str(tmp_path), "--sizes", "32", "--seeds", "0", "1"]
+    words += [f"--config.{word}" for word in overrides]
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["size"], found["seeds"], found["epochs"]) == (32, 2, 6)
+    assert 0 < max(found["same_seed"]) < found["between_float32_seeds"][0]
+    assert "bfloat16" in (tmp_path / "losses.svg").read_text()

@@ -1,0 +1,69 @@
+"""A size that a network cannot take is refused before any image is read, with sizes that it can."""
+
+import pytest
+
+from cxrjax import cli
+from cxrjax.data.records import Records
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.network import Network
+from cxrjax.train.sizes import check_size
+
+SMALL = {
+    "densenet_small": {"blocks": (1, 1, 1), "growth": 4},
+    "resnet_small": {},
+    "efficientnet_small": {},
+    "hrnet_small": {},
+    "fhrnet_small": {},
+    "attention_fusion_small": {},
+    "sequential_cnn": {"image_size": 64},
+    "simple_cnn": {},
+}
+
+
+def network(name):
+    return Network.of(create(name, classes=2, **SMALL[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mend"),
+    [
+        ("densenet_small", 8, "data.size = 32"),
+        ("hrnet_small", 8, "data.size = 32"),
+        ("hrnet_small", 45, "data.size = 32 or 64"),
+        ("fhrnet_small", 100, "data.size = 96 or 128"),
+        ("attention_fusion_small", 8, "data.size = 32"),
+        ("sequential_cnn", 50, "data.size = 64"),
+        ("simple_cnn", 16, "data.size = 32"),
+    ],
+)
+def test_sizes_that_work_are_named_and_work(name, size, mend):
+    made = network(name)
+    with pytest.raises(
+        CxrError, match=rf"data\.size = {size} does not suit the network: choose {mend}\. It says"
+    ) as it:
+        check_size(made, size, images=2)
+    assert str(it.value).count("data.size") == 2
+    for each in mend.removeprefix("data.size = ").split(" or "):
+        check_size(made, int(each), images=2)
+
+
+@pytest.mark.parametrize("name", ["resnet_small", "efficientnet_small"])
+@pytest.mark.parametrize("size", [8, 30, 31])
+def test_some_take_any_size(name, size):
+    check_size(network(name), size, images=2)
+
+
+def test_one_value_per_channel_has_no_variance():
+    with pytest.raises(CxrError, match=r"choose data\.size = 32\. It says: batch norm cannot train on one value"):
+        check_size(network("resnet_small"), 8, images=1)
+    check_size(network("resnet_small"), 8, images=1, backbone_in_training=False)
+
+
+def test_the_command_line_refuses_it_before_reading_images(tiny_overrides, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Records, "image", lambda *_: pytest.fail("an image was read"))
+    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
+    words = [word for word in words if ".options." not in word]
+    assert cli.main([*words, "--config.model.name=hrnet_small", "--config.data.size=20"]) == 1
+    assert "config key data.size = 20 does not suit the network: choose data.size = 32." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
