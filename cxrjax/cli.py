@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with elsewhere:
             result = arguments.run(arguments)
-        if arguments.json:
+        if arguments.json and result is not None:  # of several processes the first has the result
             _write_json(arguments.json, result)
         failed = result.get("failed") if isinstance(result, dict) else None
         return _fail(_failures(failed), 1) if failed else 0
@@ -119,11 +119,11 @@ def _prepare(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> Any:
     from cxrjax.evaluate.auc import mean_auroc
-    from cxrjax.parallel.runtime import start
+    from cxrjax.parallel.runtime import first
     from cxrjax.train.stages import train_stages
 
     config = load(arguments.config, arguments.overrides)
-    start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
+    _join(arguments)
     progress = train_stages(config, arguments.workdir, mean_auroc)
     best = (
         ""
@@ -132,15 +132,25 @@ def _train(arguments: argparse.Namespace) -> Any:
     )
     early = ", stopped early" if progress.stopped_early else ""
     say(f"trained {progress.step} steps{early}{best}: {arguments.workdir}")
-    return {"directory": str(arguments.workdir), **vars(progress)}
+    return {"directory": str(arguments.workdir), **vars(progress)} if first() else None
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Find the other processes, if there are any."""
+    from cxrjax.parallel.runtime import start
+
+    start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:
+    from cxrjax.studies.plans import mesh_of
     from cxrjax.studies.single import evaluate_run
 
+    _join(arguments)
     return evaluate_run(
-        arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples
-    )
+        arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples,
+        mesh=mesh_of(arguments.mesh) if arguments.mesh else None,
+    )  # fmt: skip
 
 
 def _score(arguments: argparse.Namespace) -> Any:
