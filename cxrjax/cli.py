@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with elsewhere:
             result = arguments.run(arguments)
-        if arguments.json:
+        if arguments.json and result is not None:  # of several processes the first has the result
             _write_json(arguments.json, result)
         failed = result.get("failed") if isinstance(result, dict) else None
         return _fail(_failures(failed), 1) if failed else 0
@@ -142,11 +142,11 @@ def _prepare(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> Any:
     from cxrjax.evaluate.auc import mean_auroc
-    from cxrjax.parallel.runtime import start
+    from cxrjax.parallel.runtime import first
     from cxrjax.train.stages import train_stages
 
     config = load(arguments.config, arguments.overrides)
-    start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
+    _join(arguments)
     _keep_compiled(arguments.workdir)
     progress = train_stages(config, arguments.workdir, mean_auroc, profile=arguments.profile)
     best = (
@@ -157,16 +157,26 @@ def _train(arguments: argparse.Namespace) -> Any:
     early = ", stopped early" if progress.stopped_early else ""
     waiting = "" if progress.data_wait is None else f", {progress.data_wait:.1%} of the time waiting for data"
     say(f"trained {progress.step} steps{early}{best}{waiting}: {arguments.workdir}")
-    return {"directory": str(arguments.workdir), **vars(progress), "data_wait": progress.data_wait}
+    result = {"directory": str(arguments.workdir), **vars(progress), "data_wait": progress.data_wait}
+    return result if first() else None
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Find the other processes, if there are any."""
+    from cxrjax.parallel.runtime import start
+
+    start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:
+    from cxrjax.parallel.mesh import mesh_of
     from cxrjax.studies.single import evaluate_run
 
+    _join(arguments)
     _keep_compiled(arguments.run_directory)
     return evaluate_run(
         arguments.run_directory, part=arguments.split, data_dir=arguments.data_dir, resamples=arguments.resamples,
-        batch=arguments.batch,
+        batch=arguments.batch, mesh=mesh_of(arguments.mesh) if arguments.mesh else None,
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
     evaluate = verb("evaluate", "predictions, scores with intervals, and a page for one run")
     _add_run(evaluate)
     evaluate.add_argument("--batch", type=int, default=0, help="images at once; default: the config's evaluate.batch")
+    _add_processes(evaluate)
     evaluate.add_argument("--resamples", type=int, help="bootstrap resamples of patients; default: the config's")
 
     score = verb("score", "the same scores for anyone's predictions")
@@ -207,6 +208,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="the directory of a trained run")
     parser.add_argument("--split", default="test", help="train, validation or test (default: test)")
     parser.add_argument("--data-dir", type=Path, help="where the prepared data lie now; default: where they were")
+    parser.add_argument(
+        "--mesh", metavar="data=D,space=S",
+        help="devices that share a batch, and that share the rows of an image (default: as in training if there are "
+        "enough, else each takes whole images)",
+    )  # fmt: skip
 
 
 def _steps(text: str) -> tuple[int, int]:

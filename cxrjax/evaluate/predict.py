@@ -19,12 +19,15 @@ from cxrjax.train.run import same_identity
 from cxrjax.train.step import make_predict_step
 
 
-def open_run(directory: Path, data_dir: Path | None = None) -> tuple[Experiment, Network, dict[str, Any]]:
+def open_run(
+    directory: Path, data_dir: Path | None = None, mesh: tuple[int, int] | None = None
+) -> tuple[Experiment, Network, dict[str, Any]]:
     """A trained run: its experiment, its best network, and what was noted with it (step, val_loss, val_auroc).
 
     Args:
       directory: of the run.
       data_dir: where the prepared data lie now; default where they lay in training.
+      mesh: devices of its axes data and space now; default as in training where there are so many, else all on data.
 
     Raises:
       CxrError: not a run, data not found, no checkpoint, or a checkpoint of another model.
@@ -33,7 +36,9 @@ def open_run(directory: Path, data_dir: Path | None = None) -> tuple[Experiment,
     with config.unlocked():
         if data_dir is not None:
             config.data.dir = str(data_dir)
-        if config.mesh.data * config.mesh.space > len(jax.devices()):  # trained on a larger machine
+        if mesh is not None:
+            config.mesh.data, config.mesh.space = mesh
+        elif max(config.mesh.data, 1) * config.mesh.space > len(jax.devices()):  # trained on a larger machine
             config.mesh.data, config.mesh.space = 0, 1
     experiment = Experiment.open(config)
     same_identity(directory, experiment.fingerprints)

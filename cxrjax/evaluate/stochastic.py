@@ -12,7 +12,7 @@ from cxrjax.data.pipeline import Examples
 from cxrjax.errors import CxrError
 from cxrjax.models.inputs import prepare
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import batch_shardings, replicated
+from cxrjax.parallel.mesh import batch_shardings, replicated, seen_by_layers
 from cxrjax.train.inference import PredictStep, logits_of
 
 
@@ -49,7 +49,7 @@ def stochastic_logits(
     """
     if passes < 2:
         raise CxrError(f"passes={passes}: one pass says nothing of how much they differ; give 2 or more")
-    jitted, key = make_step(mesh, passes), jax.random.key(seed)
+    jitted, key = make_step(mesh, passes), jax.device_put(jax.random.key(seed), replicated(mesh))
     done = 0
 
     def step(network: Network, images: Array) -> Any:
@@ -89,8 +89,8 @@ def make_step(mesh: jax.sharding.Mesh, passes: int) -> Callable[..., tuple[jax.A
 
         return logits, jax.vmap(of_image)(dict(features), numbers)
 
-    whole, placed = replicated(mesh), batch_shardings(mesh)
-    return jax.jit(step, in_shardings=(whole, placed.image, whole, placed.valid), out_shardings=whole)
+    whole, image = replicated(mesh), batch_shardings(mesh).image
+    return jax.jit(seen_by_layers(mesh, step), in_shardings=(whole, image, whole, whole), out_shardings=whole)
 
 
 def has_dropout(network: Network, size: tuple[int, int]) -> bool:
@@ -120,5 +120,5 @@ def make_pooled_step(mesh: jax.sharding.Mesh) -> PredictStep:
         maps = network.model().features(prepare(images, network.inputs, network.dtype))["final"]
         return maps.astype(jnp.float32).mean((1, 2))
 
-    whole = replicated(mesh)
-    return jax.jit(step, in_shardings=(whole, batch_shardings(mesh).image), out_shardings=whole)
+    whole, image = replicated(mesh), batch_shardings(mesh).image
+    return jax.jit(seen_by_layers(mesh, step), in_shardings=(whole, image), out_shardings=whole)

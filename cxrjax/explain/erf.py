@@ -12,10 +12,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.inputs import batches, checked, feature_map
+from cxrjax.explain.inputs import batches, checked, feature_map, on, shares, spread
 from cxrjax.models.inputs import prepare
 from cxrjax.models.layers import storage
 from cxrjax.models.network import Network
@@ -69,6 +70,7 @@ def measure(
     seed: int = 0,
     batch_size: int = 1,
     parallel: int | None = None,
+    mesh: Mesh | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> ERF:
     """The effective receptive field of the central position of a feature map, the network in evaluation mode.
@@ -92,9 +94,10 @@ def measure(
         is black.
       mass: the share of the map that its size holds; 0.9545 is two sigma.
       seed: of the shifts and the random signs.
-      batch_size: images side by side.
+      batch_size: images side by side on a device, or on the devices that share their rows.
       parallel: backward passes of each image side by side; memory grows with `batch_size * parallel`. By default as
         many as make 2^20 pixels: 16 for one image of 256 x 256, and 1 from 1024 x 1024 on.
+      mesh: devices among which images and their rows are split, where the network lies; default one device.
       advance: told how many backward passes were done, each time some were; there are `passes` per image in all
         (`console.bar` gives one).
 
@@ -107,16 +110,17 @@ def measure(
     channels, position = shape[3], (shape[1] // 2, shape[2] // 2)
     passes = {"exact": channels, "probe": probes, "sum": 1}[estimator]
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    side_by_side = min(parallel or max(2**20 // (batch_size * images[0].size), 1), passes)
+    data, space = shares(mesh)
+    side_by_side = min(parallel or max(2**20 * space // (batch_size * images[0].size), 1), passes)
     total = np.zeros(images.shape[1:3], np.float64)
-    for batch, index in batches(images, batch_size):
-        shifted = jnp.asarray(translated(batch, translate, rng))
+    for batch, index in batches(images, batch_size * data):
+        shifted = spread(mesh, translated(batch, translate, rng))
         for start in range(0, passes, side_by_side):
             numbers = np.arange(start, start + side_by_side, dtype=np.int32)
             numbers[numbers >= passes] = -1  # so that the last chunk has the size of the others
-            total += np.asarray(
-                _moments(network, shifted, index, numbers, key, layer=name, estimator=estimator, moment=moment)
-            )
+            with on(mesh):
+                part = _moments(network, shifted, index, numbers, key, layer=name, estimator=estimator, moment=moment)
+            total += np.asarray(part)
             if advance is not None:
                 advance(int((index >= 0).sum() * (numbers >= 0).sum()))
     # Each pass of `probe` estimates the whole sum over channels; the passes of `exact` are its terms.

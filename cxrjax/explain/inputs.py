@@ -1,9 +1,12 @@
-"""What the explanations take: images in batches of one size, and the name of a feature map."""
+"""What the explanations take: images in batches of one size, laid out on devices, and the name of a feature map."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, UInt8
 
 from cxrjax.errors import CxrError
@@ -36,6 +39,25 @@ def batches(
     for start in range(0, len(images), size):
         index = np.arange(start, start + size, dtype=np.int32)
         yield images[np.minimum(index, len(images) - 1)], np.where(index < len(images), index, -1)
+
+
+def on(mesh: Mesh | None) -> AbstractContextManager:
+    """Inside, functions are traced for the mesh, whose layers lay their maps out on it (`models.rows`)."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def shares(mesh: Mesh | None) -> tuple[int, int]:
+    """Into how many parts the mesh splits a batch, and an image."""
+    return (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["space"])
+
+
+def spread(mesh: Mesh | None, images: UInt8[np.ndarray, "B H W 1"]) -> Array | np.ndarray:
+    """The images on the mesh: split by both of its axes, or whole where an axis does not divide them."""
+    if mesh is None:
+        return images
+    axes = zip(("data", "space"), images.shape[:2], strict=True)
+    where = P(*(axis if length % mesh.shape[axis] == 0 else None for axis, length in axes))
+    return jax.device_put(images, NamedSharding(mesh, where))
 
 
 @jax.tree_util.register_static

@@ -19,10 +19,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.inputs import batches, checked, feature_map
+from cxrjax.explain.inputs import batches, checked, feature_map, on, shares, spread
 from cxrjax.models.inputs import prepare
 from cxrjax.models.layers import storage
 from cxrjax.models.network import Network
@@ -46,6 +47,7 @@ def saliency(
     steps: int = STEPS,
     signed: bool = False,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "N K h w"]:
     """Maps of what raises the logit S of each finding, the network in evaluation mode.
@@ -72,7 +74,9 @@ def saliency(
       baseline: what `integrated` starts from, see `baselines`.
       steps: forward and backward passes per image, for `integrated`.
       signed: leave out the last ReLU, so that what lowers the logit is negative.
-      batch_size: images side by side. By default as many as make 2^20 pixels: 16 of 256 x 256, and 1 from 1024 x 1024.
+      batch_size: images side by side. By default as many as make 2^20 pixels: 16 of 256 x 256, and 1 from 1024 x 1024,
+        for each device.
+      mesh: devices among which images and their rows are split, where the network lies; default one device.
       advance: told how many images were done, each time some were.
 
     Returns:
@@ -87,16 +91,30 @@ def saliency(
     _check(network, findings, method, layer, baseline, steps)
     chosen = np.asarray(findings, np.int32)
     if method == "integrated":
-        one_batch = partial(_integrated, network, baseline=baseline, steps=steps)
+        one_batch = partial(_integrated, network, mesh=mesh, baseline=baseline, steps=steps)
     else:
-        one_batch = partial(_activation, network, layer=feature_map(network, images, layer)[0], method=method)
+        name = feature_map(network, images, layer)[0]
+        one_batch = partial(_activations, network, mesh=mesh, layer=name, method=method)
     parts = []
-    for batch, index in _batches(images, batch_size):
-        maps = np.asarray(one_batch(batch, chosen), np.float32)[index >= 0]
+    for batch, index in _batches(images, batch_size, mesh):
+        with on(mesh):
+            maps = np.asarray(one_batch(batch, chosen), np.float32)[index >= 0]
         parts.append(maps if signed else np.maximum(maps, 0))
         if advance is not None:
             advance(len(maps))
     return np.concatenate(parts)
+
+
+def _activations(
+    network: Network,
+    images: UInt8[np.ndarray, "B H W 1"],
+    findings: Int[np.ndarray, " K"],
+    *,
+    mesh: Mesh | None,
+    layer: str,
+    method: Method,
+) -> Float[Array, "B K h w"]:
+    return _activation(network, spread(mesh, images), findings, layer=layer, method=method)
 
 
 @partial(jax.jit, static_argnames=("layer", "method"))
@@ -146,16 +164,18 @@ def _integrated(
     images: UInt8[np.ndarray, "B H W 1"],
     findings: Int[np.ndarray, " K"],
     *,
+    mesh: Mesh | None,
     baseline: Baseline,
     steps: int,
 ) -> Float[np.ndarray, "B K H W"]:
     """The mean of `_step` over midpoints; the loop is not compiled, since the CPU is slow at convolutions in loops."""
-    start, points = baselines(images, baseline), ((np.arange(steps) + 0.5) / steps).tolist()
+    end, start = (spread(mesh, ends) for ends in (images, baselines(images, baseline)))
+    points = ((np.arange(steps) + 0.5) / steps).tolist()
     together = min(max(_AT_ONCE // images.size, 1), len(findings))
     groups = np.resize(findings, (-(-len(findings) // together), together))  # the last one is filled up
     parts = []
     for group in groups:
-        total = sum(_step(network, images, start, point, group) for point in points)
+        total = sum(_step(network, end, start, point, group) for point in points)
         parts.append(np.asarray(total) / steps)
     return np.concatenate(parts, axis=1)[:, : len(findings)]
 
@@ -199,10 +219,13 @@ def baselines(images: UInt8[np.ndarray, "N H W 1"], baseline: Baseline) -> UInt8
 
 
 def logits(
-    network: Network, images: UInt8[np.ndarray, "N H W 1"], *, batch_size: int | None = None
+    network: Network, images: UInt8[np.ndarray, "N H W 1"], *, batch_size: int | None = None, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "N All"]:
     """The network's logits of these images, in evaluation mode; arguments as in `saliency`."""
-    parts = [np.asarray(_logits(network, batch))[index >= 0] for batch, index in _batches(checked(images), batch_size)]
+    parts = []
+    for batch, index in _batches(checked(images), batch_size, mesh):
+        with on(mesh):
+            parts.append(np.asarray(_logits(network, spread(mesh, batch)))[index >= 0])
     return np.concatenate(parts)
 
 
@@ -211,8 +234,11 @@ def _logits(network: Network, images: UInt8[Array, "B H W 1"]) -> Float[Array, "
     return network.apply(images)[0]
 
 
-def _batches(images: UInt8[np.ndarray, "N H W 1"], batch_size: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return batches(images, max(_AT_ONCE // images[0].size, 1) if batch_size is None else batch_size)
+def _batches(
+    images: UInt8[np.ndarray, "N H W 1"], batch_size: int | None, mesh: Mesh | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    data, space = shares(mesh)
+    return batches(images, max(_AT_ONCE * space // images[0].size, 1) * data if batch_size is None else batch_size)
 
 
 def _check(

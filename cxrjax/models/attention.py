@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cxrjax.models.layers import Maker, Maps, storage
+from cxrjax.models.rows import each_row
 
 BLOCK = 1024  # queries at once: 4096 positions of 1024 px then take 16 MiB of weights an image, not 64
 
@@ -15,7 +16,7 @@ class Attention(nnx.Module):
 
     softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, arXiv:1706.03762), with q, k and v linear in the maps, bias
     included. Queries pass in blocks, and the backward pass computes their weights again, so that memory is linear in
-    the number of positions.
+    the number of positions. Devices that share the rows of an image share the queries; each needs all keys and values.
 
     Args:
       make: maker of the network's layers.
@@ -32,10 +33,15 @@ class Attention(nnx.Module):
 
         It computes in float32 at least.
         """
-        B, h, w, C = asking.shape
-        tokens, others = (maps.astype(storage(maps.dtype)).reshape(B, -1, C) for maps in (asking, asked))
-        query, key, value = self.query(tokens), self.key(others), self.value(others)
-        return attend(query, key, value).reshape(B, h, w, C).astype(asking.dtype)
+        tokens, others = (maps.astype(storage(maps.dtype)) for maps in (asking, asked))
+        others = others.reshape(len(others), -1, others.shape[-1])
+        return _rows(self.query(tokens), self.key(others), self.value(others)).astype(asking.dtype)
+
+
+@each_row
+def _rows(query: Maps, key: Float[Array, "B M C"], value: Float[Array, "B M C"]) -> Maps:
+    B, h, w, C = query.shape
+    return attend(query.reshape(B, h * w, C), key, value).reshape(B, h, w, C)
 
 
 def attend(

@@ -174,9 +174,8 @@ class FHRNet(Backbone):
 
     def _whole(self, images: Maps) -> Maps:
         """The whole image as the global branch sees it."""
-        batch, _, _, channels = images.shape
         if self.resize:
-            images = jax.image.resize(images, (batch, self.resize, self.resize, channels), "linear")
+            images = crop(images, jnp.array([[0.0, 0.0, 1.0, 1.0]]), self.resize)
         if not self.crop:
             return images
         height, width = images.shape[1:3]

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from cxrjax.models.layers import Maps
+from cxrjax.models.layers import Maps, storage
+from cxrjax.models.rows import summed_rows
 
 
 def heat_map(maps: Maps) -> Float[Array, "B h w"]:
@@ -58,21 +59,28 @@ def bounding_box(mask: Bool[Array, "B h w"]) -> Float[Array, "B 4"]:
     return jnp.stack([top, left, bottom, right], axis=1).astype(jnp.float32)
 
 
-def crop(images: Maps, boxes: Float[Array, "B 4"], size: int) -> Maps:
+def crop(images: Maps, boxes: Float[Array, "#B 4"], size: int) -> Maps:
     """The part of each image inside its box, resized to `size` x `size` px; where it shrinks, pixels are averaged.
 
     Args:
       images: at full resolution, any float type.
-      boxes: top, left, bottom, right, as fractions; bottom > top and right > left.
+      boxes: top, left, bottom, right, as fractions; bottom > top and right > left; one for each image, or for all.
       size: side of the result in px.
     """
-    height, width, channels = images.shape[1:]
+    wide = images.astype(storage(images.dtype))
+    top, left, bottom, right = jnp.broadcast_to(boxes, (len(images), 4)).astype(wide.dtype).T
+    columns = _weights(images.shape[2], size, left, right)
+    narrow = jnp.einsum("bhwc,bsw->bhsc", wide, columns, precision="highest")
+    return summed_rows(narrow, _weights(images.shape[1], size, top, bottom)).astype(images.dtype)
 
-    def one(image: Float[Array, "H W C"], box: Float[Array, " 4"]) -> Float[Array, "S S C"]:
-        top, left, bottom, right = (box[k].astype(image.dtype) for k in range(4))
-        scale = jnp.stack([size / ((bottom - top) * height), size / ((right - left) * width)])
-        shift = -jnp.stack([top * height, left * width]) * scale
-        return jax.image.scale_and_translate(image, (size, size, channels), (0, 1), scale, shift, method="linear")
 
-    with jax.numpy_dtype_promotion("standard"):  # jax.image mixes floats where images are float64
-        return jax.vmap(one)(images.astype(jnp.promote_types(images.dtype, jnp.float32)), boxes).astype(images.dtype)
+def _weights(pixels: int, size: int, low: Float[Array, " B"], high: Float[Array, " B"]) -> Float[Array, "B S pixels"]:
+    """What each pixel of a side counts in each of `size` points between two fractions of it.
+
+    Triangles of twice the points' distance, and of two pixels at least, as `jax.image.scale_and_translate` has them.
+    """
+    step = ((high - low) * pixels / size)[:, None, None]
+    points = (low * pixels)[:, None, None] + (jnp.arange(size, dtype=low.dtype)[:, None] + 0.5)[None] * step - 0.5
+    apart = jnp.abs(jnp.arange(pixels, dtype=low.dtype)[None, None] - points)
+    counts = jnp.maximum(1 - apart / jnp.maximum(step, 1), 0)
+    return counts / counts.sum(-1, keepdims=True)

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -24,14 +25,58 @@ def evenly(operation: Callable[..., Maps]) -> Callable[..., Maps]:
 
     @wraps(operation)
     def laid_out(maps: Maps, *args: Any, **options: Any) -> Maps:
-        mesh = jax.sharding.get_abstract_mesh()
-        space, data = (mesh.shape.get(axis, 1) for axis in ("space", "data"))
+        space, images = _space(), _images(maps)
         if space == 1:
             return operation(maps, *args, **options)
         result = jax.eval_shape(lambda maps: operation(maps, *args, **options), maps)
         even = maps.shape[1] % space == result.shape[1] % space == 0
-        where = P("data" if len(maps) % data == 0 else P.UNCONSTRAINED, "space" if even else None)
+        where = P(images or P.UNCONSTRAINED, "space" if even else None)
         maps = jax.lax.with_sharding_constraint(maps, where)
         return jax.lax.with_sharding_constraint(operation(maps, *args, **options), where)
 
     return laid_out
+
+
+def each_row(operation: Callable[..., Maps]) -> Callable[..., Maps]:
+    """An operation whose result in a row needs that row of maps, its first argument, and all of the others [B, ...].
+
+    Where `space` divides the rows, each device works on its share of them, with the others whole.
+    """
+
+    @wraps(operation)
+    def on_each_device(maps: Maps, *others: Array) -> Maps:
+        space, images = _space(), _images(maps)
+        if space == 1 or maps.shape[1] % space:
+            return operation(maps, *others)
+        share = P(images, "space")
+        return jax.shard_map(operation, in_specs=(share, *[P(images)] * len(others)), out_specs=share)(maps, *others)
+
+    return on_each_device
+
+
+def summed_rows(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array, "B S W C"]:
+    """Weighted sums over the rows of maps, whole on each device; what they send each other is only sums.
+
+    (XLA's partitioner would rather bring all rows to all devices.)
+    """
+
+    def sums(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array, "B S W C"]:
+        return jnp.einsum("bhwc,bsh->bswc", maps, weights, precision="highest")
+
+    space, images = _space(), _images(maps)
+    if space == 1 or maps.shape[1] % space:
+        return sums(maps, weights)
+    shares = P(images, "space"), P(images, None, "space")
+    return jax.shard_map(lambda *of: jax.lax.psum(sums(*of), "space"), in_specs=shares, out_specs=P(images))(
+        maps, weights
+    )
+
+
+def _space() -> int:
+    """Devices that share an image on the mesh that is traced for."""
+    return jax.sharding.get_abstract_mesh().shape.get("space", 1)
+
+
+def _images(maps: Maps) -> str | None:
+    """The axis of that mesh which divides the maps of a batch; none if it cannot."""
+    return None if len(maps) % jax.sharding.get_abstract_mesh().shape.get("data", 1) else "data"

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +24,8 @@ Value = TypeVar("Value")
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as dead, and the others stop."""
+
+_ALL = "all are there"
 
 
 def start(
@@ -55,8 +58,9 @@ def start(
                 f"not {processes} and {process}"
             )
         stderr.print(f"process {process} of {processes}: joining at {coordinator}, at most {timeout} s", markup=False)
+        meet(host, int(port), processes, process, timeout)
         if process:
-            _reach(host, int(port), process, timeout)
+            _reach(host, int(port), process, timeout).close()
     try:
         jax.distributed.initialize(
             coordinator if explicit else None,
@@ -79,13 +83,59 @@ def start(
         ) from error
 
 
-def _reach(host: str, port: int, process: int, timeout: int) -> None:
+def meet(host: str, port: int, processes: int, process: int, timeout: int) -> None:
+    """Wait until all processes are there, or say which are not: JAX, where it waits in vain, ends the program.
+
+    Each tells process 0 its number, and process 0 tells all how it ended. JAX's own service has the port afterwards.
+
+    Raises:
+      CxrError: in all that came, with the numbers of those that did not; or process 0 cannot be reached.
+    """
+    if process:
+        with _reach(host, port, process, timeout) as connection:
+            connection.sendall(f"{process}\n".encode())
+            connection.settimeout(timeout + 5)
+            try:
+                said = connection.makefile().readline().strip()
+            except OSError as error:
+                said = str(error)
+        if said != _ALL:
+            raise CxrError(said or f"process 0 at {host}:{port} ended while process {process} waited for the others")
+        return
+    deadline, came = time.monotonic() + timeout, {}
+    with ExitStack() as connections:
+        with _listening(port) as server:  # until before the others are told: the port must be free for JAX
+            while len(came) < processes - 1 and (left := deadline - time.monotonic()) > 0:
+                server.settimeout(left)
+                with suppress(OSError, ValueError):  # nobody came, or not one of us
+                    connection = connections.enter_context(server.accept()[0])
+                    connection.settimeout(5)
+                    number = int(connection.makefile().readline())
+                    if 0 < number < processes:
+                        came[number] = connection
+        missing = [str(number) for number in range(1, processes) if number not in came]
+        said = f"process {', '.join(missing)} of {processes} did not come to {host}:{port} within {timeout} s"
+        for connection in came.values():
+            with suppress(OSError):
+                connection.sendall(f"{said if missing else _ALL}\n".encode())
+    if missing:
+        raise CxrError(f"{said}: look at what it said, or whether it was started")
+
+
+def _listening(port: int) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    except OSError as error:
+        raise CxrError(f"process 0 cannot listen at port {port} ({error}): choose another port") from error
+
+
+def _reach(host: str, port: int, process: int, timeout: int) -> socket.socket:
     """Wait until process 0 listens: JAX's own client ends the program where it cannot connect."""
     deadline = time.monotonic() + timeout
     while True:
         try:
-            with socket.create_connection((host, port), timeout=5):
-                return
+            return socket.create_connection((host, port), timeout=5)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise CxrError(

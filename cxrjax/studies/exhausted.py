@@ -51,7 +51,7 @@ def advise(arguments: argparse.Namespace) -> None:
             advance()
     stderr.print(_table(made, target.memory))
     if made and not made[0][1].compiled:
-        stderr.print("Estimated from shapes: without fusion and workspace, good for comparing rows only.", markup=False)
+        stderr.print("Estimated from shapes, without fusion and workspace: a first idea.", markup=False)
 
 
 def less(config: Config) -> Iterator[list[str]]:

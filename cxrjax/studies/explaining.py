@@ -39,8 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def explain(arguments: argparse.Namespace) -> dict[str, Any]:
     """Do what the words say; the result is ready for JSON."""
+    from cxrjax.parallel.mesh import mesh_of
+
     what, run = arguments.what, arguments.run_directory
-    common: dict[str, Any] = {"part": arguments.split, "data_dir": arguments.data_dir}
+    mesh = mesh_of(arguments.mesh) if arguments.mesh else None
+    common: dict[str, Any] = {"part": arguments.split, "data_dir": arguments.data_dir, "mesh": mesh}
     if what == FIELD:
         from cxrjax.studies.receptive_fields import erf_run
 

@@ -109,6 +109,7 @@ def saliency_run(
     data_dir: Path | None = None,
     findings: Sequence[str] | None = None,
     images: int = 8,
+    mesh: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Saliency maps of a run's positives, and how well they show where the data say the finding is.
 
@@ -121,7 +122,7 @@ def saliency_run(
       The scores as one dict, ready for JSON.
     """
     boxes.detected(np.zeros((1, 1)), threshold=reading.threshold, regions=reading.regions)  # refuse now, not later
-    experiment, network, _ = open_run(directory, data_dir)
+    experiment, network, _ = open_run(directory, data_dir, mesh)
     findings = tuple(findings or experiment.findings)
     positions(findings, experiment.findings)
     shown = {finding: _positives(experiment, part, finding, images) for finding in findings}
@@ -165,8 +166,9 @@ def _cams(
     **options: Any,
 ) -> Cams:
     wanted = positions(findings, experiment.findings)
-    found = maps.saliency(network, images, wanted, **options)
-    probability = expit(log_odds(maps.logits(network, images), experiment.config.loss.name))
+    found = maps.saliency(network, images, wanted, mesh=experiment.mesh, **options)
+    logits = maps.logits(network, images, mesh=experiment.mesh)
+    probability = expit(log_odds(logits, experiment.config.loss.name))
     return Cams(tuple(findings), np.asarray(rows), found, probability[:, wanted])
 
 
@@ -222,7 +224,8 @@ def _explain(
     gained = missed = 0.0
     if whole:
         [k] = positions([finding], experiment.findings)
-        gain = maps.logits(network, images) - maps.logits(network, maps.baselines(images, reading.baseline))
+        ends = images, maps.baselines(images, reading.baseline)
+        gain = np.subtract(*(maps.logits(network, each, mesh=experiment.mesh) for each in ends))
         gained = float(np.abs(gain[:, k]).sum())
         missed = float(np.abs(cams.maps.sum((1, 2, 3), np.float64) - gain[:, k]).sum())
         positive = np.maximum(cams.maps, 0)

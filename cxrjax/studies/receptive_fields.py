@@ -41,6 +41,7 @@ def erf_run(
     layers: Sequence[str] = (),
     untrained: bool = False,
     width_cm: float | None = None,
+    mesh: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The effective receptive field of a run: arrays, numbers and figures in `explain/` of its directory.
 
@@ -56,6 +57,7 @@ def erf_run(
       layers: names of further feature maps, or "all"; the last is always measured.
       untrained: also measure the same architecture with fresh initial values.
       width_cm: of what the images show, for the scale bar.
+      mesh: see `open_run`.
 
     Returns:
       Sizes, ready for JSON: the last feature map's of the trained network, and under `networks` everyone's.
@@ -65,7 +67,7 @@ def erf_run(
     """
     if width_cm is not None and not width_cm > 0:
         raise CxrError(f"the images' width must be above 0 cm, not {width_cm}")
-    experiment, network, _ = open_run(directory, data_dir)
+    experiment, network, _ = open_run(directory, data_dir, mesh)
     names = _chosen(network, layers)
     networks = {TRAINED: network} | ({UNTRAINED: fresh(experiment.config, network.classes)} if untrained else {})
     loaded = _images(experiment, part, images)
@@ -135,8 +137,9 @@ def _measured(
                     if word)  # fmt: skip
     with bar(what, total, unit="passes") as advance:
         measured = erf.measure(
-            network, loaded, estimator=estimator, probes=PROBES, layer=layer, seed=config.seed, advance=advance
-        )
+            network, loaded, estimator=estimator, probes=PROBES, layer=layer, seed=config.seed, mesh=experiment.mesh,
+            advance=advance,
+        )  # fmt: skip
     return Field(
         map=measured.map / measured.map.max(),
         area_fraction=measured.area_fraction,

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from cxrjax.config import validate
 from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
@@ -13,33 +15,74 @@ from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.scores import Scores, score
 from cxrjax.files import write_json
+from cxrjax.parallel.runtime import agree, in_first, several
 from cxrjax.report import figures, style
 from cxrjax.report.content import Curve, RunReport
 from cxrjax.report.page import write_page
 from cxrjax.report.tables import terminal
+from cxrjax.train.experiment import Experiment
 from cxrjax.train.metrics import read_metrics
 
 
 def evaluate_run(
-    directory: Path, *, part: str = "test", data_dir: Path | None = None, resamples: int | None = None, batch: int = 0
-) -> dict[str, Any]:
+    directory: Path,
+    *,
+    part: str = "test",
+    data_dir: Path | None = None,
+    resamples: int | None = None,
+    batch: int = 0,
+    mesh: tuple[int, int] | None = None,
+) -> dict[str, Any] | None:
     """Predict one part with the best checkpoint, score it, and write everything into the run's directory.
 
     Writes `predictions/PART.parquet`, `predictions/PART.json` (the scores), `figures/PART-*.svg` and
-    `report/index.html`; and `fitted.json`, by which `predict` calibrates, fitted on the validation part.
+    `report/index.html`; and `fitted.json`, by which `predict` calibrates, fitted on the validation part. Several
+    processes share the predicting, and the first of them scores and writes.
+
+    Args:
+      directory: of the run.
+      part: what to predict.
+      data_dir: where the prepared data lie now; default where they lay in training.
+      resamples: of the bootstrap; default the config's.
+      batch: images at once; default the config's.
+      mesh: see `open_run`.
 
     Returns:
-      The scores as one dict, ready for JSON.
+      The scores as one dict, ready for JSON; None in all processes but the first.
     """
-    experiment, network, about = open_run(directory, data_dir)
-    config = experiment.config
+    experiment, network, about = open_run(directory, data_dir, mesh)
     if batch:
-        config.evaluate.batch = batch
-        validate(config)
-    predictions = predict(experiment, network, part)
+        experiment.config.evaluate.batch = batch
+        validate(experiment.config)
+    agree("run, data, part and mesh", [about, experiment.fingerprints, part, dict(experiment.mesh.shape)])
+    try:
+        predictions = predict(experiment, network, part)
+        validation = predictions if part == "validation" else predict(experiment, network, "validation")
+        fitted = fit_run(experiment, network, about, validation)
+    except jax.errors.JaxRuntimeError as error:
+        if not several():
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CxrError(f"another process stopped or cannot be reached ({reason}); start all of them again") from error
+
+    def written() -> dict[str, Any]:
+        fitted.write(directory)
+        return _written(experiment, about, part, predictions, resamples, directory)
+
+    return in_first(written)
+
+
+def _written(
+    experiment: Experiment,
+    about: dict[str, Any],
+    part: str,
+    predictions: Predictions,
+    resamples: int | None,
+    directory: Path,
+) -> dict[str, Any]:
+    """The scores of predictions, which are written with them, their figures and the page."""
+    config = experiment.config
     predictions.write(directory / "predictions" / f"{part}.parquet")
-    validation = predictions if part == "validation" else predict(experiment, network, "validation")
-    fit_run(experiment, network, about, validation).write(directory)
     draws: int = config.evaluate.resamples if resamples is None else resamples
     scores = score(predictions, resamples=draws, seed=config.seed, confidence=config.evaluate.confidence)
     result = {"part": part, "checkpoint": about, **scores.as_dict()}

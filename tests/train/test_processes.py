@@ -1,11 +1,13 @@
 """Several processes train as one: the same numbers, one writer, one end."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 from cxrjax import config as configs
 from cxrjax.evaluate.auc import mean_auroc
 from cxrjax.evaluate.predict import open_run
+from cxrjax.evaluate.predictions import Predictions
 from cxrjax.parallel.runtime import HEARTBEAT
+from cxrjax.studies.single import evaluate_run
 from cxrjax.train.loop import train
 from cxrjax.train.metrics import read_metrics
 
@@ -29,18 +33,21 @@ def free_port() -> int:
 
 
 def launch(overrides, directory: Path, processes: int, *, differing: str = "") -> list[subprocess.Popen]:
-    """As many processes of the command line, sharing four devices; the last may have one more override."""
+    """Processes that train; the last may have one more override."""
+    words = ["train", "--config", "demo:32", "--workdir", str(directory), *(f"--config.{word}" for word in overrides)]
+    return start(words, processes, last=[f"--config.{differing}"] if differing else [])
+
+
+def start(words: list[str], processes: int, last: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """As many processes of the command line, sharing four devices; the last may have more words."""
     devices, coordinator = 4 // processes, f"localhost:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     started = []
     for number in range(processes):
-        more = [differing] if differing and number == processes - 1 else []
-        words = ["train", "--config", "demo:32", "--workdir", str(directory)]
-        words += ["--coordinator", coordinator, "--processes", str(processes), "--process", str(number)]
-        words += [f"--config.{word}" for word in (*overrides, *more)]
+        joining = ["--coordinator", coordinator, "--processes", str(processes), "--process", str(number)]
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "cxrjax.cli", *words],
+                [sys.executable, "-m", "cxrjax.cli", *words, *joining, *(last if number == processes - 1 else ())],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
@@ -97,6 +104,23 @@ def test_processes_reach_the_numbers_of_one(alone, tmp_path, processes):
         assert off < 1e-3
 
 
+def test_processes_evaluate_as_one_and_the_first_writes(alone, tmp_path):
+    _, directory = alone
+    evaluate_run(directory, resamples=20, mesh=(1, 1))
+    written = {name: directory / "predictions" / f"test.{name}" for name in ("parquet", "json")}
+    wanted = Predictions.read(written["parquet"])
+    for file in written.values():
+        file.unlink()
+    result = tmp_path / "result.json"
+    words = ["evaluate", str(directory), "--resamples", "20", "--mesh", "data=2,space=2", "--json", str(result)]
+    ended = finish(start(words, 2))
+    assert [code for code, _ in ended] == [0, 0], ended
+    found = Predictions.read(written["parquet"])
+    assert found.id.tolist() == wanted.id.tolist()
+    np.testing.assert_allclose(found.logit, wanted.logit, rtol=1e-4, atol=1e-5)
+    assert json.loads(result.read_text()) == json.loads(written["json"].read_text())
+
+
 @pytest.mark.slow
 def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
     overrides, _ = alone
@@ -109,7 +133,8 @@ def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
     assert code == 1
     assert "another process" in errors
     epochs = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] // 4 + 2
-    train(configs.load("demo:32", [*overrides, "mesh.data=2", f"train.epochs={epochs}"]), tmp_path, mean_auroc)
+    other = [*overrides, "mesh.data=2", "mesh.space=2", f"train.epochs={epochs}"]
+    train(configs.load("demo:32", other), tmp_path, mean_auroc)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 4 * epochs
 
 
