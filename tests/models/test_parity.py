@@ -104,8 +104,8 @@ def compiled(parity, monkeypatch) -> Callable[[Callable], Callable]:
         return partial(jax.jit, compiler_options=FAST_COMPILE)
 
     @cache
-    def by_layer(method: Callable, _remat: str) -> Callable:
-        return nnx.jit(method, static_argnums=(2,), graph=False)
+    def by_layer(method: Callable, _remat: str, level: str = "layer") -> Callable:
+        return nnx.jit(method, static_argnums=(2,), graph=False) if level == "layer" else method
 
     monkeypatch.setattr(hrnet, "recomputed", by_layer)
     return lambda run: run

@@ -249,7 +249,7 @@ def test_the_effective_batch_is_the_tables_on_any_number_of_devices(tiny):
 
 def test_a_batch_that_the_images_at_once_do_not_divide_is_refused_with_the_mend(tiny):
     config = tiny("train.batch=42", "mesh.data=2", "train.per_device=4")
-    with pytest.raises(CxrError, match=r"2 devices x 4 images\); set train\.per_device to a divisor of 21"):
+    with pytest.raises(CxrError, match=r"2 devices x 4 images\): set train\.per_device to a divisor of 21"):
         _ = Experiment.open(config).accumulate
 
 
