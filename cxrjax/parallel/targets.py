@@ -138,3 +138,11 @@ TARGETS = {
         Target("v6e", "TPU v6e", 32 << 30, 918e12, 1.64e12, 448e9, tpu="v6e"),
     )
 }
+
+_TPUS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+"""How JAX calls those that it calls otherwise."""
+
+
+def target_of(kind: str) -> Target | None:
+    """The target that JAX calls so (`device.device_kind`), if it is one of `TARGETS`."""
+    return next((each for each in TARGETS.values() if each.kind == kind or each.name == _TPUS.get(kind)), None)

@@ -248,10 +248,10 @@ def _floor(jaxpr: Any, compiled: Any, kind: str, devices: int) -> float | None:
     Recomputed products count as arithmetic, as they are done.
     """
     from cxrjax.parallel.needs import moved
-    from cxrjax.parallel.targets import TARGETS
+    from cxrjax.parallel.targets import target_of
     from cxrjax.studies.catalogue import multiply_adds
 
-    target = next((each for each in TARGETS.values() if each.kind.split("-")[0] == kind.split("-")[0]), None)
+    target = target_of(kind)
     if target is None:
         return None
     return max(2 * multiply_adds(jaxpr) / devices / target.flops, moved(compiled) / target.bandwidth)

@@ -13,11 +13,8 @@ from cxrjax.config import Config, load, with_overrides
 from cxrjax.console import bar, stderr
 from cxrjax.errors import CxrError
 from cxrjax.models.layers import REMATS
-from cxrjax.parallel.targets import TARGETS, Target
+from cxrjax.parallel.targets import Target, target_of
 from cxrjax.studies.planning import Plan, estimate, plan
-
-TPUS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
-"""How JAX calls those of `TARGETS` that it calls otherwise."""
 
 OTHERS = {
     "evaluate": "--batch N with N below the config's evaluate.batch",
@@ -74,14 +71,13 @@ def less(config: Config) -> Iterator[list[str]]:
 
 def planned_for(device: Any) -> tuple[Target, Any]:
     """The device as the plan knows it, and what plans for it: a compiler where there is one, else an estimate."""
-    name = TPUS.get(device.device_kind, "")
-    for target in TARGETS.values():
-        if device.device_kind == target.kind or target.name == name:
-            try:
-                target.devices(1 if target.gpu else 4)
-            except CxrError:
-                return target, estimate
-            return target, plan
+    target = target_of(device.device_kind)
+    if target is not None:
+        try:
+            target.devices(1 if target.gpu else 4)
+        except CxrError:
+            return target, estimate
+        return target, plan
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     return Target(device.device_kind, device.device_kind, memory, 1.0, 1.0, 1.0), estimate
 

@@ -1,7 +1,10 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cxrjax.errors import CxrError
 from cxrjax.models.heads import Classifier
@@ -108,3 +111,26 @@ def test_dropout_keeps_the_mean_and_needs_a_key_in_training():
     np.testing.assert_array_equal(dropped, head(maps, train=False, key=jax.random.key(0))[:, 0])
     with pytest.raises(CxrError, match="random key"):
         head(maps, train=True)
+
+
+@pytest.mark.parametrize(("wanted", "products"), [((0,), 2), ((1,), 2), ((0, 1), 3)])
+def test_a_kernels_gradient_comes_first_where_both_are_wanted_and_is_not_made_where_it_is_not(wanted, products):
+    """Forward, and one convolution for each gradient that is wanted."""
+    layer = Maker("float32", 0).conv(3, 4, 3, padding=1)
+    graph, kernel = nnx.split(layer)
+
+    def cost(maps, kernel):
+        return jnp.square(nnx.merge(graph, kernel)(maps)).sum()
+
+    def plain(maps, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        made = jax.lax.conv_general_dilated(maps, kernel["kernel"][...], (1, 1), "SAME", dimension_numbers=dimensions)
+        return jnp.square(made).sum()
+
+    maps = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    gradient = jax.jit(jax.grad(cost, wanted))
+    text = gradient.lower(maps, kernel).compile().as_text()
+    assert len(re.findall(r" convolution\(", text)) == products
+    assert ("optimization_barrier" in str(gradient.trace(maps, kernel).jaxpr)) == (len(wanted) == 2)
+    for found, expected in zip(gradient(maps, kernel), jax.grad(plain, wanted)(maps, kernel), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)

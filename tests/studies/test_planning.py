@@ -13,7 +13,7 @@ from cxrjax import config as configs
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
-from cxrjax.parallel.targets import TARGETS, Target
+from cxrjax.parallel.targets import TARGETS, Target, target_of
 from cxrjax.studies import planning
 
 SMALL = ("model.options.growth=4", "model.options.blocks=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
@@ -141,3 +141,12 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
 def test_unknown_devices_are_named(capsys):
     assert cli.main(["plan", "--config", "demo:32", "--device", "gtx"]) == 1
     assert "h200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
+     ("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("cpu", None)],
+)  # fmt: skip
+def test_devices_that_are_here_are_known_by_what_jax_calls_them(kind, name):
+    assert getattr(target_of(kind), "name", None) == name
