@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from rich import box
 from rich.table import Table
 
@@ -140,14 +140,28 @@ def entries(names: Sequence[str] = (), *, size: int = 224, classes: int = 14) ->
 def multiply_adds(jaxpr: Jaxpr) -> int:
     """Multiply-adds of a program's convolutions and matrix products, as papers count them.
 
-    Products with padding count, element-wise operations do not. (XLA's own analysis leaves out the former, counts the
-    latter, and sees a device's substitutes for convolutions.) Of alternatives the most expensive counts, of a loop
-    without a fixed number of rounds one round.
+    Products with padding count, element-wise operations and what no result needs do not. (XLA's own analysis leaves out
+    the first, counts the second, and sees a device's substitutes for convolutions.) Of alternatives the most expensive
+    counts, of a loop without a fixed number of rounds one round.
     """
-    return sum(_multiply_adds(equation) for equation in jaxpr.eqns)
+    return _of_results(jaxpr, [True] * len(jaxpr.outvars))
 
 
-def _multiply_adds(equation: Any) -> int:
+def _of_results(jaxpr: Jaxpr, used: Sequence[bool]) -> int:
+    """Those that the used results need: compilers leave out the others."""
+    needed = {
+        result for result, is_used in zip(jaxpr.outvars, used, strict=True) if is_used and isinstance(result, Var)
+    }
+    total = 0
+    for equation in reversed(jaxpr.eqns):
+        wanted = [result in needed for result in equation.outvars]
+        if any(wanted) or equation.effects:
+            needed.update(taken for taken in equation.invars if isinstance(taken, Var))
+            total += _multiply_adds(equation, wanted)
+    return total
+
+
+def _multiply_adds(equation: Any, wanted: Sequence[bool]) -> int:
     name, parameters = equation.primitive.name, equation.params
     if name == "conv_general_dilated":
         outputs, kernel = equation.outvars[0].aval.size, equation.invars[1].aval
@@ -156,7 +170,10 @@ def _multiply_adds(equation: Any) -> int:
         (contracted, _), _ = parameters["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-    inner = [multiply_adds(jaxpr) for value in parameters.values() for jaxpr in _jaxprs(value)]
+    programs = [jaxpr for value in parameters.values() for jaxpr in _jaxprs(value)]
+    # A call's results are its program's; a loop's go around.
+    same = len(programs) == 1 and len(programs[0].outvars) == len(wanted) and name not in ("scan", "while")
+    inner = [_of_results(jaxpr, wanted if same else [True] * len(jaxpr.outvars)) for jaxpr in programs]
     if name == "cond":
         return max(inner)
     return sum(inner) * (parameters["length"] if name == "scan" else 1)

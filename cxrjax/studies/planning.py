@@ -39,6 +39,7 @@ class Plan:
 
     Attributes:
       target: the device's name.
+      network: its name.
       data: devices that share a batch.
       space: devices that share the rows of an image.
       size: side of the images in px.
@@ -60,6 +61,7 @@ class Plan:
     """
 
     target: str
+    network: str
     data: int
     space: int
     size: int
@@ -238,9 +240,9 @@ def _plan(
     sent = sum(call.sent for call in calls)
     kinds = [call.kind for call in calls]
     return Plan(
-        target=target.name, data=mesh[0], space=mesh[1], size=config.data.size, remat=config.model.remat, batch=batch,
-        **fixed, activations=int(activations), memory=target.memory, compiled=compiled,
-        collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
+        target=target.name, network=config.model.name, data=mesh[0], space=mesh[1], size=config.data.size,
+        remat=config.model.remat, batch=batch, **fixed, activations=int(activations), memory=target.memory,
+        compiled=compiled, collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
         moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
         network_s=sent / target.link,
     )  # fmt: skip

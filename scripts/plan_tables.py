@@ -1,0 +1,125 @@
+"""Tables and a figure of what `cxrjax plan --json FILE` wrote: those of docs/memory.md and docs/scaling.md.
+
+uv run cxrjax plan --config resolution:2048 --device h200 --sweep --remats none layer block full --meshes data=1 --json a.json
+uv run python scripts/plan_tables.py a.json ... [--figure memory.svg]
+
+Bytes an image: all that a step on one device holds beside parameters, statistics and optimiser, by its images; the
+gradients are among them.
+"""  # noqa: E501 - one command
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cxrjax.report import style
+
+Plans = list[dict[str, Any]]
+
+
+def beside_state(plan: dict[str, Any]) -> float:
+    """GB that a device holds at the peak beside parameters, statistics and optimiser."""
+    return (plan["peak"] - plan["parameters"] - plan["optimizer"]) / 1e9
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of equal keys in Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+
+
+def alone(plan: dict[str, Any]) -> bool:
+    """Whether it is of one device."""
+    return plan["data"] * plan["space"] == 1
+
+
+def about(plan: dict[str, Any]) -> dict[str, Any]:
+    """What every table begins with."""
+    return {"device": plan["target"], "network": plan["network"], "px": plan["size"]}
+
+
+def memory(plans: Plans) -> list[str]:
+    """One device: every network, size and way of recomputing."""
+    return table([
+        about(each)
+        | {
+            "remat": each["remat"],
+            "images": each["batch"],
+            "GB at the peak": f"{each['peak'] / 1e9:.2f}",
+            "GB an image": f"{beside_state(each) / each['batch']:.3f}",
+            "TFLOP an image": f"{each['flops'] / each['batch'] / 1e12:.2f}",
+            "GB moved an image": f"{each['moved'] / each['batch'] / 1e9:.0f}",
+        }
+        for each in plans
+        if alone(each)
+    ])  # fmt: skip
+
+
+def meshes(plans: Plans) -> list[str]:
+    """Several devices: what each holds beside the state, and the share of what one device holds for as many images."""
+    ones = {(*about(each).values(), each["remat"], each["batch"]): each for each in plans if alone(each)}
+    rows = []
+    for each in plans:
+        one = ones.get((*about(each).values(), each["remat"], each["batch"] // each["data"]))
+        calls = each["collectives"]
+        rows.append(
+            about(each)
+            | {
+                "data x space": f"{each['data']} x {each['space']}",
+                "images": each["batch"],
+                "GB at the peak": f"{each['peak'] / 1e9:.2f}",
+                "beside the state": f"{beside_state(each):.3f}",
+                "share": f"{beside_state(each) / beside_state(one):.3f}" if one else "",
+                "ideal": f"{1 / each['space']:.3f}",
+                "all-reduce": calls.get("all-reduce", 0),
+                "permute": calls.get("collective-permute", 0),
+                "gather": calls.get("all-gather", 0),
+                "GB sent": f"{each['sent'] / 1e9:.3f}",
+                "floor, ms": f"{1e3 * each['floor_s']:.1f}",
+            }
+        )
+    return table(rows)
+
+
+def figure(plans: Plans, file: Path) -> None:
+    """Bytes an image against the resolution, a line for each network and way of recomputing."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for each in plans:
+        if alone(each):
+            found.setdefault((each["network"], each["remat"]), {})[each["size"]] = beside_state(each) / each["batch"]
+    with style.styled():
+        drawn = Figure(figsize=(style.WIDE, 3.2), layout="constrained")
+        axes = drawn.add_subplot(xscale="log", yscale="log", xlabel="side of the images, px", ylabel="GB an image")
+        networks = list(dict.fromkeys(network for network, _ in found))
+        shades = dict(zip(networks, style.colours(len(networks)), strict=True))
+        dashes = {"none": ":", "layer": "-", "block": "--", "full": "-."}
+        for (network, remat), points in found.items():
+            axes.plot(
+                sorted(points), [points[size] for size in sorted(points)], dashes[remat], color=shades[network],
+                marker="o", markersize=2.5, label=f"{network}, {remat}",
+            )  # fmt: skip
+        sizes = sorted({size for points in found.values() for size in points})
+        axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axes.minorticks_off()
+        axes.grid(visible=True)
+        drawn.legend(loc="outside right upper")
+        style.save(drawn, file)
+
+
+def main() -> None:
+    """Prints both tables; writes the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="an SVG file")
+    options = parser.parse_args()
+    plans = [each for file in options.files for each in json.loads(file.read_text())["plans"]]
+    print("\n".join([*memory(plans), "", *meshes(plans)]))
+    if options.figure:
+        figure(plans, options.figure)
+
+
+if __name__ == "__main__":
+    main()
