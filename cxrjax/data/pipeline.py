@@ -189,7 +189,12 @@ def _stream(batch: Callable[[int], Batch], start: int, stop: int, threads: int) 
     """Batches start to stop in order, loaded by threads a little ahead of their use.
 
     Threads, not processes: decoding and warping release the interpreter's lock, and nothing is copied or left behind.
+    The first batch is loaded before they start, since it imports TFDS: two threads that both do may wait for each other
+    for ever.
     """
+    if start >= stop:
+        return
+    yield batch(start)
 
     def attempt(number: int) -> Batch | CxrError:
         try:
@@ -198,7 +203,7 @@ def _stream(batch: Callable[[int], Batch], start: int, stop: int, threads: int) 
             return error  # to be raised below: Grain would add lines of its own to the message
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
-    batches = iter(grain.MapDataset.range(start, stop).map(attempt).to_iter_dataset(options))
+    batches = iter(grain.MapDataset.range(start + 1, stop).map(attempt).to_iter_dataset(options))
     try:
         for loaded in batches:
             if isinstance(loaded, CxrError):

@@ -203,7 +203,11 @@ def test_nothing_to_train_on_is_refused():
 
 def test_work_is_done_in_threads_of_the_loader():
     data = some(11)
-    first(8, training(data, threads=2))
+    batches = training(data, threads=2)
+    next(batches)
+    assert data.records.threads == {threading.main_thread().name}
+    data.records.threads.clear()
+    first(8, batches)
     assert data.records.threads
     assert all(name.startswith("grain-prefetch") for name in data.records.threads)
 
@@ -211,8 +215,8 @@ def test_work_is_done_in_threads_of_the_loader():
 @pytest.mark.parametrize("how", ["close", "drop", "end"])
 def test_threads_end_with_the_stream(how):
     assert no_threads_left()
-    batches = evaluation_batches(some(5), size=8, batch_size=4) if how == "end" else training(some(5))
-    next(batches)
+    batches = evaluation_batches(some(9), size=8, batch_size=4) if how == "end" else training(some(5))
+    next(batches), next(batches)
     assert 1 <= len(grain_threads()) <= 2
     if how == "close":
         batches.close()
@@ -242,10 +246,10 @@ def test_only_a_few_batches_are_loaded_ahead():
     image = data.records.image
     data.records.image = lambda row, size: (reads.append(row), image(row, size))[1]
     batches = training(data, threads=2, augment=Augment())
-    next(batches)
+    next(batches), next(batches)
     time.sleep(0.2)
     batches.close()
-    assert 4 <= len(reads) <= 4 * (1 + 3)
+    assert 8 <= len(reads) <= 4 * (2 + 3)
 
 
 # --- evaluation

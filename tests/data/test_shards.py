@@ -1,6 +1,7 @@
 """Several processes: their parts are disjoint and complete, they stay in step, and their number may change."""
 
 import itertools
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,3 +99,20 @@ def test_whatever_goes_wrong_with_an_image_names_it(threads):
     batches = evaluation_batches(data, size=1, batch_size=3, threads=threads)
     with pytest.raises(CxrError, match=r"^image-7 cannot be loaded \(MemoryError: no room\)$"):
         list(batches)
+
+
+def test_the_first_batch_is_loaded_before_threads_start():
+    """What reading imports on its way must not be imported by several threads at once: Python may wait for ever."""
+    data, loaded = some(24), {}
+
+    def image(row, size):
+        loaded[row] = threading.current_thread()
+        return np.zeros((1, 1), np.uint8)
+
+    data.records.image = image
+    batches = evaluation_batches(data, size=1, batch_size=4, threads=2)
+    next(batches)
+    assert loaded == dict.fromkeys(range(4), threading.main_thread())
+    assert len(list(batches)) == 5
+    assert len(loaded) == 24
+    assert threading.main_thread() not in [loaded[row] for row in range(4, 24)]
