@@ -14,7 +14,7 @@ def out_of_memory(error: BaseException | None) -> str:
     """What a device said of the memory that it did not have, in a few words; empty for any other error."""
     while error is not None:
         text = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" in text:
+        if "RESOURCE_EXHAUSTED" in text and "No space left on device" not in text:  # which is said of disks
             known = re.search(
                 r"allocat\D*?(\d[\d.]*) ?(bytes|[KMGT]i?B)|[Uu]sed (\d[\d.]*)([KMGT]) of [\d.]+[KMGT]", text
             )

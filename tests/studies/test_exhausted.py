@@ -25,6 +25,7 @@ def raising(*_, **__):
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.15G of 15.48G hbm.", "18.4 GB"),
         ("RESOURCE_EXHAUSTED: no words", "no words"),
         ("INTERNAL: out of luck", ""),
+        ('RESOURCE_EXHAUSTED: Error writing local file "/run/x": No space left on device', ""),
     ],
 )
 def test_what_was_asked_for_is_found_in_the_words_of_every_device(text, asked):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cxrjax import config as configs
+from cxrjax.data.prepare import prepare
 from cxrjax.evaluate.auc import mean_auroc
 from cxrjax.evaluate.predict import open_run
 from cxrjax.evaluate.predictions import Predictions
@@ -153,11 +154,21 @@ def test_a_signal_to_one_stops_all_at_one_step_and_the_run_goes_on(alone, tmp_pa
 
 def test_processes_with_other_configs_are_refused(alone, tmp_path):
     overrides, _ = alone
-    ended = finish(launch(overrides, tmp_path, 2, differing="optimizer.rate=0.5"), timeout=120)
+    ended = finish(launch(overrides, tmp_path, 2, differing="optimizer.rate=0.5"), timeout=240)
     for code, errors in ended:
         assert code == 1
         assert "the processes do not have the same config: 1 of 2 differ from process 0" in errors
     assert not (tmp_path / "config.json").exists()
+
+
+def test_processes_with_other_data_are_refused(alone, tmp_path):
+    overrides, _ = alone
+    prepare("cxr_phantom", data_dir=tmp_path / "other", size=32, patients=40)
+    ended = finish(launch(overrides, tmp_path / "run", 2, differing=f"data.dir={tmp_path / 'other'}"), timeout=240)
+    for code, errors in ended:
+        assert code == 1
+        assert "the processes do not have the same data and split: 1 of 2 differ from process 0" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_first_refuses_all_refuse(alone, tmp_path):
