@@ -104,6 +104,10 @@ def figure(plans: Plans, file: Path) -> None:
         sizes = sorted({size for points in found.values() for size in points})
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axes.minorticks_off()
+        ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        values = [value for points in found.values() for value in points.values()]
+        axes.set_ylim(min(values) / 1.2, max(values) * 1.2)
         axes.grid(visible=True)
         drawn.legend(loc="outside right upper")
         style.save(drawn, file)
