@@ -29,7 +29,7 @@ def test_a_large_jpeg_is_what_a_whole_one_averaged_is(radiograph):
         assert scaled.shape == (size, size)
         assert np.abs(area - scaled).mean() < 1.3
         bilinear = np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR), int)
-        assert np.abs(area - scaled).mean() < 1.6 * np.abs(area - bilinear).mean()
+        assert np.abs(area - scaled).mean() < 1.5 * np.abs(area - bilinear).mean()
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_what_is_resized_as_ever(radiograph, format, shape, size):
     np.testing.assert_array_equal(decode_at(data, "x", size), resize(decode(data, "x"), size))
 
 
-@pytest.mark.parametrize("side", [66, 90, 110, 127])
+@pytest.mark.parametrize("side", [66, 80, 90, 101])
 def test_shrinking_keeps_means_and_does_not_alias(side):
     noise = np.random.default_rng(0).normal(128, 40, (side, side)).clip(0, 255).astype(np.uint8)
     area, quick = resize(noise, 64).astype(float), _shrink(noise.copy(), 64).astype(float)
     assert abs(area.mean() - quick.mean()) < 0.6
-    assert quick.std() == pytest.approx(area.std(), rel=0.2)  # without smoothing 110 px give 1.42 of it
+    assert quick.std() == pytest.approx(area.std(), rel=0.2)  # without smoothing 101 px give 1.32 of it
     assert np.corrcoef(area.ravel(), quick.ravel())[0, 1] > 0.92
 
 
