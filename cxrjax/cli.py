@@ -75,6 +75,11 @@ def _quiet() -> None:
 def _explain_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, CxrError):
         return str(error), 128 + getattr(error, "number", 1 - 128)
+    if type(error).__name__ == "JaxRuntimeError":  # JAX, which takes seconds to load, is there then
+        from cxrjax.parallel.runtime import lost, several
+
+        if several():
+            return str(lost(error)), 1
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause):
@@ -201,8 +206,11 @@ def _predict(arguments: argparse.Namespace) -> Any:
 
 
 def _explain(arguments: argparse.Namespace) -> Any:
+    from cxrjax.parallel.runtime import in_first
+
+    _join(arguments)
     _keep_compiled(arguments.run_directory)
-    return explaining.explain(arguments)
+    return in_first(lambda: explaining.explain(arguments))
 
 
 def _models(arguments: argparse.Namespace) -> Any:
@@ -216,6 +224,7 @@ def _models(arguments: argparse.Namespace) -> Any:
 
 def _study(arguments: argparse.Namespace) -> Any:
     spec = arguments.config or arguments.what
+    _join(arguments)
     _keep_compiled(arguments.workdir)
     if arguments.what == "resolution":
         from cxrjax.studies.resolution import resolution

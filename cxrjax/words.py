@@ -97,6 +97,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
     explain = verb("explain", "where a trained network looks: effective receptive field, or saliency maps")
     _add_run(explain)
     explaining.add_arguments(explain)
+    _add_processes(explain, "; the first explains, on its own devices")
 
     models = verb("models", "the networks: parameters, feature maps, receptive fields, GFLOPs, inputs")
     models.add_argument("names", nargs="*", metavar="NAME", help="all feature maps of these; default: a line for each")
@@ -119,6 +120,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
         "1024px-fold3; many such jobs may share a WORKDIR. Without it, what is missing is trained, and all is gathered",
     )  # fmt: skip
     _add_config(study, required=False)
+    _add_processes(study, "; all train and predict, the first explains and reports")
 
     plan = verb("plan", "whether the training step fits a machine that need not be here, and what bounds it")
     _add_recipe(plan, required=True)
@@ -185,8 +187,8 @@ def _add_recipe(parser: argparse.ArgumentParser, *, required: bool, otherwise: s
     )
 
 
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several processes", "each is given the same words but for --process")
+def _add_processes(parser: argparse.ArgumentParser, sharing: str = "") -> None:
+    group = parser.add_argument_group("several processes", f"each is given the same words but for --process{sharing}")
     group.add_argument(
         "--coordinator", default="", metavar="HOST:PORT",
         help="process 0; auto: SLURM, Open MPI, Kubernetes or a TPU pod says it, and the numbers too",

@@ -1,5 +1,6 @@
 """From a trained run to its predictions."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from cxrjax.console import bar
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import replicated
+from cxrjax.parallel.runtime import devices
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
@@ -27,7 +29,8 @@ def open_run(
     Args:
       directory: of the run.
       data_dir: where the prepared data lie now; default where they lay in training.
-      mesh: devices of its axes data and space now; default as in training where there are so many, else all on data.
+      mesh: devices of its axes data and space now; default as in training where there are so many, else as many on
+        space as divide both, and the others on data.
 
     Raises:
       CxrError: not a run, data not found, no checkpoint, or a checkpoint of another model.
@@ -38,8 +41,8 @@ def open_run(
             config.data.dir = str(data_dir)
         if mesh is not None:
             config.mesh.data, config.mesh.space = mesh
-        elif max(config.mesh.data, 1) * config.mesh.space > len(jax.devices()):  # trained on a larger machine
-            config.mesh.data, config.mesh.space = 0, 1
+        elif max(config.mesh.data, 1) * config.mesh.space > len(devices()):  # trained on a larger machine
+            config.mesh.data, config.mesh.space = 0, math.gcd(config.mesh.space, len(devices()))
     experiment = Experiment.open(config)
     same_identity(directory, experiment.fingerprints)
     network = experiment.network

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 from cxrjax.models.layers import Maker, Maps, storage
 from cxrjax.models.rows import each_row
 
-BLOCK = 1024  # queries at once: 4096 positions of 1024 px then take 16 MiB of weights an image, not 64
+WEIGHTS = 1 << 22
+"""Weights at once: 16 MiB an image, of 1024 queries at 1024 px, where there are 4096 positions, of 256 at 2048 px."""
 
 
 class Attention(nnx.Module):
@@ -45,10 +46,11 @@ def _rows(query: Maps, key: Float[Array, "B M C"], value: Float[Array, "B M C"])
 
 
 def attend(
-    query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int = BLOCK
+    query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int = 0
 ) -> Float[Array, "B N D"]:
-    """softmax(query key^T / sqrt(C)) value, `block` queries at a time."""
+    """softmax(query key^T / sqrt(C)) value, `block` queries at a time; by default as many as make `WEIGHTS`."""
     B, N, C = query.shape
+    block = block or max(WEIGHTS // key.shape[1], 1)
 
     @jax.checkpoint
     def one(part: Float[Array, "B n C"]) -> Float[Array, "B n D"]:

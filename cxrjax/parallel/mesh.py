@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
+from cxrjax.parallel import runtime
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -23,12 +24,12 @@ def make_mesh(data: int = 0, space: int = 1, devices: Sequence[Any] | None = Non
     Args:
       data: devices that share a batch; 0: as many as `space` leaves.
       space: devices that share the rows of an image.
-      devices: the devices to use; default all of the program's.
+      devices: the devices to use; default `runtime.devices()`.
 
     Raises:
       CxrError: the devices cannot be laid out so.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = runtime.devices() if devices is None else devices
     if space < 1 or (data or 1) < 1:
         raise CxrError(f"config keys mesh.data = {data} and mesh.space = {space} must be positive (mesh.data may be 0)")
     if not data and len(devices) % space:

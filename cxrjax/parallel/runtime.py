@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,9 @@ from cxrjax.console import stderr
 from cxrjax.errors import CxrError
 
 Value = TypeVar("Value")
+
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+"""Whether the others wait for what this process does with its own devices."""
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as dead, and the others stop."""
@@ -81,6 +85,7 @@ def start(
             f"no cluster was found to ask ({reason}): start through srun, mpirun, Kubernetes or a TPU pod, or give "
             "--coordinator HOST:PORT, --processes N and --process K"
         ) from error
+    multihost_utils.sync_global_devices("joined")  # now: who comes later to their first collective is given up
 
 
 def meet(host: str, port: int, processes: int, process: int, timeout: int) -> None:
@@ -146,13 +151,23 @@ def _reach(host: str, port: int, process: int, timeout: int) -> socket.socket:
 
 
 def several() -> bool:
-    """Whether there are other processes."""
-    return jax.process_count() > 1
+    """Whether there are other processes to work with; none within `in_first`."""
+    return jax.process_count() > 1 and not alone()
+
+
+def alone() -> bool:
+    """Whether this is within `in_first`, where other processes wait."""
+    return _ALONE.get()
 
 
 def first() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
+
+
+def devices() -> list[Any]:
+    """The devices to work with: those of all processes; within `in_first` those of this one."""
+    return jax.local_devices() if alone() else jax.devices()
 
 
 def agree(what: str, value: Any) -> None:
@@ -179,25 +194,42 @@ def agree(what: str, value: Any) -> None:
 
 
 def in_first(action: Callable[[], Value]) -> Value | None:
-    """Do something in process 0 alone; where it raises CxrError, every process does.
+    """Do something in process 0 alone, on its own devices; where it raises CxrError, every process does.
 
     Returns:
       What the action did in process 0, None in the others.
     """
+    if not several():
+        return action()
     result, message = None, ""
     if first():
+        mark = _ALONE.set(True)
         try:
             result = action()
         except CxrError as error:
-            if not several():
-                raise
             message = str(error)
-    if several():
-        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message.encode()))))
-        if length:
-            said = np.frombuffer(message.encode(), np.uint8) if first() else np.zeros(length, np.uint8)
-            raise CxrError(np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8).tobytes().decode())
+        finally:
+            _ALONE.reset(mark)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message.encode()))))
+    if length:
+        said = np.frombuffer(message.encode(), np.uint8) if first() else np.zeros(length, np.uint8)
+        raise CxrError(np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8).tobytes().decode())
     return result
+
+
+def decided(question: Callable[[], bool]) -> bool:
+    """What process 0 answers, in all processes: files may look otherwise to each of them."""
+    answer = in_first(question)
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer))) if several() else bool(answer)
+
+
+def lost(error: Exception, then: str = "what is done is kept") -> CxrError:
+    """What a process says whose work with the others broke off, with what comes of starting again."""
+    reason = " ".join(str(error).split())[:200]
+    return CxrError(
+        f"another process stopped or cannot be reached ({reason}); start all of them again, with any number of "
+        f"processes: {then}"
+    )
 
 
 def told_to_stop(step: int) -> list[int]:

@@ -16,6 +16,7 @@ from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
 from cxrjax.files import write_json
+from cxrjax.parallel.runtime import in_first
 from cxrjax.report import figures, style
 from cxrjax.report.content import StudyReport
 from cxrjax.report.page import write_page
@@ -23,7 +24,7 @@ from cxrjax.report.tables import csv, terminal
 from cxrjax.studies import chapters
 from cxrjax.studies.armstudy import ArmStudy, Extra
 from cxrjax.studies.single import curves, epochs, interval_text, provenance
-from cxrjax.studies.study import Member
+from cxrjax.studies.study import Member, predict_together
 from cxrjax.studies.systems import attention_fusion, fhrnet, sequential_cnn, transfer
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.stages import stage_places, train_stages
@@ -45,8 +46,10 @@ PHANTOM = "phantom-"
 """Begins the names of arms that are run on the phantom; reports leave it out."""
 
 
-def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
+def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> dict[str, Any] | None:
     """Run the whole study of a system in `directory`; what is trained already is not trained again.
+
+    Several processes train and predict together; the first of them reports.
 
     Args:
       system: one of `SYSTEMS`.
@@ -55,7 +58,8 @@ def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> d
       directory: gets `runs/`, `figures/` (SVG and PDF), `scores.csv`, `study.json` and `report/index.html`.
 
     Returns:
-      Scores of every arm, comparisons, claims and what else the chapters say, ready for JSON.
+      Scores of every arm, comparisons, claims and what else the chapters say, ready for JSON; None in all processes but
+      the first.
 
     Raises:
       CxrError: arms that are missing, come twice or are not tested on the same images; or bad input of any run.
@@ -66,12 +70,22 @@ def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> d
     configs = {name: config if staged else load(f"{recipe}:{name}", overrides) for name in config.study.arms}
     _check(system, config, configs, directory)
     if staged:
-        members = fhrnet.members(config, directory / "runs")
+        fhrnet.train(config, directory / "runs")
     else:
-        members = [_arm(each, name, directory) for name, each in configs.items()]
-    phantom = argument.startswith("phantom") or members[0].experiment.records.dataset == "cxr_phantom"
-    study = ArmStudy(system, config, members, phantom)
-    return _report(study, SYSTEMS[system](study), directory)
+        for name, each in configs.items():
+            train_stages(each, directory / "runs" / name, mean_auroc)
+            predict_together(directory / "runs" / name)
+
+    def report() -> dict[str, Any]:
+        if staged:
+            members = fhrnet.members(config, directory / "runs")
+        else:
+            members = [Member.of(_short(name), directory / "runs" / name) for name in configs]
+        phantom = argument.startswith("phantom") or members[0].experiment.records.dataset == "cxr_phantom"
+        study = ArmStudy(system, config, members, phantom)
+        return _report(study, SYSTEMS[system](study), directory)
+
+    return in_first(report)
 
 
 def _check(system: str, config: Config, configs: dict[str, Config], directory: Path) -> None:
@@ -108,12 +122,6 @@ def _check(system: str, config: Config, configs: dict[str, Config], directory: P
                 )
     for experiment in (first, *others):
         _ = experiment.identity  # pretrained weights are there, the loss and what is frozen make sense
-
-
-def _arm(config: Config, name: str, directory: Path) -> Member:
-    run = directory / "runs" / name
-    train_stages(config, run, mean_auroc)
-    return Member.of(_short(name), run)
 
 
 def _short(name: str) -> str:

@@ -26,7 +26,7 @@ def demo(directory: Path, *, recipe: str = "demo", patients: int | None = None) 
     data = directory / "data"
     options: dict[str, Any] = {} if patients is None else {"patients": patients}
     prepare(config.data.dataset, data_dir=data, size=int(config.data.stored), **options)
-    result = resolution(recipe, [f"data.dir={data}"], directory)
+    result = resolution(recipe, [f"data.dir={data}"], directory) or {}  # it is alone, and so the first
     seconds = time.perf_counter() - started
     say(f"the whole demo took {seconds / 60:.1f} minutes")
     return result | {"seconds": round(seconds, 1)}

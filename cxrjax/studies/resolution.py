@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
 from cxrjax.files import beside
+from cxrjax.parallel.runtime import in_first
 from cxrjax.report.content import Field
 from cxrjax.studies.receptive_fields import measure_field
 from cxrjax.studies.resolution_report import report
-from cxrjax.studies.study import Group, Member, Study
+from cxrjax.studies.study import Group, Member, Study, predict_together
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.run import training_in
 from cxrjax.train.stages import train_stages
@@ -41,8 +43,10 @@ class Planned:
     control: bool = False
 
 
-def resolution(spec: str, overrides: Sequence[str], directory: Path, only: str = "") -> dict[str, Any]:
+def resolution(spec: str, overrides: Sequence[str], directory: Path, only: str = "") -> dict[str, Any] | None:
     """Run the whole study in `directory`; what is done already is not done again.
+
+    Several processes train and predict together; the first of them measures and reports.
 
     Args:
       spec: a recipe, perhaps with an argument of words separated by commas: a number is a size, which the study
@@ -54,6 +58,7 @@ def resolution(spec: str, overrides: Sequence[str], directory: Path, only: str =
 
     Returns:
       Scores of every model, ensemble weights, receptive fields and claims, ready for JSON; of `only`, how far it came.
+      None in all processes but the first.
 
     Raises:
       CxrError: bad input, or another process trains one of the runs.
@@ -72,15 +77,21 @@ def resolution(spec: str, overrides: Sequence[str], directory: Path, only: str =
     measured: dict[str, list[Field]] = {}
     shared: dict[str, Records] = {}
     control = None
-    for name, each in planned.items():
-        train_stages(each.config, directory / "runs" / name, mean_auroc)
+
+    def open_and_measure(name: str, each: Planned) -> None:
+        nonlocal control
         member = _with_shared(Member.of(each.label, directory / "runs" / name), shared)
         if each.control:
             control = member
         else:
             members.setdefault(each.group, []).append(member)
             measured.setdefault(each.label, []).append(_field(member, config))
-    return report(Study(config, members, control), measured, directory)
+
+    for name, each in planned.items():
+        train_stages(each.config, directory / "runs" / name, mean_auroc)
+        predict_together(directory / "runs" / name)
+        in_first(partial(open_and_measure, name, each))
+    return in_first(lambda: report(Study(config, members, control), measured, directory))
 
 
 def plan(spec: str, overrides: Sequence[str], config: Config) -> dict[str, Planned]:
@@ -184,14 +195,19 @@ def _refuse_busy(planned: Mapping[str, Planned], directory: Path) -> None:
         )
 
 
-def _alone(planned: Planned, run: Path, config: Config) -> dict[str, Any]:
+def _alone(planned: Planned, run: Path, config: Config) -> dict[str, Any] | None:
     """One run as a job of its own: everything that the study will ask of it."""
     progress = train_stages(planned.config, run, mean_auroc)
-    member = Member.of(planned.label, run)
-    if not planned.control:
-        _field(member, config)
-    say(f"{run.name}: trained {progress.step} steps, predicted and measured: {run}")
-    return {"run": run.name, "directory": str(run), **vars(progress)}
+    predict_together(run)
+
+    def open_and_measure() -> dict[str, Any]:
+        member = Member.of(planned.label, run)
+        if not planned.control:
+            _field(member, config)
+        say(f"{run.name}: trained {progress.step} steps, predicted and measured: {run}")
+        return {"run": run.name, "directory": str(run), **vars(progress)}
+
+    return in_first(open_and_measure)
 
 
 def _with_shared(member: Member, shared: dict[str, Records]) -> Member:

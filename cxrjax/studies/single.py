@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from cxrjax.config import validate
 from cxrjax.console import say, stdout
 from cxrjax.errors import CxrError
@@ -15,7 +13,7 @@ from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.scores import Scores, score
 from cxrjax.files import write_json
-from cxrjax.parallel.runtime import agree, in_first, several
+from cxrjax.parallel.runtime import agree, in_first
 from cxrjax.report import figures, style
 from cxrjax.report.content import Curve, RunReport
 from cxrjax.report.page import write_page
@@ -55,15 +53,9 @@ def evaluate_run(
         experiment.config.evaluate.batch = batch
         validate(experiment.config)
     agree("run, data, part and mesh", [about, experiment.fingerprints, part, dict(experiment.mesh.shape)])
-    try:
-        predictions = predict(experiment, network, part)
-        validation = predictions if part == "validation" else predict(experiment, network, "validation")
-        fitted = fit_run(experiment, network, about, validation)
-    except jax.errors.JaxRuntimeError as error:
-        if not several():
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise CxrError(f"another process stopped or cannot be reached ({reason}); start all of them again") from error
+    predictions = predict(experiment, network, part)
+    validation = predictions if part == "validation" else predict(experiment, network, "validation")
+    fitted = fit_run(experiment, network, about, validation)
 
     def written() -> dict[str, Any]:
         fitted.write(directory)

@@ -20,10 +20,14 @@ from cxrjax.evaluate.sample import Sample
 from cxrjax.evaluate.scores import Scores, score_sample
 from cxrjax.files import write_json
 from cxrjax.models.network import Network
+from cxrjax.parallel.runtime import decided, in_first, several
 from cxrjax.train.experiment import Experiment
 
 STACKED, VOTED, LOGISTIC = "stacked", "voted", "logistic"
 ENSEMBLES = (STACKED, VOTED, LOGISTIC)
+
+
+_PARTS = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,40 @@ class Member:
     def of(cls, name: str, directory: Path) -> "Member":
         """Open a trained run and predict validation and test, unless both tables lie beside it already."""
         experiment, network, about = open_run(directory)
-        folder, mark = directory / "predictions", experiment.fingerprints | about
-        files, made = {part: folder / f"{part}.parquet" for part in ("validation", "test")}, folder / "made-of.json"
-        if _read(made) != mark or not all(file.is_file() for file in files.values()):
-            made.unlink(missing_ok=True)
-            for part, file in files.items():
-                predict(experiment, network, part).write(file)
-            write_json(made, mark)
-        parts = {part: Predictions.read(file) for part, file in files.items()}  # read back: the same bits each time
-        return cls(name, directory, experiment, network, **parts)
+        folder = directory / "predictions"
+        keep_predictions(experiment, network, about, folder)
+        return cls(name, directory, experiment, network, **kept_predictions(folder))
+
+
+def predict_together(directory: Path) -> None:
+    """Where there are several processes, they share the predicting of a trained run; else `Member.of` does it."""
+    if several():
+        keep_predictions(*open_run(directory), directory / "predictions")
+
+
+def keep_predictions(experiment: Experiment, network: Network, about: dict[str, Any], folder: Path) -> None:
+    """Predict validation and test, unless both tables of this checkpoint lie in the folder already."""
+    made, mark = folder / "made-of.json", experiment.fingerprints | about
+    if decided(lambda: _read(made) == mark and all(_table(folder, part).is_file() for part in _PARTS)):
+        return
+    tables = {part: predict(experiment, network, part) for part in _PARTS}
+
+    def write() -> None:
+        made.unlink(missing_ok=True)
+        for part, table in tables.items():
+            table.write(_table(folder, part))
+        write_json(made, mark)
+
+    in_first(write)
+
+
+def kept_predictions(folder: Path) -> dict[str, Predictions]:
+    """Validation and test as they were written: the same bits each time."""
+    return {part: Predictions.read(_table(folder, part)) for part in _PARTS}
+
+
+def _table(folder: Path, part: str) -> Path:
+    return folder / f"{part}.parquet"
 
 
 def _read(file: Path) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cxrjax.errors import CxrError
+from cxrjax.parallel.runtime import alone
 
 Shapes = dict[str, list]
 
@@ -76,9 +77,11 @@ class Checkpoints:
 
 
 def _manager(directory: Path, keep: int, reading: bool) -> ocp.CheckpointManager:
+    only = {"active_processes": {jax.process_index()}, "barrier_sync_key_prefix": "alone"} if alone() else {}
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=not reading, create=not reading, read_only=reading
-    )
+        max_to_keep=keep, cleanup_tmp_directories=not reading, create=not reading, read_only=reading,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(**only),  # Orbax waits for all others
+    )  # fmt: skip
     return ocp.CheckpointManager(directory, options=options, item_names=("state", "about"))
 
 

@@ -23,7 +23,7 @@ from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_json
 from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
-from cxrjax.parallel.runtime import agree, first, in_first, several, told_to_stop
+from cxrjax.parallel.runtime import agree, first, in_first, lost, several, told_to_stop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
@@ -94,7 +94,7 @@ def train(
             return trainer.run()
         except jax.errors.JaxRuntimeError as error:
             if several() and not out_of_memory(error):
-                raise lost(directory, error) from error
+                raise lost(error, f"the run goes on from the newest checkpoint in {directory}") from error
             raise
 
 
@@ -335,15 +335,6 @@ class _Trainer:
             },
         )
         save_split(experiment.split, experiment.records, self.directory / "split.csv")
-
-
-def lost(directory: Path, error: Exception) -> CxrError:
-    """What a process says whose work with the others broke off."""
-    reason = " ".join(str(error).split())[:200]
-    return CxrError(
-        f"another process stopped or cannot be reached ({reason}); start all of them again, with any number of "
-        f"processes: the run goes on from the newest checkpoint in {directory}"
-    )
 
 
 def _check_profile(steps: tuple[int, int] | None, total: int) -> None:

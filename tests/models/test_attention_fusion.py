@@ -1,5 +1,7 @@
 """The attention-fusion network: the paper's counts, attention by NumPy, weights of whole networks in its trunks."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from scipy.special import softmax
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.attention import Attention, attend
+from cxrjax.models.attention import WEIGHTS, Attention, attend
 from cxrjax.models.layers import Maker
 from cxrjax.models.network import Network, parameter_count
 
@@ -41,6 +43,18 @@ def test_memory_is_linear_in_the_number_of_positions():
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
     assert kept(8192) / kept(4096) < 2.1
+
+
+def test_the_more_positions_there_are_the_fewer_ask_at_once():
+    """2,048 queries of one device or 512 of each of four: never more than 2^22 weights."""
+
+    def most(queries: int) -> int:
+        shapes = [jax.ShapeDtypeStruct((1, n, 8), jnp.float32) for n in (queries, 8192, 8192)]
+        back = jax.make_jaxpr(lambda *a: jax.vjp(attend, *a)[1](jnp.ones(shapes[0].shape)))(*shapes)
+        return max(int(n) * int(m) for n, m in re.findall(r"f32\[1,(\d+),(\d+)\]", str(back)))
+
+    assert most(2048) == most(512) == WEIGHTS
+    assert most(256) == WEIGHTS // 2
 
 
 def test_the_module_is_linear_maps_and_attention():

@@ -1,13 +1,10 @@
 """Several processes train as one: the same numbers, one writer, one end."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,48 +19,16 @@ from cxrjax.parallel.runtime import HEARTBEAT
 from cxrjax.studies.single import evaluate_run
 from cxrjax.train.loop import train
 from cxrjax.train.metrics import read_metrics
+from tests.processes import finish, free_port, start
 
 OPTIONS = ("mesh.data=4", "train.batch=8", "augment.rotation=20", "optimizer.name=sgd",
            "optimizer.rate=0.05", "train.watch=val_loss", "train.epochs=2")  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def launch(overrides, directory: Path, processes: int, *, differing: str = "") -> list[subprocess.Popen]:
     """Processes that train; the last may have one more override."""
     words = ["train", "--config", "demo:32", "--workdir", str(directory), *(f"--config.{word}" for word in overrides)]
     return start(words, processes, last=[f"--config.{differing}"] if differing else [])
-
-
-def start(words: list[str], processes: int, last: Sequence[str] = ()) -> list[subprocess.Popen]:
-    """As many processes of the command line, sharing four devices; the last may have more words."""
-    devices, coordinator = 4 // processes, f"localhost:{free_port()}"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    started = []
-    for number in range(processes):
-        joining = ["--coordinator", coordinator, "--processes", str(processes), "--process", str(number)]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "cxrjax.cli", *words, *joining, *(last if number == processes - 1 else ())],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    return started
-
-
-def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
-    """Exit code and standard error of each; none outlives this."""
-    try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
-        return [(process.returncode, " ".join(text.split())) for process, text in zip(processes, errors, strict=True)]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
 
 
 def same_metrics(one: Path, other: Path) -> None:

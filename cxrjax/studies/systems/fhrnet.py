@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +14,17 @@ from cxrjax.config import Config, with_overrides
 from cxrjax.errors import CxrError
 from cxrjax.evaluate import tables
 from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.predict import open_run, predict
+from cxrjax.evaluate.predict import open_run
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.evaluate.scores import MEAN, score
 from cxrjax.models.fhrnet import ARCHITECTURES
+from cxrjax.models.network import Network
+from cxrjax.parallel.runtime import several
 from cxrjax.report.content import Section, Table
 from cxrjax.studies.armstudy import ArmStudy, Extra
 from cxrjax.studies.chapters import interval_cell
-from cxrjax.studies.study import Member
+from cxrjax.studies.study import Member, keep_predictions, kept_predictions, predict_together
+from cxrjax.train.experiment import Experiment
 from cxrjax.train.stages import stage_places, train_stages
 
 HEADS = ("global", "local", "fusion")
@@ -46,25 +50,39 @@ def run_of(config: Config) -> str:
     return "stages" if config.train.stages else config.train.heads
 
 
-def members(config: Config, folder: Path) -> list[Member]:
-    """Train; the arms are the stages of the run, or the heads of its network."""
+def train(config: Config, folder: Path) -> None:
+    """Train; several processes predict together then."""
     run = folder / run_of(config)
     train_stages(config, run, mean_auroc)
+    if config.train.stages:
+        for place in stage_places(config, run):
+            predict_together(place)
+    elif several():
+        for name in config.study.arms:
+            keep_predictions(*_open_head(name, run), run / "predictions" / name)
+
+
+def members(config: Config, folder: Path) -> list[Member]:
+    """The arms of what was trained: the stages of the run, or the heads of its network."""
+    run = folder / run_of(config)
     if config.train.stages:
         return [Member.of(*each) for each in zip(config.study.arms, stage_places(config, run), strict=True)]
     return [_head(name, run) for name in config.study.arms]
 
 
 def _head(name: str, run: Path) -> Member:
+    experiment, network, about = _open_head(name, run)
+    folder = run / "predictions" / name
+    keep_predictions(experiment, network, about, folder)
+    return Member(name, run, experiment, network, **kept_predictions(folder))
+
+
+def _open_head(name: str, run: Path) -> tuple[Experiment, Network, dict[str, Any]]:
     """One head of a network that was trained with all of them: the network in the stage of that head."""
-    whole, network, _ = open_run(run)
+    whole, network, about = open_run(run)
     changes = ["model.options.prediction=fusion", f"model.options.stage={name}"]
     experiment = replace(whole, config=with_overrides(whole.config, changes))
-    network = replace(network, skeleton=experiment.network.skeleton)
-    parts = {part: predict(experiment, network, part) for part in ("validation", "test")}
-    for part, table in parts.items():
-        table.write(run / "predictions" / name / f"{part}.parquet")
-    return Member(name, run, experiment, network, **parts)
+    return experiment, replace(network, skeleton=experiment.network.skeleton), about
 
 
 def add(study: ArmStudy) -> Extra:

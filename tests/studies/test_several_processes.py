@@ -1,0 +1,85 @@
+"""Several processes study and explain as one: the first opens what all have trained, on its own devices."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cxrjax import cli
+from cxrjax.evaluate.predict import open_run, predict
+from cxrjax.evaluate.predictions import Predictions
+from tests.processes import finish, start
+
+RECIPE = """
+from cxrjax.config import load
+
+
+def get_config(arg=""):
+    config = load(f"demo:{arg or 32}")
+    config.study.sizes, config.study.folds, config.study.paper = (16, 32), (), "resolution"
+    config.study.fine = config.study.coarse = config.study.control = ()
+    config.study.erf_images, config.evaluate.resamples = 2, 30
+    return config
+"""
+MORE = ("mesh.data=2", "mesh.space=2", "train.watch=val_loss", "data.findings=('Cardiomegaly','Mass')")
+RUNS = ("16px", "32px")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, tiny_overrides):
+    """The words of a study, its directory, and what its two processes wrote as JSON and said."""
+    directory = tmp_path_factory.mktemp("study")
+    recipe = directory / "recipe.py"
+    recipe.write_text(RECIPE)
+    keys = [f"--config.{each}" for each in (*tiny_overrides, *MORE)]
+    words = ["study", "resolution", "--config", str(recipe), "--workdir", str(directory / "study"), *keys]
+    ended = finish(start([*words, "--json", str(directory / "result.json")], 2))
+    assert [code for code, _ in ended] == [0, 0], ended
+    return words, directory / "study", json.loads((directory / "result.json").read_text())
+
+
+def test_all_train_and_predict_and_the_first_reports(studied):
+    _, directory, result = studied
+    assert json.loads((directory / "study.json").read_text())["scores"] == result["scores"]
+    assert (directory / "report" / "index.html").is_file()
+    for name in RUNS:
+        run = directory / "runs" / name
+        assert json.loads((run / "run.json").read_text())["processes"] == 2
+        experiment, network, _ = open_run(run, mesh=(1, 1))
+        for part in ("validation", "test"):
+            found = Predictions.read(run / "predictions" / f"{part}.parquet")
+            wanted = predict(experiment, network, part)
+            assert found.id.tolist() == wanted.id.tolist()
+            np.testing.assert_allclose(found.logit, wanted.logit, rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_finds_it_all_done(studied):
+    words, directory, result = studied
+    made = {file: file.stat().st_mtime_ns for file in (directory / "runs").glob("*/predictions/*.*")}
+    assert len(made) == len(RUNS) * len(("validation", "test", "made-of", "receptive-field"))
+    assert cli.main(words) == 0
+    again = json.loads((directory / "study.json").read_text())
+    for of in (again, result):
+        of["provenance"].pop("training, seconds", None)
+    assert again == {key: of for key, of in result.items() if key != "report"}
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+
+
+def test_the_first_explains_and_all_hear_of_its_error(studied):
+    _, directory, _ = studied
+    run = directory / "runs" / "32px"
+    ended = finish(start(["explain", str(run), "gradcam", "--images", "2"], 2))
+    assert [code for code, _ in ended] == [0, 0], ended
+    maps = run / "explain" / "gradcam" / "Mass" / "maps.npz"
+    with np.load(maps) as stored:
+        wanted = dict(stored)
+    maps.unlink()
+    assert cli.main(["explain", str(run), "gradcam", "--images", "2", "--mesh", "data=1"]) == 0
+    with np.load(maps) as stored:
+        assert stored["id"].tolist() == wanted["id"].tolist()
+        np.testing.assert_allclose(stored["map"], wanted["map"], rtol=1e-3, atol=1e-6)
+    ended = finish(start(["explain", str(run), "gradcam", "--findings", "Mars"], 2))
+    assert [code for code, _ in ended] == [1, 1]
+    assert all("Mars" in said for _, said in ended), ended
