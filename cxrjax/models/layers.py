@@ -1,6 +1,6 @@
 """The parts every family is made of: convolution, batch norm, pooling, and recomputation by layer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from cxrjax.errors import CxrError
 from cxrjax.models.depthwise import depthwise
+from cxrjax.models.folded import folds, halving
 from cxrjax.models.rows import evenly
 
 Maps = Float[Array, "B H W C"]
@@ -46,8 +47,9 @@ class _NoKeys:
 
 
 @evenly
-def _convolution(maps: Maps, kernel: Array, *args: Any, **options: Any) -> Maps:
-    return jax.lax.conv_general_dilated(*_kernel_first(maps, kernel), *args, **options)
+def _convolution(maps: Maps, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Maps:
+    convolve = halving if folds(maps, strides) else jax.lax.conv_general_dilated
+    return convolve(*_kernel_first(maps, kernel), strides, padding, **options)
 
 
 @evenly
@@ -274,18 +276,33 @@ def _max_and_place(maps: Maps, window: int, stride: int, padding: int) -> tuple[
 
 
 def _to_the_maxima(window: int, stride: int, padding: int, kept: Any, gradient: Maps) -> tuple[Maps]:
-    place, shape = kept
-    wide = gradient.astype(storage(gradient.dtype))
-    zero = jnp.zeros((), wide.dtype)
-    total = zero
-    for number, offsets in enumerate(np.ndindex(window, window)):  # in the padded maps
-        sides = [
-            (offset, side + 2 * padding - offset - (count - 1) * stride - 1, stride - 1)
-            for offset, side, count in zip(offsets, shape[1:3], gradient.shape[1:3], strict=True)
+    """Places that are `stride` apart meet the same places of windows: of each such set the sum is rounded once.
+
+    Only then are the sets put between each other, which no longer adds: no maps of full size are there in float32.
+    """
+    place, (_, *sides, _) = kept
+    wide, zero = gradient.astype(storage(gradient.dtype)), jnp.zeros((), storage(gradient.dtype))
+    sets: dict[tuple[int, ...], Array] = {}
+    for number, offsets in enumerate(np.ndindex(window, window)):
+        moves, first = zip(*(divmod(offset - padding, stride) for offset in offsets), strict=True)
+        lengths = [len(range(start, side, stride)) for start, side in zip(first, sides, strict=True)]
+        if 0 in lengths:
+            continue  # in windows of one place, which is wider than the maps: padding only
+        edges = [
+            (move, length - move - count, 0)
+            for move, length, count in zip(moves, lengths, gradient.shape[1:3], strict=True)
         ]
-        total = total + jax.lax.pad(jnp.where(place == number, wide, zero), zero, [(0, 0, 0), *sides, (0, 0, 0)])
-    rows, columns = (slice(padding, padding + side) for side in shape[1:3])
-    return (total[:, rows, columns].astype(gradient.dtype),)
+        term = jax.lax.pad(jnp.where(place == number, wide, zero), zero, [(0, 0, 0), *edges, (0, 0, 0)])
+        sets[first] = sets[first] + term if first in sets else term
+    total = jnp.zeros((), gradient.dtype)
+    for first, values in sets.items():
+        edges = [
+            (start, side - start - (length - 1) * stride - 1, stride - 1)
+            for start, side, length in zip(first, sides, values.shape[1:3], strict=True)
+        ]
+        values = values.astype(gradient.dtype)
+        total = total + jax.lax.pad(values, jnp.zeros((), values.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    return (total,)
 
 
 _largest.defvjp(_max_and_place, _to_the_maxima)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cxrjax.errors import CxrError
 from cxrjax.models.heads import Classifier
@@ -74,6 +76,39 @@ def test_pooling_leaves_out_what_fills_no_window(height, width):
     padded = max_pool(jnp.asarray(maps), 3, 2, padding=1)
     assert padded.shape == (1, (height + 1) // 2, (width + 1) // 2, 2)
     np.testing.assert_array_equal(padded[0, 0, 0], maps[0, :2, :2].max((0, 1)))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    sides=st.tuples(st.integers(4, 9), st.integers(4, 9)), window=st.integers(1, 4), stride=st.integers(1, 4),
+    data=st.data(),
+)  # fmt: skip
+def test_max_pooling_has_the_gradient_of_xlas_own(sides, window, stride, data):
+    padding = data.draw(st.integers(0, window // 2))
+    maps = np.random.default_rng(window).permutation(2 * sides[0] * sides[1] * 3).reshape(2, *sides, 3).astype(float)
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    plain = lambda maps: jax.lax.reduce_window(  # noqa: E731
+        maps, -np.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), around
+    )
+    with jax.enable_x64(True):
+        wanted, back = jax.vjp(plain, jnp.asarray(maps))
+        change = jnp.asarray(np.random.default_rng(0).normal(size=wanted.shape))
+        ours, ours_back = jax.vjp(lambda maps: max_pool(maps, window, stride, padding), jnp.asarray(maps))
+        np.testing.assert_array_equal(ours, wanted)
+        np.testing.assert_allclose(ours_back(change)[0], back(change)[0], rtol=1e-13)
+
+
+def test_max_poolings_gradient_is_rounded_once_and_goes_to_the_first_of_equals():
+    changes = np.random.default_rng(3).normal(size=(1, 4, 4, 2)).astype(np.float32)
+    maps = np.zeros((1, 9, 9, 2), np.float32)
+    maps[:, 2::2, 2::2] = 1  # each the maximum of four windows of 3 x 3
+    maps[:, 0, 0] = maps[:, 0, 1] = 2
+    in_bfloat16 = jnp.asarray(changes, jnp.bfloat16)
+    _, back = jax.vjp(lambda maps: max_pool(maps, 3, 2), jnp.asarray(maps, jnp.bfloat16))
+    _, exact = jax.vjp(lambda maps: max_pool(maps, 3, 2), jnp.asarray(maps))
+    found, [wanted] = back(in_bfloat16)[0], exact(in_bfloat16.astype(jnp.float32))
+    np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(wanted[0, 0, :2], [in_bfloat16[0, 0, 0], [0, 0]])
 
 
 def test_a_convolution_pads_and_strides_as_torch_says():
