@@ -148,7 +148,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
         "--remats", nargs="+", choices=("none", "layer", "block", "full"), help="of --sweep (default: the config's)"
     )
     plan.add_argument(
-        "--estimate", action="store_true", help="from the shapes that the backward pass keeps, without its compiler"
+        "--estimate", action="store_true", help="from the traced step, without the compiler of the device"
     )
 
     measured = verb("bench", "speed and memory of training and inference on this machine's device")

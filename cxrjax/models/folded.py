@@ -37,7 +37,7 @@ def halving(maps: Maps, kernel: Kernel, strides: Sequence[int], padding: Sides, 
       padding: zeros before and after the rows, and the columns.
       options: further arguments of `conv_general_dilated`, without dilation and groups.
     """
-    sides = tuple(map(tuple, padding))
+    sides = [(low, high) for low, high in padding]
     return jax.lax.platform_dependent(
         maps,
         kernel,

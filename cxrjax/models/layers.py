@@ -48,7 +48,7 @@ class _NoKeys:
 
 @evenly
 def _convolution(maps: Maps, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Maps:
-    convolve = halving if folds(maps, strides) else jax.lax.conv_general_dilated
+    convolve: Callable = halving if folds(maps, strides) else jax.lax.conv_general_dilated
     return convolve(*_kernel_first(maps, kernel), strides, padding, **options)
 
 

@@ -1,8 +1,7 @@
 """Will it fit? The training step of a config, compiled ahead of time for a machine that is not here."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.parallel.collectives import Collective
+from cxrjax.parallel.liveness import peak_bytes
 from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
 from cxrjax.parallel.needs import needs
 from cxrjax.parallel.targets import Target
@@ -50,7 +50,7 @@ class Plan:
       inputs: the batch.
       activations: everything else the step holds at its peak: activations, gradients, workspace that XLA knows of.
       memory: of the device.
-      compiled: whether a compiler said so; else an estimate from the shapes that the backward pass keeps.
+      compiled: whether a compiler said so; else an estimate from the traced step.
       collectives: how many calls a step makes, by kind.
       sent: bytes that leave the device in a step.
       flops: of the step on this device, two per multiply-add of its convolutions and matrix products.
@@ -129,34 +129,28 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
 
 
 def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, batch: int = 0) -> Plan:
-    """The same without a compiler for the target: from what the backward pass keeps of the forward pass.
+    """The same without a compiler for the target, from the traced step (`parallel.liveness`).
 
-    Fusion, padding, workspace and collectives are not in it: take it for a first idea. Arguments and errors are those
-    of `plan`.
+    Workspace, collectives and what a TPU pads are not in it. Arguments and errors are those of `plan`.
     """
     batch = _batch(config, data, space, batch)
-    mesh = make_mesh(1, 1, jax.devices("cpu")[:1])
-    step, state, inputs = _step(config, mesh, batch)
-    network = _network(config)
-
-    def kept(params: Any, stats: Any, image: Any) -> Any:
-        def loss(params: Any) -> Any:
-            outputs, _ = dataclasses.replace(network, params=params, stats=stats).outputs(
-                image, train=True, key=jax.random.PRNGKey(0)
-            )
-            return [logits.sum() for logits in outputs.values()]
-
-        return jax.vjp(loss, params)[1]
-
-    saved = jax.eval_shape(kept, state.params, state.stats, inputs.image)
-    parameters = _bytes(state.params)
-    activations = (_bytes(saved) - parameters) // (data * space) + parameters  # and as much for the gradient
-    fixed = _fixed(state, inputs, data, space)
+    step, state, inputs = _step(config, make_mesh(1, 1, jax.devices("cpu")[:1]), batch)
     jaxpr = step.trace(state, inputs).jaxpr.jaxpr
+
+    def on_one_device(aval: Any) -> int:
+        rank, whole = len(aval.shape), math.prod(aval.shape) * aval.dtype.itemsize
+        if rank < 2 or aval.shape[0] != batch:
+            return whole
+        maps = rank == 4 and aval.shape[1] == aval.shape[2] > 1  # which a kernel of so many rows is not, but for stems
+        return whole // (data * space if maps else data)
+
+    fixed, activations = _fixed(state, inputs, data, space), peak_bytes(jaxpr, on_one_device)
     return _plan(target, (data, space), config, batch, fixed, activations, jaxpr, [], 0.0, compiled=False)
 
 
-def largest_batch(config: Config, target: Target, *, data: int = 1, space: int = 1) -> tuple[int, list[Plan]]:
+def largest_batch(
+    config: Config, target: Target, make: Callable[..., Plan] = plan, *, data: int = 1, space: int = 1
+) -> tuple[int, list[Plan]]:
     """The largest batch of all devices that fits, a multiple of `data`, and every plan that was made to find it.
 
     Memory is nearly affine in the batch, so two plans point at the third; bisection settles the rest.
@@ -165,7 +159,7 @@ def largest_batch(config: Config, target: Target, *, data: int = 1, space: int =
     room = USABLE * target.memory
     low, high, guess = 0, 0, 1  # of the images on each data device; a high of 0 is not known yet
     while not high or high - low > 1:
-        made[guess] = plan(config, target, data=data, space=space, batch=guess * data)
+        made[guess] = make(config, target, data=data, space=space, batch=guess * data)
         low, high = (guess, high) if made[guess].fits else (low, guess)
         guess = min(max(_affine(made, room), low + 1), high - 1 if high else max(2, 8 * low))
     return low * data, [made[each] for each in sorted(made)]

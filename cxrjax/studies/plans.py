@@ -35,10 +35,9 @@ def run(arguments: argparse.Namespace) -> Any:
         meshes = [mesh_of(mesh) for mesh in arguments.meshes] or SWEEP_MESHES
         plans = _sweep(config, target, arguments.batch or 1, make, sizes, meshes, remats)
     elif arguments.largest:
-        if make is estimate:
-            raise CxrError(f"--largest needs JAX's compiler for {target.name}: {_extra(target)}")
-        batch, plans = largest_batch(config, target, data=data, space=space)
-        say(f"the largest batch that fits: {batch} images over {data} x {space} {target.kind}")
+        batch, plans = largest_batch(config, target, make, data=data, space=space)
+        estimated = ", by an estimate" if make is estimate else ""
+        say(f"the largest batch that fits: {batch} images over {data} x {space} {target.kind}{estimated}")
         stdout.print(table(plans))
         return {"largest": batch, "plans": [each.as_dict() for each in plans]}
     else:
@@ -56,10 +55,6 @@ def _installed(target: Target) -> bool:
         stderr.print(f"{error}. What follows is an estimate.", markup=False, soft_wrap=True)
         return False
     return True
-
-
-def _extra(target: Target) -> str:
-    return f"uv sync --extra {'cuda' if target.gpu else 'tpu'}"
 
 
 def _sweep(
@@ -100,7 +95,7 @@ def _sentences(made: Plan, target: Target) -> str:
     known = {name: seconds for name, seconds in times.items() if seconds}
     slowest = max(known, key=lambda name: known[name])
     bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
-    how = "as XLA's compiler for it says" if made.compiled else "estimated: no fusion, no workspace, no collectives"
+    how = "as XLA's compiler for it says" if made.compiled else "estimated, without workspace, padding and collectives"
     share = made.peak / target.memory
     fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
     setting = f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}" if target.gpu and 0.75 < share <= USABLE else ""
