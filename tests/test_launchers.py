@@ -48,6 +48,19 @@ def test_slurm_starts_the_run_and_queues_it_again_when_it_was_stopped(cluster, c
     assert arguments.coordinator == "auto"
 
 
+def test_slurm_and_the_pod_script_start_studies_too(cluster):
+    environment, log = cluster(0)
+    environment |= {"VERB": "study resolution", "DRY_RUN": "1"}
+    subprocess.run(["bash", str(SCRIPTS / "slurm.sbatch"), "resolution", "runs/s"], env=environment, check=True)
+    words = ["bash", str(SCRIPTS / "tpu_pod.sh"), "pod", "resolution", "runs/s"]
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    command = shlex.split(printed)
+    for given in (log.read_text(), command[command.index("--command") + 1]):
+        arguments = understood(shlex.split(given))
+        assert (arguments.verb, arguments.what, arguments.coordinator) == ("study", "resolution", "auto")
+        assert (arguments.config, str(arguments.workdir)) == ("resolution", "runs/s")
+
+
 def test_slurm_without_its_words_says_how(cluster):
     ended = subprocess.run(
         ["bash", str(SCRIPTS / "slurm.sbatch")], env=cluster(0)[0], capture_output=True, text=True, check=False
