@@ -208,6 +208,8 @@ def in_first(action: Callable[[], Value]) -> Value | None:
             result = action()
         except CxrError as error:
             message = str(error)
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError(str(error)) from error  # of its own devices: no other process is lost
         finally:
             _ALONE.reset(mark)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message.encode()))))

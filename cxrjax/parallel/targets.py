@@ -34,6 +34,11 @@ class Target:
     gpu: str = ""
     tpu: str = ""
 
+    @property
+    def lanes(self) -> int:
+        """The channels of maps take memory in multiples of so many."""
+        return 128 if self.tpu else 1
+
     def devices(self, count: int) -> list[Any]:
         """That many of them, as compile-only devices.
 

@@ -131,7 +131,7 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
 def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, batch: int = 0) -> Plan:
     """The same without a compiler for the target, from the traced step (`parallel.liveness`).
 
-    Workspace, collectives and what a TPU pads are not in it. Arguments and errors are those of `plan`.
+    Workspace and collectives are not in it. Arguments and errors are those of `plan`.
     """
     batch = _batch(config, data, space, batch)
     step, state, inputs = _step(config, make_mesh(1, 1, jax.devices("cpu")[:1]), batch)
@@ -141,8 +141,10 @@ def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, b
         rank, whole = len(aval.shape), math.prod(aval.shape) * aval.dtype.itemsize
         if rank < 2 or aval.shape[0] != batch:
             return whole
-        maps = rank == 4 and aval.shape[1] == aval.shape[2] > 1  # which a kernel of so many rows is not, but for stems
-        return whole // (data * space if maps else data)
+        if rank == 4 and aval.shape[1] == aval.shape[2] > 1:  # maps: of kernels only some stems' have such a shape
+            channels = aval.shape[3]
+            return whole // channels * (-(-channels // target.lanes) * target.lanes) // (data * space)
+        return whole // data
 
     fixed, activations = _fixed(state, inputs, data, space), peak_bytes(jaxpr, on_one_device)
     return _plan(target, (data, space), config, batch, fixed, activations, jaxpr, [], 0.0, compiled=False)

@@ -95,7 +95,7 @@ def _sentences(made: Plan, target: Target) -> str:
     known = {name: seconds for name, seconds in times.items() if seconds}
     slowest = max(known, key=lambda name: known[name])
     bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
-    how = "as XLA's compiler for it says" if made.compiled else "estimated, without workspace, padding and collectives"
+    how = "as XLA's compiler for it says" if made.compiled else "estimated, without workspace and collectives"
     share = made.peak / target.memory
     fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
     setting = f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}" if target.gpu and 0.75 < share <= USABLE else ""
