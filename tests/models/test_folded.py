@@ -20,7 +20,7 @@ def with_gradients(convolve, maps, kernel):
     return result, *back(jnp.cos(jnp.arange(result.size, dtype=result.dtype)).reshape(result.shape))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     halves=st.tuples(st.integers(4, 7), st.integers(4, 7)),
     size=st.integers(1, 7),

@@ -78,7 +78,7 @@ def test_pooling_leaves_out_what_fills_no_window(height, width):
     np.testing.assert_array_equal(padded[0, 0, 0], maps[0, :2, :2].max((0, 1)))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     sides=st.tuples(st.integers(4, 9), st.integers(4, 9)), window=st.integers(1, 4), stride=st.integers(1, 4),
     data=st.data(),

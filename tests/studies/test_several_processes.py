@@ -21,7 +21,13 @@ def get_config(arg=""):
     config.study.erf_images, config.evaluate.resamples = 2, 30
     return config
 """
-MORE = ("mesh.data=2", "mesh.space=2", "train.watch=val_loss", "data.findings=('Cardiomegaly','Mass')")
+MORE = (
+    "mesh.data=2",
+    "train.epochs=1",
+    "mesh.space=2",
+    "train.watch=val_loss",
+    "data.findings=('Cardiomegaly','Mass')",
+)
 RUNS = ("16px", "32px")
 
 pytestmark = pytest.mark.slow
@@ -67,7 +73,7 @@ def test_one_process_finds_it_all_done(studied):
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
-def test_the_first_explains_and_all_hear_of_its_error(studied):
+def test_the_first_explains_with_its_own_devices(studied):
     _, directory, _ = studied
     run = directory / "runs" / "32px"
     ended = finish(start(["explain", str(run), "gradcam", "--images", "2"], 2))
@@ -80,6 +86,3 @@ def test_the_first_explains_and_all_hear_of_its_error(studied):
     with np.load(maps) as stored:
         assert stored["id"].tolist() == wanted["id"].tolist()
         np.testing.assert_allclose(stored["map"], wanted["map"], rtol=1e-3, atol=1e-6)
-    ended = finish(start(["explain", str(run), "gradcam", "--findings", "Mars"], 2))
-    assert [code for code, _ in ended] == [1, 1]
-    assert all("Mars" in said for _, said in ended), ended
