@@ -41,6 +41,22 @@ def about(plan: dict[str, Any]) -> dict[str, Any]:
     return {"device": plan["target"], "network": plan["network"], "px": plan["size"]}
 
 
+def by(plan: dict[str, Any]) -> str:
+    """Who says so."""
+    return "XLA" if plan["compiled"] else "estimate"
+
+
+def of_each_once(plans: Plans) -> Plans:
+    """What was compiled stands for what was estimated as well."""
+    keys = ("target", "network", "size", "remat", "data", "space", "batch")
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for plan in plans:
+        key = tuple(plan[name] for name in keys)
+        if key not in kept or plan["compiled"]:
+            kept[key] = plan
+    return list(kept.values())
+
+
 def memory(plans: Plans) -> list[str]:
     """One device: every network, size and way of recomputing."""
     return table([
@@ -51,7 +67,8 @@ def memory(plans: Plans) -> list[str]:
             "GB at the peak": f"{each['peak'] / 1e9:.2f}",
             "GB an image": f"{beside_state(each) / each['batch']:.3f}",
             "TFLOP an image": f"{each['flops'] / each['batch'] / 1e12:.2f}",
-            "GB moved an image": f"{each['moved'] / each['batch'] / 1e9:.0f}",
+            "GB moved an image": f"{each['moved'] / each['batch'] / 1e9:.0f}" if each["compiled"] else "",
+            "by": by(each),
         }
         for each in plans
         if alone(each)
@@ -74,11 +91,17 @@ def meshes(plans: Plans) -> list[str]:
                 "beside the state": f"{beside_state(each):.3f}",
                 "share": f"{beside_state(each) / beside_state(one):.3f}" if one else "",
                 "ideal": f"{1 / each['space']:.3f}",
-                "all-reduce": calls.get("all-reduce", 0),
-                "permute": calls.get("collective-permute", 0),
-                "gather": calls.get("all-gather", 0),
-                "GB sent": f"{each['sent'] / 1e9:.3f}",
-                "floor, ms": f"{1e3 * each['floor_s']:.1f}",
+                **{
+                    word: calls.get(kind, 0) if each["compiled"] else ""
+                    for word, kind in (
+                        ("all-reduce", "all-reduce"),
+                        ("permute", "collective-permute"),
+                        ("gather", "all-gather"),
+                    )
+                },
+                "GB sent": f"{each['sent'] / 1e9:.3f}" if each["compiled"] else "",
+                "floor, ms": f"{1e3 * each['floor_s']:.1f}" if each["compiled"] else "",
+                "by": by(each),
             }
         )
     return table(rows)
@@ -119,7 +142,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="an SVG file")
     options = parser.parse_args()
-    plans = [each for file in options.files for each in json.loads(file.read_text())["plans"]]
+    plans = of_each_once([each for file in options.files for each in json.loads(file.read_text())["plans"]])
     print("\n".join([*memory(plans), "", *meshes(plans)]))
     if options.figure:
         figure(plans, options.figure)

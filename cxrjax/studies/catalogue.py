@@ -171,11 +171,15 @@ def _multiply_adds(equation: Any, wanted: Sequence[bool]) -> int:
         left = equation.invars[0].aval.shape
         return equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
     programs = [jaxpr for value in parameters.values() for jaxpr in _jaxprs(value)]
-    # A call's results are its program's; a loop's go around.
-    same = len(programs) == 1 and len(programs[0].outvars) == len(wanted) and name not in ("scan", "while")
-    inner = [_of_results(jaxpr, wanted if same else [True] * len(jaxpr.outvars)) for jaxpr in programs]
-    if name == "cond":  # the same in several ways, by platform: the last is the plain one
-        return inner[-1]
+
+    def used(program: Jaxpr) -> Sequence[bool]:
+        """A call's results are its program's; a loop's go around."""
+        same = len(program.outvars) == len(wanted) and name not in ("scan", "while")
+        return wanted if same else [True] * len(program.outvars)
+
+    inner = [_of_results(program, used(program)) for program in programs]
+    if name == "cond":  # of the ways of several platforms the last, which is the plain one
+        return inner[-1] if parameters.get("branches_platforms") else max(inner)
     return sum(inner) * (parameters["length"] if name == "scan" else 1)
 
 

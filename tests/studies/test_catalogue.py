@@ -74,6 +74,12 @@ def test_multiply_adds_of_small_programs_are_those_counted_by_hand():
     assert count(looped, matrix) == 4 * 5 * 5 * 7
     either = lambda m: jax.lax.cond(m[0, 0] > 0, lambda: (m @ m.T).sum(), lambda: m.sum())  # noqa: E731
     assert count(either, matrix) == 5 * 5 * 7
+
+    def platforms(m):
+        return jax.lax.platform_dependent(m, tpu=lambda m: m @ m.T @ m, default=lambda m: m * (m @ m.T).sum())
+
+    assert count(lambda m: platforms(m).sum(), matrix) == 5 * 5 * 7
+    assert count(jax.grad(lambda m: platforms(m).sum()), matrix) == 3 * 5 * 5 * 7
     unused = jax.checkpoint(jax.jit(lambda m: (m + 1, m @ m.T)))
     assert count(lambda m: unused(m)[0], matrix) == 0
     assert count(lambda m: unused(m)[1] + (m[:1] @ m.T) * 0, matrix) == 5 * 5 * 7 + 5 * 7
