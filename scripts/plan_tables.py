@@ -107,6 +107,23 @@ def meshes(plans: Plans) -> list[str]:
     return table(rows)
 
 
+def peaks(plans: Plans) -> list[str]:
+    """GB that a device holds at the peak, one column for each mesh; estimates in italics."""
+    found: dict[tuple[Any, ...], dict[str, str]] = {}
+    columns = list(dict.fromkeys(f"{each['data']} x {each['space']}" for each in plans))
+    for each in plans:
+        value = f"{each['peak'] / 1e9:.2f}"
+        row = found.setdefault((*about(each).values(), each["remat"]), {})
+        row[f"{each['data']} x {each['space']}"] = value if each["compiled"] else f"*{value}*"
+    names = ("device", "network", "px", "remat")
+    return table(
+        [
+            dict(zip(names, key, strict=True)) | {column: row.get(column, "") for column in columns}
+            for key, row in found.items()
+        ]
+    )
+
+
 def figure(plans: Plans, file: Path) -> None:
     """Bytes an image against the resolution, a line for each network and way of recomputing."""
     found: dict[tuple[str, str], dict[int, float]] = {}
@@ -143,7 +160,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="an SVG file")
     options = parser.parse_args()
     plans = of_each_once([each for file in options.files for each in json.loads(file.read_text())["plans"]])
-    print("\n".join([*memory(plans), "", *meshes(plans)]))
+    print("\n".join([*memory(plans), "", *meshes(plans), "", *peaks(plans)]))
     if options.figure:
         figure(plans, options.figure)
 
