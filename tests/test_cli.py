@@ -250,7 +250,8 @@ def test_the_demo_draws_trains_and_reports(tmp_path):
         "from cxrjax.config import load\n\n\ndef get_config(arg=''):\n    config = load(f'demo:{arg or 32}')\n"
         "    config.data.stored = '32'\n    config.study.sizes = (16, 32)\n    config.study.control_size = 32\n"
         "    config.train.epochs = 1\n    config.train.steps_per_epoch = 3\n    config.evaluate.resamples = 20\n"
-        "    config.study.erf_images = 2\n    return config\n"
+        "    config.study.erf_images = 2\n    options = config.model.options\n"
+        "    options.growth, options.blocks, options.stem_channels = 4, (1, 1), 4\n    return config\n"
     )
     result = demo(tmp_path / "demo", recipe=str(recipe), patients=60)
     assert Path(result["report"]).is_file()

@@ -109,13 +109,13 @@ def test_an_estimate_is_near_what_xlas_compiler_for_gpus_says(network, remat, im
 
 
 def test_the_estimate_shares_maps_among_the_devices_and_counts_the_lanes_of_tpus():
-    config = configs.load("resolution:2048")
+    config = configs.load("demo:256", [*SMALL])
     one, rows, padded = (
         planning.estimate(config, TARGETS[device], space=space, batch=1).activations
         for device, space in (("h200", 1), ("h200", 4), ("v5e", 1))
     )
-    assert rows / one == pytest.approx(0.27, abs=0.03)  # XLA's share in docs/scaling.md
-    assert 2 < padded / one < 4  # maps of 32 and 64 channels take the room of 128
+    assert 0.25 <= rows / one < 0.3  # gradients are whole on each
+    assert 8 < padded / one < 128  # maps of 1 to 12 channels take the room of 128
 
 
 @pytest.mark.parametrize(
