@@ -203,9 +203,11 @@ def peer(folder: Path, size: int, workers: int) -> Generator[int, None, None]:
     try:
         from torchvision import transforms  # pyright: ignore[reportMissingImports]
     except RuntimeError:  # a build without compiled operators, which transforms do not need
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        from torch import library as operators  # pyright: ignore[reportMissingImports]
+
+        missing = operators.Library("torchvision", "DEF")
+        missing.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        missing.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
         from torchvision import transforms  # pyright: ignore[reportMissingImports]

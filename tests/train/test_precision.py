@@ -71,6 +71,5 @@ def test_losses_in_bfloat16_are_those_of_float32_within_the_noise_of_seeds(phant
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["size"], found["seeds"], found["epochs"]) == (32, 2, 6)
-    # One pair of seeds tells the noise to a factor of two, no better: docs/precision.md has three, and longer runs.
-    assert 0 < max(found["same_seed"]) < 2 * found["between_float32_seeds"][0]
+    assert 0 < max(found["same_seed"]) < found["between_float32_seeds"][0]
     assert "bfloat16" in (tmp_path / "losses.svg").read_text()
