@@ -16,7 +16,16 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import STEM_POOLS, BatchNorm, Maker, Maps, average_pool, recomputed, summed_at_once
+from cxrjax.models.layers import (
+    STEM_POOLS,
+    BatchNorm,
+    Maker,
+    Maps,
+    Moments,
+    average_pool,
+    recomputed,
+    summed_at_once,
+)
 from cxrjax.models.options import one_of, positive
 
 
@@ -25,7 +34,8 @@ class DenseNet(Backbone):
 
     The maps of a block stay a list, one entry per layer: with `remat="layer"` each layer concatenates and normalises
     them again in the backward pass, so the memory for maps grows linearly with depth, not quadratically
-    (Pleiss et al. 2017, arXiv:1707.06990).
+    (Pleiss et al. 2017, arXiv:1707.06990). The batch's mean and variance of a map are the same for all norms that see
+    it: the first of them finds them.
 
     Args:
       classes: number of findings.
@@ -105,23 +115,24 @@ class DenseNet(Backbone):
         return named
 
     def _stem(self, images: Maps, train: bool) -> Maps:
-        return STEM_POOLS[self.stem_pool](_norm_relu(self.norm0, self.conv0(images), train))
+        return STEM_POOLS[self.stem_pool](nnx.relu(self.norm0(self.conv0(images), train=train)))
 
     def _stage(self, maps: Maps, train: bool, number: int) -> tuple[Maps, Maps]:
         """A block's maps, which cost nothing where nobody reads them, and what follows makes of them."""
-        grown = getattr(self, f"denseblock{number}")([maps], train)
+        grown, moments = getattr(self, f"denseblock{number}")([maps], train)
         whole = jnp.concatenate(grown, axis=-1)
         if number < self.blocks:
-            return whole, recomputed(Transition.__call__, self.remat)(
-                getattr(self, f"transition{number}"), grown, train
-            )
+            transition = getattr(self, f"transition{number}")
+            moments = _with_those_of_last(moments, grown, transition.norm, train)
+            return whole, recomputed(Transition.__call__, self.remat, static=(3,))(transition, grown, moments, train)
         if self.norm5 is None:
             return whole, whole
-        return whole, recomputed(DenseNet._last_norm, self.remat)(self, grown, train)
+        moments = _with_those_of_last(moments, grown, self.norm5, train)
+        return whole, recomputed(DenseNet._last_norm, self.remat, static=(3,))(self, grown, moments, train)
 
-    def _last_norm(self, maps: list[Maps], train: bool) -> Maps:
+    def _last_norm(self, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
         assert self.norm5 is not None
-        return _norm_relu(self.norm5, jnp.concatenate(maps, axis=-1), train)
+        return _norm_relu(self.norm5, maps, moments, train)
 
 
 class DenseBlock(nnx.Module):
@@ -134,13 +145,16 @@ class DenseBlock(nnx.Module):
             setattr(self, f"denselayer{number}", DenseLayer(make, channels, growth, width))
             channels += growth
 
-    def __call__(self, maps: list[Maps], train: bool) -> list[Maps]:
-        """The list of maps, grown by one entry per layer."""
+    def __call__(self, maps: list[Maps], train: bool) -> tuple[list[Maps], Moments | None]:
+        """The list of maps, with those of each layer in turn, and the moments of all but the last entry."""
+        moments = None
         for number in range(1, self.layers + 1):
             layer = getattr(self, f"denselayer{number}")
             maps = summed_at_once(maps) if self.remat != "none" else maps
-            maps = [*maps, recomputed(DenseLayer.__call__, self.remat)(layer, maps, train)]
-        return maps
+            moments = _with_those_of_last(moments, maps, layer.norm1, train)
+            own = recomputed(DenseLayer.__call__, self.remat, static=(3,))(layer, maps, moments, train)
+            maps = _fewer([*maps, own])
+        return maps, moments
 
 
 class DenseLayer(nnx.Module):
@@ -152,10 +166,10 @@ class DenseLayer(nnx.Module):
         self.norm2 = make.norm(width)
         self.conv2 = make.conv(width, growth, 3, padding=1)
 
-    def __call__(self, maps: list[Maps], train: bool) -> Maps:
-        """This layer's own maps, from all earlier ones."""
-        narrow = self.conv1(_norm_relu(self.norm1, jnp.concatenate(maps, axis=-1), train))
-        return self.conv2(_norm_relu(self.norm2, narrow, train))
+    def __call__(self, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
+        """This layer's own maps, from all earlier ones, whose moments are needed in training."""
+        narrow = self.conv1(_norm_relu(self.norm1, maps, moments, train))
+        return self.conv2(nnx.relu(self.norm2(narrow, train=train)))
 
 
 class Transition(nnx.Module):
@@ -168,13 +182,44 @@ class Transition(nnx.Module):
         self.norm = make.norm(channels)
         self.conv = make.conv(channels, outputs, 1)
 
-    def __call__(self, maps: list[Maps], train: bool) -> Maps:
-        """Maps of half the height and width, from all of a block's."""
-        return self.conv(average_pool(_norm_relu(self.norm, jnp.concatenate(maps, axis=-1), train), 2, 2))
+    def __call__(self, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
+        """Maps of half the height and width, from all of a block's, whose moments are needed in training."""
+        return self.conv(average_pool(_norm_relu(self.norm, maps, moments, train), 2, 2))
 
 
-def _norm_relu(norm: BatchNorm, maps: Maps, train: bool) -> Maps:
-    return nnx.relu(norm(maps, train=train))
+def _norm_relu(norm: BatchNorm, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
+    return nnx.relu(norm(jnp.concatenate(maps, axis=-1), train=train, moments=moments))
+
+
+def _with_those_of_last(moments: Moments | None, maps: list[Maps], norm: BatchNorm, train: bool) -> Moments | None:
+    """In training, the moments of all maps: those given, of all but the last, and what `norm` finds for the last.
+
+    Never inside what is recomputed: gradients would be added up in another order there.
+    """
+    if not train:
+        return None
+    last = norm.moments(maps[-1], first=sum(each.shape[-1] for each in maps[:-1]))
+    if moments is None:
+        return last
+    return jnp.concatenate([moments[0], last[0]]), jnp.concatenate([moments[1], last[1]])
+
+
+_READ_AT_ONCE = 10
+
+
+def _fewer(maps: list[Maps]) -> list[Maps]:
+    """The same channels in ten entries or fewer: of four in a row that are as wide one is made, but not of the last.
+
+    XLA for GPUs reads up to ten operands of a concatenation with wide loads, and more of them value by value.
+    """
+    widths = [each.shape[-1] for each in maps[:-1]]
+    if len(maps) <= _READ_AT_ONCE:
+        return maps
+    for start in range(len(widths) - 3):
+        if len(set(widths[start : start + 4])) == 1:
+            whole = jnp.concatenate(maps[start : start + 4], axis=-1)
+            return _fewer([*maps[:start], whole, *maps[start + 4 :]])
+    return maps
 
 
 _SMALL = {

@@ -178,29 +178,41 @@ class BatchNorm(nnx.Module):
         self.momentum = momentum
         self.epsilon = epsilon
 
-    def __call__(self, maps: Maps, *, train: bool) -> Maps:
-        """Normalise; in training by the batch's statistics, which also enter the running ones."""
+    def __call__(self, maps: Maps, *, train: bool, moments: "Moments | None" = None) -> Maps:
+        """Normalise; in training by the batch's statistics, which also enter the running ones.
+
+        `moments` are those statistics where they are known: `self.moments(maps)` is what they would be.
+        """
         wide = maps.astype(storage(self.dtype))
-        mean, var = self._batch_statistics(wide) if train else (self.mean[...], self.var[...])
+        if train:
+            mean, var = moments or self.moments(wide)
+            self._enter(mean, var, maps.size // maps.shape[-1])
+        else:
+            mean, var = self.mean[...], self.var[...]
         scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
         offset = self.bias[...] - mean * scale  # one multiplication and addition per value, as PyTorch does
         return (wide * _spread(scale) + _spread(offset)).astype(self.dtype)
 
-    def _batch_statistics(self, maps: Maps) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-        """Mean and biased variance of the batch; moves the running statistics."""
-        values = maps.size // maps.shape[-1]
-        if values < 2:
+    def moments(self, maps: Maps, first: int = 0) -> "Moments":
+        """Mean and biased variance of the batch, for the channels of this norm from `first` on that `maps` has."""
+        if maps.size // maps.shape[-1] < 2:
             raise CxrError("batch norm cannot train on one value per channel: use a larger batch or larger images")
         # One pass over the maps: moments about the running mean, which keeps E[x^2] - E[x]^2 from cancelling.
-        about = jax.lax.stop_gradient(self.mean[...])
-        shifted = maps - _spread(about)
+        about = jax.lax.stop_gradient(self.mean[...][first : first + maps.shape[-1]])
+        shifted = maps.astype(storage(self.dtype)) - _spread(about)
         offset = shifted.mean((0, 1, 2))
         var = jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
-        mean = about + offset
+        return about + offset, var
+
+    def _enter(self, mean: Float[Array, " C"], var: Float[Array, " C"], values: int) -> None:
+        """Move the running statistics towards those of a batch of so many values per channel."""
         for running, batch in ((self.mean, mean), (self.var, var * (values / (values - 1)))):
             moved = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(batch)
             running.set_value(moved)  # `running[...] = moved` walks all that is traced so far: quadratic in depth
-        return mean, var
+
+
+Moments = tuple[Float[Array, " C"], Float[Array, " C"]]
+"""Mean and biased variance over a batch, per channel."""
 
 
 def _spread(per_channel: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
