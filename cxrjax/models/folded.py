@@ -1,8 +1,9 @@
-"""Convolution of images that have few channels, in little memory on TPUs too.
+"""Convolution of images that have few channels, in little memory on TPUs and in less time on GPUs.
 
 For the gradient of the first kernel a TPU gives the channels of each pixel 128 lanes: of an image of 1024 px that has
 three, 537 MB in bfloat16. With every 2 x 2 pixels as the channels of one place (space to depth) there are a quarter as
-many places: 134 MB.
+many places: 134 MB. cuDNN fills three channels up to eight: an H200 took 2.26 ms for the maps and the kernel's gradient
+of 8 such images and takes 1.32 ms for twelve channels (1.39 and 0.97 ms for 64 images of 256 px).
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def folds(maps: Maps, strides: Sequence[int]) -> bool:
 
 
 def halving(maps: Maps, kernel: Kernel, strides: Sequence[int], padding: Sides, **options: Any) -> Maps:
-    """`jax.lax.conv_general_dilated` where `folds` is true; on TPUs with 2 x 2 pixels as the channels of one place.
+    """`jax.lax.conv_general_dilated` where `folds` is true; on TPUs and CUDA with 2 x 2 pixels as channels of a place.
 
     Args:
       maps: of few channels, with even sides.
@@ -38,10 +39,12 @@ def halving(maps: Maps, kernel: Kernel, strides: Sequence[int], padding: Sides, 
       options: further arguments of `conv_general_dilated`, without dilation and groups.
     """
     sides = [(low, high) for low, high in padding]
+    small = partial(on_folded, padding=sides, **options)
     return jax.lax.platform_dependent(
         maps,
         kernel,
-        tpu=partial(on_folded, padding=sides, **options),
+        tpu=small,
+        cuda=small,
         default=lambda maps, kernel: jax.lax.conv_general_dilated(maps, kernel, strides, sides, **options),
     )
 

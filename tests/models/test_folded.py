@@ -54,8 +54,10 @@ def test_odd_sides_many_channels_and_other_strides_are_left_as_they_are():
     assert not folds(jnp.zeros((1, 8, 8, 3)), (2, 1))
 
 
-@pytest.mark.parametrize(("platform", "kernel"), [("cpu", "7x7x3"), ("cuda", "7x7x3"), ("tpu", "4x4x12")])
-def test_only_tpus_get_it_also_in_the_first_layer_of_a_network(platform, kernel):
+@pytest.mark.parametrize(
+    ("platform", "kernel"), [("cpu", "7x7x3"), ("rocm", "7x7x3"), ("cuda", "4x4x12"), ("tpu", "4x4x12")]
+)
+def test_tpus_and_cuda_get_it_also_in_the_first_layer_of_a_network(platform, kernel):
     layer = Maker(np.dtype("float32"), 0).conv(3, 8, 7, stride=2, padding=3)
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     for convolve in (layer, lambda maps: halving(maps, layer.kernel[...], (2, 2), ((3, 3), (3, 3)),
