@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from cxrjax.models.network import Network
@@ -85,7 +86,8 @@ def make_train_step(
         params = learning.join(params, frozen)
         metrics = {
             "loss": cost.astype(jnp.float32),
-            "gradient_norm": optax.tree.norm(gradient).astype(jnp.float32),
+            # As one vector, which a flattened optimiser takes too: else each parameter costs two small kernels.
+            "gradient_norm": jnp.linalg.norm(ravel_pytree(gradient)[0]).astype(jnp.float32),
             "rate": rate,
         }
         state = dataclasses.replace(state, step=state.step + 1, params=params, stats=stats, optimizer=optimizer_state)
