@@ -1,59 +1,181 @@
-"""Measures this package and PyTorch, case by case and one after the other, on one device; prints ratios.
+"""Measures this package and PyTorch on one device, each alone on it; prints ratios.
 
-python scripts/bench_against_torch.py                  # on a GPU, about 8 minutes: the goals' cases
+python scripts/bench_against_torch.py                  # on a GPU, 8 minutes at most: the goals' cases, in their order
 python scripts/bench_against_torch.py densenet121:64:2 --variants float32 --dtypes float32 --remats none
 
-It needs JAX, Flax, optax, PyTorch, torchvision, timm and this repository; nothing has to be installed of it. A case's
-ratios take the fastest of our ways that could be measured, and the fastest of PyTorch's; for memory the most frugal of
-ours against PyTorch's `amp` and `ckpt`. Rows are JSON lines (--out keeps them); goals are for an H200.
+It needs JAX, Flax, optax, PyTorch, torchvision, timm and this repository; nothing has to be installed of it. Several
+compile at once, which takes most of the time (a training step 90 s beside an H200), and then are timed one after the
+other. What has not compiled after three quarters of the time is left out; programs are kept in --cache, so that the
+same command goes on where it was. A case's ratios take the fastest of our ways that could be measured, and the fastest
+of PyTorch's; for memory the most frugal of ours against PyTorch's `amp` and `ckpt`. Rows are JSON lines (--out keeps
+them); goals are for an H200.
 """
 
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cxrjax.studies import bench  # noqa: E402  (found by the line above where nothing is installed)
+
 CASES = ("densenet121:256:64", "densenet121:512:32", "densenet121:1024:8", "densenet121:2048:2")
 SPEED = {256: 1.3, 512: 1.3, 1024: 1.5, 2048: 1.5}
 """Goals: our training images/s over the best of PyTorch's, by size in px."""
 MEMORY = {("amp", 2048): 0.35, ("ckpt", 2048): 0.7}
 """Goals: our peak memory over that of PyTorch's variant, at a size in px."""
+COMPILING = 0.75
+"""Share of the time by which all must have compiled: who has not is left out, so that the others are timed alone."""
 
 
-def measured(words: Sequence[str], python: str, seconds: float) -> list[dict[str, Any]]:
-    """The JSON lines of a command; those it printed before its time was over."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    process = subprocess.Popen([python, *words], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    try:
-        text, _ = process.communicate(timeout=max(seconds, 1))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        text, _ = process.communicate()
-        print(f"# out of time: {' '.join(words)}", flush=True)
-    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    for row in rows:
-        print(json.dumps(row), flush=True)
+@dataclass(eq=False)
+class Measurement:
+    """One process: it compiles, says that it is ready, and is timed when it gets a line.
+
+    Attributes:
+      case: ARCH:SIZE:BATCH.
+      ours: whether it is this package's.
+      about: what its row says of it.
+      words: its command.
+      printed: the lines it printed.
+      process: what runs.
+      errors: what it writes to its standard error.
+    """
+
+    case: str
+    ours: bool
+    about: dict[str, Any]
+    words: list[str]
+    printed: list[str] = field(default_factory=list)
+    process: Any = None
+    errors: IO[str] | None = None
+
+    def start(self, said: "queue.Queue[tuple[Measurement, str | None]]", cache: Path) -> None:
+        """Run it, programs kept in `cache`; each line that it prints comes to `said`, and None when it has ended."""
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (until `row` has read it)
+        # A process takes of the GPU's memory what it needs, so that the others can compile.
+        kept = {"JAX_COMPILATION_CACHE_DIR": str(cache / "jax"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch")}
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ | kept
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            self.words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env=environment, cwd=ROOT,
+        )  # fmt: skip
+        threading.Thread(target=self._read, args=(said,), daemon=True).start()
+
+    def _read(self, said: "queue.Queue[tuple[Measurement, str | None]]") -> None:
+        for line in self.process.stdout:
+            said.put((self, line.strip()))
+        self.process.wait()
+        said.put((self, None))
+
+    def go(self) -> None:
+        """It is its turn."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def row(self, out_of_time: bool = False) -> dict[str, Any]:
+        """What it measured, or why it could not; out of time, its process is ended."""
+        about = self.about | {"case": self.case, "ours": self.ours}
+        if out_of_time:
+            if self.process is not None:
+                self.process.kill()
+                self.process.wait()
+            return about | {"error": "out of time"}
+        assert self.errors is not None
+        self.errors.seek(0)
+        return about | bench.found(self.process.returncode, "\n".join(self.printed), self.errors.read())
+
+
+def measurements(options: argparse.Namespace) -> list[Measurement]:
+    """Those of all cases, case by case, ours and PyTorch's; of a case what takes longest to compile comes first."""
+    every = []
+    for word in options.cases:
+        made: list[Measurement] = []
+        _, size, batch = word.split(":")
+        about: dict[str, Any] = {"resolution": int(size), "batch": int(batch)}
+        for case in bench.cases([word], options.dtypes, options.remats, options.steps):
+            kind = about | {"variant": f"{case.dtype}, remat {case.remat}"}
+            made.append(Measurement(word, True, kind, bench.command(case, in_turn=True)))
+        inference = bench.cases([word], options.dtypes[:1], ["none"], options.steps)[0]
+        words = bench.command(replace(inference, inference=True), in_turn=True)
+        made.append(Measurement(word, True, about | {"variant": f"{inference.dtype}, inference"}, words))
+        for variant in options.variants:
+            words = [
+                options.peer_python, "scripts/bench_torch.py", word, "--variants", variant, "--steps",
+                str(options.steps), "--in-turn",
+            ]  # fmt: skip
+            made.append(Measurement(word, False, about | {"variant": variant}, words))
+        every += sorted(made, key=lambda each: not each.ours and each.about["variant"] != "compile")
+    return every
+
+
+def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Path) -> list[dict[str, Any]]:
+    """Their rows: so many compile at a time, and all that could in time are then timed one by one."""
+    end, latest = time.monotonic() + seconds, time.monotonic() + COMPILING * seconds
+    said: queue.Queue[tuple[Measurement, str | None]] = queue.Queue()
+    waiting, compiling, ready, rows = deque(wanted), set(), [], []
+
+    def heard(until: float) -> tuple[Measurement | None, str | None]:
+        """The next that was said: a line, or None where a process has ended; of nobody, where the time is over."""
+        try:
+            each, line = said.get(timeout=max(until - time.monotonic(), 0.01))
+        except queue.Empty:
+            return None, None
+        if line and line != bench.READY:
+            each.printed.append(line)
+        return each, line
+
+    def done(each: Measurement, *, out_of_time: bool = False) -> None:
+        rows.append(each.row(out_of_time))
+        print(json.dumps(rows[-1]), flush=True)
+
+    while waiting or compiling:
+        while waiting and len(compiling) < jobs:
+            compiling.add(waiting[0])
+            waiting.popleft().start(said, cache)
+        each, line = heard(latest)
+        if each is None:
+            break
+        if line in (bench.READY, None):
+            compiling.discard(each)
+        if line == bench.READY:
+            ready.append(each)
+        elif line is None:
+            done(each)
+    for each in (*compiling, *waiting):
+        done(each, out_of_time=True)
+    for each in ready:
+        each.go()
+        by, line = heard(end)
+        while by is not None and (by is not each or line is not None):
+            by, line = heard(end)
+        done(each, out_of_time=by is None)
     return rows
 
 
 def ratios(size: int, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
     """What is compared, with its goal."""
-    ours, theirs = ([row for row in rows if row.get("train_s")] for rows in (ours, theirs))
     lines = []
-    if ours and theirs:
-        for what, goal in (("train", SPEED.get(size)), ("infer", None)):
-            key = f"{what}_images_per_s"
-            fastest = [max(rows, key=lambda row, key=key: row.get(key) or 0.0) for rows in (ours, theirs)]
-            mine, other = (row.get(key) or 0.0 for row in fastest)
-            if mine and other:
-                names = " against ".join(str(row["variant"]) for row in fastest)
-                lines.append(_line(f"{what} images/s, {names}", mine / other, goal))
+    for what, goal in (("train", SPEED.get(size)), ("infer", None)):
+        key = f"{what}_images_per_s"
+        both = [[row for row in rows if row.get(key)] for rows in (ours, theirs)]
+        if all(both):
+            mine, other = (max(rows, key=lambda row, key=key: row[key]) for rows in both)
+            names = f"{mine['variant']} against {other['variant']}"
+            lines.append(_line(f"{what} images/s, {names}", mine[key] / other[key], goal))
     held = [row["train_peak_bytes"] for row in ours if row.get("train_peak_bytes")]
     for row in theirs:
         if held and row.get("train_peak_bytes"):
@@ -75,26 +197,27 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="ours")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=8, help="what is not measured by then is left out")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, cores // 4),
+        metavar="N",
+        help="how many compile at once (default: cores / 4)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "cxrjax-bench", metavar="DIR",
+        help="programs that were compiled (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--peer-python", default=sys.executable, metavar="FILE", help="the Python that has PyTorch")
     parser.add_argument("--out", type=Path, help="keep all rows, one JSON line each")
     options = parser.parse_args()
-    end = time.monotonic() + 60 * options.minutes
-    rows, lines = [], []
+    rows = measured(measurements(options), options.jobs, 60 * options.minutes, options.cache)
+    if options.out:
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for case in options.cases:
-        steps = ("--steps", str(options.steps))
-        ours = measured(
-            ("-m", "cxrjax.studies.bench", case, "--dtypes", *options.dtypes, "--remats", *options.remats, *steps),
-            sys.executable, end - time.monotonic(),
-        )  # fmt: skip
-        theirs = measured(
-            ("scripts/bench_torch.py", case, "--variants", *options.variants, *steps), options.peer_python,
-            end - time.monotonic(),
-        )  # fmt: skip
-        lines += [f"# {case}", *ratios(int(case.split(":")[1]), ours, theirs)]
-        rows += ours + theirs
-        if options.out:
-            options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print("\n".join(lines))
+        mine, other = ([row for row in rows if row["case"] == case and row["ours"] is ours] for ours in (True, False))
+        print("\n".join([f"# {case}", *ratios(int(case.split(":")[1]), mine, other)]))
 
 
 if __name__ == "__main__":

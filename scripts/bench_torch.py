@@ -14,6 +14,7 @@ device. Variants, each what a user of PyTorch would take; all keep maps channels
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,10 @@ def network(name: str, variant: str) -> Any:
     return getattr(torchvision.models, name)(weights=None, num_classes=FINDINGS, **efficient)
 
 
-def measure(name: str, size: int, batch: int, variant: str, steps: int) -> dict[str, Any]:
-    """One case, on the first GPU or else on the CPU."""
+def measure(
+    name: str, size: int, batch: int, variant: str, steps: int, turn: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """One case, on the first GPU or else on the CPU; `turn` is called when all is compiled, before it is timed."""
     import torch  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +84,15 @@ def measure(name: str, size: int, batch: int, variant: str, steps: int) -> dict[
         return {f"{what}_{key}": value for key, value in found.items()}
 
     about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    if variant == "compile":
+        step()
+        model.eval()
+        infer()
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    turn()
     trained = timed("train", step)
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
@@ -94,8 +106,16 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", metavar="ARCH:SIZE:BATCH")
     parser.add_argument("--variants", nargs="+", default=["amp"], choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--in-turn", action="store_true", help="print 'ready' when all is compiled, and wait for a line before timing"
+    )
     options = parser.parse_args()
     import torch  # pyright: ignore[reportMissingImports]
+
+    def turn() -> None:
+        if options.in_turn:
+            print("ready", flush=True)
+            sys.stdin.readline()
 
     for case in options.cases:
         name, size, batch = case.split(":")
@@ -103,7 +123,7 @@ def main() -> None:
             row: dict[str, Any] = {"framework": f"torch {torch.__version__}", "arch": name, "resolution": int(size)}
             row |= {"batch": int(batch), "variant": variant}
             try:
-                row |= measure(name, int(size), int(batch), variant, options.steps)
+                row |= measure(name, int(size), int(batch), variant, options.steps, turn)
             except torch.cuda.OutOfMemoryError:
                 row["error"] = "out of memory"
             except RuntimeError as error:  # a compiler's fault, a network without the variant

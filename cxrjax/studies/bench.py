@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -22,7 +23,9 @@ if TYPE_CHECKING:  # it is not needed to measure a case
 
 FINDINGS = 14
 WARM_UP = 3
-_ONE = "--one"  # one case, in this process
+READY = "ready"
+"""What a case's process prints when it has compiled, where it measures in turn."""
+_ONE, _IN_TURN = "--one", "--in-turn"  # one case, in this process; not before it gets a line
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str
     The values have the names of the peer's benchmark: `train_s`, `train_images_per_s`, `train_peak_bytes`, `infer_s`
     and so on, medians over the steps. Beside them:
 
-      trace_s, lower_s, compile_s, first_step_s   once, without a compilation cache
+      trace_s, lower_s, compile_s, first_step_s   once; no cache, unless JAX_COMPILATION_CACHE_DIR is set
       train_cpu_s                     median CPU time of all threads: what to compare on a busy machine
       train_dispatch_ms               median time until the call returns, while the device works on
       train_planned_bytes             arguments, results and temporaries, as the compiler counts them
@@ -105,17 +108,29 @@ def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str
 
 def _apart(case: Case) -> dict[str, Any]:
     """One measurement, by a process of its own."""
-    made = subprocess.run(
-        [sys.executable, "-m", "cxrjax.studies.bench", _ONE, json.dumps(asdict(case))],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    lines = made.stdout.splitlines()
-    if made.returncode == 0 and lines:
+    made = subprocess.run(command(case), capture_output=True, text=True, check=False)
+    return found(made.returncode, made.stdout, made.stderr)
+
+
+def command(case: Case, *, in_turn: bool = False) -> list[str]:
+    """What measures a case in a process of its own; `in_turn`: it prints `READY` once compiled, and waits for a line.
+
+    So several can compile at once and still have the device for themselves when they are timed.
+    """
+    return [
+        sys.executable, "-m", "cxrjax.studies.bench", _ONE, json.dumps(asdict(case)), *([_IN_TURN] if in_turn else [])
+    ]  # fmt: skip
+
+
+def found(code: int, printed: str, errors: str) -> dict[str, Any]:
+    """The measurement that such a process printed, or its `error`."""
+    lines = printed.splitlines()
+    if code == 0 and lines:
         return json.loads(lines[-1])
-    if "RESOURCE_EXHAUSTED" in made.stderr:
+    if "RESOURCE_EXHAUSTED" in errors:
         return {"error": "out of memory"}
-    raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", made.stderr, re.MULTILINE)
-    return {"error": raised[-1][:300] if raised else f"its process ended with code {made.returncode}"}
+    raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", errors, re.MULTILINE)
+    return {"error": raised[-1][:300] if raised else f"its process ended with code {code}"}
 
 
 def table(measured: Sequence[dict[str, Any]]) -> Any:
@@ -149,8 +164,8 @@ def table(measured: Sequence[dict[str, Any]]) -> Any:
     return made
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """One case, in this process, on its first device."""
+def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """One case, in this process, on its first device; `turn` is called when all is compiled, before it is timed."""
     import jax
     import numpy as np
     import optax
@@ -163,7 +178,8 @@ def measure(case: Case) -> dict[str, Any]:
     from cxrjax.train.state import TrainState
     from cxrjax.train.step import make_predict_step, make_train_step
 
-    jax.config.update("jax_enable_compilation_cache", False)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_enable_compilation_cache", False)
     rng = np.random.default_rng(0)
     count, side = case.batch, case.resolution
     host = Batch(
@@ -180,14 +196,21 @@ def measure(case: Case) -> dict[str, Any]:
     network = Network.of(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options))
     if case.inference:
         arguments = jax.device_put(network, replicated(mesh)), placed.image
-        return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices)
+        return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices, turn)
     optimizer = optax.flatten(optax.scale_by_adam())
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
     step = make_train_step(network, optimizer, optax.constant_schedule(1e-4), mesh)
-    return _timed(case, step, (state, placed), lambda result: (result[0], placed), mesh.devices)
+    return _timed(case, step, (state, placed), lambda result: (result[0], placed), mesh.devices, turn)
 
 
-def _timed(case: Case, step: Any, arguments: tuple, following: Callable[[Any], tuple], devices: Any) -> dict[str, Any]:
+def _timed(
+    case: Case,
+    step: Any,
+    arguments: tuple,
+    following: Callable[[Any], tuple],
+    devices: Any,
+    turn: Callable[[], object],
+) -> dict[str, Any]:
     """Compile a jitted step and time it; `following` makes the next call's arguments of a result."""
     import jax
 
@@ -198,11 +221,13 @@ def _timed(case: Case, step: Any, arguments: tuple, following: Callable[[Any], t
     moments.append(time.perf_counter())
     compiled = lowered.compile()
     moments.append(time.perf_counter())
-    result = jax.block_until_ready(step(*arguments))
-    moments.append(time.perf_counter())
-    once = dict(zip(("trace_s", "lower_s", "compile_s", "first_step_s"),
+    once = dict(zip(("trace_s", "lower_s", "compile_s"),
                     (round(after - before, 2) for before, after in pairwise(moments)),
                     strict=True))  # fmt: skip
+    turn()
+    start = time.perf_counter()
+    result = jax.block_until_ready(step(*arguments))
+    once["first_step_s"] = round(time.perf_counter() - start, 2)
 
     times = []
     for _ in range(case.steps + WARM_UP):
@@ -260,7 +285,8 @@ def _floor(jaxpr: Any, compiled: Any, kind: str, devices: int) -> float | None:
 def main() -> None:
     """Prints one JSON line a case."""
     if sys.argv[1:2] == [_ONE]:
-        print(json.dumps(measure(Case(**json.loads(sys.argv[2])))), flush=True)
+        turn = _wait if _IN_TURN in sys.argv else lambda: None
+        print(json.dumps(measure(Case(**json.loads(sys.argv[2])), turn)), flush=True)
         return
     parser = argparse.ArgumentParser(prog="python -m cxrjax.studies.bench", description=__doc__)
     add_arguments(parser)
@@ -270,6 +296,11 @@ def main() -> None:
     wanted = cases(given.cases, given.dtypes, given.remats, given.steps, mesh_of(given.mesh))
     for row in rows(wanted, inference=given.inference):
         print(json.dumps(row), flush=True)
+
+
+def _wait() -> None:
+    print(READY, flush=True)
+    sys.stdin.readline()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
