@@ -221,7 +221,7 @@ def _timed(
     moments.append(time.perf_counter())
     compiled = lowered.compile()
     moments.append(time.perf_counter())
-    once = dict(zip(("trace_s", "lower_s", "compile_s"),
+    once: dict[str, float] = dict(zip(("trace_s", "lower_s", "compile_s"),
                     (round(after - before, 2) for before, after in pairwise(moments)),
                     strict=True))  # fmt: skip
     turn()
