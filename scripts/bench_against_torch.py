@@ -167,15 +167,16 @@ def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Pa
 
 
 def ratios(size: int, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
-    """What is compared, with its goal."""
+    """What is compared, with its goal; steady: of steps that do not wait for each other."""
     lines = []
-    for what, goal in (("train", SPEED.get(size)), ("infer", None)):
+    for what, goal in (("train", SPEED.get(size)), ("train_steady", None), ("infer", None), ("infer_steady", None)):
         key = f"{what}_images_per_s"
         both = [[row for row in rows if row.get(key)] for rows in (ours, theirs)]
         if all(both):
             mine, other = (max(rows, key=lambda row, key=key: row[key]) for rows in both)
             names = f"{mine['variant']} against {other['variant']}"
-            lines.append(_line(f"{what} images/s, {names}", mine[key] / other[key], goal))
+            named = f"{what.replace('_', ', ')} images/s, {names}"
+            lines.append(_line(named, mine[key] / other[key], goal))
     held = [row["train_peak_bytes"] for row in ours if row.get("train_peak_bytes")]
     for row in theirs:
         if held and row.get("train_peak_bytes"):

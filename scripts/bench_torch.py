@@ -79,8 +79,15 @@ def measure(
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
         seconds, cpu = map(statistics.median, zip(*times[3:], strict=True))
+        start = time.perf_counter()
+        for _ in range(steps):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        steady = (time.perf_counter() - start) / steps
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
         found = {"s": seconds, "cpu_s": cpu, "images_per_s": batch / seconds, "peak_bytes": peak}
+        found["steady_images_per_s"] = batch / steady
         return {f"{what}_{key}": value for key, value in found.items()}
 
     about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}

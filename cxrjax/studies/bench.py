@@ -91,6 +91,7 @@ def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str
     and so on, medians over the steps. Beside them:
 
       trace_s, lower_s, compile_s, first_step_s   once; no cache, unless JAX_COMPILATION_CACHE_DIR is set
+      train_steady_images_per_s       of steps one after the other without waiting, as training does them
       train_cpu_s                     median CPU time of all threads: what to compare on a busy machine
       train_dispatch_ms               median time until the call returns, while the device works on
       train_planned_bytes             arguments, results and temporaries, as the compiler counts them
@@ -238,6 +239,11 @@ def _timed(
         jax.block_until_ready(result)
         times.append((time.perf_counter() - start[0], time.process_time() - start[1], returned))
     seconds, cpu, dispatch = map(statistics.median, zip(*times[WARM_UP:], strict=True))
+    start = time.perf_counter()
+    for _ in range(case.steps):
+        result = step(*following(result))
+    jax.block_until_ready(result)
+    steady = (time.perf_counter() - start) / case.steps
 
     device = devices.flat[0]
     floor = _floor(traced.jaxpr.jaxpr, compiled, device.device_kind, devices.size)
@@ -246,6 +252,7 @@ def _timed(
     found: dict[str, Any] = {
         "s": seconds,
         "images_per_s": case.batch / seconds,
+        "steady_images_per_s": case.batch / steady,
         "peak_bytes": max((peak for peak in peaks if peak), default=None),
         "cpu_s": cpu,
         "dispatch_ms": 1e3 * dispatch,
