@@ -197,12 +197,7 @@ class BatchNorm(nnx.Module):
         """Mean and biased variance of the batch, for the channels of this norm from `first` on that `maps` has."""
         if maps.size // maps.shape[-1] < 2:
             raise CxrError("batch norm cannot train on one value per channel: use a larger batch or larger images")
-        # One pass over the maps: moments about the running mean, which keeps E[x^2] - E[x]^2 from cancelling.
-        about = jax.lax.stop_gradient(self.mean[...][first : first + maps.shape[-1]])
-        shifted = maps.astype(storage(self.dtype)) - _spread(about)
-        offset = shifted.mean((0, 1, 2))
-        var = jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
-        return about + offset, var
+        return _moments(maps, jax.lax.stop_gradient(self.mean[...][first : first + maps.shape[-1]]))
 
     def _enter(self, mean: Float[Array, " C"], var: Float[Array, " C"], values: int) -> None:
         """Move the running statistics towards those of a batch of so many values per channel."""
@@ -213,6 +208,31 @@ class BatchNorm(nnx.Module):
 
 Moments = tuple[Float[Array, " C"], Float[Array, " C"]]
 """Mean and biased variance over a batch, per channel."""
+
+
+@jax.custom_vjp
+def _moments(maps: Maps, about: Float[Array, " C"]) -> Moments:
+    """In the type of `about`, the running mean: in one pass, E[x^2] - E[x]^2 does not cancel about it.
+
+    The backward pass needs the maps alone, as they are, and no shifted ones of a wider type.
+    """
+    shifted = maps.astype(about.dtype) - _spread(about)
+    offset = shifted.mean((0, 1, 2))
+    return about + offset, jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
+
+
+def _moments_and_maps(maps: Maps, about: Float[Array, " C"]) -> tuple[Moments, tuple[Maps, Float[Array, " C"]]]:
+    mean, var = _moments(maps, about)
+    return (mean, var), (maps, mean)
+
+
+def _gradient_of_moments(kept: tuple[Maps, Float[Array, " C"]], gradients: Moments) -> tuple[Maps, Any]:
+    maps, mean = kept
+    of_mean, of_var = (_spread(each) * (maps.shape[-1] / maps.size) for each in gradients)
+    return (of_mean + 2 * of_var * (maps.astype(mean.dtype) - _spread(mean))).astype(maps.dtype), jnp.zeros_like(mean)
+
+
+_moments.defvjp(_moments_and_maps, _gradient_of_moments)
 
 
 def _spread(per_channel: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:

@@ -172,7 +172,12 @@ def test_folds_keep_patients_together(owners, seed, folds):
     records = table(owners)
     tested = []
     for fold in range(folds):
-        split = make_split(records, "folds", seed=seed, folds=folds, fold=fold)
+        try:
+            split = make_split(records, "folds", seed=seed, folds=folds, fold=fold)
+        except CxrError as refused:  # one patient has more images than a fold, and is all that is not tested
+            assert "leaves no image for" in str(refused)
+            assert max(np.bincount(owners)) * folds > len(owners)
+            return
         check_leakage(records, split.parts)
         tested += split.parts["test"].tolist()
     assert sorted(tested) == list(range(len(records)))
