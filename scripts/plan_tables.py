@@ -26,7 +26,9 @@ def beside_state(plan: dict[str, Any]) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of equal keys in Markdown."""
+    """Rows of equal keys in Markdown; nothing of none."""
+    if not rows:
+        return []
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
