@@ -16,17 +16,9 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import (
-    STEM_POOLS,
-    BatchNorm,
-    Maker,
-    Maps,
-    Moments,
-    average_pool,
-    recomputed,
-    summed_at_once,
-)
+from cxrjax.models.layers import BatchNorm, Maker, Maps, Moments, recomputed, summed_at_once
 from cxrjax.models.options import one_of, positive
+from cxrjax.models.pooling import STEM_POOLS, average_pool
 
 
 class DenseNet(Backbone):

@@ -16,8 +16,9 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import STEM_POOLS, Maker, Maps, recomputed
+from cxrjax.models.layers import Maker, Maps, recomputed
 from cxrjax.models.options import one_of, positive
+from cxrjax.models.pooling import STEM_POOLS
 
 
 class ResNet(Backbone):

@@ -17,8 +17,9 @@ from cxrjax.errors import CxrError
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier, drop
 from cxrjax.models.inputs import UNIT, InputSpec
-from cxrjax.models.layers import BatchNorm, Maker, Maps, max_pool, recomputed, storage
+from cxrjax.models.layers import BatchNorm, Maker, Maps, recomputed, storage
 from cxrjax.models.options import positive, share
+from cxrjax.models.pooling import max_pool
 
 
 class SequentialCNN(Backbone):

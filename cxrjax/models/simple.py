@@ -10,7 +10,8 @@ from jaxtyping import PRNGKeyArray
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import UNIT, InputSpec
-from cxrjax.models.layers import Maker, Maps, max_pool, recomputed
+from cxrjax.models.layers import Maker, Maps, recomputed
+from cxrjax.models.pooling import max_pool
 
 WIDTHS = (32, 64, 128)
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cxrjax.errors import CxrError
 from cxrjax.models.heads import Classifier
-from cxrjax.models.layers import BatchNorm, Maker, average_pool, max_pool
+from cxrjax.models.layers import BatchNorm, Maker
+from cxrjax.models.pooling import average_pool, max_pool
 
 
 def test_batch_norm_agrees_with_its_closed_form():

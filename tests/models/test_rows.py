@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from cxrjax.models.attention import _rows
 from cxrjax.models.hrnet import repeated
-from cxrjax.models.layers import _convolution, average_pool, max_pool
+from cxrjax.models.layers import _convolution
+from cxrjax.models.pooling import average_pool, max_pool
 from cxrjax.models.region import crop
 from cxrjax.parallel.collectives import collectives
 from cxrjax.parallel.mesh import make_mesh, seen_by_layers
