@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -76,27 +77,33 @@ class Measurement:
         threading.Thread(target=self._read, args=(said,), daemon=True).start()
 
     def _read(self, said: "queue.Queue[tuple[Measurement, str | None]]") -> None:
-        for line in self.process.stdout:
-            said.put((self, line.strip()))
+        with self.process.stdout as printed:
+            for line in printed:
+                said.put((self, line.strip()))
         self.process.wait()
         said.put((self, None))
 
     def go(self) -> None:
         """It is its turn."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it died since; its row says why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
 
     def row(self, out_of_time: bool = False) -> dict[str, Any]:
         """What it measured, or why it could not; out of time, its process is ended."""
         about = self.about | {"case": self.case, "ours": self.ours}
-        if out_of_time:
-            if self.process is not None:
-                self.process.kill()
-                self.process.wait()
+        if self.process is None:
             return about | {"error": "out of time"}
         assert self.errors is not None
-        self.errors.seek(0)
-        return about | bench.found(self.process.returncode, "\n".join(self.printed), self.errors.read())
+        with suppress(BrokenPipeError), self.process.stdin:
+            pass
+        with self.errors as errors:
+            if out_of_time:
+                self.process.kill()
+                self.process.wait()
+                return about | {"error": "out of time"}
+            errors.seek(0)
+            return about | bench.found(self.process.returncode, "\n".join(self.printed), errors.read())
 
 
 def measurements(options: argparse.Namespace) -> list[Measurement]:
@@ -126,17 +133,21 @@ def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Pa
     """Their rows: so many compile at a time, and all that could in time are then timed one by one."""
     end, latest = time.monotonic() + seconds, time.monotonic() + COMPILING * seconds
     said: queue.Queue[tuple[Measurement, str | None]] = queue.Queue()
-    waiting, compiling, ready, rows = deque(wanted), set(), [], []
+    waiting, compiling, ready, ended, rows = deque(wanted), set(), [], set(), []
 
-    def heard(until: float) -> tuple[Measurement | None, str | None]:
-        """The next that was said: a line, or None where a process has ended; of nobody, where the time is over."""
+    def heard(until: float) -> Measurement | None:
+        """Who was next to say that it is ready, or to print something, or to end; None where the time is over."""
         try:
             each, line = said.get(timeout=max(until - time.monotonic(), 0.01))
         except queue.Empty:
-            return None, None
-        if line and line != bench.READY:
+            return None
+        if line is None:
+            ended.add(each)
+        elif line == bench.READY:
+            ready.append(each)
+        else:
             each.printed.append(line)
-        return each, line
+        return each
 
     def done(each: Measurement, *, out_of_time: bool = False) -> None:
         rows.append(each.row(out_of_time))
@@ -146,23 +157,20 @@ def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Pa
         while waiting and len(compiling) < jobs:
             compiling.add(waiting[0])
             waiting.popleft().start(said, cache)
-        each, line = heard(latest)
+        each = heard(latest)
         if each is None:
             break
-        if line in (bench.READY, None):
-            compiling.discard(each)
-        if line == bench.READY:
-            ready.append(each)
-        elif line is None:
-            done(each)
+        if each in compiling and (each in ended or each in ready):
+            compiling.remove(each)
+            if each not in ready:
+                done(each)
     for each in (*compiling, *waiting):
         done(each, out_of_time=True)
-    for each in ready:
+    for each in list(ready):
         each.go()
-        by, line = heard(end)
-        while by is not None and (by is not each or line is not None):
-            by, line = heard(end)
-        done(each, out_of_time=by is None)
+        while each not in ended and heard(end) is not None:
+            pass
+        done(each, out_of_time=each not in ended)
     return rows
 
 
@@ -189,11 +197,11 @@ def _line(what: str, ratio: float, goal: float | None) -> str:
     return f"# {what}: {ratio:.2f}" + (f" (goal {goal})" if goal else "")
 
 
-def main() -> None:
-    """Measures and prints."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's words; by default those that the program was started with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=CASES, metavar="ARCH:SIZE:BATCH")
-    parser.add_argument("--variants", nargs="+", default=["amp", "ckpt", "compile"], help="PyTorch's")
+    parser.add_argument("--variants", nargs="*", default=["amp", "ckpt", "compile"], help="PyTorch's")
     parser.add_argument("--remats", nargs="+", default=["none", "layer"], help="ours")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="ours")
     parser.add_argument("--steps", type=int, default=10)
@@ -212,7 +220,12 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--peer-python", default=sys.executable, metavar="FILE", help="the Python that has PyTorch")
     parser.add_argument("--out", type=Path, help="keep all rows, one JSON line each")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = arguments()
     rows = measured(measurements(options), options.jobs, 60 * options.minutes, options.cache)
     if options.out:
         options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
