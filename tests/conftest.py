@@ -1,5 +1,6 @@
 """Settings for every test: 8 simulated CPU devices, no silent promotion, a compilation cache."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -57,3 +58,13 @@ def tiny_overrides(phantom_data):
 def tiny(tiny_overrides):
     """`tiny(*overrides) -> config`."""
     return lambda *more: configs.load("demo:32", [*tiny_overrides, *more])
+
+
+@pytest.fixture
+def shallow_branches(monkeypatch):
+    """FHRNet's small branches without their last stage: they compile in half the time."""
+    from cxrjax.models import fhrnet
+
+    small = fhrnet.HRNETS["hrnet_small"]
+    shallow = dataclasses.replace(small, settings={**small.settings, "modules": (1, 1)})
+    monkeypatch.setitem(fhrnet.HRNETS, "hrnet_small", shallow)

@@ -14,6 +14,8 @@ from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
 
+pytestmark = pytest.mark.usefixtures("shallow_branches")
+
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 

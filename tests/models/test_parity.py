@@ -12,6 +12,7 @@ from flax import nnx
 from parity import Parity, relative_error
 
 from cxrjax.models import create, hrnet
+from cxrjax.models.layers import undrawn
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.pretrained import load_published, published_names
 
@@ -117,7 +118,8 @@ def name_of(parity: Parity) -> str:
 
 def reference(parity: Parity, dtype: str, mode: str) -> Network:
     """The fixture's network, nudged for "inference" or "training"."""
-    model = create(name_of(parity), classes=1000, dtype=dtype, dropout=0.0)
+    with undrawn():
+        model = create(name_of(parity), classes=1000, dtype=dtype, dropout=0.0)
     load_published(model, parity.state_dict())
     network = Network.of(model)
     for path, channel, by in NUDGES.get((parity.name, mode), ()):
@@ -140,10 +142,16 @@ def at(tree: Any, path: tuple[str, ...]) -> Any:
     return reduce(lambda node, name: node[name] if name in node else node[int(name)], path, tree)
 
 
+@cache
+def paths(name: str) -> dict[str, tuple[str, ...]]:
+    """Our paths of a network's arrays by the published names."""
+    with undrawn():
+        return {published: path for path, published in published_names(create(name, classes=1000)).items()}
+
+
 def path_of(parity: Parity, key: str) -> tuple[str, ...]:
     """Our path of an array that the fixture names."""
-    names = published_names(create(name_of(parity), classes=1000))
-    return next(path for path, name in names.items() if name == parity.about[key])
+    return paths(name_of(parity))[parity.about[key]]
 
 
 def differentiated(function: Callable[[Any], Any], argument: Any, gradients: bool) -> tuple[Any, Any]:
@@ -185,7 +193,7 @@ def test_inference_agrees(parity, compiled, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_training_agrees(parity, compiled, dtype):
     gradients = compares_gradients(parity, dtype, "training")
-    paths = {key: path_of(parity, key) for key in ("first_conv", "classifier", "first_bn", "last_bn")}
+    at_path = {key: path_of(parity, key) for key in ("first_conv", "classifier", "first_bn", "last_bn")}
 
     def run(network: Network, images: jax.Array) -> Any:
         def loss(params):
@@ -194,8 +202,8 @@ def test_training_agrees(parity, compiled, dtype):
             return logits[0, 3] - 0.5 * logits[1, 3], (logits, Network.of(model).stats)
 
         gradient, (logits, stats) = differentiated(loss, network.params, gradients)
-        first, row = at(gradient, paths["first_conv"]), at(gradient, paths["classifier"])[:, 3]
-        return logits, first, row, at(stats, paths["first_bn"]), at(stats, paths["last_bn"])
+        first, row = at(gradient, at_path["first_conv"]), at(gradient, at_path["classifier"])[:, 3]
+        return logits, first, row, at(stats, at_path["first_bn"]), at(stats, at_path["last_bn"])
 
     with jax.enable_x64(dtype == "float64"):
         images = jnp.asarray(parity.images(), dtype)

@@ -45,6 +45,7 @@ def step_of(case: str, remat: str, dtype: str, **compiler):
     return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE | compiler), network
 
 
+@pytest.mark.usefixtures("shallow_branches")
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_and_statistics_are_the_same(case):
     """ "full" recomputes what the others do, and more; of the DenseNet each is tried."""

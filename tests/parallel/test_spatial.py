@@ -90,6 +90,7 @@ def compare(name, options, shape, meshes, dtype):
     return np.max(errors, axis=0), calls
 
 
+@pytest.mark.usefixtures("shallow_branches")
 @pytest.mark.parametrize(("name", "options", "shape", "meshes"), CASES)
 def test_float64(name, options, shape, meshes):
     with jax.enable_x64(True):
