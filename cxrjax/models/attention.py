@@ -35,14 +35,13 @@ class Attention(nnx.Module):
         It computes in float32 at least.
         """
         tokens, others = (maps.astype(storage(maps.dtype)) for maps in (asking, asked))
-        others = others.reshape(len(others), -1, others.shape[-1])
         return _rows(self.query(tokens), self.key(others), self.value(others)).astype(asking.dtype)
 
 
 @each_row
-def _rows(query: Maps, key: Float[Array, "B M C"], value: Float[Array, "B M C"]) -> Maps:
+def _rows(query: Maps, key: Maps, value: Maps) -> Maps:
     B, h, w, C = query.shape
-    return attend(query.reshape(B, h * w, C), key, value).reshape(B, h, w, C)
+    return attend(*(maps.reshape(B, -1, C) for maps in (query, key, value))).reshape(B, h, w, C)
 
 
 def attend(

@@ -57,6 +57,10 @@ def _depthwise(maps: Maps, kernel: Array, *args: Any, **options: Any) -> Maps:
     return depthwise(*_kernel_first(maps, kernel), *args, **options)
 
 
+def _product(maps: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    return jax.lax.dot_general(*_kernel_first(maps, kernel), *args, **options)
+
+
 @jax.custom_vjp
 def _kernel_first(maps: Maps, kernel: Array) -> tuple[Maps, Array]:
     """The same; the backward pass computes the kernel's gradient before it goes on with that of the maps.
@@ -150,6 +154,7 @@ class Maker:
             dtype=self.param_dtype,
             param_dtype=self.param_dtype,
             kernel_init=self._torch_uniform,
+            dot_general=_product,
             rngs=self._unused,
         )
 

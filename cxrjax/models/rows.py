@@ -38,18 +38,23 @@ def evenly(operation: Callable[..., Maps]) -> Callable[..., Maps]:
 
 
 def each_row(operation: Callable[..., Maps]) -> Callable[..., Maps]:
-    """An operation whose result in a row needs that row of maps, its first argument, and all of the others [B, ...].
+    """An operation whose result in a row needs that row of maps, its first argument, and all rows of other maps.
 
-    Where `space` divides the rows, each device works on its share of them, with the others whole.
+    Where `space` divides the rows, each device works on its share of them and gathers the others; of their gradients
+    it gets the sum for its own rows only.
     """
 
     @wraps(operation)
-    def on_each_device(maps: Maps, *others: Array) -> Maps:
+    def on_each_device(maps: Maps, *others: Maps) -> Maps:
         space, images = _space(), _images(maps)
-        if space == 1 or maps.shape[1] % space:
+        if space == 1 or any(each.shape[1] % space for each in (maps, *others)):
             return operation(maps, *others)
+
+        def on_a_share(maps: Maps, *others: Maps) -> Maps:
+            return operation(maps, *(jax.lax.all_gather(each, "space", axis=1, tiled=True) for each in others))
+
         share = P(images, "space")
-        return jax.shard_map(operation, in_specs=(share, *[P(images)] * len(others)), out_specs=share)(maps, *others)
+        return jax.shard_map(on_a_share, in_specs=share, out_specs=share)(maps, *others)
 
     return on_each_device
 
