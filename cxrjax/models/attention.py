@@ -1,7 +1,10 @@
 """Attention between the positions of feature maps, in memory that grows linearly with their number."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -48,17 +51,67 @@ def attend(
     query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int = 0
 ) -> Float[Array, "B N D"]:
     """softmax(query key^T / sqrt(C)) value, `block` queries at a time; by default as many as make `WEIGHTS`."""
-    B, N, C = query.shape
-    block = block or max(WEIGHTS // key.shape[1], 1)
+    N, C = query.shape[1:]
+    block = min(block or max(WEIGHTS // key.shape[1], 1), N)
+    padded = jnp.pad(query / np.sqrt(C).astype(query.dtype), ((0, 0), (0, -N % block), (0, 0)))
+    return _attend(padded, key, value, block)[:, :N]
 
-    @jax.checkpoint
-    def one(part: Float[Array, "B n C"]) -> Float[Array, "B n D"]:
-        scores = jnp.einsum("bnc,bmc->bnm", part, key) / jnp.asarray(C, part.dtype) ** 0.5
-        return jnp.einsum("bnm,bmd->bnd", jax.nn.softmax(scores, axis=-1), value)
 
-    if block >= N:
-        return one(query)
-    blocks = -(-N // block)
-    padded = jnp.pad(query, ((0, 0), (0, blocks * block - N), (0, 0)))
-    parts = padded.reshape(B, blocks, block, C).swapaxes(0, 1)
-    return jax.lax.map(one, parts).swapaxes(0, 1).reshape(B, blocks * block, -1)[:, :N]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(
+    query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int
+) -> Float[Array, "B N D"]:
+    """softmax(query key^T) value for queries that make whole blocks.
+
+    A loop of JAX's own would start from zeros that XLA makes long before, at the peak of memory: ours are made of what
+    the loop takes.
+    """
+
+    def one(number: Array, result: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        weights = _weights(_block(query, number, block), key)
+        return _with_block(result, jnp.einsum("bnm,bmd->bnd", weights, value), number, block)
+
+    B, N, _ = query.shape
+    nothing = jnp.broadcast_to(0 * query[..., :1], (B, N, value.shape[-1]))
+    return jax.lax.fori_loop(0, N // block, one, nothing)
+
+
+def _forward(query: Array, key: Array, value: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _attend(query, key, value, block), (query, key, value)
+
+
+def _backward(block: int, kept: tuple[Array, Array, Array], change: Float[Array, "B N D"]) -> tuple[Array, ...]:
+    """Gradients by query, key and value; each block's weights are computed again."""
+    query, key, value = kept
+
+    def one(number: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
+        of_query, of_key, of_value = gradients
+        asked, changed = (_block(each, number, block) for each in (query, change))
+        weights = _weights(asked, key)
+        of_weights = jnp.einsum("bnd,bmd->bnm", changed, value)
+        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
+        return (
+            _with_block(of_query, jnp.einsum("bnm,bmc->bnc", of_scores, key), number, block),
+            of_key + jnp.einsum("bnm,bnc->bmc", of_scores, asked),
+            of_value + jnp.einsum("bnm,bnd->bmd", weights, changed),
+        )
+
+    start = (0 * query, 0 * key, 0 * value)
+    return jax.lax.fori_loop(0, query.shape[1] // block, one, start)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _weights(query: Float[Array, "B n C"], key: Float[Array, "B M C"]) -> Float[Array, "B n M"]:
+    return jax.nn.softmax(jnp.einsum("bnc,bmc->bnm", query, key), axis=-1)
+
+
+def _block(rows: Float[Array, "B N C"], number: Array, block: int) -> Float[Array, "B n C"]:
+    return jax.lax.dynamic_slice_in_dim(rows, number * block, block, axis=1)
+
+
+def _with_block(
+    rows: Float[Array, "B N C"], part: Float[Array, "B n C"], number: Array, block: int
+) -> Float[Array, "B N C"]:
+    return jax.lax.dynamic_update_slice_in_dim(rows, part, number * block, axis=1)

@@ -22,14 +22,19 @@ def by_numpy(query, key, value):
     return np.einsum("bnm,bmd->bnd", softmax(scores, axis=-1), value)
 
 
-@pytest.mark.parametrize("block", [64, 16, 7])
+def at_once(query, key, value):
+    scores = jnp.einsum("bnc,bmc->bnm", query, key) / jnp.sqrt(query.shape[-1])
+    return jnp.einsum("bnm,bmd->bnd", jax.nn.softmax(scores, axis=-1), value)
+
+
+@pytest.mark.parametrize("block", [64, 25, 16, 7])
 def test_attention_in_blocks_is_attention(block):
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(2, n, c)) for n, c in ((50, 8), (30, 8), (30, 5)))
     with jax.enable_x64(True):
         ours, back = jax.vjp(lambda *arrays: attend(*arrays, block=block), *map(jnp.asarray, (query, key, value)))
         np.testing.assert_allclose(ours, by_numpy(query, key, value), rtol=1e-10, atol=1e-14)
-        whole, back_whole = jax.vjp(lambda *arrays: attend(*arrays, block=50), *map(jnp.asarray, (query, key, value)))
+        whole, back_whole = jax.vjp(at_once, *map(jnp.asarray, (query, key, value)))
         for one, other in zip(back(ours), back_whole(whole), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
