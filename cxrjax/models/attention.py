@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cxrjax.models.layers import Maker, Maps, storage
-from cxrjax.models.rows import each_row
+from cxrjax.models.rows import passed_on, shared
 
 WEIGHTS = 1 << 22
 """Weights at once: 16 MiB an image, of 1024 queries at 1024 px, where there are 4096 positions, of 256 at 2048 px."""
@@ -20,7 +20,7 @@ class Attention(nnx.Module):
 
     softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, arXiv:1706.03762), with q, k and v linear in the maps, bias
     included. Queries pass in blocks, and the backward pass computes their weights again, so that memory is linear in
-    the number of positions. Devices that share the rows of an image share the queries; each needs all keys and values.
+    the number of positions. Devices that share the rows of an image share queries, keys and values.
 
     Args:
       make: maker of the network's layers.
@@ -41,70 +41,104 @@ class Attention(nnx.Module):
         return _rows(self.query(tokens), self.key(others), self.value(others)).astype(asking.dtype)
 
 
-@each_row
-def _rows(query: Maps, key: Maps, value: Maps) -> Maps:
+@shared
+def _rows(query: Maps, key: Maps, value: Maps, *, shares: int) -> Maps:
     B, h, w, C = query.shape
-    return attend(*(maps.reshape(B, -1, C) for maps in (query, key, value))).reshape(B, h, w, C)
+    return attend(*(maps.reshape(B, -1, C) for maps in (query, key, value)), shares=shares).reshape(B, h, w, C)
 
 
 def attend(
-    query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int = 0
+    query: Float[Array, "B N C"],
+    key: Float[Array, "B M C"],
+    value: Float[Array, "B M D"],
+    block: int = 0,
+    shares: int = 1,
 ) -> Float[Array, "B N D"]:
-    """softmax(query key^T / sqrt(C)) value, `block` queries at a time; by default as many as make `WEIGHTS`."""
+    """softmax(query key^T / sqrt(C)) value, `block` queries at a time; by default as many as make `WEIGHTS`.
+
+    With `shares` of the keys and values on so many devices, these go around among them, and none ever has all (Liu,
+    Zaharia and Abbeel 2023, arXiv:2310.01889).
+    """
     N, C = query.shape[1:]
     block = min(block or max(WEIGHTS // key.shape[1], 1), N)
     padded = jnp.pad(query / np.sqrt(C).astype(query.dtype), ((0, 0), (0, -N % block), (0, 0)))
-    return _attend(padded, key, value, block)[:, :N]
+    return _attend(padded, key, value, block, shares)[:, :N]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attend(
-    query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int
+    query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int, shares: int
 ) -> Float[Array, "B N D"]:
-    """softmax(query key^T) value for queries that make whole blocks.
+    """softmax(query key^T) value for queries that make whole blocks."""
+    return _forward(query, key, value, block, shares)[0]
 
-    A loop of JAX's own would start from zeros that XLA makes long before, at the peak of memory: ours are made of what
-    the loop takes.
+
+# Loops of JAX's own would start from zeros that XLA makes long before, at the peak of memory: ours are made of what the
+# loops take.
+
+
+def _forward(query: Array, key: Array, value: Array, block: int, shares: int) -> tuple[Array, tuple[Array, ...]]:
+    """The result, and what the backward pass needs: that, its inputs, and the logarithms of the softmax's sums."""
+    kept, none = (query, key, value), 0 * query[..., :1]
+    seen = (none - jnp.inf, none, jnp.broadcast_to(none, (*query.shape[:2], value.shape[-1])))
+    for share in range(shares):
+        key, value = passed_on((key, value), shares) if share else (key, value)
+        seen = _with_share(seen, query, key, value, block)
+    top, total, result = seen
+    return result / total, (*kept, result / total, top + jnp.log(total))
+
+
+def _with_share(seen: tuple[Array, ...], query: Array, key: Array, value: Array, block: int) -> tuple[Array, ...]:
+    """The scores' maximum, the sum of their exponentials about it and of those times the values, with further keys.
+
+    (Milakov and Gimelshein 2018, arXiv:1805.02867.)
     """
 
-    def one(number: Array, result: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        weights = _weights(_block(query, number, block), key)
-        return _with_block(result, jnp.einsum("bnm,bmd->bnd", weights, value), number, block)
+    def one(number: Array, seen: tuple[Array, ...]) -> tuple[Array, ...]:
+        top, total, result = (_block(each, number, block) for each in seen)
+        scores = jnp.einsum("bnc,bmc->bnm", _block(query, number, block), key)
+        higher = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights, before = jnp.exp(scores - higher), jnp.exp(top - higher)
+        total = before * total + weights.sum(-1, keepdims=True)
+        result = before * result + jnp.einsum("bnm,bmd->bnd", weights, value)
+        return tuple(map(partial(_with_block, number=number, block=block), seen, (higher, total, result)))
 
-    B, N, _ = query.shape
-    nothing = jnp.broadcast_to(0 * query[..., :1], (B, N, value.shape[-1]))
-    return jax.lax.fori_loop(0, N // block, one, nothing)
+    return jax.lax.fori_loop(0, query.shape[1] // block, one, seen)
 
 
-def _forward(query: Array, key: Array, value: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _attend(query, key, value, block), (query, key, value)
+def _backward(block: int, shares: int, kept: tuple[Array, ...], change: Float[Array, "B N D"]) -> tuple[Array, ...]:
+    """Gradients by query, key and value; weights are computed again, and keys' gradients go around with the keys."""
+    query, key, value, result, total = kept
+    asking = query, total, change, (change * result).sum(-1, keepdims=True)
+    of_query, of_key, of_value = 0 * query, 0 * key, 0 * value
+    for share in range(shares):
+        key, value = passed_on((key, value), shares) if share else (key, value)
+        of_query, of_key, of_value = _gradients((of_query, of_key, of_value), asking, key, value, block)
+        of_key, of_value = passed_on((of_key, of_value), shares)
+    return of_query, of_key, of_value
 
 
-def _backward(block: int, kept: tuple[Array, Array, Array], change: Float[Array, "B N D"]) -> tuple[Array, ...]:
-    """Gradients by query, key and value; each block's weights are computed again."""
-    query, key, value = kept
+def _gradients(
+    found: tuple[Array, ...], asking: tuple[Array, ...], key: Array, value: Array, block: int
+) -> tuple[Array, ...]:
+    """Those found so far, with what a share of the keys adds to them."""
 
-    def one(number: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
-        of_query, of_key, of_value = gradients
-        asked, changed = (_block(each, number, block) for each in (query, change))
-        weights = _weights(asked, key)
-        of_weights = jnp.einsum("bnd,bmd->bnm", changed, value)
-        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
+    def one(number: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        of_query, of_key, of_value = found
+        query, total, change, along = (_block(each, number, block) for each in asking)
+        weights = jnp.exp(jnp.einsum("bnc,bmc->bnm", query, key) - total)
+        of_scores = weights * (jnp.einsum("bnd,bmd->bnm", change, value) - along)
+        of_block = _block(of_query, number, block) + jnp.einsum("bnm,bmc->bnc", of_scores, key)
         return (
-            _with_block(of_query, jnp.einsum("bnm,bmc->bnc", of_scores, key), number, block),
-            of_key + jnp.einsum("bnm,bnc->bmc", of_scores, asked),
-            of_value + jnp.einsum("bnm,bnd->bmd", weights, changed),
+            _with_block(of_query, of_block, number, block),
+            of_key + jnp.einsum("bnm,bnc->bmc", of_scores, query),
+            of_value + jnp.einsum("bnm,bnd->bmd", weights, change),
         )
 
-    start = (0 * query, 0 * key, 0 * value)
-    return jax.lax.fori_loop(0, query.shape[1] // block, one, start)
+    return jax.lax.fori_loop(0, asking[0].shape[1] // block, one, found)
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _weights(query: Float[Array, "B n C"], key: Float[Array, "B M C"]) -> Float[Array, "B n M"]:
-    return jax.nn.softmax(jnp.einsum("bnc,bmc->bnm", query, key), axis=-1)
 
 
 def _block(rows: Float[Array, "B N C"], number: Array, block: int) -> Float[Array, "B n C"]:

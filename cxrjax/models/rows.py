@@ -1,7 +1,7 @@
 """Where the rows of feature maps lie on a mesh whose `space` axis shares the rows of an image."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -37,26 +37,30 @@ def evenly(operation: Callable[..., Maps]) -> Callable[..., Maps]:
     return laid_out
 
 
-def each_row(operation: Callable[..., Maps]) -> Callable[..., Maps]:
-    """An operation whose result in a row needs that row of maps, its first argument, and all rows of other maps.
+def shared(operation: Callable[..., Maps]) -> Callable[..., Maps]:
+    """An operation on several maps that works on shares of their rows, `operation(*maps, shares=devices)`.
 
-    Where `space` divides the rows, each device works on its share of them and gathers the others; of their gradients
-    it gets the sum for its own rows only.
+    Where `space` divides all their rows, each device calls it on its own shares, and `passed_on` brings it those of
+    the others; else each calls it on whole maps, with `shares=1`.
     """
 
     @wraps(operation)
-    def on_each_device(maps: Maps, *others: Maps) -> Maps:
-        space, images = _space(), _images(maps)
-        if space == 1 or any(each.shape[1] % space for each in (maps, *others)):
-            return operation(maps, *others)
-
-        def on_a_share(maps: Maps, *others: Maps) -> Maps:
-            return operation(maps, *(jax.lax.all_gather(each, "space", axis=1, tiled=True) for each in others))
-
+    def on_each_device(*maps: Maps) -> Maps:
+        space, images = _space(), _images(maps[0])
+        if space == 1 or any(each.shape[1] % space for each in maps):
+            return operation(*maps, shares=1)
         share = P(images, "space")
-        return jax.shard_map(on_a_share, in_specs=share, out_specs=share)(maps, *others)
+        return jax.shard_map(partial(operation, shares=space), in_specs=share, out_specs=share)(*maps)
 
     return on_each_device
+
+
+def passed_on(arrays: Any, shares: int) -> Any:
+    """The arrays of the neighbour that has the rows before; the first gets the last's."""
+    if shares == 1:
+        return arrays
+    ring = [(device, (device + 1) % shares) for device in range(shares)]
+    return jax.tree.map(lambda array: jax.lax.ppermute(array, "space", ring), arrays)
 
 
 def summed_rows(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array, "B S W C"]:
