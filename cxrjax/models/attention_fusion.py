@@ -24,6 +24,7 @@ from cxrjax.models.heads import Classifier
 from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import Maker, Maps, storage
 from cxrjax.models.options import check_options, one_of, positive
+from cxrjax.models.rows import doubled
 
 _DENSE = {"last_norm": False}
 # EfficientNetB3 up to stage 5, and the first expansion of stage 6 in place of its last convolution. Of its 26 blocks 18
@@ -128,11 +129,15 @@ class AttentionFusion(Backbone):
         """Both maps at the size of the finer or the coarser one."""
         sizes = [maps.shape[1:3] for maps in (first, second)]
         size = max(sizes) if self.match == "up" else min(sizes)
-        return [
-            maps if maps.shape[1:3] == size
-            else jax.image.resize(maps, (len(maps), *size, maps.shape[-1]), "bilinear")
-            for maps in (first, second)
-        ]  # fmt: skip
+        return [_resized(maps, size) for maps in (first, second)]
+
+
+def _resized(maps: Maps, size: tuple[int, int]) -> Maps:
+    if maps.shape[1:3] == size:
+        return maps
+    if tuple(2 * side for side in maps.shape[1:3]) == size:
+        return doubled(maps.astype(storage(maps.dtype))).astype(maps.dtype)
+    return jax.image.resize(maps, (len(maps), *size, maps.shape[-1]), "bilinear")
 
 
 _PAPER = {"dense": _DENSE, "efficient": _EFFICIENT}

@@ -55,12 +55,34 @@ def shared(operation: Callable[..., Maps]) -> Callable[..., Maps]:
     return on_each_device
 
 
-def passed_on(arrays: Any, shares: int) -> Any:
-    """The arrays of the neighbour that has the rows before; the first gets the last's."""
+def passed_on(arrays: Any, shares: int, *, back: bool = False) -> Any:
+    """The arrays of the device that has the rows before, or those after; of the first and the last it is the other."""
     if shares == 1:
         return arrays
-    ring = [(device, (device + 1) % shares) for device in range(shares)]
+    ring = [(device, (device + (-1 if back else 1)) % shares) for device in range(shares)]
     return jax.tree.map(lambda array: jax.lax.ppermute(array, "space", ring), arrays)
+
+
+@shared
+def doubled(maps: Maps, *, shares: int) -> Maps:
+    """Twice the rows and columns, bilinear: as `jax.image.resize`, but that would gather the rows."""
+    first, last = maps[:, :1], maps[:, -1:]
+    above, below = first, last
+    if shares > 1:
+        device = jax.lax.axis_index("space")
+        above = jnp.where(device == 0, first, passed_on(last, shares))
+        below = jnp.where(device == shares - 1, last, passed_on(first, shares, back=True))
+    rows = _halfway(jnp.concatenate([above, maps, below], axis=1), 1)
+    return _halfway(jnp.concatenate([rows[:, :, :1], rows, rows[:, :, -1:]], axis=2), 2)
+
+
+def _halfway(maps: Maps, axis: int) -> Maps:
+    """Two values for each but the outermost: a quarter of the way to the one before, and to the one after."""
+    before, here, after = (
+        jax.lax.slice_in_dim(maps, start, maps.shape[axis] - 2 + start, axis=axis) for start in range(3)
+    )
+    pairs = jnp.stack([0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after], axis=axis + 1)
+    return pairs.reshape(*here.shape[:axis], 2 * here.shape[axis], *here.shape[axis + 1 :])
 
 
 def summed_rows(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array, "B S W C"]:

@@ -14,6 +14,7 @@ from cxrjax.models.hrnet import repeated
 from cxrjax.models.layers import _convolution
 from cxrjax.models.pooling import average_pool, max_pool
 from cxrjax.models.region import crop
+from cxrjax.models.rows import doubled
 from cxrjax.parallel.collectives import collectives
 from cxrjax.parallel.mesh import make_mesh, seen_by_layers
 
@@ -47,6 +48,7 @@ EXCHANGED = {
     "max pooling": (partial(max_pool, window=3, stride=2, padding=1), 1 / 8),
     "average pooling": (partial(average_pool, window=2, stride=2), 1 / 8),
     "enlargement": (partial(repeated, factor=2), 0),
+    "bilinear enlargement": (doubled, 1 / 32),
 }
 
 
@@ -85,6 +87,14 @@ def test_attention_passes_keys_and_values_around():
         calls = compare(attention, random(B, 8, W, C))
     assert {call.kind for call in calls} == {"collective-permute"}, calls
     assert {call.bytes for call in calls} == {2 * W * C * 8}  # a device's share of them
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 2, 1)])
+def test_doubled_is_bilinear(shape):
+    with jax.enable_x64(True):
+        maps = jnp.asarray(random(*shape))
+        expected = jax.image.resize(maps, (shape[0], 2 * shape[1], 2 * shape[2], shape[3]), "bilinear")
+        np.testing.assert_allclose(doubled(maps), expected, rtol=1e-12)
 
 
 def test_a_region_is_cut_out_without_the_whole_image():

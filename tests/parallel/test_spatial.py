@@ -43,6 +43,7 @@ EVEN = [
     ("resnet_small", {"block": "bottleneck", "width": 4, "stem_pool": "3x3"}, (128, 32), [(1, 8)]),
     ("hrnet_small", HRNET, (64, 64), [(2, 4)]),
     ("efficientnet_small", EFFICIENTNET | {"stochastic_depth": 0.5, "dropout": 0.2}, (64, 32), [(1, 4)]),
+    ("attention_fusion_small", {"match": "up", "dense": {"blocks": (1, 1)}}, (64, 32), [(1, 4)]),
 ]
 
 
