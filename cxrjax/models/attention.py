@@ -81,9 +81,10 @@ def _forward(query: Array, key: Array, value: Array, block: int, shares: int) ->
     """The result, and what the backward pass needs: that, its inputs, and the logarithms of the softmax's sums."""
     kept, none = (query, key, value), 0 * query[..., :1]
     seen = (none - jnp.inf, none, jnp.broadcast_to(none, (*query.shape[:2], value.shape[-1])))
-    for share in range(shares):
-        key, value = passed_on((key, value), shares) if share else (key, value)
+    for share in range(1, shares + 1):
+        following = passed_on((key, value), shares) if share < shares else (key, value)
         seen = _with_share(seen, query, key, value, block)
+        (key, value), seen = jax.lax.optimization_barrier((following, seen))  # else all shares' weights at once
     top, total, result = seen
     return result / total, (*kept, result / total, top + jnp.log(total))
 
@@ -111,10 +112,12 @@ def _backward(block: int, shares: int, kept: tuple[Array, ...], change: Float[Ar
     query, key, value, result, total = kept
     asking = query, total, change, (change * result).sum(-1, keepdims=True)
     of_query, of_key, of_value = 0 * query, 0 * key, 0 * value
-    for share in range(shares):
-        key, value = passed_on((key, value), shares) if share else (key, value)
-        of_query, of_key, of_value = _gradients((of_query, of_key, of_value), asking, key, value, block)
-        of_key, of_value = passed_on((of_key, of_value), shares)
+    for share in range(1, shares + 1):
+        following = passed_on((key, value), shares) if share < shares else (key, value)
+        of_query, *others = _gradients((of_query, of_key, of_value), asking, key, value, block)
+        (key, value), of_query, (of_key, of_value) = jax.lax.optimization_barrier(
+            (following, of_query, passed_on(others, shares))
+        )
     return of_query, of_key, of_value
 
 
