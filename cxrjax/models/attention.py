@@ -44,7 +44,8 @@ class Attention(nnx.Module):
 @shared
 def _rows(query: Maps, key: Maps, value: Maps, *, shares: int) -> Maps:
     B, h, w, C = query.shape
-    return attend(*(maps.reshape(B, -1, C) for maps in (query, key, value)), shares=shares).reshape(B, h, w, C)
+    query, key, value = (maps.reshape(B, -1, C) for maps in (query, key, value))
+    return attend(query, key, value, shares=shares).reshape(B, h, w, C)
 
 
 def attend(
@@ -62,7 +63,8 @@ def attend(
     N, C = query.shape[1:]
     block = min(block or max(WEIGHTS // key.shape[1], 1), N)
     padded = jnp.pad(query / np.sqrt(C).astype(query.dtype), ((0, 0), (0, -N % block), (0, 0)))
-    return _attend(padded, key, value, block, shares)[:, :N]
+    result: Array = _attend(padded, key, value, block, shares)
+    return result[:, :N]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

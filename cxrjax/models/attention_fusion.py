@@ -132,7 +132,7 @@ class AttentionFusion(Backbone):
         return [_resized(maps, size) for maps in (first, second)]
 
 
-def _resized(maps: Maps, size: tuple[int, int]) -> Maps:
+def _resized(maps: Maps, size: tuple[int, ...]) -> Maps:
     if maps.shape[1:3] == size:
         return maps
     if tuple(2 * side for side in maps.shape[1:3]) == size:
