@@ -137,11 +137,11 @@ def figure(plans: Plans, file: Path) -> None:
         axes = drawn.add_subplot(xscale="log", yscale="log", xlabel="side of the images, px", ylabel="GB an image")
         networks = list(dict.fromkeys(network for network, _ in found))
         shades = dict(zip(networks, style.colours(len(networks)), strict=True))
-        dashes = {"none": ":", "layer": "-", "block": "--", "full": "-."}
+        dashes = {"none": "^:", "layer": "o-", "block": "s--", "full": "x-."}  # markers, too, for single points
         for (network, remat), points in found.items():
             axes.plot(
                 sorted(points), [points[size] for size in sorted(points)], dashes[remat], color=shades[network],
-                marker="o", markersize=2.5, label=f"{network}, {remat}",
+                markersize=3.5, label=f"{network}, {remat}",
             )  # fmt: skip
         sizes = sorted({size for points in found.values() for size in points})
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
