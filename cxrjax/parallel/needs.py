@@ -9,11 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from cxrjax.files import write_json
 from cxrjax.parallel.collectives import Collective, bytes_of, collectives
 from cxrjax.parallel.targets import Target
 
 _COMPILERS = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_EFFORTS = ("jax_optimization_level", "jax_memory_fitting_level", "jax_exec_time_optimization_effort",
+            "jax_memory_fitting_effort")  # fmt: skip
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?(?P<name>%[\w.-]+) = (?P<type>\(.*?\)|\S+) (?P<kind>[\w-]+)\((?P<takes>.*?)\)"
 )
@@ -42,8 +47,8 @@ def needs(traced: Any, target: Target, options: dict[str, Any]) -> Needs:
     """Compile a traced program for a target, or remember what was found when it last was.
 
     Compiling a training step takes minutes; a plan that is asked for again, the steps of a bisection among them, is
-    read from `$XDG_CACHE_HOME/cxrjax/plans` (`~/.cache` by default). The key is the program, the target, the options
-    and the versions of the compilers.
+    read from `$XDG_CACHE_HOME/cxrjax/plans` (`~/.cache` by default). The key is the program, the target, the options,
+    XLA's flags, JAX's settings for the compiler's effort, and the versions of the compilers.
 
     Args:
       traced: of a jitted function whose arguments lie on the target's devices.
@@ -51,7 +56,9 @@ def needs(traced: Any, target: Target, options: dict[str, Any]) -> Needs:
       options: the compiler's.
     """
     lowered = traced.lower()
-    key = "\n".join((lowered.as_text(), repr(target), json.dumps(options, sort_keys=True), *map(_version, _COMPILERS)))
+    settings = *(os.environ.get(name) for name in _FLAGS), *(getattr(jax.config, name, None) for name in _EFFORTS)
+    parts = lowered.as_text(), repr(target), json.dumps([options, settings], sort_keys=True), *map(_version, _COMPILERS)
+    key = "\n".join(parts)
     file = cache() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     try:
         return _read(file)

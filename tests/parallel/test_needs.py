@@ -48,6 +48,21 @@ def test_a_program_is_compiled_once(monkeypatch):
             needs(*different)
 
 
+@pytest.mark.parametrize("setting", ["flags", "effort"])
+def test_a_compiler_with_other_settings_is_another(setting, monkeypatch):
+    needs(traced(), HERE, {})
+    effort = jax.config.jax_exec_time_optimization_effort
+    try:
+        if setting == "flags":
+            monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=1")
+        else:
+            jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        needs(traced(), HERE, {})
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", effort)
+    assert len(list(module.cache().iterdir())) == 2
+
+
 def test_what_was_half_written_is_made_again():
     first = needs(traced(), HERE, {})
     [file] = module.cache().iterdir()
