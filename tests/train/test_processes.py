@@ -42,9 +42,16 @@ def same_metrics(one: Path, other: Path) -> None:
                 np.testing.assert_allclose(row[name], wanted[name], rtol=close, err_msg=f"{name} at {row['step']}")
 
 
-def until_it_trains(directory: Path, processes: list[subprocess.Popen]) -> None:
+def last_checkpoint(directory: Path) -> int:
+    """The step of the newest whole checkpoint; 0 where there is none."""
+    names = [folder.name for folder in (directory / "checkpoints" / "last").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def until_it_trains(directory: Path, processes: list[subprocess.Popen], *, saved: bool = False) -> None:
+    """Wait for the first metrics or, with `saved`, for the first whole checkpoint."""
     file = directory / "metrics.jsonl"
-    while not (file.exists() and read_metrics(file)):
+    while not (last_checkpoint(directory) if saved else file.exists() and read_metrics(file)):
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.02)
 
@@ -89,23 +96,28 @@ def test_processes_evaluate_as_one_and_the_first_writes(alone, tmp_path):
 
 @pytest.mark.slow
 def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
-    overrides, _ = alone
+    overrides = [*alone[0], "optimizer.schedule=constant", "optimizer.warmup=0"]  # more epochs are then the same run
     processes = launch([*overrides, "train.epochs=400", "train.save_every=2"], tmp_path, 2)
-    until_it_trains(tmp_path, processes)
+    until_it_trains(tmp_path, processes, saved=True)
     processes[1].kill()
     start = time.monotonic()
     (code, errors), _ = finish(processes)
     assert time.monotonic() - start < HEARTBEAT + 30
     assert code == 1
     assert "another process" in errors
-    epochs = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] // 4 + 2
+    saved = last_checkpoint(tmp_path)
+    before = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["step"] <= saved]
+    assert before
+    epochs = saved // 4 + 2
     other = [*overrides, "mesh.data=2", "mesh.space=2", f"train.epochs={epochs}"]
     train(configs.load("demo:32", other), tmp_path, mean_auroc)
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 4 * epochs
+    after = read_metrics(tmp_path / "metrics.jsonl")
+    assert after[: len(before)] == before  # with their seconds: none of those steps was done again
+    assert after[-1]["step"] == 4 * epochs
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_all_at_one_step_and_the_run_goes_on(alone, tmp_path):
+def test_a_signal_to_one_stops_all_at_one_step_and_saves_it(alone, tmp_path):
     overrides, _ = alone
     processes = launch([*overrides, "train.epochs=400"], tmp_path, 2)
     until_it_trains(tmp_path, processes)
