@@ -38,6 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with elsewhere:
             result = arguments.run(arguments)
+        _leave()
         if arguments.json and result is not None:  # of several processes the first has the result
             _write_json(arguments.json, result)
         failed = result.get("failed") if isinstance(result, dict) else None
@@ -49,14 +50,17 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         if asked := out_of_memory(error):
             return _exhausted(arguments, asked)
+        if isinstance(error, CxrError) and hasattr(error, "number"):  # a signal, and all stop at the same step
+            _leave()
         return _fail(*_explain_error(error))
 
 
 def _exhausted(arguments: argparse.Namespace, asked: str) -> int:
     """A device without enough memory: what needs less, and for training what the plan says of it."""
-    from cxrjax.parallel.runtime import first
+    from cxrjax.parallel.runtime import end_in_own_time, first
     from cxrjax.studies import exhausted
 
+    end_in_own_time()
     code = _fail(f"out of device memory ({asked} asked for); what needs less: {exhausted.mend(arguments)}", 1)
     if arguments.verb == "train" and first():
         with suppress(KeyboardInterrupt):
@@ -171,6 +175,12 @@ def _join(arguments: argparse.Namespace) -> None:
     from cxrjax.parallel.runtime import start
 
     start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
+
+
+def _leave() -> None:
+    """Let the other processes, if there are any, know that this one has done its part."""
+    if runtime := sys.modules.get("cxrjax.parallel.runtime"):  # which is loaded, with JAX, by verbs that need it
+        runtime.leave()
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:

@@ -6,11 +6,11 @@ process. It must run before anything asks JAX for its devices.
 
 import hashlib
 import json
+import secrets
 import signal
 import socket
-import time
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -20,16 +20,21 @@ from jax.experimental import multihost_utils
 
 from cxrjax.console import stderr
 from cxrjax.errors import CxrError
+from cxrjax.parallel.peers import Watch, end_soon, listening, meet, reach
 
 Value = TypeVar("Value")
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 """Whether the others wait for what this process does with its own devices."""
 
-HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as dead, and the others stop."""
+_WATCHES: list[Watch] = []
+"""This process's, where it has others."""
 
-_ALL = "all are there"
+_ENDING = threading.Event()
+"""Set when this process ends in its own time, whoever else is gone."""
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as dead to JAX, which ends the others."""
 
 
 def start(
@@ -52,8 +57,8 @@ def start(
             raise CxrError("--processes and --process need --coordinator HOST:PORT, the address of process 0")
         return
     explicit = coordinator != "auto"
+    host, _, port = coordinator.rpartition(":")
     if explicit:
-        host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
             raise CxrError(f"--coordinator {coordinator} is neither HOST:PORT nor auto")
         if processes is None or process is None or not 0 <= process < processes:
@@ -64,7 +69,7 @@ def start(
         stderr.print(f"process {process} of {processes}: joining at {coordinator}, at most {timeout} s", markup=False)
         meet(host, int(port), processes, process, timeout)
         if process:
-            _reach(host, int(port), process, timeout).close()
+            reach(host, int(port), process, timeout).close()
     try:
         jax.distributed.initialize(
             coordinator if explicit else None,
@@ -86,68 +91,43 @@ def start(
             "--coordinator HOST:PORT, --processes N and --process K"
         ) from error
     multihost_utils.sync_global_devices("joined")  # now: who comes later to their first collective is given up
+    _watch(host if explicit else "")
 
 
-def meet(host: str, port: int, processes: int, process: int, timeout: int) -> None:
-    """Wait until all processes are there, or say which are not: JAX, where it waits in vain, ends the program.
+def _watch(host: str) -> None:
+    """Let all know at once when one ends; `host` is where process 0 is found, else it says its name."""
+    server = listening(0) if first() else None
+    words = [secrets.token_hex(16), host or socket.getfqdn(), str(server.getsockname()[1])] if server else []
+    sent = np.zeros(512, np.uint8)
+    text = " ".join(words).encode()
+    sent[: len(text)] = np.frombuffer(text, np.uint8)
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
+    key, host, port = heard.rstrip(b"\0").decode().split(" ")
+    number, processes = jax.process_index(), jax.process_count()
 
-    Each tells process 0 its number, and process 0 tells all how it ended. JAX's own service has the port afterwards.
+    def gone(other: int) -> None:
+        end_soon(str(lost(RuntimeError(f"process {other} of {processes} ended"))), _ENDING)
 
-    Raises:
-      CxrError: in all that came, with the numbers of those that did not; or process 0 cannot be reached.
-    """
-    if process:
-        with _reach(host, port, process, timeout) as connection:
-            connection.sendall(f"{process}\n".encode())
-            connection.settimeout(timeout + 5)
-            try:
-                said = connection.makefile().readline().strip()
-            except OSError as error:
-                said = str(error)
-        if said != _ALL:
-            raise CxrError(said or f"process 0 at {host}:{port} ended while process {process} waited for the others")
-        return
-    deadline, came = time.monotonic() + timeout, {}
-    with ExitStack() as connections:
-        with _listening(port) as server:  # until before the others are told: the port must be free for JAX
-            while len(came) < processes - 1 and (left := deadline - time.monotonic()) > 0:
-                server.settimeout(left)
-                with suppress(OSError, ValueError):  # nobody came, or not one of us
-                    connection = connections.enter_context(server.accept()[0])
-                    connection.settimeout(5)
-                    number = int(connection.makefile().readline())
-                    if 0 < number < processes:
-                        came[number] = connection
-        missing = [str(number) for number in range(1, processes) if number not in came]
-        said = f"process {', '.join(missing)} of {processes} did not come to {host}:{port} within {timeout} s"
-        for connection in came.values():
-            with suppress(OSError):
-                connection.sendall(f"{said if missing else _ALL}\n".encode())
-    if missing:
-        raise CxrError(f"{said}: look at what it said, or whether it was started")
-
-
-def _listening(port: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    try:
-        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
-    except OSError as error:
-        raise CxrError(f"process 0 cannot listen at port {port} ({error}): choose another port") from error
-
-
-def _reach(host: str, port: int, process: int, timeout: int) -> socket.socket:
-    """Wait until process 0 listens: JAX's own client ends the program where it cannot connect."""
-    deadline = time.monotonic() + timeout
-    while True:
+    watch = Watch(number, gone)
+    if server:
+        watch.host(server, key.encode())
+    else:
         try:
-            return socket.create_connection((host, port), timeout=5)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise CxrError(
-                    f"process {process} could not reach process 0 at {host}:{port} within {timeout} s ({error}): check "
-                    "that it runs there and that the port is open"
-                ) from error
-        time.sleep(0.2)
+            watch.join(reach(host, int(port), number, 10), key.encode())
+        except (CxrError, OSError) as error:
+            stderr.print(f"{error}; without it, a process that ends is noticed after {HEARTBEAT} s", markup=False)
+    _WATCHES.append(watch)
+
+
+def leave() -> None:
+    """Tell the others that this process has done its part: its end is no loss to them."""
+    for watch in _WATCHES:
+        watch.leave()
+
+
+def end_in_own_time() -> None:
+    """Finish what needs no other process, also when the others have ended."""
+    _ENDING.set()
 
 
 def several() -> bool:

@@ -102,8 +102,8 @@ def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
     processes[1].kill()
     start = time.monotonic()
     (code, errors), _ = finish(processes)
-    assert time.monotonic() - start < HEARTBEAT + 30
-    assert code == 1
+    assert time.monotonic() - start < HEARTBEAT  # before JAX would have noticed
+    assert code == 1, errors
     assert "another process" in errors
     saved = last_checkpoint(tmp_path)
     before = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["step"] <= saved]

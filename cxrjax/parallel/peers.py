@@ -1,0 +1,192 @@
+"""Processes on the network, beside JAX: they meet before it starts, and notice at once when one of them ends.
+
+JAX's own client ends the program where it cannot connect, and a collective may wait for ever for a process that died:
+JAX then ends the others after `runtime.HEARTBEAT` seconds, with a stack of its own. Here the system tells: it closes a
+process's connections however the process ends.
+"""
+
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
+
+from cxrjax.console import stderr
+from cxrjax.errors import CxrError
+
+GRACE = 10
+"""Seconds in which a process may still end with an error of its own, once another one is gone."""
+
+_ALL = "all are there"
+_LEFT = b"left"
+
+
+def meet(host: str, port: int, processes: int, process: int, timeout: int) -> None:
+    """Wait until all processes are there, or say which are not: JAX, where it waits in vain, ends the program.
+
+    Each tells process 0 its number, and process 0 tells all how it ended. JAX's own service has the port afterwards.
+
+    Raises:
+      CxrError: in all that came, with the numbers of those that did not; or process 0 cannot be reached.
+    """
+    if process:
+        with reach(host, port, process, timeout) as connection:
+            connection.sendall(f"{process}\n".encode())
+            connection.settimeout(timeout + 5)
+            try:
+                said = connection.makefile().readline().strip()
+            except OSError as error:
+                said = str(error)
+        if said != _ALL:
+            raise CxrError(said or f"process 0 at {host}:{port} ended while process {process} waited for the others")
+        return
+    deadline, came = time.monotonic() + timeout, {}
+    with ExitStack() as connections:
+        with listening(port) as server:  # until before the others are told: the port must be free for JAX
+            while len(came) < processes - 1 and (left := deadline - time.monotonic()) > 0:
+                server.settimeout(left)
+                with suppress(OSError, ValueError):  # nobody came, or not one of us
+                    connection = connections.enter_context(server.accept()[0])
+                    connection.settimeout(5)
+                    number = int(connection.makefile().readline())
+                    if 0 < number < processes:
+                        came[number] = connection
+        missing = [str(number) for number in range(1, processes) if number not in came]
+        said = f"process {', '.join(missing)} of {processes} did not come to {host}:{port} within {timeout} s"
+        for connection in came.values():
+            with suppress(OSError):
+                connection.sendall(f"{said if missing else _ALL}\n".encode())
+    if missing:
+        raise CxrError(f"{said}: look at what it said, or whether it was started")
+
+
+def listening(port: int) -> socket.socket:
+    """A server at the port, of either family; 0 takes a free one."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    except OSError as error:
+        raise CxrError(f"process 0 cannot listen at port {port} ({error}): choose another port") from error
+
+
+def reach(host: str, port: int, process: int, timeout: int) -> socket.socket:
+    """Wait until process 0 listens: JAX's own client ends the program where it cannot connect."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise CxrError(
+                    f"process {process} could not reach process 0 at {host}:{port} within {timeout} s ({error}): check "
+                    "that it runs there and that the port is open"
+                ) from error
+        time.sleep(0.2)
+
+
+class Watch:
+    """A thread that knows who is there, for as long as this process lives.
+
+    Every process holds a connection to process 0, which tells the others whose was closed. Who left is not missed.
+    """
+
+    def __init__(self, process: int, gone: Callable[[int], None]):
+        """`gone` is told, once, the number of a process that ended without having left."""
+        self._process, self._gone = process, gone
+        self._selector = selectors.DefaultSelector()
+        self._connections: dict[socket.socket, int] = {}
+        self._left: set[int] = set()
+        self._told = False
+
+    def host(self, server: socket.socket, key: bytes) -> None:
+        """Begin as process 0; the others come to `server` and show the key."""
+        self._selector.register(server, selectors.EVENT_READ, partial(self._admit, server, key))
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def join(self, connection: socket.socket, key: bytes) -> None:
+        """Begin as another process."""
+        connection.settimeout(None)
+        connection.sendall(key + self._process.to_bytes(4))
+        self._add(connection, 0)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def present(self) -> list[socket.socket]:
+        """The connections that are open."""
+        return list(self._connections)
+
+    def leave(self) -> None:
+        """Tell the others that this process ends, and that nothing is lost by it."""
+        self._tell(_LEFT)
+
+    def _run(self) -> None:
+        while True:
+            for ready, _ in self._selector.select():
+                ready.data()
+
+    def _admit(self, server: socket.socket, key: bytes) -> None:
+        with suppress(OSError):
+            connection = server.accept()[0]
+            connection.settimeout(5)
+            said = connection.recv(len(key) + 4, socket.MSG_WAITALL)
+            if len(said) == len(key) + 4 and secrets.compare_digest(said[: len(key)], key):
+                connection.settimeout(None)
+                self._add(connection, int.from_bytes(said[len(key) :]))
+            else:
+                connection.close()
+
+    def _add(self, connection: socket.socket, number: int) -> None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is gone closes nothing
+        for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self._connections[connection] = number
+        self._selector.register(connection, selectors.EVENT_READ, partial(self._hear, connection))
+
+    def _hear(self, connection: socket.socket) -> None:
+        """That the process at its other end leaves, which one is gone, or nothing: then it is that one."""
+        number = self._connections[connection]
+        try:
+            said = connection.recv(4, socket.MSG_WAITALL)
+        except OSError:
+            said = b""
+        if said == _LEFT:
+            self._left.add(number)
+        elif len(said) == 4:
+            self._lost(int.from_bytes(said))
+        else:
+            self._selector.unregister(connection)
+            del self._connections[connection]
+            connection.close()
+            if number not in self._left:
+                self._lost(number)
+
+    def _lost(self, number: int) -> None:
+        if not self._told:
+            self._told = True
+            if not self._process:
+                self._tell(number.to_bytes(4))
+            self._gone(number)
+
+    def _tell(self, word: bytes) -> None:
+        for connection in self.present:
+            with suppress(OSError):
+                connection.sendall(word)
+
+
+def end_soon(message: str, unless: threading.Event) -> None:
+    """End this process with the message after `GRACE` seconds, if it has not ended by itself.
+
+    Whatever the main thread waits for may never come: it cannot be asked.
+    """
+
+    def end() -> None:
+        if not unless.wait(GRACE):
+            stderr.print(f"cxrjax: {message}", style="red", markup=False, soft_wrap=True)
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
