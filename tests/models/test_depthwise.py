@@ -1,4 +1,4 @@
-"""The sum of shifted maps against XLA's grouped convolution, in float64."""
+"""The sum of shifted maps against XLA's grouped convolution and the definition, in float64."""
 
 import re
 from functools import partial
@@ -27,6 +27,17 @@ def grouped(maps, kernel, strides, padding):
     )
 
 
+def by_windows(maps, kernel, strides, padding):
+    """The definition: every window is taken out and weighted. Its gradients are automatic, and no convolutions."""
+    padded = jnp.pad(maps, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        np.arange(0, length - size + 1, stride)[:, None] + np.arange(size)
+        for length, size, stride in zip(padded.shape[1:3], kernel.shape[:2], strides, strict=True)
+    )
+    windows = padded[:, rows][:, :, :, columns]  # image, row, row of the kernel, column, column of the kernel, channel
+    return jnp.einsum("nriksc,isc->nrkc", windows, kernel[:, :, 0])
+
+
 def with_gradients(function, maps, kernel, strides, padding):
     """The result, and gradients by maps and kernel of its product with drawn numbers."""
     result, pull = jax.vjp(lambda maps, kernel: function(maps, kernel, strides, padding), maps, kernel)
@@ -36,6 +47,16 @@ def with_gradients(function, maps, kernel, strides, padding):
 compiled = partial(jax.jit, static_argnums=(0, 3, 4), compiler_options=FAST_COMPILE)(with_gradients)
 
 
+def assert_same(reference, size, kernel, strides, padding, channels):
+    with jax.enable_x64(True):
+        maps, weights = drawn(2, *size, channels), drawn(*kernel, 1, channels, seed=1)
+        ours = compiled(sum_of_shifts, maps, weights, strides, padding)
+        theirs = compiled(reference, maps, weights, strides, padding)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+# By the definition, as XLA ends the program over the gradients of some of these convolutions.
 @given(
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -44,14 +65,15 @@ compiled = partial(jax.jit, static_argnums=(0, 3, 4), compiler_options=FAST_COMP
     channels=st.integers(2, 4),
 )
 @settings(max_examples=15, deadline=None)
-def test_it_is_the_grouped_convolution_with_its_gradients(size, kernel, strides, padding, channels):
+def test_it_is_the_sum_over_windows_with_its_gradients(size, kernel, strides, padding, channels):
     assume(all(n + sum(p) >= k for n, p, k in zip(size, padding, kernel, strict=True)))
-    with jax.enable_x64(True):
-        maps, weights = drawn(2, *size, channels), drawn(*kernel, 1, channels, seed=1)
-        ours = compiled(sum_of_shifts, maps, weights, strides, padding)
-        theirs = compiled(grouped, maps, weights, strides, padding)
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert_same(by_windows, size, kernel, strides, padding, channels)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("side", "padding"), [(3, (1, 1)), (3, (0, 1)), (5, (2, 2)), (5, (1, 2))])
+def test_it_is_the_grouped_convolution_with_its_gradients(side, padding, stride):
+    assert_same(grouped, (12, 10), (side, side), (stride, stride), (padding, padding), 3)
 
 
 def test_bfloat16_is_summed_in_float32():
