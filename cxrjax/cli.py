@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
@@ -38,9 +39,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with elsewhere:
             result = arguments.run(arguments)
-        _leave()
         if arguments.json and result is not None:  # of several processes the first has the result
             _write_json(arguments.json, result)
+        _others("leave")
         failed = result.get("failed") if isinstance(result, dict) else None
         return _fail(_failures(failed), 1) if failed else 0
     except KeyboardInterrupt:
@@ -51,18 +52,20 @@ def main(words: Sequence[str] | None = None) -> int:
         if asked := out_of_memory(error):
             return _exhausted(arguments, asked)
         if isinstance(error, CxrError) and hasattr(error, "number"):  # a signal, and all stop at the same step
-            _leave()
+            _others("leave")
         return _fail(*_explain_error(error))
 
 
 def _exhausted(arguments: argparse.Namespace, asked: str) -> int:
     """A device without enough memory: what needs less, and for training what the plan says of it."""
-    from cxrjax.parallel.runtime import end_in_own_time, first
+    from cxrjax.parallel.runtime import several
     from cxrjax.studies import exhausted
 
-    end_in_own_time()
     code = _fail(f"out of device memory ({asked} asked for); what needs less: {exhausted.mend(arguments)}", 1)
-    if arguments.verb == "train" and first():
+    if arguments.verb == "train" and several():  # where the others end, JAX leaves no time to plan
+        text = f"cxrjax plan --config {arguments.config} says what each needs, with the same --config.KEY=VALUE"
+        stderr.print(text, markup=False, soft_wrap=True)
+    elif arguments.verb == "train":
         with suppress(KeyboardInterrupt):
             exhausted.advise(arguments)
     return code
@@ -175,12 +178,6 @@ def _join(arguments: argparse.Namespace) -> None:
     from cxrjax.parallel.runtime import start
 
     start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
-
-
-def _leave() -> None:
-    """Let the other processes, if there are any, know that this one has done its part."""
-    if runtime := sys.modules.get("cxrjax.parallel.runtime"):  # which is loaded, with JAX, by verbs that need it
-        runtime.leave()
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:
@@ -316,12 +313,23 @@ RUN = {
 }
 
 
+def _others(end: str) -> None:
+    """What `parallel.runtime` says to other processes, if there are any, before this one ends: `leave` or `go`."""
+    if runtime := sys.modules.get("cxrjax.parallel.runtime"):  # which is loaded, with JAX, by verbs that need it
+        getattr(runtime, end)()
+
+
 def entry() -> None:
     """The program. A failure ends it at once: threads of a write that failed would go on to complain at length."""
-    code = main()
+    try:
+        code = main()
+    except Exception as error:  # --debug
+        traceback.print_exception(error)
+        code = _explain_error(error)[1]
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
+        _others("go")
         os._exit(code)
 
 

@@ -6,6 +6,7 @@ process's connections however the process ends.
 """
 
 import os
+import queue
 import secrets
 import selectors
 import socket
@@ -94,34 +95,50 @@ class Watch:
     Every process holds a connection to process 0, which tells the others whose was closed. Who left is not missed.
     """
 
-    def __init__(self, process: int, gone: Callable[[int], None]):
-        """`gone` is told, once, the number of a process that ended without having left."""
-        self._process, self._gone = process, gone
+    def __init__(self, process: int, processes: int, gone: Callable[[int, bool], None]):
+        """`gone` is told, once, the number of a process that ends without having left, and whether it said nothing."""
+        self._process, self._processes, self._gone = process, processes, gone
         self._selector = selectors.DefaultSelector()
         self._connections: dict[socket.socket, int] = {}
         self._left: set[int] = set()
         self._told = False
 
     def host(self, server: socket.socket, key: bytes) -> None:
-        """Begin as process 0; the others come to `server` and show the key."""
+        """Begin as process 0: the others come to `server` and show the first half of the key."""
+        server.setblocking(False)
         self._selector.register(server, selectors.EVENT_READ, partial(self._admit, server, key))
         threading.Thread(target=self._run, daemon=True).start()
 
     def join(self, connection: socket.socket, key: bytes) -> None:
-        """Begin as another process."""
-        connection.settimeout(None)
-        connection.sendall(key + self._process.to_bytes(4))
+        """Begin as another process.
+
+        Raises:
+          OSError: whoever answers is not process 0, which shows the second half of the key.
+        """
+        half = len(key) // 2
+        connection.settimeout(5)
+        connection.sendall(key[:half] + self._process.to_bytes(4))
+        if not secrets.compare_digest(_read(connection, len(key) - half), key[half:]):
+            raise OSError("what answers there is not process 0")
         self._add(connection, 0)
         threading.Thread(target=self._run, daemon=True).start()
 
     @property
-    def present(self) -> list[socket.socket]:
-        """The connections that are open."""
-        return list(self._connections)
+    def present(self) -> dict[socket.socket, int]:
+        """Who is there, but for this process: the numbers by their open connections."""
+        return dict(self._connections)
 
     def leave(self) -> None:
         """Tell the others that this process ends, and that nothing is lost by it."""
         self._tell(_LEFT)
+
+    def go(self, patience: float) -> None:
+        """Before this process ends at once. Process 0 goes last: when it is gone, JAX ends the others with a stack."""
+        if not self._process:
+            self._tell((0).to_bytes(4))
+            end = time.monotonic() + patience
+            while self._connections and time.monotonic() < end:
+                time.sleep(0.02)
 
     def _run(self) -> None:
         while True:
@@ -129,21 +146,29 @@ class Watch:
                 ready.data()
 
     def _admit(self, server: socket.socket, key: bytes) -> None:
+        half = len(key) // 2
         with suppress(OSError):
             connection = server.accept()[0]
             connection.settimeout(5)
-            said = connection.recv(len(key) + 4, socket.MSG_WAITALL)
-            if len(said) == len(key) + 4 and secrets.compare_digest(said[: len(key)], key):
-                connection.settimeout(None)
-                self._add(connection, int.from_bytes(said[len(key) :]))
+            said = _read(connection, half + 4)
+            number = int.from_bytes(said[half:])
+            if secrets.compare_digest(said[:half], key[:half]) and 0 < number < self._processes:
+                self._add(connection, number)
+                connection.sendall(key[half:])
             else:
                 connection.close()
+        if len(self._connections) == self._processes - 1:
+            self._selector.unregister(server)
+            server.close()
 
     def _add(self, connection: socket.socket, number: int) -> None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is gone closes nothing
-        for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        connection.settimeout(None)
+        alive = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]  # a machine that is gone closes nothing
+        alive += [(socket.IPPROTO_TCP, f"TCP_KEEP{name}", value) for name, value in _PROBES]
+        for level, option, value in alive:
+            with suppress(OSError):
+                if hasattr(socket, option):
+                    connection.setsockopt(level, getattr(socket, option), value)
         self._connections[connection] = number
         self._selector.register(connection, selectors.EVENT_READ, partial(self._hear, connection))
 
@@ -151,26 +176,25 @@ class Watch:
         """That the process at its other end leaves, which one is gone, or nothing: then it is that one."""
         number = self._connections[connection]
         try:
-            said = connection.recv(4, socket.MSG_WAITALL)
+            said = _read(connection, 4)
         except OSError:
             said = b""
         if said == _LEFT:
             self._left.add(number)
         elif len(said) == 4:
-            self._lost(int.from_bytes(said))
+            self._lost(int.from_bytes(said), silently=False)
         else:
             self._selector.unregister(connection)
             del self._connections[connection]
             connection.close()
-            if number not in self._left:
-                self._lost(number)
+            self._lost(number, silently=True)
 
-    def _lost(self, number: int) -> None:
-        if not self._told:
+    def _lost(self, number: int, *, silently: bool) -> None:
+        if not self._told and number not in self._left:
             self._told = True
             if not self._process:
                 self._tell(number.to_bytes(4))
-            self._gone(number)
+            self._gone(number, silently)
 
     def _tell(self, word: bytes) -> None:
         for connection in self.present:
@@ -178,15 +202,44 @@ class Watch:
                 connection.sendall(word)
 
 
-def end_soon(message: str, unless: threading.Event) -> None:
-    """End this process with the message after `GRACE` seconds, if it has not ended by itself.
+_PROBES = (("IDLE", 30), ("INTVL", 10), ("CNT", 3))
+"""When the system asks whether the other end is there: seconds, seconds, times."""
 
-    Whatever the main thread waits for may never come: it cannot be asked.
-    """
 
-    def end() -> None:
-        if not unless.wait(GRACE):
-            stderr.print(f"cxrjax: {message}", style="red", markup=False, soft_wrap=True)
-            os._exit(1)
+def _read(connection: socket.socket, size: int) -> bytes:
+    """So many bytes; fewer where there are no more."""
+    said = b""
+    while len(said) < size and (more := connection.recv(size - len(said))):
+        said += more
+    return said
 
-    threading.Thread(target=end, daemon=True).start()
+
+class Ending:
+    """A thread that ends this process when another one is lost: what the main thread waits for may never come."""
+
+    def __init__(self, message: Callable[[int], str], last: Callable[[], None] = lambda: None):
+        """`message` says what is lost with a process; `last` is called before the end."""
+        self._message, self._last = message, last
+        self._lost: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
+        self._prevented = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()  # now: no thread starts while Python shuts down
+
+    def soon(self, lost: int, silently: bool) -> None:
+        """End after `GRACE` seconds, if this process has not ended by itself.
+
+        At once where process 0 ended silently: as soon as JAX misses it, JAX ends the others with a stack.
+        """
+        self._lost.put((lost, GRACE if lost or not silently else 0))
+
+    def prevent(self) -> None:
+        """This process ends by itself."""
+        self._prevented.set()
+
+    def _run(self) -> None:
+        lost, grace = self._lost.get()
+        if not self._prevented.wait(grace):
+            try:
+                stderr.print(f"cxrjax: {self._message(lost)}", style="red", markup=False, soft_wrap=True)
+                self._last()
+            finally:
+                os._exit(1)

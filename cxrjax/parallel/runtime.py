@@ -8,30 +8,26 @@ import hashlib
 import json
 import secrets
 import signal
-import socket
-import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # alone knows whom JAX found to be process 0
 from jax.experimental import multihost_utils
 
 from cxrjax.console import stderr
 from cxrjax.errors import CxrError
-from cxrjax.parallel.peers import Watch, end_soon, listening, meet, reach
+from cxrjax.parallel.peers import GRACE, Ending, Watch, listening, meet, reach
 
 Value = TypeVar("Value")
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 """Whether the others wait for what this process does with its own devices."""
 
-_WATCHES: list[Watch] = []
+_WATCHES: list[tuple[Watch, Ending]] = []
 """This process's, where it has others."""
-
-_ENDING = threading.Event()
-"""Set when this process ends in its own time, whoever else is gone."""
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as dead to JAX, which ends the others."""
@@ -91,43 +87,42 @@ def start(
             "--coordinator HOST:PORT, --processes N and --process K"
         ) from error
     multihost_utils.sync_global_devices("joined")  # now: who comes later to their first collective is given up
-    _watch(host if explicit else "")
+    _watch(host if explicit else (distributed.global_state.coordinator_address or "").rpartition(":")[0])
 
 
 def _watch(host: str) -> None:
-    """Let all know at once when one ends; `host` is where process 0 is found, else it says its name."""
-    server = listening(0) if first() else None
-    words = [secrets.token_hex(16), host or socket.getfqdn(), str(server.getsockname()[1])] if server else []
-    sent = np.zeros(512, np.uint8)
-    text = " ".join(words).encode()
-    sent[: len(text)] = np.frombuffer(text, np.uint8)
-    heard = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
-    key, host, port = heard.rstrip(b"\0").decode().split(" ")
+    """Let all know at once when one ends; `host` is where process 0 is found, for others than process 0."""
     number, processes = jax.process_index(), jax.process_count()
-
-    def gone(other: int) -> None:
-        end_soon(str(lost(RuntimeError(f"process {other} of {processes} ended"))), _ENDING)
-
-    watch = Watch(number, gone)
+    if processes == 1:
+        return
+    server = listening(0) if first() else None
+    sent = np.frombuffer(secrets.token_bytes(32) + (server.getsockname()[1] if server else 0).to_bytes(2), np.uint8)
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
+    key, port = heard[:32], int.from_bytes(heard[32:])
+    ending = Ending(lambda gone: str(lost(RuntimeError(f"process {gone} of {processes} ended"))), lambda: watch.go(5))
+    watch = Watch(number, processes, ending.soon)
     if server:
-        watch.host(server, key.encode())
+        watch.host(server, key)
     else:
         try:
-            watch.join(reach(host, int(port), number, 10), key.encode())
+            watch.join(reach(host, port, number, 10), key)
         except (CxrError, OSError) as error:
             stderr.print(f"{error}; without it, a process that ends is noticed after {HEARTBEAT} s", markup=False)
-    _WATCHES.append(watch)
+    _WATCHES.append((watch, ending))
+    multihost_utils.sync_global_devices("watched")  # none ends before all who can have joined
 
 
 def leave() -> None:
     """Tell the others that this process has done its part: its end is no loss to them."""
-    for watch in _WATCHES:
+    for watch, _ in _WATCHES:
         watch.leave()
 
 
-def end_in_own_time() -> None:
-    """Finish what needs no other process, also when the others have ended."""
-    _ENDING.set()
+def go() -> None:
+    """Before this process ends at once: let the others end by themselves, or go before it if it is process 0."""
+    for watch, ending in _WATCHES:
+        ending.prevent()
+        watch.go(GRACE + 5)
 
 
 def several() -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -13,6 +14,7 @@ from cxrjax.errors import CxrError
 from cxrjax.parallel.peers import Watch, listening, meet
 
 KEY = b"0123456789abcdef"
+HALF = len(KEY) // 2
 
 
 def free_port() -> int:
@@ -64,74 +66,184 @@ class Watching:
 
     def __init__(self):
         self.told = [queue.SimpleQueue() for _ in range(3)]
-        self.watches = [Watch(number, self.told[number].put) for number in range(3)]
+        self.watches = [
+            Watch(number, 3, lambda gone, silently, told=self.told[number]: told.put((gone, silently)))
+            for number in range(3)
+        ]
         self.server = listening(0)
+        self.port = self.server.getsockname()[1]
         self.watches[0].host(self.server, KEY)
-        self.connections = [self.connect() for _ in range(2)]
-        for watch, connection in zip(self.watches[1:], self.connections, strict=True):
-            watch.join(connection, KEY)
-        while len(self.watches[0].present) < 2:
-            time.sleep(0.01)
+
+    def join(self, number: int) -> None:
+        self.watches[number].join(self.connect(), KEY)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("localhost", self.server.getsockname()[1]))
+        return socket.create_connection(("localhost", self.port))
 
     def end(self, number: int) -> None:
         """What the system does for a process that ends: its connections are closed."""
-        self.connections[number - 1].shutdown(socket.SHUT_RDWR)
+        for connection in self.watches[number].present:
+            with suppress(OSError):  # which the other end has closed
+                connection.shutdown(socket.SHUT_RDWR)
 
 
-def test_all_are_told_which_process_ended():
-    three = Watching()
+@pytest.fixture
+def three():
+    watching = Watching()
+    watching.join(1)
+    watching.join(2)
+    until(lambda: len(watching.watches[0].present) == 2)
+    yield watching
+    watching.end(1)
+    watching.end(2)
+    until(lambda: not watching.watches[0].present)
+
+
+def until(true) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_all_are_told_which_process_ended(three):
     three.end(2)
-    assert [told.get(timeout=20) for told in three.told[:2]] == [2, 2]
+    assert three.told[0].get(timeout=20) == (2, True)
+    assert three.told[1].get(timeout=20) == (2, False)
 
 
-def test_who_left_is_not_missed():
-    three = Watching()
+def test_who_left_is_not_missed(three):
     three.watches[2].leave()
     three.end(2)
-    three.end(1)  # what all are told of is the second
-    assert three.told[0].get(timeout=20) == 1
-    assert three.told[0].empty()
+    until(lambda: len(three.watches[0].present) == 1)
+    three.end(1)  # the first that anybody is told of
+    assert three.told[0].get(timeout=20) == (1, True)
 
 
 @pytest.mark.parametrize("words", [b"", b"le"])
 def test_process_0_is_missed(words):
     told = queue.SimpleQueue()
     with listening(0) as server:
-        Watch(1, told.put).join(socket.create_connection(("localhost", server.getsockname()[1])), KEY)
-        with server.accept()[0] as connection:
-            assert connection.recv(len(KEY) + 4, socket.MSG_WAITALL) == KEY + bytes([0, 0, 0, 1])
-            connection.sendall(words)
-    assert told.get(timeout=20) == 0
+        connection = socket.create_connection(("localhost", server.getsockname()[1]))
+        with server.accept()[0] as other:
+            other.sendall(KEY[HALF:] + words)
+            Watch(1, 2, lambda gone, silently: told.put((gone, silently))).join(connection, KEY)
+            assert other.recv(HALF + 4, socket.MSG_WAITALL) == KEY[:HALF] + bytes([0, 0, 0, 1])
+    assert told.get(timeout=20) == (0, True)
 
 
-def test_who_has_not_the_key_is_not_listened_to():
-    three = Watching()
-    for said in (b"", b"GET / HTTP/1.1", bytes(len(KEY)) + bytes([0, 0, 0, 1])):
-        with three.connect() as stranger:
-            stranger.sendall(said)
-    three.end(1)  # heard after them
-    assert [three.told[number].get(timeout=20) for number in (0, 2)] == [1, 1]
+def test_process_0_goes_last(three):
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(three.watches[0].go, 60)
+        assert [three.told[number].get(timeout=20) for number in (1, 2)] == [(0, False)] * 2
+        three.end(1)
+        until(lambda: len(three.watches[0].present) == 1)
+        assert not going.done()
+        three.end(2)
+        going.result(timeout=20)
+
+
+def test_process_0_does_not_wait_for_ever(three):
+    three.watches[0].go(0.1)
+    assert len(three.watches[0].present) == 2
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1", bytes(HALF) + bytes([0, 0, 0, 2]), KEY[:HALF] + bytes([9] * 4)]
+)
+def test_a_stranger_is_not_listened_to(said):
+    watching = Watching()
+    watching.join(1)
+    with watching.connect() as stranger:
+        stranger.sendall(said)
+        with suppress(OSError):  # closed with what was not read
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b""
+    assert list(watching.watches[0].present.values()) == [1]
+    watching.join(2)
+    watching.end(2)
+    assert watching.told[0].get(timeout=20) == (2, True)
+    watching.end(1)
+
+
+def test_who_answers_without_the_key_is_not_process_0():
+    with listening(0) as server:
+        connection = socket.create_connection(("localhost", server.getsockname()[1]))
+        with connection, server.accept()[0] as other:
+            other.sendall(b"HTTP/1.1 400 Bad Request")
+            with pytest.raises(OSError, match="is not process 0"):
+                Watch(1, 2, lambda gone, silently: None).join(connection, KEY)
 
 
 ENDING = """
-import threading, time
+import sys, time
 from cxrjax.parallel import peers
 
-peers.GRACE, unless = 0.2, threading.Event()
-peers.end_soon("process 1 of 2 ended", unless)
+peers.GRACE = 3
+ending = peers.Ending("process {{}} of 2 ended".format)
+ending.soon(1, silently=True)
 {then}
 time.sleep({seconds})
 print("by itself")
 """
 
 
-@pytest.mark.parametrize(("then", "seconds", "code"), [("", 600, 1), ("unless.set()", 1, 0)])
-def test_a_process_that_waits_in_vain_ends_with_a_message(then, seconds, code):
+@pytest.mark.parametrize(
+    ("then", "seconds", "code", "said"),
+    [
+        ("", 600, 1, "cxrjax: process 1 of 2 ended"),
+        ("sys.stderr.close()", 600, 1, ""),
+        ("ending.prevent()", 4, 0, ""),
+    ],
+)
+def test_a_process_that_waits_in_vain_ends_with_a_message(then, seconds, code, said):
     program = [sys.executable, "-c", ENDING.format(then=then, seconds=seconds)]
     ended = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert ended.returncode == code
-    assert ended.stderr.strip() == ("cxrjax: process 1 of 2 ended" if code else "")
+    assert ended.stderr.strip() == said
     assert ended.stdout.strip() == ("" if code else "by itself")
+
+
+TOGETHER = """
+import os, sys, time
+from cxrjax.errors import CxrError
+from cxrjax import cli
+from cxrjax.parallel import peers, runtime
+
+peers.GRACE = runtime.GRACE = {grace}
+coordinator, number = "localhost:" + sys.argv[1], int(sys.argv[2])
+
+def work(_):
+    runtime.start(coordinator, 2, number)
+    {work}
+
+cli.RUN["train"] = work
+sys.argv[1:] = ["train", "--config", "demo", "--workdir", "."]
+cli.entry()
+"""
+
+
+def end_together(work: str, grace: float) -> list[tuple[int, str]]:
+    """How two processes of the command line end, whose work is a line of Python."""
+    program, port = TOGETHER.format(work=work, grace=grace), str(free_port())
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, port, str(number)], stderr=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    ended = [process.communicate(timeout=120)[1] for process in started]
+    return [(process.returncode, said) for process, said in zip(started, ended, strict=True)]
+
+
+def test_who_waits_outside_collectives_ends_too():
+    (code, said), (other, _) = end_together("time.sleep(600) if number == 0 else os._exit(7)", grace=1)
+    assert (code, other) == (1, 7), said
+    assert "another process stopped or cannot be reached (process 1 of 2 ended)" in said
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_all_may_end_by_themselves_at_different_times(late):
+    wait = f"time.sleep(2 * (number == {late}))"
+    ended = end_together(wait, grace=0)
+    assert [code for code, _ in ended] == [0, 0], ended
+    ended = end_together(f"{wait}; raise CxrError('of all')", grace=20)
+    assert [(code, "cxrjax: of all" in said) for code, said in ended] == [(1, True)] * 2, ended
