@@ -1,10 +1,12 @@
 """From config to optax: Adam and kin, clipping, and the rate's course over the steps."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 if TYPE_CHECKING:  # a step can be measured where configs cannot be read
     from cxrjax.config import Config
@@ -34,10 +36,37 @@ def make_optimizer(config: "Config") -> optax.GradientTransformation:
     """
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     if config.name == "sgd":
-        return optax.chain(*clip, optax.flatten(optax.trace(config.beta1)))
-    adam = optax.flatten(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+        return optax.chain(*clip, _as_one_vector(optax.trace(config.beta1)))
+    adam = _as_one_vector(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
     decay = [optax.add_decayed_weights(config.decay, mask=_matrices)] if config.name == "adamw" else []
     return optax.chain(*clip, adam, *decay)
+
+
+def _as_one_vector(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation of all gradients as one vector: `optax.flatten`, but for how TPUs take the result apart."""
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(ravel_pytree(params)[0])
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        vector = None if params is None else ravel_pytree(params)[0]
+        changed, state = inner.update(ravel_pytree(updates)[0], state, vector)
+        return _parts(changed, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _parts(vector: Any, like: Any) -> Any:
+    """The vector in pieces of these shapes.
+
+    TPUs' compiler would shape the whole vector like a piece, then cut: 14 findings as the last axis take 128 places.
+    """
+    leaves, tree = jax.tree.flatten(like)
+    pieces = jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1].tolist())
+    pieces = jax.lax.platform_dependent(pieces, tpu=jax.lax.optimization_barrier, default=lambda pieces: pieces)
+    return tree.unflatten([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)])
 
 
 def _matrices(params: optax.Params) -> optax.Params:

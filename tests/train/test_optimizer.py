@@ -58,3 +58,12 @@ def test_clip_bounds_the_global_norm():
     gradient = {"w": jnp.full((4,), 10.0)}
     direction, _ = ours.update(gradient, ours.init(gradient), gradient)
     assert optax.tree.norm(direction) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
+def test_only_tpus_keep_the_whole_from_the_shape_of_its_parts(platform, barriers):
+    ours = make_optimizer(options(name="sgd"))
+    gradient = {"w": jnp.ones((2, 14)), "b": jnp.ones(14)}
+    traced = jax.jit(lambda gradient: ours.update(gradient, ours.init(gradient), gradient)).trace(gradient)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("optimization_barrier") == barriers
