@@ -1,5 +1,7 @@
 """Whether a network takes images of a size, found out from shapes alone before any image is read."""
 
+from functools import partial
+
 import jax
 import numpy as np
 
@@ -35,13 +37,16 @@ def check_size(network: Network, size: int, *, images: int = 1, backbone_in_trai
 
 
 def _refusal(network: Network, size: int, images: int, backbone_in_training: bool) -> str:
-    def outputs(network: Network, image: jax.Array) -> list[jax.Array]:
-        key = jax.random.PRNGKey(0)
-        found, _ = network.outputs(image, train=True, key=key, backbone_in_training=backbone_in_training)
-        return list(found.values())
-
     try:
-        jax.eval_shape(outputs, network, jax.ShapeDtypeStruct((images, size, size, 1), np.uint8))
+        # Traced once for equal networks: a study opens many runs.
+        _outputs.eval_shape(network, jax.ShapeDtypeStruct((images, size, size, 1), np.uint8), backbone_in_training)
     except CxrError as error:
         return str(error)
     return ""
+
+
+@partial(jax.jit, static_argnums=2)
+def _outputs(network: Network, image: jax.Array, backbone_in_training: bool) -> list[jax.Array]:
+    key = jax.random.PRNGKey(0)
+    found, _ = network.outputs(image, train=True, key=key, backbone_in_training=backbone_in_training)
+    return list(found.values())

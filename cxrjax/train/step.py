@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -102,8 +103,12 @@ def make_train_step(
     )
 
 
+@cache
 def make_predict_step(mesh: Mesh) -> Callable[[Network, Any], jax.Array]:
-    """The jitted evaluation step: `(network, images uint8[B,H,W,1]) -> logits f32[B,K]` on every device."""
+    """The jitted evaluation step: `(network, images uint8[B,H,W,1]) -> logits f32[B,K]` on every device.
+
+    One for each mesh, so that what it compiled serves all who predict with the same network in this process.
+    """
 
     def predict(network: Network, image: jax.Array) -> jax.Array:
         return network.apply(image, train=False)[0]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 from scipy.special import softmax
 
 from cxrjax.errors import CxrError
@@ -13,8 +14,6 @@ from cxrjax.models import create
 from cxrjax.models.attention import WEIGHTS, Attention, attend
 from cxrjax.models.layers import Maker
 from cxrjax.models.network import Network, parameter_count
-
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def by_numpy(query, key, value):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 from parity import relative_error
 
 from cxrjax.errors import CxrError
@@ -16,7 +17,6 @@ from cxrjax.models.layers import undrawn
 from cxrjax.models.network import Network, parameter_count
 
 TINY = {"stem_channels": 8, "blocks": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "pooling": "average"}
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def whole(name: str, **options) -> Network:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 from flax.traverse_util import flatten_dict
 from scipy import ndimage
 
@@ -15,8 +16,6 @@ from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
 
 pytestmark = pytest.mark.usefixtures("shallow_branches")
-
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def small(**options):

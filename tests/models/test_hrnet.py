@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 from parity import relative_error
 
 from cxrjax.errors import CxrError
@@ -16,7 +17,6 @@ from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.pretrained import published_names
 
 TINY = {"width": 2, "modules": (1, 1), "stem_channels": 4}
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def shapes(network: Network, height: int, width: int) -> dict[str, tuple[int, ...]]:

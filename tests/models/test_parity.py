@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from compiling import FAST_COMPILE
 from flax import nnx
 from parity import Parity, relative_error
 
-from cxrjax.models import create, hrnet
+from cxrjax.models import create, hrnet, resnet
 from cxrjax.models.layers import undrawn
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.pretrained import load_published, published_names
@@ -87,8 +88,6 @@ FLOAT64_GRADIENTS = {("tv-densenet121", "training")} | {
     (name, mode) for name in ("tv-resnet50", "timm-hrnet_w18", "timm-hrnet_w32") for mode in ("inference", "training")
 }
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 @pytest.fixture(scope="module", params=FIXTURES)
 def parity(request, shared) -> Parity:
@@ -105,10 +104,11 @@ def compiled(parity, monkeypatch) -> Callable[[Callable], Callable]:
         return partial(jax.jit, compiler_options=FAST_COMPILE)
 
     @cache
-    def by_layer(method: Callable, _remat: str, level: str = "layer") -> Callable:
-        return nnx.jit(method, static_argnums=(2,), graph=False) if level == "layer" else method
+    def by_layer(method: Callable, _remat: str, level: str = "layer", static: tuple[int, ...] = (2,)) -> Callable:
+        return nnx.jit(method, static_argnums=static, graph=False) if level == "layer" else method
 
-    monkeypatch.setattr(hrnet, "recomputed", by_layer)
+    for module in (hrnet, resnet):
+        monkeypatch.setattr(module, "recomputed", by_layer)
     return lambda run: run
 
 

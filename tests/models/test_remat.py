@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 
 from cxrjax.models import create
 from cxrjax.models.layers import REMATS
 from cxrjax.models.network import Network
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ROUNDED = {"xla_allow_excess_precision": False}  # what is bfloat16 is rounded, also where it is not stored
 CASES = {
     "densenet": ("densenet_small", {"growth": 4, "blocks": (2, 1), "stem_channels": 4, "stem_pool": "3x3"}),

@@ -15,7 +15,6 @@ from cxrjax.models.layers import Maker
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.resnet import Bottleneck
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TINY = {"layers": (1, 2), "width": 4}
 
 

@@ -20,9 +20,6 @@ from cxrjax.models.network import Network, parameter_count
 NAMES = ("sequential_cnn", "sequential_cnn_v1", "sequential_cnn_v2")
 
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def grey(count: int, size: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(7).integers(0, 256, (count, size, size, 1), np.uint8))
 

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 from peer_networks import FAMILIES, Results, arithmetic, images, places_of, published, run
 
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.models.pretrained import load_published, published_names
 from cxrjax.studies.catalogue import entry
-
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 from parity import Parity, relative_error
 from published_files import FORMATS, SMALL, STYLES, renamed, state_dict
 from safetensors.numpy import save_file
@@ -23,8 +24,6 @@ from cxrjax.models.pretrained import load_published
 from cxrjax.weights import convert, load_converted, read_converted
 from cxrjax.weights import load_file as fill
 from cxrjax.weights.card import sha256
-
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def convert_small(file, out, **how):
