@@ -191,7 +191,7 @@ def _add_processes(parser: argparse.ArgumentParser, sharing: str = "") -> None:
     group = parser.add_argument_group("several processes", f"each is given the same words but for --process{sharing}")
     group.add_argument(
         "--coordinator", default="", metavar="HOST:PORT",
-        help="process 0; auto: SLURM, Open MPI, Kubernetes or a TPU pod says it, and the numbers too",
+        help="process 0; auto: SLURM, Open MPI or a TPU pod says it, and the numbers too",
     )  # fmt: skip
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process", type=int, metavar="K", help="which of them this is, from 0")

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The same run on every host of a TPU pod slice, one process a host.
 #
-#   ZONE=us-east5-a scripts/tpu_pod.sh my-v5e-256 resolution:2048 gs-mount/runs/2048 [--config.key=value ...]
+#   ZONE=us-east5-a scripts/tpu_pod.sh my-v5e-256 resolution:2048 gs-mount/runs/2048 \
+#       --config.train.batch=64 --config.mesh.space=4
 #
+# The chips over mesh.space must divide the batch: here one image on each four of 256.
 # Each host needs this clone in ~/cxrjax with `uv sync --extra tpu`, and the data and the run's directory at the same
 # path of a shared file system. VERB="study resolution" makes it a study; DRY_RUN=1 prints the command instead of running
 # it.

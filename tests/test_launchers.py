@@ -1,6 +1,7 @@
 """The launch scripts, as far as they can be tried without the cluster: with stand-ins for its commands."""
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import yaml
 
 from cxrjax.cli import RUN
+from cxrjax.config import load
+from cxrjax.parallel.mesh import check_divides
 from cxrjax.words import parser
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -91,3 +94,27 @@ def test_the_jobset_counts_its_machines_alike():
     assert arguments.coordinator == f"{name}:{container['ports'][0]['containerPort']}"
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
+
+
+def examples() -> dict[str, tuple[int, list[str]]]:
+    """Where the scripts are shown in use: devices, and the words of the run."""
+    readme = (SCRIPTS.parent / "README.md").read_text()
+    shown = {name: re.search(rf"^{start}.*?(?= +#)", readme, re.MULTILINE) for name, start in
+             (("sbatch in README", "sbatch"), ("tpu_pod.sh in README", "scripts/tpu_pod"))}  # fmt: skip
+    comments = {name: re.sub(r"\\\n#", "", (SCRIPTS / name).read_text()) for name in ("slurm.sbatch", "tpu_pod.sh")}
+    shown |= {name: re.search(r"^# +(?:sbatch|ZONE=).*", text, re.MULTILINE) for name, text in comments.items()}
+    [job] = yaml.safe_load((SCRIPTS / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+    words = {name: shlex.split(found[0]) for name, found in shown.items() if found} | {"jobset": container["args"]}
+    return {name: (32 if name == "jobset" else 16 if "sbatch" in name else 256, said) for name, said in words.items()}
+
+
+@pytest.mark.parametrize("name", ["sbatch in README", "tpu_pod.sh in README", "slurm.sbatch", "tpu_pod.sh", "jobset"])
+def test_the_runs_that_are_shown_fit_their_machines(name):
+    devices, words = examples()[name]
+    (recipe,) = {word for word in words if "resolution:2048" in word}
+    overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+    config = load(recipe.removeprefix("--config="), [word for word in overrides if not word.startswith("data.dir")])
+    space, data = config.mesh.space, devices // config.mesh.space
+    check_divides("the batch", config.train.batch, "data", data)
+    check_divides("the rows", config.data.size, "space", space)

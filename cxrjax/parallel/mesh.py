@@ -29,6 +29,7 @@ def make_mesh(data: int = 0, space: int = 1, devices: Sequence[Any] | None = Non
     Raises:
       CxrError: the devices cannot be laid out so.
     """
+    ours = devices is None
     devices = runtime.devices() if devices is None else devices
     if space < 1 or (data or 1) < 1:
         raise CxrError(f"config keys mesh.data = {data} and mesh.space = {space} must be positive (mesh.data may be 0)")
@@ -45,7 +46,36 @@ def make_mesh(data: int = 0, space: int = 1, devices: Sequence[Any] | None = Non
             f"a mesh of {data} x {space} devices (config keys mesh.data, mesh.space) needs {data * space}, and there "
             f"are {len(devices)}: the nearest that works is {nearest}"
         )
-    return Mesh(np.asarray(devices[: data * space]).reshape(data, space), ("data", "space"))
+    laid_out = np.asarray(devices[: data * space]).reshape(data, space)
+    if ours:
+        _check_shares(laid_out, devices)
+    return Mesh(laid_out, ("data", "space"))
+
+
+def _check_shares(laid_out: np.ndarray, devices: Sequence[Any]) -> None:
+    """Check that all processes load as much of each batch: whole parts of it, alone or shared."""
+    processes = {device.process_index for device in devices}
+    data, space = laid_out.shape
+    if _shared_evenly(laid_out, processes):
+        return
+    choices = []
+    for rows in (n for n in range(len(devices), 0, -1) if len(devices) % n == 0):
+        if _shared_evenly(np.asarray(devices).reshape(rows, -1), processes):
+            choices.append(f"{rows} x {len(devices) // rows}")
+    raise CxrError(
+        f"a mesh of {data} x {space} devices (config keys mesh.data, mesh.space) does not give each of the "
+        f"{len(processes)} processes the same share of a batch: there are {len(devices)} devices, and what works is "
+        f"{_listed(choices)}"
+    )
+
+
+def _shared_evenly(laid_out: np.ndarray, processes: set[int]) -> bool:
+    held: dict[int, set[int]] = {}
+    for (row, _), device in np.ndenumerate(laid_out):
+        held.setdefault(device.process_index, set()).add(row)
+    shares = {frozenset(rows) for rows in held.values()}
+    apart = sum(map(len, shares)) == len(laid_out)
+    return held.keys() == processes and apart and len({len(rows) for rows in shares}) == 1
 
 
 def mesh_of(text: str) -> tuple[int, int]:
@@ -63,7 +93,7 @@ def mesh_of(text: str) -> tuple[int, int]:
     return found["data"], found["space"]
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def _listed(numbers: Iterable[Any]) -> str:
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last
 

@@ -23,6 +23,8 @@ GRACE = 10
 """Seconds in which a process may still end with an error of its own, once another one is gone."""
 
 _ALL = "all are there"
+_OURS = "cxrjax: "
+"""What process 0 says begins with it; whatever else may listen at its port does not."""
 _LEFT = b"left"
 
 
@@ -36,33 +38,47 @@ def meet(host: str, port: int, processes: int, process: int, timeout: int) -> No
     """
     if process:
         with reach(host, port, process, timeout) as connection:
-            connection.sendall(f"{process}\n".encode())
+            connection.sendall(f"{process} of {processes}\n".encode())
             connection.settimeout(timeout + 5)
             try:
-                said = connection.makefile().readline().strip()
+                said = connection.makefile(errors="replace").readline().strip()
             except OSError as error:
-                said = str(error)
-        if said != _ALL:
-            raise CxrError(said or f"process 0 at {host}:{port} ended while process {process} waited for the others")
+                raise CxrError(f"process 0 at {host}:{port} said nothing to process {process} ({error})") from error
+        if not said:
+            raise CxrError(f"process 0 at {host}:{port} ended while process {process} waited for the others")
+        if not said.startswith(_OURS):
+            raise CxrError(f"what listens at {host}:{port} is not process 0: choose another port, or correct the host")
+        if (reason := said.removeprefix(_OURS)) != _ALL:
+            raise CxrError(reason)
         return
-    deadline, came = time.monotonic() + timeout, {}
+    deadline, came, differing = time.monotonic() + timeout, {}, ""
     with ExitStack() as connections:
         with listening(port) as server:  # until before the others are told: the port must be free for JAX
-            while len(came) < processes - 1 and (left := deadline - time.monotonic()) > 0:
+            while not differing and len(came) < processes - 1 and (left := deadline - time.monotonic()) > 0:
                 server.settimeout(left)
                 with suppress(OSError, ValueError):  # nobody came, or not one of us
                     connection = connections.enter_context(server.accept()[0])
                     connection.settimeout(5)
-                    number = int(connection.makefile().readline())
-                    if 0 < number < processes:
+                    number, total = map(int, connection.makefile().readline().split(" of "))
+                    if total != processes:
+                        differing = f"process {number} was told of {total} processes, process 0 of {processes}"
+                    if 0 < number < processes or differing:
                         came[number] = connection
         missing = [str(number) for number in range(1, processes) if number not in came]
-        said = f"process {', '.join(missing)} of {processes} did not come to {host}:{port} within {timeout} s"
+        if differing:
+            said = f"{differing}: give all of them the same number"
+        elif missing:
+            said = (
+                f"process {', '.join(missing)} of {processes} did not come to {host}:{port} within {timeout} s: look "
+                "at what it said, or whether it was started"
+            )
+        else:
+            said = _ALL
         for connection in came.values():
             with suppress(OSError):
-                connection.sendall(f"{said if missing else _ALL}\n".encode())
-    if missing:
-        raise CxrError(f"{said}: look at what it said, or whether it was started")
+                connection.sendall(f"{_OURS}{said}\n".encode())
+    if said != _ALL:
+        raise CxrError(said)
 
 
 def listening(port: int) -> socket.socket:

@@ -6,15 +6,19 @@ process. It must run before anything asks JAX for its devices.
 
 import hashlib
 import json
+import os
 import secrets
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # alone knows whom JAX found to be process 0
+from jax._src.clusters import ClusterEnv  # says who is process 0 before JAX, which ends the program, looks for it
 from jax.experimental import multihost_utils
 
 from cxrjax.console import stderr
@@ -29,6 +33,9 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 _WATCHES: list[tuple[Watch, Ending]] = []
 """This process's, where it has others."""
 
+SHARING = 30
+"""Seconds in which a file that process 0 wrote must have come to the others."""
+
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as dead to JAX, which ends the others."""
 
@@ -39,8 +46,8 @@ def start(
     """Connect this process to the others.
 
     Args:
-      coordinator: HOST:PORT of process 0; "auto": SLURM, Open MPI, Kubernetes or a TPU pod say it, and the numbers too;
-        empty: this process is alone.
+      coordinator: HOST:PORT of process 0; "auto": SLURM, Open MPI or a TPU pod says it, and the numbers too; empty:
+        this process is alone.
       processes: how many there are.
       process: which of them this is, from 0.
       timeout: how long to wait for all of them, in seconds.
@@ -52,42 +59,56 @@ def start(
         if processes is not None or process is not None:
             raise CxrError("--processes and --process need --coordinator HOST:PORT, the address of process 0")
         return
-    explicit = coordinator != "auto"
+    devices = None
+    if coordinator == "auto":
+        coordinator, processes, process, devices = _asked(timeout)
     host, _, port = coordinator.rpartition(":")
-    if explicit:
-        if not host or not port.isdigit():
-            raise CxrError(f"--coordinator {coordinator} is neither HOST:PORT nor auto")
-        if processes is None or process is None or not 0 <= process < processes:
-            raise CxrError(
-                f"--coordinator {coordinator} needs --processes N and --process K with K from 0 to N - 1, "
-                f"not {processes} and {process}"
-            )
-        stderr.print(f"process {process} of {processes}: joining at {coordinator}, at most {timeout} s", markup=False)
-        meet(host, int(port), processes, process, timeout)
-        if process:
-            reach(host, int(port), process, timeout).close()
+    if not host or not port.isdigit():
+        raise CxrError(f"--coordinator {coordinator} is neither HOST:PORT nor auto")
+    if processes is None or process is None or not 0 <= process < processes:
+        raise CxrError(
+            f"--coordinator {coordinator} needs --processes N and --process K with K from 0 to N - 1, "
+            f"not {processes} and {process}"
+        )
+    stderr.print(f"process {process} of {processes}: joining at {coordinator}, at most {timeout} s", markup=False)
+    meet(host, int(port), processes, process, timeout)
+    if process:
+        reach(host, int(port), process, timeout).close()
     try:
         jax.distributed.initialize(
-            coordinator if explicit else None,
+            coordinator,
             processes,
             process,
+            devices,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        if explicit:
-            raise CxrError(
-                f"process {process} of {processes} could not join the others at {coordinator} within {timeout} s "
-                f"({reason}): check that process 0 runs there and that the port is open"
-            ) from error
         raise CxrError(
-            f"no cluster was found to ask ({reason}): start through srun, mpirun, Kubernetes or a TPU pod, or give "
-            "--coordinator HOST:PORT, --processes N and --process K"
+            f"process {process} of {processes} could not join the others at {coordinator} within {timeout} s "
+            f"({reason}): check that process 0 runs there and that the port is open"
         ) from error
     multihost_utils.sync_global_devices("joined")  # now: who comes later to their first collective is given up
-    _watch(host if explicit else (distributed.global_state.coordinator_address or "").rpartition(":")[0])
+    _watch(host)
+
+
+def _asked(timeout: int) -> tuple[str, int | None, int | None, Any]:
+    """Process 0's address, how many processes there are, which one this is, and its devices, as the cluster says."""
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    reason = ""
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, timeout)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        found, reason = (None,) * 4, f" ({' '.join(str(error).split())[:200]})"
+    address, processes, process, devices = found
+    if address is None or processes is None:
+        raise CxrError(
+            f"no cluster was found to ask{reason}: start through srun, mpirun or on a TPU pod, or give "
+            "--coordinator HOST:PORT, --processes N and --process K"
+        )
+    return address, processes, process, devices
 
 
 def _watch(host: str) -> None:
@@ -166,6 +187,39 @@ def agree(what: str, value: Any) -> None:
             f"the processes do not have the same {what}: {', '.join(differing)} of {len(all_digests)} "
             f"differ from process 0; start all of them with the same words, on the same files"
         )
+
+
+def agree_on_place(directory: Path) -> None:
+    """Check that all processes see one directory: each writes its part of a checkpoint there and waits for the rest.
+
+    Raises:
+      CxrError: in every process, with the numbers of those that look elsewhere.
+    """
+    if not several():
+        return
+    sent = np.frombuffer(secrets.token_bytes(8), np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8)
+    sign = directory / f".shared-{sent.tobytes().hex()}"
+    in_first(lambda: _put(sign))
+    end = time.monotonic() + SHARING
+    while not (seen := sign.exists()) and time.monotonic() < end:
+        time.sleep(0.1)  # network file systems show new files late
+    blind = [str(number) for number in np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.bool_(seen))))]
+    if first():
+        sign.unlink()
+    if blind:
+        if first():
+            with suppress(OSError):  # it was there before, with something in it
+                directory.rmdir()
+        raise CxrError(
+            f"process {', '.join(blind)} has another directory than process 0, here it is {directory}: give all "
+            "of them the same, on a file system that they share"
+        )
+
+
+def _put(sign: Path) -> None:
+    sign.parent.mkdir(parents=True, exist_ok=True)
+    sign.touch()
 
 
 def in_first(action: Callable[[], Value]) -> Value | None:

@@ -177,8 +177,9 @@ class Experiment:
         """
         batch, devices = self.config.train.batch, self.mesh.shape["data"]
         at_once = devices * (self.config.train.per_device or max(batch // devices, 1))
-        fits = max(n for n in range(1, devices + 1) if batch % n == 0)
-        instead = f", or set mesh.data to {fits}, and mesh.space to share images among the others"
+        total = self.mesh.devices.size
+        fits = max(n for n in range(1, total + 1) if batch % n == 0 and total % n == 0)
+        instead = f", or share images among devices: mesh.data = {fits}, mesh.space = {total // fits}"
         check_divides(f"config key train.batch = {batch} images", batch, "data", devices, instead)
         if batch % at_once:
             raise CxrError(

@@ -23,7 +23,7 @@ from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_json
 from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
-from cxrjax.parallel.runtime import agree, first, in_first, lost, several, told_to_stop
+from cxrjax.parallel.runtime import agree, agree_on_place, first, in_first, lost, several, told_to_stop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
@@ -81,6 +81,7 @@ def train(
     _check_profile(profile, config.train.epochs * experiment.steps_per_epoch)
     agree("config", {key: value for key, value in flatten(config).items() if key not in LOCAL})
     agree("data and split", experiment.identity)
+    agree_on_place(directory)
     with in_first(lambda: Run(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
         trainer = _Trainer(experiment, directory, checkpoints, auroc)

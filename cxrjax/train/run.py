@@ -106,9 +106,12 @@ def same_identity(directory: Path, identity: dict[str, Any], *, whole: bool = Fa
     differing = [name for name in names if stored.get(name) != identity.get(name)]
     if differing:
         name = differing[0]
+        mend = "give it the prepared data it began with (--data-dir, data.dir)"
+        if name == "images at once":
+            mend = f"set train.per_device so that, times mesh.data, it is {stored.get(name)} again"
         raise CxrError(
             f"{directory} was trained with another {name}: {stored.get(name)} then, {identity.get(name)} now; "
-            "give it the prepared data it began with (--data-dir, data.dir), or train in another directory"
+            f"{mend}, or train in another directory"
         )
 
 

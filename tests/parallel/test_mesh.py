@@ -1,9 +1,11 @@
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from cxrjax.errors import CxrError
+from cxrjax.parallel import runtime
 from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, mesh_of
 
 
@@ -27,6 +29,22 @@ def test_the_mesh_takes_all_devices_that_space_leaves():
 )
 def test_a_mesh_that_does_not_fit_is_refused(shape, said):
     with pytest.raises(CxrError, match=re.escape(said)):
+        make_mesh(*shape)
+
+
+@pytest.mark.parametrize(
+    ("processes", "shape", "works"),
+    [
+        ((0, 0, 1, 1), (1, 1), "4 x 1, 2 x 2 or 1 x 4"),
+        ((0, 0, 1, 1), (2, 1), "4 x 1, 2 x 2 or 1 x 4"),
+        ((0, 0, 1, 1), (3, 1), "4 x 1, 2 x 2 or 1 x 4"),
+        ((0, 0, 1, 1, 2, 2), (2, 3), "6 x 1, 3 x 2 or 1 x 6"),
+    ],
+)
+def test_all_processes_have_the_same_share(monkeypatch, processes, shape, works):
+    devices = [SimpleNamespace(process_index=process) for process in processes]
+    monkeypatch.setattr(runtime, "devices", lambda: devices)
+    with pytest.raises(CxrError, match=f"a mesh of {shape[0]} x {shape[1]} devices.* same share.* works is {works}$"):
         make_mesh(*shape)
 
 

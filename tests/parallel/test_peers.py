@@ -61,6 +61,31 @@ def test_a_stranger_does_not_count():
         assert first.exception() is None
 
 
+def test_who_was_told_of_another_number_is_named():
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(meet, "localhost", port, 2, 0, 20), pool.submit(meet, "localhost", port, 3, 1, 20)]
+        said = [str(future.exception()) for future in futures]
+    assert said == ["process 1 was told of 3 processes, process 0 of 2: give all of them the same number"] * 2
+
+
+@pytest.mark.parametrize(("answer", "said"), [(b"<!DOCTYPE HTML>\xff\n", "is not process 0"), (b"", "ended while"),
+                                              (None, "said nothing")])  # fmt: skip
+def test_what_answers_at_its_port_may_not_be_process_0(answer, said):
+    with socket.create_server(("localhost", 0)) as other, ThreadPoolExecutor(1) as pool:
+        port = other.getsockname()[1]
+        waiting = pool.submit(meet, "localhost", port, 2, 1, -4)
+        connection = other.accept()[0]
+        connection.recv(100)
+        if answer is not None:
+            connection.sendall(answer)
+            connection.close()
+        assert isinstance(waiting.exception(), CxrError)
+        assert f"localhost:{port}" in str(waiting.exception())
+        assert said in str(waiting.exception())
+        connection.close()
+
+
 class Watching:
     """Watches of three processes, within this one; `told[k]` is what process k is told."""
 

@@ -1,15 +1,23 @@
 """What a run says of its own pace, and that nothing in its steps makes the devices wait for the host."""
 
+import dataclasses
 import gzip
+import itertools
 import json
+import threading
 import time
 
 import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cxrjax import cli
+from cxrjax.data import pipeline
 from cxrjax.errors import CxrError
 from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.parallel.mesh import replicated
 from cxrjax.train import loop
 from cxrjax.train.metrics import read_metrics
 
@@ -17,25 +25,34 @@ STEP = 0.05
 """Seconds that a step is made to take, so that a busy machine changes little."""
 
 
-def paced(monkeypatch, *, loading: float) -> None:
-    """The real batches, each `loading` seconds late, and the real step made `STEP` longer, as a busy device would."""
-    batches, settle = loop.training_batches, loop._Trainer._settle
+def paced(monkeypatch, *, loading: float, threads: float = 0) -> None:
+    """The real loop, whose step is made `STEP` longer, as a busy device would.
+
+    Each batch comes `loading` seconds late, or keeps the thread that loads it `threads` seconds longer.
+    """
+    batches, load, settle = loop.training_batches, pipeline._load, loop._Trainer._settle
 
     def late(*words, **more):
         for batch in batches(*words, **more):
             time.sleep(loading)
             yield batch
 
+    def long(*words):
+        time.sleep(threads)
+        return load(*words)
+
     def slow(self, pending, allowed):
         time.sleep(STEP)
         settle(self, pending, allowed)
 
     monkeypatch.setattr(loop, "training_batches", late)
+    monkeypatch.setattr(pipeline, "_load", long)
     monkeypatch.setattr(loop._Trainer, "_settle", slow)
 
 
-def test_a_fast_loader_is_not_waited_for(tiny, tmp_path, monkeypatch):
-    paced(monkeypatch, loading=0)
+def test_a_loader_that_is_faster_than_the_step_is_not_waited_for(tiny, tmp_path, monkeypatch):
+    """Were batches not loaded meanwhile, its 0.6 of a step would be a share of 0.37."""
+    paced(monkeypatch, loading=0, threads=0.6 * STEP)
     progress = loop.train(tiny("train.epochs=2", "train.steps_per_epoch=8"), tmp_path, mean_auroc)
     assert progress.data_wait is not None
     assert progress.data_wait < 0.2
@@ -82,6 +99,62 @@ def test_the_host_stays_two_steps_behind_and_steps_take_nothing_from_it(tiny, tm
     monkeypatch.setattr(loop, "make_train_step", watched)
     loop.train(tiny("train.epochs=2", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
     assert lags == {1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 0, 7: 2, 8: 2, 9: 2, 10: 2, 11: 1, 12: 0}
+
+
+def test_two_batches_wait_on_the_devices_when_a_step_is_given(tiny, tmp_path, monkeypatch):
+    place, make, placed, when_given = loop.place, loop.make_train_step, [], []
+
+    def counted(*words):
+        placed.append(None)
+        return place(*words)
+
+    def watched(*words, **more):
+        step = make(*words, **more)
+
+        def watching(state, batch):
+            when_given.append(len(placed))
+            return step(state, batch)
+
+        return watching
+
+    monkeypatch.setattr(loop, "place", counted)
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    loop.train(tiny("train.epochs=1", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
+    assert when_given == [3, 4, 5, 6, 7, 8]
+
+
+def test_no_step_is_waited_for_before_the_next_is_given(tiny, tmp_path, monkeypatch):
+    """Each step ends only when the next was given: a host that waited for it would wait in vain."""
+    steps, make, late = 5, loop.make_train_step, []
+    next_given = [threading.Event() for _ in range(steps)]
+    next_given[-1].set()
+
+    def until_next_is_given(number):
+        if not next_given[int(number)].wait(30):
+            late.append(int(number))
+        return np.zeros_like(number)
+
+    def ends_later(step, number):
+        nothing = jax.ShapeDtypeStruct((), step.dtype)
+        return step + jax.experimental.io_callback(until_next_is_given, nothing, number)
+
+    def watched(*words, **more):
+        step, given = make(*words, **more), itertools.count()
+        gate = jax.jit(ends_later, out_shardings=replicated(words[3]))
+
+        def watching(state, batch):
+            state, metrics = step(state, batch)
+            number = next(given)
+            if number:
+                next_given[number - 1].set()
+            return dataclasses.replace(state, step=gate(state.step, jnp.int32(number))), metrics
+
+        return watching
+
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    loop.train(tiny("train.epochs=1", f"train.steps_per_epoch={steps}"), tmp_path, mean_auroc)
+    assert all(event.is_set() for event in next_given)
+    assert late == []
 
 
 def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Several processes train as one: the same numbers, one writer, one end."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,6 +149,25 @@ def test_processes_with_other_data_are_refused(alone, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_processes_with_other_directories_are_refused(alone, tmp_path):
+    overrides, _ = alone
+    words = ["train", "--config", "demo:32", *(f"--config.{word}" for word in overrides)]
+    started = start([*words, "--workdir", str(tmp_path / "a")], 2, last=["--workdir", str(tmp_path / "b")])
+    for code, errors in finish(started, timeout=240):
+        assert code == 1
+        assert f"process 1 has another directory than process 0, here it is {tmp_path}/" in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mesh_without_devices_of_a_process_is_refused(alone, tmp_path):
+    overrides, _ = alone
+    for code, errors in finish(launch([*overrides, "mesh.data=2"], tmp_path / "run", 2), timeout=120):
+        assert code == 1
+        assert "does not give each of the 2 processes the same share of a batch" in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_the_first_refuses_all_refuse(alone, tmp_path):
     overrides, _ = alone
     (tmp_path / "checkpoints" / "last" / "4").mkdir(parents=True)
@@ -165,6 +185,20 @@ def test_a_coordinator_that_is_not_there_is_named(tmp_path, tiny_overrides):
     ended = subprocess.run([sys.executable, "-m", "cxrjax.cli", *words], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "could not reach process 0 at localhost:" in " ".join(ended.stderr.split())
+
+
+@pytest.mark.parametrize(("process", "said"), [(0, "process 1 of 2 did not come to localhost:"),
+                                               (1, "could not reach process 0 at localhost:")])  # fmt: skip
+def test_who_does_not_come_is_named_where_the_cluster_gives_the_numbers(tmp_path, process, said):
+    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--coordinator", "auto", "--join-timeout", "2"]
+    slurm = {"JOB_ID": str(free_port() - 61440), "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(process),
+             "LOCALID": "0", "STEP_NUM_NODES": "1"}  # fmt: skip
+    environment = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()}
+    ended = subprocess.run(
+        [sys.executable, "-m", "cxrjax.cli", *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    assert said in " ".join(ended.stderr.split())
 
 
 @pytest.mark.parametrize(
