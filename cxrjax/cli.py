@@ -253,13 +253,11 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
 
 def _bench(arguments: argparse.Namespace) -> Any:
-    from cxrjax.parallel.mesh import mesh_of
     from cxrjax.studies import bench
 
-    mesh, steps = mesh_of(arguments.mesh), arguments.steps
-    wanted = bench.cases(arguments.cases, arguments.dtypes, arguments.remats, steps, mesh)
+    wanted = bench.cases(arguments.cases, arguments.dtypes, arguments.remats, arguments.steps, arguments.mesh)
     if arguments.config:
-        wanted.append(bench.Case.of(load(arguments.config, arguments.overrides), steps))
+        wanted.append(bench.Case.of(load(arguments.config, arguments.overrides), arguments.steps))
     if not wanted:
         raise CxrError("nothing to measure: name ARCH:SIZE:BATCH, such as densenet121:1024:8, or --config F")
     measured = []
@@ -271,6 +269,8 @@ def _bench(arguments: argparse.Namespace) -> Any:
     for row in measured:
         if "error" in row:
             say(f"{row['arch']} at {row['resolution']} px, {row['batch']} images, {row['variant']}: {row['error']}")
+    if all("error" in row for row in measured):
+        raise CxrError("nothing could be measured")
     return measured
 
 

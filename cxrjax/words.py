@@ -128,11 +128,11 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
         "--device", required=True, metavar="D", help="h200, h100, a100-80, a100-40, v5e, v5p or v6e"
     )  # fmt: skip
     plan.add_argument(
-        "--mesh", default="data=1", metavar="data=D,space=S",
-        help="devices that share a batch, and devices that share the rows of an image (default: one device)",
+        "--mesh", default="", metavar="data=D,space=S",
+        help="devices that share a batch, and devices that share the rows of an image (default: the config's)",
     )  # fmt: skip
     plan.add_argument(
-        "--batch", type=int, default=0, metavar="N", help="images at once over all devices (default: the config's)"
+        "--batch", type=int, default=0, metavar="N", help="images of a step, over all devices (default: the config's)"
     )
     plan.add_argument("--largest", action="store_true", help="find the largest batch that fits: several compilations")
     plan.add_argument(

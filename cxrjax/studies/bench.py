@@ -56,11 +56,21 @@ class Case:
     space: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise CxrError(f"--steps {self.steps}: there is no median of no step")
+
     @classmethod
     def of(cls, config: "Config", steps: int) -> "Case":
-        """The training step of a recipe, on its mesh, with as many images as pass at once."""
+        """The training step of a recipe, on its mesh, with as many images as pass at once.
+
+        Raises:
+          CxrError: it does not say how many these are.
+        """
         model, train, mesh = config.model, config.train, config.mesh
-        batch = train.per_device * mesh.data if train.per_device and mesh.data else train.batch
+        if train.per_device and not mesh.data:
+            raise CxrError("config key train.per_device needs mesh.data here: say how many devices share the batch")
+        batch = train.per_device * mesh.data or train.batch
         return cls(
             model.name, config.data.size, batch, model.dtype, model.remat, steps=steps, data=mesh.data,
             space=mesh.space, options=model.options.to_dict(),
@@ -68,19 +78,25 @@ class Case:
 
 
 def cases(
-    words: Sequence[str], dtypes: Sequence[str], remats: Sequence[str], steps: int, mesh: tuple[int, int] = (1, 1)
+    words: Sequence[str], dtypes: Sequence[str] | None, remats: Sequence[str] | None, steps: int, mesh: str = ""
 ) -> list[Case]:
-    """One training case for each ARCH:SIZE:BATCH, type and way of recomputing, on a mesh of data x space devices.
+    """One training case for each ARCH:SIZE:BATCH, type (default bfloat16) and way of recomputing (default none).
+
+    `mesh` is data=D,space=S, one device by default.
 
     Raises:
-      CxrError: a word is no such case.
+      CxrError: a word is no such case, or there are types, ways or a mesh and no case to take them.
     """
-    made = []
-    for word, dtype, remat in product(words, dtypes, remats):
+    if not words and (dtypes or remats or mesh):
+        raise CxrError("--dtypes, --remats and --mesh are for ARCH:SIZE:BATCH; of --config change its keys instead")
+    from cxrjax.parallel.mesh import mesh_of
+
+    made, shape = [], mesh_of(mesh) if mesh else (1, 1)
+    for word, dtype, remat in product(words, dtypes or ["bfloat16"], remats or ["none"]):
         matched = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", word)
         if matched is None:
             raise CxrError(f"{word!r} is no case: write ARCH:SIZE:BATCH, such as densenet121:1024:8")
-        made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, False, steps, *mesh))
+        made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, False, steps, *shape))
     return made
 
 
@@ -176,6 +192,7 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     from cxrjax.models import create
     from cxrjax.models.network import Network
     from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
+    from cxrjax.train.optimizer import as_one_vector
     from cxrjax.train.state import TrainState
     from cxrjax.train.step import make_predict_step, make_train_step
 
@@ -198,7 +215,7 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     if case.inference:
         arguments = jax.device_put(network, replicated(mesh)), placed.image
         return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices, turn)
-    optimizer = optax.flatten(optax.scale_by_adam())
+    optimizer = as_one_vector(optax.scale_by_adam())
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
     step = make_train_step(network, optimizer, optax.constant_schedule(1e-4), mesh)
     return _timed(case, step, (state, placed), lambda result: (result[0], placed), mesh.devices, turn)
@@ -297,10 +314,8 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m cxrjax.studies.bench", description=__doc__)
     add_arguments(parser)
-    from cxrjax.parallel.mesh import mesh_of
-
     given = parser.parse_args()
-    wanted = cases(given.cases, given.dtypes, given.remats, given.steps, mesh_of(given.mesh))
+    wanted = cases(given.cases, given.dtypes, given.remats, given.steps, given.mesh)
     for row in rows(wanted, inference=given.inference):
         print(json.dumps(row), flush=True)
 
@@ -313,15 +328,16 @@ def _wait() -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `bench` takes."""
     parser.add_argument("cases", nargs="*", metavar="ARCH:SIZE:BATCH", help="such as densenet121:1024:8")
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="(default: bfloat16)")
     parser.add_argument(
-        "--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float32"), help="(default: bfloat16)"
-    )
-    parser.add_argument(
-        "--remats", nargs="+", default=["none"], choices=("none", "layer", "block", "full"),
+        "--remats", nargs="+", choices=("none", "layer", "block", "full"),
         help="what the backward pass recomputes (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--mesh", default="data=1", metavar="data=D,space=S", help="devices that share the batch, and an image's rows"
+        "--mesh",
+        default="",
+        metavar="data=D,space=S",
+        help="devices that share the batch, and an image's rows (default: one device)",
     )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="medians are over N steps (default: 10)")
     parser.add_argument(

@@ -29,6 +29,9 @@ from cxrjax.train.step import make_train_step
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
 """Nothing can be timed on a device that is not here; and memory does not depend on how well kernels are compiled."""
 
+AHEAD = 4
+"""Batches that a run has on its devices beside that of the step: a next step's, and those of `data.placement.ahead`."""
+
 USABLE = 0.92
 """Share of a device's memory that a program can have (XLA_PYTHON_CLIENT_MEM_FRACTION on GPUs, whose default is .75)."""
 
@@ -44,10 +47,11 @@ class Plan:
       space: devices that share the rows of an image.
       size: side of the images in px.
       remat: what the backward pass recomputes.
-      batch: images of all devices at once (one accumulated part of the effective batch).
+      batch: images of all devices at once.
+      parts: that pass one after the other and make the effective batch (`train.per_device`).
       parameters: with running statistics.
       optimizer: its moments.
-      inputs: the batch.
+      inputs: the effective batch.
       activations: everything else the step holds at its peak: activations, gradients, workspace that XLA knows of.
       memory: of the device.
       compiled: whether a compiler said so; else an estimate from the traced step.
@@ -67,6 +71,7 @@ class Plan:
     size: int
     remat: str
     batch: int
+    parts: int
     parameters: int
     optimizer: int
     inputs: int
@@ -83,13 +88,23 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """All that is held at once."""
+        """All that the step holds at once."""
         return self.parameters + self.optimizer + self.inputs + self.activations
 
     @property
+    def waiting(self) -> int:
+        """Batches of the steps to come, which a run has there as well."""
+        return AHEAD * self.inputs
+
+    @property
     def fits(self) -> bool:
-        """Whether the peak is within the usable part of the memory."""
-        return self.peak <= USABLE * self.memory
+        """Whether the peak and what waits are within the usable part of the memory."""
+        return self.peak + self.waiting <= USABLE * self.memory
+
+    @property
+    def left(self) -> int:
+        """Memory of the device that is free at the peak."""
+        return self.memory - self.peak - self.waiting
 
     @property
     def floor_s(self) -> float:
@@ -98,7 +113,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        more = {"peak": self.peak, "left": self.memory - self.peak, "fits": self.fits, "floor_s": self.floor_s}
+        more = {"peak": self.peak, "waiting": self.waiting, "left": self.left, "fits": self.fits,
+                "floor_s": self.floor_s}  # fmt: skip
         return asdict(self) | more
 
 
@@ -110,20 +126,20 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
       target: the accelerator.
       data: devices that share a batch.
       space: devices that share the rows of an image.
-      batch: images at once, over all devices; 0: `train.per_device` on each, or the whole effective batch.
+      batch: images of a step, over all devices; 0: `train.batch`, of which `train.per_device` pass at once.
 
     Raises:
       CxrError: a mesh that does not divide the batch or the rows, or a compiler that is not installed.
     """
-    batch = _batch(config, data, space, batch)
+    images = batches(config, data, space, batch)
     mesh = make_mesh(data, space, target.devices(data * space))
-    step, state, inputs = _step(config, mesh, batch)
+    step, state, inputs = _step(config, mesh, *images)
     traced = step.trace(state, inputs)
     found = needs(traced, target, GPU_OPTIONS if target.gpu else {})
     fixed = _fixed(state, inputs, data, space)
     activations = found.held + found.temporary - sum(fixed.values())
     return _plan(
-        target, (data, space), config, batch, fixed, activations, traced.jaxpr.jaxpr, found.calls, found.moved,
+        target, (data, space), config, images, fixed, activations, traced.jaxpr.jaxpr, found.calls, found.moved,
         compiled=True,
     )  # fmt: skip
 
@@ -133,21 +149,23 @@ def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, b
 
     Workspace and collectives are not in it. Arguments and errors are those of `plan`.
     """
-    batch = _batch(config, data, space, batch)
-    step, state, inputs = _step(config, make_mesh(1, 1, jax.devices("cpu")[:1]), batch)
+    batch, parts = batches(config, data, space, batch)
+    step, state, inputs = _step(config, make_mesh(1, 1, jax.devices("cpu")[:1]), batch, parts)
     jaxpr = step.trace(state, inputs).jaxpr.jaxpr
 
     def on_one_device(aval: Any) -> int:
-        rank, whole = len(aval.shape), math.prod(aval.shape) * aval.dtype.itemsize
-        if rank < 2 or aval.shape[0] != batch:
+        shape, whole = aval.shape, math.prod(aval.shape) * aval.dtype.itemsize
+        if parts > 1 and shape[:2] == (parts, batch):
+            shape = (parts * batch, *shape[2:])
+        rank = len(shape)
+        if rank < 2 or shape[0] not in (batch, parts * batch):
             return whole
-        if rank == 4 and aval.shape[1] == aval.shape[2] > 1:  # maps: of kernels only some stems' have such a shape
-            channels = aval.shape[3]
-            return whole // channels * (-(-channels // target.lanes) * target.lanes) // (data * space)
+        if rank == 4 and shape[1] == shape[2] > 1:  # maps: of kernels only some stems' have such a shape
+            return whole // shape[3] * (-(-shape[3] // target.lanes) * target.lanes) // (data * space)
         return whole // data
 
     fixed, activations = _fixed(state, inputs, data, space), peak_bytes(jaxpr, on_one_device)
-    return _plan(target, (data, space), config, batch, fixed, activations, jaxpr, [], 0.0, compiled=False)
+    return _plan(target, (data, space), config, (batch, parts), fixed, activations, jaxpr, [], 0.0, compiled=False)
 
 
 def largest_batch(
@@ -176,12 +194,22 @@ def _affine(made: dict[int, Plan], room: float) -> int:
     return more + math.floor((room - made[more].peak) / slope) if slope > 0 else 2 * more
 
 
-def _batch(config: Config, data: int, space: int, batch: int) -> int:
-    """Images at once, checked against the mesh."""
-    batch = batch or (config.train.per_device * data if config.train.per_device else config.train.batch)
-    check_divides(f"a batch of {batch} images", batch, "data", data)
+def batches(config: Config, data: int, space: int, batch: int = 0) -> tuple[int, int]:
+    """Images at once and how many such parts make a step, as `plan` takes them.
+
+    Raises:
+      CxrError: a mesh that does not divide them or the rows.
+    """
+    given = batch or config.train.batch
+    check_divides(f"a batch of {given} images", given, "data", data)
     check_divides(f"{config.data.size} rows", config.data.size, "space", space)
-    return batch
+    at_once = config.train.per_device * data if config.train.per_device and not batch else given
+    if given % at_once:
+        raise CxrError(
+            f"config key train.batch = {given} is not a multiple of {at_once} ({data} x {config.train.per_device} "
+            f"images): set train.per_device to a divisor of {given // data}, or plan one part with --batch N"
+        )
+    return at_once, given // at_once
 
 
 def _network(config: Config) -> Any:
@@ -191,7 +219,7 @@ def _network(config: Config) -> Any:
     return network_of(config, len(findings))
 
 
-def _step(config: Config, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
+def _step(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, Any, Any]:
     """The jitted step and the shapes of its arguments, laid out on the mesh."""
     optimizer = make_optimizer(config.optimizer)
     cpu = jax.devices("cpu")[0]
@@ -203,12 +231,12 @@ def _step(config: Config, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
     options = dict(config.loss.options.items())
     loss = make_loss(config.loss.name, prevalence=np.full(findings, 0.1), **options)
     step = make_train_step(
-        network, optimizer, schedule(config.optimizer, 1000), mesh, 1, learning, loss,
+        network, optimizer, schedule(config.optimizer, 1000), mesh, parts, learning, loss,
         config.train.heads == "alternating",
     )  # fmt: skip
-    side = config.data.size
-    shapes: Any = [((batch, side, side, 1), np.uint8), ((batch, findings), np.float32), ((batch, findings), bool),
-                   ((batch,), bool), ((batch,), np.int32)]  # fmt: skip
+    side, images = config.data.size, batch * parts
+    shapes: Any = [((images, side, side, 1), np.uint8), ((images, findings), np.float32), ((images, findings), bool),
+                   ((images,), bool), ((images,), np.int32)]  # fmt: skip
     shardings: Any = batch_shardings(mesh)
     inputs: Any = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -229,17 +257,17 @@ def _fixed(state: Any, inputs: Any, data: int, space: int) -> dict[str, int]:
 
 
 def _plan(
-    target: Target, mesh: tuple[int, int], config: Config, batch: int, fixed: dict[str, int], activations: int,
-    jaxpr: Any, calls: Sequence[Collective], moved: float, *, compiled: bool,
+    target: Target, mesh: tuple[int, int], config: Config, images: tuple[int, int], fixed: dict[str, int],
+    activations: int, jaxpr: Any, calls: Sequence[Collective], moved: float, *, compiled: bool,
 ) -> Plan:  # fmt: skip
     flops = 2 * multiply_adds(jaxpr) / math.prod(mesh)
     sent = sum(call.sent for call in calls)
     kinds = [call.kind for call in calls]
     return Plan(
         target=target.name, network=config.model.name, data=mesh[0], space=mesh[1], size=config.data.size,
-        remat=config.model.remat, batch=batch, **fixed, activations=int(activations), memory=target.memory,
-        compiled=compiled, collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
-        moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
+        remat=config.model.remat, batch=images[0], parts=images[1], **fixed, activations=int(activations),
+        memory=target.memory, compiled=compiled, collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        sent=sent, flops=flops, moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
         network_s=sent / target.link,
     )  # fmt: skip
 

@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> Any:
     """
     config = load(arguments.config, arguments.overrides)
     target = TARGETS[one_of("--device", arguments.device, TARGETS)]
-    data, space = mesh_of(arguments.mesh)
+    _check(arguments)
+    data, space = mesh_of(arguments.mesh) if arguments.mesh else (config.mesh.data or 1, config.mesh.space)
     make = estimate if arguments.estimate or not _installed(target) else plan
     if arguments.sweep:
         sizes, remats = arguments.sizes or SWEEP_SIZES, arguments.remats or (config.model.remat,)
@@ -48,6 +49,20 @@ def run(arguments: argparse.Namespace) -> Any:
     return {"plans": [each.as_dict() for each in plans]}
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.batch < 0:
+        raise CxrError(f"--batch {arguments.batch} is not a positive number of images")
+    if arguments.sweep and arguments.largest:
+        raise CxrError("--largest and --sweep cannot be asked for at once")
+    if arguments.sweep and arguments.mesh:
+        raise CxrError("--sweep takes --meshes, not --mesh")
+    given = [name for name in ("sizes", "meshes", "remats") if getattr(arguments, name)]
+    if given and not arguments.sweep:
+        raise CxrError(
+            f"--{given[0]} is for --sweep; one plan is of --config.data.size, --mesh and --config.model.remat"
+        )
+
+
 def _installed(target: Target) -> bool:
     try:
         target.devices(1 if target.gpu else 4)
@@ -61,13 +76,20 @@ def _sweep(
     config: Config, target: Target, each: int, make: Any, sizes: Sequence[int], meshes: Sequence[tuple[int, int]],
     remats: Sequence[str],
 ) -> list[Plan]:  # fmt: skip
-    plans = []
+    plans, refused = [], []
     with bar("compiling", len(sizes) * len(meshes) * len(remats), unit="steps") as advance:
         for size, (data, space), remat in product(sizes, meshes, remats):
             changed = config.copy_and_resolve_references()
             changed.data.size, changed.model.remat = size, remat
-            plans.append(make(changed, target, data=data, space=space, batch=each * data))
+            try:
+                plans.append(make(changed, target, data=data, space=space, batch=each * data))
+            except CxrError as error:  # of this combination: what others cost is kept
+                refused.append(f"{size} px, {data} x {space}, {remat}: {error}")
             advance()
+    if not plans:
+        raise CxrError(refused[0])
+    for line in refused:
+        say(line)
     return plans
 
 
@@ -81,9 +103,10 @@ def table(plans: list[Plan]) -> Table:
     for each in plans:
         calls = (str(each.collectives.get(k, 0)) for k in ("all-reduce", "collective-permute", "all-gather"))
         made.add_row(
-            f"{each.size}", f"{each.data} x {each.space}", f"{each.batch}", each.remat,
+            f"{each.size}", f"{each.data} x {each.space}",
+            f"{each.parts} x {each.batch}" if each.parts > 1 else f"{each.batch}", each.remat,
             *(f"{value / 1e9:.2f}" for value in (each.parameters + each.optimizer, each.activations, each.peak)),
-            f"{(each.memory - each.peak) / 1e9:.1f}", "yes" if each.fits else "no",
+            f"{each.left / 1e9:.1f}", "yes" if each.fits else "no",
             *(calls if each.compiled else ("?",) * 3),
             f"{each.sent / 1e9:.3f}" if each.compiled else "?", f"{1e3 * each.floor_s:.1f}",
         )  # fmt: skip
@@ -96,10 +119,11 @@ def _sentences(made: Plan, target: Target) -> str:
     slowest = max(known, key=lambda name: known[name])
     bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
     how = "as XLA's compiler for it says" if made.compiled else "estimated, without workspace and collectives"
-    share = made.peak / target.memory
+    share = (made.peak + made.waiting) / target.memory
+    alone = "" if made.compiled else " alone"
     fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
     setting = f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}" if target.gpu and 0.75 < share <= USABLE else ""
     return (
         f"{target.kind}, {target.memory / 1e9:.0f} GB, {how}: {fits}{setting}. "
-        f"A step takes at least {1e3 * made.floor_s:.1f} ms, for its {slowest} ({bounds})."
+        f"A step takes at least {1e3 * made.floor_s:.1f} ms, for its {slowest}{alone} ({bounds})."
     )

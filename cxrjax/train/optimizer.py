@@ -36,13 +36,13 @@ def make_optimizer(config: "Config") -> optax.GradientTransformation:
     """
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     if config.name == "sgd":
-        return optax.chain(*clip, _as_one_vector(optax.trace(config.beta1)))
-    adam = _as_one_vector(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+        return optax.chain(*clip, as_one_vector(optax.trace(config.beta1)))
+    adam = as_one_vector(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
     decay = [optax.add_decayed_weights(config.decay, mask=_matrices)] if config.name == "adamw" else []
     return optax.chain(*clip, adam, *decay)
 
 
-def _as_one_vector(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def as_one_vector(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """A transformation of all gradients as one vector: `optax.flatten`, but for how TPUs take the result apart."""
 
     def init(params: optax.Params) -> optax.OptState:

@@ -77,9 +77,19 @@ def test_a_recipe_is_a_case():
     )  # fmt: skip
 
 
-def test_nothing_to_measure(capsys):
-    assert cli.main(["bench"]) == 1
-    assert "ARCH:SIZE:BATCH" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "ARCH:SIZE:BATCH"),
+        (["--config", "demo:32", "--mesh", "data=2"], "--mesh are for ARCH:SIZE:BATCH"),
+        (["--config", "demo:32", "--config.train.per_device=2", "--config.mesh.data=0"], "train.per_device needs"),
+        (["simple_cnn:32:4", "--steps", "0"], "no median of no step"),
+        (["nonsense:32:4"], "nothing could be measured"),
+    ],
+)
+def test_what_cannot_be_measured(capsys, words, said):
+    assert cli.main(["bench", *words]) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_mesh_that_does_not_divide():

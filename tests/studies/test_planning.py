@@ -71,13 +71,30 @@ def test_several_devices_share_the_work(config, data, space, kinds):
 
 
 def test_the_largest_batch_is_the_largest_that_fits(config):
-    memory = int(planning.plan(config, here(), batch=9).peak / planning.USABLE) + 1
+    nine = planning.plan(config, here(), batch=9)
+    memory = int((nine.peak + nine.waiting) / planning.USABLE) + 1
     batch, made = planning.largest_batch(config, here(memory))
     fits = {each.batch: each.fits for each in made}
     assert fits[batch]
     assert not fits[batch + 1]
     assert batch >= 9
     assert planning.largest_batch(config, here(1))[0] == 0
+
+
+@pytest.mark.parametrize("make", [planning.plan, planning.estimate])
+def test_parts_of_a_batch_take_the_memory_of_one_and_gradients_that_are_added_up(config, make):
+    one = make(config, here(), batch=2)
+    config.train.per_device = 2
+    made = make(config, here())
+    assert (made.batch, made.parts, made.inputs) == (2, 2, 2 * one.inputs)
+    parameters = made.optimizer // 2
+    assert one.activations < made.activations < one.activations + 3 * parameters + 2 * made.inputs
+    assert made.waiting == 4 * made.inputs
+    assert made.left == made.memory - made.peak - made.waiting
+    assert made.flops == 2 * one.flops
+    config.train.per_device = 3
+    with pytest.raises(CxrError, match=r"train\.batch = 4 is not a multiple of 3"):
+        make(config, here())
 
 
 def test_an_estimate_is_of_the_same_state(config):
@@ -161,6 +178,43 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
     peak = {(each["size"], each["data"], each["remat"]): each["peak"] for each in made}
     assert peak[64, 1, "layer"] < peak[64, 1, "none"]
     assert len(re.findall(r"^ *(?:32|64) ", capsys.readouterr().out, re.MULTILINE)) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch", "-4"], "--batch -4 is not a positive number"),
+        (["--sizes", "64"], "--sizes is for --sweep"),
+        (["--sweep", "--largest"], "--largest and --sweep"),
+        (["--sweep", "--mesh", "data=2"], "--sweep takes --meshes"),
+        (["--sweep", "--sizes", "34", "--meshes", "space=4"], "34 px, 1 x 4, none: 34 rows cannot be divided"),
+    ],
+)
+def test_words_that_do_not_go_together(capsys, words, said, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert cli.main(["plan", "--config", "demo:32", "--device", "h200", "--estimate", *words]) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_sweep_goes_on_where_one_combination_does_not_work(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    words = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--sweep", "--sizes", "32", "34"]
+    words += ["--meshes", "space=4", *(f"--config.{word}" for word in SMALL)]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "34 px, 1 x 4, none: 34 rows cannot be divided" in printed
+    assert re.search(r"^ *32 +1 x 4", printed, re.MULTILINE)
+
+
+def test_the_mesh_is_the_configs_unless_given(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    file = tmp_path / "plan.json"
+    words = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--json", str(file)]
+    words += [f"--config.{word}" for word in (*SMALL, "mesh.data=2", "mesh.space=4")]
+    for given, wanted in (([], (2, 4)), (["--mesh", "data=4"], (4, 1))):
+        assert cli.main([*words, *given]) == 0
+        [made] = json.loads(file.read_text())["plans"]
+        assert (made["data"], made["space"]) == wanted
 
 
 def test_unknown_devices_are_named(capsys):
