@@ -43,27 +43,28 @@ class Needs:
     moved: float
 
 
-def needs(traced: Any, target: Target, options: dict[str, Any]) -> Needs:
+def needs(traced: Any, target: Target, options: dict[str, Any], rounds: int = 1) -> Needs:
     """Compile a traced program for a target, or remember what was found when it last was.
 
     Compiling a training step takes minutes; a plan that is asked for again, the steps of a bisection among them, is
     read from `$XDG_CACHE_HOME/cxrjax/plans` (`~/.cache` by default). The key is the program, the target, the options,
-    XLA's flags, JAX's settings for the compiler's effort, and the versions of the compilers.
+    the rounds, XLA's flags, JAX's settings for the compiler's effort, and the versions of the compilers.
 
     Args:
       traced: of a jitted function whose arguments lie on the target's devices.
       target: what it is compiled for.
       options: the compiler's.
+      rounds: of the program's own loop, if it has one: of a training step, parts of a batch one after the other.
     """
     lowered = traced.lower()
     settings = *(os.environ.get(name) for name in _FLAGS), *(getattr(jax.config, name, None) for name in _EFFORTS)
-    parts = lowered.as_text(), repr(target), json.dumps([options, settings], sort_keys=True), *map(_version, _COMPILERS)
-    key = "\n".join(parts)
+    how = json.dumps([options, settings, rounds], sort_keys=True)
+    key = "\n".join((lowered.as_text(), repr(target), how, *map(_version, _COMPILERS)))
     file = cache() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     try:
         return _read(file)
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
-        found = _of(lowered.compile(compiler_options=options))
+        found = _of(lowered.compile(compiler_options=options), rounds)
     write_json(file, asdict(found))
     return found
 
@@ -86,27 +87,34 @@ def _version(package: str) -> str:
         return ""
 
 
-def _of(compiled: Any) -> Needs:
-    memory = compiled.memory_analysis()
+def _of(compiled: Any, rounds: int) -> Needs:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    once, repeated = collectives(text), collectives(looped(text))
     return Needs(
         held=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        calls=tuple(collectives(compiled.as_text())),
-        moved=moved(compiled),
+        calls=(*once, *repeated * (rounds - 1)),
+        moved=moved(compiled, rounds),
     )
 
 
-def moved(compiled: Any) -> float:
-    """Bytes that a compiled program moves through its device's memory, as XLA counts them or, for GPUs, as it would."""
-    return float((compiled.cost_analysis() or {}).get("bytes accessed") or moved_by(compiled.as_text()))
+def moved(compiled: Any, rounds: int = 1) -> float:
+    """Bytes that a compiled program moves through its device's memory, as XLA counts them or, for GPUs, as it would.
+
+    XLA counts what a loop repeats once; of the program's own loop the `rounds` are counted.
+    """
+    text = compiled.as_text()
+    counted = (compiled.cost_analysis() or {}).get("bytes accessed")
+    body = moved_by(looped(text), "") if rounds > 1 else 0
+    return float(counted + (rounds - 1) * body if counted else moved_by(text) + rounds * body)
 
 
-def moved_by(text: str) -> int:
+def moved_by(text: str, computation: str = "ENTRY ") -> int:
     """Bytes that the kernels of a program (`compiled.as_text()`) take and give.
 
     A fused kernel is taken to read each operand once, as XLA's own analysis does; what loops repeat counts not at all.
     """
-    entry = text[text.find("\nENTRY ") + 1 :].split("\n}", 1)[0]
+    entry = text[text.find(f"\n{computation}") + 1 :].split("\n}", 1)[0]
     sizes, total = {}, 0
     for line in entry.splitlines()[1:]:
         found = _INSTRUCTION.match(line)
@@ -116,3 +124,18 @@ def moved_by(text: str) -> int:
         if found["kind"] not in _FREE and not found["kind"].endswith("-done"):
             total += sizes[found["name"]] + sum(sizes.get(name, 0) for name in re.findall(r"%[\w.-]+", found["takes"]))
     return total
+
+
+def looped(text: str) -> str:
+    """The computation that a program's own loop repeats, and all that it calls; empty where it has none."""
+    body = re.search(r" while\(.*? body=(%[\w.-]+).*?op_name=\"jit\(\w+\)/while\"", text)
+    if body is None:
+        return ""
+    written = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%)", text)}
+    names, reached = [body[1]], dict[str, str]()
+    while names:
+        name = names.pop()
+        reached[name] = part = written.get(name, "").split("\n}", 1)[0]
+        calls = re.findall(r"(?:calls|to_apply|body|condition)=(%[\w.-]+)", part)
+        names += [each for each in dict.fromkeys(calls) if each not in reached and each not in names]
+    return "".join(f"\n{part}\n}}\n" for part in reached.values())

@@ -135,7 +135,7 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
     mesh = make_mesh(data, space, target.devices(data * space))
     step, state, inputs = _step(config, mesh, *images)
     traced = step.trace(state, inputs)
-    found = needs(traced, target, GPU_OPTIONS if target.gpu else {})
+    found = needs(traced, target, GPU_OPTIONS if target.gpu else {}, images[1])
     fixed = _fixed(state, inputs, data, space)
     activations = found.held + found.temporary - sum(fixed.values())
     return _plan(

@@ -22,7 +22,7 @@ def check_size(network: Network, size: int, *, images: int = 1, backbone_in_trai
       backbone_in_training: whether its norms learn their statistics.
 
     Raises:
-      CxrError: the network says why not; the nearest sizes that work are named.
+      CxrError: the network says why not; the nearest multiples of `STEP` that work are named.
     """
     how = (images, backbone_in_training)
     reason = _refusal(network, size, *how)

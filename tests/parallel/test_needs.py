@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cxrjax.parallel import needs as module
 from cxrjax.parallel.needs import moved_by, needs
@@ -40,7 +41,7 @@ def test_needs_are_what_the_compiler_says():
 
 def test_a_program_is_compiled_once(monkeypatch):
     first = needs(traced(), HERE, {})
-    monkeypatch.setattr(module, "_of", lambda _: pytest.fail("compiled again"))
+    monkeypatch.setattr(module, "_of", lambda *_: pytest.fail("compiled again"))
     assert needs(traced(), HERE, {}) == first
     for different in ((traced(3.0), HERE, {}), (traced(), Here("other", "CPU", 1, 1.0, 1.0, 1.0), {}),
                       (traced(), HERE, {"xla_backend_optimization_level": 0})):  # fmt: skip
@@ -100,3 +101,24 @@ ENTRY %main (p: f32[8], q: bf16[4,4]) -> (f32[8], bf16[4,4]) {
 """
     fusion, copy = (32 + 4) + 32 + 32, 64 + 32
     assert moved_by(text) == fusion + copy
+
+
+def test_what_the_programs_own_loop_repeats_is_counted_as_often():
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    matrix = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
+
+    def step(total, matrix, unroll=1):
+        def add(total, _):
+            return total + jnp.sin(matrix @ total).sum(0), None
+
+        return jax.lax.scan(add, total, None, length=5, unroll=unroll)[0] + matrix.sum(0)
+
+    start = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    looped, flat = (jax.jit(step, static_argnums=2).trace(start, matrix, unroll) for unroll in (1, 5))
+    found, expected = needs(looped, HERE, {}, 5), needs(flat, HERE, {})
+    sums = [[call.bytes for call in each.calls if call.kind == "all-reduce"] for each in (found, expected)]
+    assert sum(sums[0]) == sum(sums[1])  # of which XLA combines two
+    assert sorted(sums[0]) == [4] * 5 + [128]
+    assert found.moved == pytest.approx(expected.moved, rel=0.5)
+    assert found.moved > 2 * needs(looped, HERE, {"xla_backend_optimization_level": 0}).moved

@@ -92,6 +92,7 @@ def test_parts_of_a_batch_take_the_memory_of_one_and_gradients_that_are_added_up
     assert made.waiting == 4 * made.inputs
     assert made.left == made.memory - made.peak - made.waiting
     assert made.flops == 2 * one.flops
+    assert 1.5 * one.moved <= made.moved <= 3 * one.moved
     config.train.per_device = 3
     with pytest.raises(CxrError, match=r"train\.batch = 4 is not a multiple of 3"):
         make(config, here())
