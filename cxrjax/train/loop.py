@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from cxrjax.config import Config, flatten
-from cxrjax.console import bar
+from cxrjax.console import bar, stderr
 from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
 from cxrjax.data.placement import ahead, place, process_shard
@@ -88,6 +88,8 @@ def train(
         in_first(trainer.describe)
         if trainer.finished:
             return trainer.progress
+        if profile and profile[1] <= trainer.progress.step and first():
+            stderr.print(f"steps {profile[0]} to {profile[1]} are done already: nothing is traced", markup=False)
         writer = MetricWriter(directory, trainer.progress.step) if first() else Unwritten()
         trainer.writer = stack.enter_context(writer)
         trainer.profile = stack.enter_context(Profile(directory, profile if first() else None))

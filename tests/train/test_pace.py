@@ -169,6 +169,14 @@ def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, cap
     assert any("jit_step" in str(event) for event in events)
 
 
+def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsys):
+    steady = ("optimizer.schedule=constant", "optimizer.warmup=0")
+    loop.train(tiny(*steady, "train.epochs=1"), tmp_path, mean_auroc)
+    loop.train(tiny(*steady, "train.epochs=2"), tmp_path, mean_auroc, profile=(2, 4))
+    assert "steps 2 to 4 are done already: nothing is traced" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "profile").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
