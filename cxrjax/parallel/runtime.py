@@ -33,7 +33,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 _WATCHES: list[tuple[Watch, Ending]] = []
 """This process's, where it has others."""
 
-SHARING = 30
+SHARING = 15
 """Seconds in which a file that process 0 wrote must have come to the others."""
 
 HEARTBEAT = 30

@@ -19,6 +19,7 @@ from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, positions
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import check_divides, make_mesh
+from cxrjax.parallel.runtime import several
 from cxrjax.train.described import network_of
 from cxrjax.train.initial import Start, initial_network, located, vanished_start
 from cxrjax.train.learning import Learning
@@ -177,9 +178,10 @@ class Experiment:
         """
         batch, devices = self.config.train.batch, self.mesh.shape["data"]
         at_once = devices * (self.config.train.per_device or max(batch // devices, 1))
-        total = self.mesh.devices.size
-        fits = max(n for n in range(1, total + 1) if batch % n == 0 and total % n == 0)
-        instead = f", or share images among devices: mesh.data = {fits}, mesh.space = {total // fits}"
+        total, divisors = self.mesh.devices.size, [n for n in range(1, batch + 1) if batch % n == 0]
+        whole = max(n for n in divisors if total % n == 0)
+        idle = "" if several() else f"set mesh.data to {max(n for n in divisors if n <= devices)}, or "
+        instead = f", or {idle}share images: mesh.data = {whole}, mesh.space = {total // whole}"
         check_divides(f"config key train.batch = {batch} images", batch, "data", devices, instead)
         if batch % at_once:
             raise CxrError(
