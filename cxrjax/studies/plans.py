@@ -118,7 +118,8 @@ def _sentences(made: Plan, target: Target) -> str:
     known = {name: seconds for name, seconds in times.items() if seconds}
     slowest = max(known, key=lambda name: known[name])
     bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
-    how = "as XLA's compiler for it says" if made.compiled else "estimated, without workspace and collectives"
+    rough = "; on TPUs the compiler may say twice as much" if target.tpu else ""
+    how = "as XLA's compiler for it says" if made.compiled else f"estimated, without workspace and collectives{rough}"
     share = (made.peak + made.waiting) / target.memory
     alone = "" if made.compiled else " alone"
     fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
