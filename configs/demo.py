@@ -4,7 +4,7 @@ Paper     none; it shows on synthetic radiographs what the study of `resolution`
 Command   cxrjax demo
 Argument  the side of the images in px; without one, the study's list of sizes is what matters
 Hardware  two CPU cores, 2 GB
-Time      4.1 to 4.7 minutes in four runs, nothing cached (in one: training 23, 33 and 67 s, control 71 s)
+Time      3.8 to 4.7 minutes in five runs, nothing cached (in one: training 23, 33 and 67 s, control 71 s)
 Memory    1.2 GB resident at most
 Score     mean test AUROC .770, .861 and .974 at 32, 64 and 128 px; stacked .993, voted .991 (seed 0)
 """
