@@ -198,7 +198,7 @@ def test_who_does_not_come_is_named_where_the_cluster_gives_the_numbers(tmp_path
         "PROCID": str(process),
         "LOCALID": "0",
         "STEP_NUM_NODES": "1",
-    }  # fmt: skip - JAX's port is 61440 and more, by the job
+    }  # JAX takes a port of 61440 or more, by the job
     environment = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()}
     ended = subprocess.run(
         [sys.executable, "-m", "cxrjax.cli", *words], env=environment, capture_output=True, text=True, timeout=120
