@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -291,3 +292,26 @@ def test_help_names_every_key():
     )
     for key in flatten(default()):
         assert key in whole.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed"),
+        ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:18130"),
+    ],
+)
+@pytest.mark.parametrize("several", [True, False])
+def test_a_collective_that_breaks_off_is_blamed_on_another_process_where_there_is_one(
+    error, several, monkeypatch, capsys
+):
+    def fail(_):
+        raise error
+
+    monkeypatch.setitem(cli.RUN, "models", fail)
+    monkeypatch.setattr("cxrjax.parallel.runtime.several", lambda: several)
+    code, _, said = run(capsys, "models")
+    assert code == 1
+    assert f"({error})" in said if several else f"{type(error).__name__}: {error}" in said
+    assert ("another process stopped or cannot be reached" in said) == several
+    assert ("a fault of cxrjax itself" in said) != several

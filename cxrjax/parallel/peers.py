@@ -2,7 +2,7 @@
 
 JAX's own client ends the program where it cannot connect, and a collective may wait for ever for a process that died:
 JAX then ends the others after `runtime.HEARTBEAT` seconds, with a stack of its own. Here the system tells: it closes a
-process's connections however the process ends.
+process's connections however the process ends. Of a machine that vanishes, or a process that hangs, nothing is heard.
 """
 
 import os
@@ -22,10 +22,16 @@ from cxrjax.errors import CxrError
 GRACE = 10
 """Seconds in which a process may still end with an error of its own, once another one is gone."""
 
+HERE = 5
+"""Seconds between two signs of life."""
+
+SILENCE = 30
+"""Seconds without one, after which a process is lost."""
+
 _ALL = "all are there"
 _OURS = "cxrjax: "
 """What process 0 says begins with it; whatever else may listen at its port does not."""
-_LEFT = b"left"
+_LEFT, _HERE = b"left", b"here"
 
 
 def meet(host: str, port: int, processes: int, process: int, timeout: int) -> None:
@@ -108,7 +114,8 @@ def reach(host: str, port: int, process: int, timeout: int) -> socket.socket:
 class Watch:
     """A thread that knows who is there, for as long as this process lives.
 
-    Every process holds a connection to process 0, which tells the others whose was closed. Who left is not missed.
+    Every process holds a connection to process 0, which tells the others whose was closed, or says nothing any more.
+    Who left is not missed.
     """
 
     def __init__(self, process: int, processes: int, gone: Callable[[int, bool], None]):
@@ -116,6 +123,7 @@ class Watch:
         self._process, self._processes, self._gone = process, processes, gone
         self._selector = selectors.DefaultSelector()
         self._connections: dict[socket.socket, int] = {}
+        self._heard: dict[socket.socket, float] = {}
         self._left: set[int] = set()
         self._told = False
 
@@ -157,9 +165,20 @@ class Watch:
                 time.sleep(0.02)
 
     def _run(self) -> None:
+        looked = spoke = time.monotonic()
         while True:
-            for ready, _ in self._selector.select():
+            for ready, _ in self._selector.select(HERE / 2):
                 ready.data()
+            now = time.monotonic()
+            if now - looked > SILENCE / 2:  # this process was stopped, and perhaps all: each is given new time
+                self._heard = dict.fromkeys(self._heard, now)
+            if now - spoke >= HERE:
+                self._tell(_HERE)
+                spoke = now
+            for connection, number in self.present.items():
+                if now - self._heard[connection] > SILENCE:
+                    self._lost(number, silently=True)
+            looked = now
 
     def _admit(self, server: socket.socket, key: bytes) -> None:
         half = len(key) // 2
@@ -179,29 +198,27 @@ class Watch:
 
     def _add(self, connection: socket.socket, number: int) -> None:
         connection.settimeout(None)
-        alive = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]  # a machine that is gone closes nothing
-        alive += [(socket.IPPROTO_TCP, f"TCP_KEEP{name}", value) for name, value in _PROBES]
-        for level, option, value in alive:
-            with suppress(OSError):
-                if hasattr(socket, option):
-                    connection.setsockopt(level, getattr(socket, option), value)
+        self._heard[connection] = time.monotonic()
         self._connections[connection] = number
         self._selector.register(connection, selectors.EVENT_READ, partial(self._hear, connection))
 
     def _hear(self, connection: socket.socket) -> None:
-        """That the process at its other end leaves, which one is gone, or nothing: then it is that one."""
+        """That the process at its other end is there, or leaves, which one is gone, or nothing: then it is that one."""
         number = self._connections[connection]
+        self._heard[connection] = time.monotonic()
         try:
             said = _read(connection, 4)
         except OSError:
             said = b""
         if said == _LEFT:
             self._left.add(number)
+        elif said == _HERE:
+            return
         elif len(said) == 4:
             self._lost(int.from_bytes(said), silently=False)
         else:
             self._selector.unregister(connection)
-            del self._connections[connection]
+            del self._connections[connection], self._heard[connection]
             connection.close()
             self._lost(number, silently=True)
 
@@ -216,10 +233,6 @@ class Watch:
         for connection in self.present:
             with suppress(OSError):
                 connection.sendall(word)
-
-
-_PROBES = (("IDLE", 30), ("INTVL", 10), ("CNT", 3))
-"""When the system asks whether the other end is there: seconds, seconds, times."""
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

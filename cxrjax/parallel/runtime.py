@@ -36,8 +36,8 @@ _WATCHES: list[tuple[Watch, Ending]] = []
 SHARING = 15
 """Seconds in which a file that process 0 wrote must have come to the others."""
 
-HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as dead to JAX, which ends the others."""
+HEARTBEAT = 60
+"""Seconds without a sign of life after which a process counts as dead to JAX, which ends the others: after our own."""
 
 
 def start(

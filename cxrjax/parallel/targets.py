@@ -60,6 +60,7 @@ def _devices(target: Target, count: int) -> list[Any]:
         else:
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # any, or libtpu says that there is none
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # several plans at once: none takes a TPU
             topology = topologies.get_topology_desc(f"{target.tpu}:{_slice(target, count)}", "tpu")
     except (RuntimeError, NotImplementedError, ValueError) as error:

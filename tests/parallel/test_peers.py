@@ -7,10 +7,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 from cxrjax.errors import CxrError
+from cxrjax.parallel import peers
 from cxrjax.parallel.peers import Watch, listening, meet
 
 KEY = b"0123456789abcdef"
@@ -143,6 +145,55 @@ def test_who_left_is_not_missed(three):
     until(lambda: len(three.watches[0].present) == 1)
     three.end(1)  # the first that anybody is told of
     assert three.told[0].get(timeout=20) == (1, True)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Silence is noticed after two seconds."""
+    monkeypatch.setattr(peers, "HERE", 0.1)
+    monkeypatch.setattr(peers, "SILENCE", 2)
+
+
+def test_who_hangs_is_missed(soon):
+    watching = Watching()
+    watching.join(1)
+    with watching.connect() as hanging:  # it says who it is, and then nothing
+        hanging.sendall(KEY[:HALF] + bytes([0, 0, 0, 2]))
+        start = time.monotonic()
+        assert watching.told[0].get(timeout=20) == (2, True)
+        assert watching.told[1].get(timeout=20) == (2, False)
+        assert time.monotonic() - start > 1.9
+    watching.end(1)
+
+
+def test_process_0_is_missed_when_it_hangs(soon):
+    told = queue.SimpleQueue()
+    with listening(0) as server:
+        connection = socket.create_connection(("localhost", server.getsockname()[1]))
+        with server.accept()[0] as other:
+            other.sendall(KEY[HALF:])
+            Watch(1, 2, lambda gone, silently: told.put((gone, silently))).join(connection, KEY)
+            assert told.get(timeout=20) == (0, True)
+
+
+def test_who_says_that_it_is_there_is_not_missed(soon, three):
+    time.sleep(5)
+    three.end(1)  # the first that anybody is told of
+    assert three.told[0].get(timeout=20) == (1, True)
+
+
+def test_time_in_which_this_process_was_stopped_does_not_count(soon, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + clock.ahead, ahead=0)
+    monkeypatch.setattr(peers, "time", clock)
+    watching = Watching()
+    watching.join(1)
+    watching.join(2)
+    until(lambda: len(watching.watches[0].present) == 2)
+    clock.ahead = 3600
+    time.sleep(1)
+    watching.end(2)  # the first that anybody is told of
+    assert watching.told[0].get(timeout=20) == (2, True)
+    watching.end(1)
 
 
 @pytest.mark.parametrize("words", [b"", b"le"])

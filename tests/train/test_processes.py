@@ -16,7 +16,6 @@ from cxrjax.data.prepare import prepare
 from cxrjax.evaluate.auc import mean_auroc
 from cxrjax.evaluate.predict import open_run
 from cxrjax.evaluate.predictions import Predictions
-from cxrjax.parallel.runtime import HEARTBEAT
 from cxrjax.studies.single import evaluate_run
 from cxrjax.train.loop import train
 from cxrjax.train.metrics import read_metrics
@@ -103,7 +102,7 @@ def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
     processes[1].kill()
     start = time.monotonic()
     (code, errors), _ = finish(processes)
-    assert time.monotonic() - start < HEARTBEAT  # before JAX would have noticed
+    assert time.monotonic() - start < 30  # before JAX would have noticed
     assert code == 1, errors
     assert "another process" in errors
     saved = last_checkpoint(tmp_path)
