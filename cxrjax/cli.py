@@ -58,14 +58,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _exhausted(arguments: argparse.Namespace, asked: str) -> int:
     """A device without enough memory: what needs less, and for training what the plan says of it."""
-    from cxrjax.parallel.runtime import several
+    from cxrjax.parallel.runtime import first
     from cxrjax.studies import exhausted
 
     code = _fail(f"out of device memory ({asked} asked for); what needs less: {exhausted.mend(arguments)}", 1)
-    if arguments.verb == "train" and several():  # where the others end, JAX leaves no time to plan
-        text = f"cxrjax plan --config {arguments.config} says what each needs, with the same --config.KEY=VALUE"
-        stderr.print(text, markup=False, soft_wrap=True)
-    elif arguments.verb == "train":
+    _others("go")  # they end as well, with this one or for the same reason
+    if arguments.verb == "train" and first():
         with suppress(KeyboardInterrupt):
             exhausted.advise(arguments)
     return code

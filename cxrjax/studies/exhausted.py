@@ -1,6 +1,8 @@
 """What to do where a device's memory did not suffice: the settings that need less, and what the plan says of them."""
 
 import argparse
+import math
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -13,6 +15,7 @@ from cxrjax.config import Config, load, with_overrides
 from cxrjax.console import bar, stderr
 from cxrjax.errors import CxrError
 from cxrjax.models.layers import REMATS
+from cxrjax.parallel.runtime import HEARTBEAT, several
 from cxrjax.parallel.targets import Target, target_of
 from cxrjax.studies.planning import Plan, estimate, plan
 
@@ -32,15 +35,20 @@ def mend(arguments: argparse.Namespace) -> str:
 
 
 def advise(arguments: argparse.Namespace) -> None:
-    """Print what the plan says of a training step as it is, and with less."""
+    """Print what the plan says of a training step as it is, and with less; where other processes ended, soon."""
     config = load(arguments.config, arguments.overrides)
-    target, make = planned_for(jax.devices()[0])
+    target, make = planned_for(jax.local_devices()[0])
+    end = math.inf
+    if several():
+        make, end = estimate, time.monotonic() + HEARTBEAT / 2  # JAX misses the others, and ends this one
     data, space = _mesh(config)
     settings = [[], *less(config)]
     stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.", markup=False)
     made: list[tuple[str, Plan]] = []
     with bar("planning", len(settings), unit="settings") as advance:
         for changes in settings:
+            if time.monotonic() > end:
+                break
             changed = with_overrides(config, changes)
             parts = changed.mesh.space // config.mesh.space
             with suppress(CxrError, jax.errors.JaxRuntimeError):  # the mesh, or the target's compiler, does not take it

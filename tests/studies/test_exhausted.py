@@ -1,7 +1,11 @@
 """Out of memory: one clear line with what needs less, and the plan's table where a step was trained."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
+from processes import finish, free_port
 
 from cxrjax import cli
 from cxrjax.config import load
@@ -51,6 +55,40 @@ def test_training_says_what_needs_less_and_what_the_plan_says_of_it(tiny_overrid
     assert float(rows["model.remat=block"]) < float(rows["as it is"])
     assert float(rows["train.per_device=2"]) < float(rows["as it is"])
     assert "Estimated from shapes" in table
+
+
+EXHAUSTED = f"""
+import sys
+import jax
+from cxrjax import cli
+from cxrjax.parallel import runtime
+
+def train(arguments):
+    runtime.start(arguments.coordinator, arguments.processes, arguments.process)
+    raise jax.errors.JaxRuntimeError({GPU!r})
+
+cli.RUN["train"] = train
+cli.entry()
+"""
+
+
+def test_of_several_processes_the_first_shows_the_plan(tmp_path):
+    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--config.train.batch=16",
+             "--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXHAUSTED, *words, str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    ended = finish(started)
+    assert [code for code, _ in ended] == [1, 1], ended
+    for _, said in ended:
+        assert "cxrjax: out of device memory (39 GB asked for); what needs less: --config.model.remat=layer;" in said
+    first, other = (said.count(" x ") for _, said in ended)
+    assert (first > 3, other) == (True, 0), ended
+    assert "Estimated from shapes" in ended[0][1]
 
 
 def test_settings_begin_where_the_config_stands():
