@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -94,6 +95,16 @@ def test_the_jobset_counts_its_machines_alike():
     assert arguments.coordinator == f"{name}:{container['ports'][0]['containerPort']}"
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
+
+
+def test_kubernetes_knows_all_that_the_jobs_of_the_jobset_say():
+    jobset = yaml.safe_load((SCRIPTS / "jobset.yaml").read_text())
+    [workers] = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": workers["name"]}, **workers["template"]}
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+    job["spec"]["template"]["spec"]["containers"][0]["port"] = 8476  # not ports
+    with pytest.raises(kubernetes_validate.ValidationError, match="'port' was unexpected"):
+        kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
 
 
 def examples() -> dict[str, tuple[int, list[str]]]:
