@@ -3,8 +3,8 @@
 uv run cxrjax plan --config resolution:2048 --device h200 --sweep --remats none layer block full --meshes data=1 --json a.json
 uv run python scripts/plan_tables.py a.json ... [--figure memory.svg]
 
-Bytes an image: all that a step on one device holds beside parameters, statistics and optimiser, by its images; the
-gradients are among them.
+Bytes an image: all that a step on one device holds beside parameters, statistics and optimiser (and the program, on a
+TPU), by its images; the gradients are among them.
 """  # noqa: E501 - one command
 
 import argparse
@@ -21,8 +21,8 @@ Plans = list[dict[str, Any]]
 
 
 def beside_state(plan: dict[str, Any]) -> float:
-    """GB that a device holds at the peak beside parameters, statistics and optimiser."""
-    return (plan["peak"] - plan["parameters"] - plan["optimizer"]) / 1e9
+    """GB that a device holds at the peak beside parameters, statistics, optimiser and a TPU's program."""
+    return (plan["peak"] - plan["parameters"] - plan["optimizer"] - plan["program"]) / 1e9
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

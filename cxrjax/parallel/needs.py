@@ -33,12 +33,14 @@ class Needs:
     Attributes:
       held: bytes of arguments and results; what is donated counts once.
       temporary: bytes of everything else at the peak: activations, gradients, workspace that XLA knows of.
+      program: bytes of the program itself, where it lies in the same memory: on TPUs.
       calls: its collectives.
       moved: bytes through the device's memory.
     """
 
     held: int
     temporary: int
+    program: int
     calls: tuple[Collective, ...]
     moved: float
 
@@ -64,7 +66,7 @@ def needs(traced: Any, target: Target, options: dict[str, Any], rounds: int = 1)
     try:
         return _read(file)
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
-        found = _of(lowered.compile(compiler_options=options), rounds)
+        found = _of(lowered.compile(compiler_options=options), target, rounds)
     write_json(file, asdict(found))
     return found
 
@@ -87,12 +89,13 @@ def _version(package: str) -> str:
         return ""
 
 
-def _of(compiled: Any, rounds: int) -> Needs:
+def _of(compiled: Any, target: Target, rounds: int) -> Needs:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     once, repeated = collectives(text), collectives(looped(text))
     return Needs(
         held=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
+        program=memory.generated_code_size_in_bytes if target.tpu else 0,
         calls=(*once, *repeated * (rounds - 1)),
         moved=moved(compiled, rounds),
     )

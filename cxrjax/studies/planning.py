@@ -29,6 +29,9 @@ from cxrjax.train.step import make_train_step
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
 """Nothing can be timed on a device that is not here; and memory does not depend on how well kernels are compiled."""
 
+TPU_OPTIONS = {"xla_tpu_buffer_assignment_enable_fast_merge_fallback": False}
+"""XLA for TPUs packs buffers with wide gaps where memory abounds, and tightly only where it must: as here."""
+
 AHEAD = 4
 """Batches that a run has on its devices beside that of the step: a next step's, and those of `data.placement.ahead`."""
 
@@ -53,6 +56,7 @@ class Plan:
       optimizer: its moments.
       inputs: the effective batch.
       activations: everything else the step holds at its peak: activations, gradients, workspace that XLA knows of.
+      program: the program itself, which lies in a TPU's memory; 0 for GPUs and in an estimate.
       memory: of the device.
       compiled: whether a compiler said so; else an estimate from the traced step.
       collectives: how many calls a step makes, by kind.
@@ -76,6 +80,7 @@ class Plan:
     optimizer: int
     inputs: int
     activations: int
+    program: int
     memory: int
     compiled: bool
     collectives: dict[str, int]
@@ -89,7 +94,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """All that the step holds at once."""
-        return self.parameters + self.optimizer + self.inputs + self.activations
+        return self.parameters + self.optimizer + self.inputs + self.activations + self.program
 
     @property
     def waiting(self) -> int:
@@ -135,12 +140,12 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
     mesh = make_mesh(data, space, target.devices(data * space))
     step, state, inputs = _step(config, mesh, *images)
     traced = step.trace(state, inputs)
-    found = needs(traced, target, GPU_OPTIONS if target.gpu else {}, images[1])
+    found = needs(traced, target, _options(target), images[1])
     fixed = _fixed(state, inputs, data, space)
     activations = found.held + found.temporary - sum(fixed.values())
     return _plan(
         target, (data, space), config, images, fixed, activations, traced.jaxpr.jaxpr, found.calls, found.moved,
-        compiled=True,
+        compiled=True, program=found.program,
     )  # fmt: skip
 
 
@@ -247,6 +252,10 @@ def _step(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, Any,
     return step, state, Batch(*inputs)
 
 
+def _options(target: Target) -> dict[str, Any]:
+    return GPU_OPTIONS if target.gpu else TPU_OPTIONS if target.tpu else {}
+
+
 def _fixed(state: Any, inputs: Any, data: int, space: int) -> dict[str, int]:
     image, *rest = (_bytes(field) for field in inputs)
     return {
@@ -258,7 +267,7 @@ def _fixed(state: Any, inputs: Any, data: int, space: int) -> dict[str, int]:
 
 def _plan(
     target: Target, mesh: tuple[int, int], config: Config, images: tuple[int, int], fixed: dict[str, int],
-    activations: int, jaxpr: Any, calls: Sequence[Collective], moved: float, *, compiled: bool,
+    activations: int, jaxpr: Any, calls: Sequence[Collective], moved: float, *, compiled: bool, program: int = 0,
 ) -> Plan:  # fmt: skip
     flops = 2 * multiply_adds(jaxpr) / math.prod(mesh)
     sent = sum(call.sent for call in calls)
@@ -266,8 +275,9 @@ def _plan(
     return Plan(
         target=target.name, network=config.model.name, data=mesh[0], space=mesh[1], size=config.data.size,
         remat=config.model.remat, batch=images[0], parts=images[1], **fixed, activations=int(activations),
-        memory=target.memory, compiled=compiled, collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        sent=sent, flops=flops, moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
+        program=program, memory=target.memory, compiled=compiled,
+        collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
+        moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
         network_s=sent / target.link,
     )  # fmt: skip
 

@@ -96,16 +96,23 @@ def _sweep(
 def table(plans: list[Plan]) -> Table:
     """One line a plan; gigabytes are 1e9 bytes, of one device."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = ("px", "data x space", "images", "remat", "state, GB", "rest", "peak", "left", "fits", "reduce",
+    program = ["program"] if any(each.program for each in plans) else []
+    columns = ("px", "data x space", "images", "remat", "state, GB", "rest", *program, "peak", "left", "fits", "reduce",
                "permute", "gather", "sent, GB", "floor, ms")  # fmt: skip
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
     for each in plans:
+        shown = (
+            each.parameters + each.optimizer,
+            each.inputs + each.activations,
+            *[each.program] * len(program),
+            each.peak,
+        )
         calls = (str(each.collectives.get(k, 0)) for k in ("all-reduce", "collective-permute", "all-gather"))
         made.add_row(
             f"{each.size}", f"{each.data} x {each.space}",
             f"{each.parts} x {each.batch}" if each.parts > 1 else f"{each.batch}", each.remat,
-            *(f"{value / 1e9:.2f}" for value in (each.parameters + each.optimizer, each.activations, each.peak)),
+            *(f"{value / 1e9:.2f}" for value in shown),
             f"{each.left / 1e9:.1f}", "yes" if each.fits else "no",
             *(calls if each.compiled else ("?",) * 3),
             f"{each.sent / 1e9:.3f}" if each.compiled else "?", f"{1e3 * each.floor_s:.1f}",

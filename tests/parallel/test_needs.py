@@ -1,6 +1,7 @@
 """What is read from compiled programs, beside XLA's own count, and what is remembered of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,16 @@ def test_needs_are_what_the_compiler_says():
     assert found.temporary == memory.temp_size_in_bytes > 0
     assert 0 <= found.held - 4 * (64 * 32 + 32 * 16 + 16) < 100  # the donated argument and its result once
     assert found.calls == ()
+
+
+@pytest.mark.parametrize(("tpu", "program"), [("v5e", 1000), ("", 0)])
+def test_a_program_lies_in_the_memory_of_a_tpu(tpu, program):
+    compiled = traced().lower().compile()
+    memory = SimpleNamespace(argument_size_in_bytes=10, output_size_in_bytes=8, alias_size_in_bytes=8,
+                             temp_size_in_bytes=100, generated_code_size_in_bytes=1000)  # fmt: skip
+    told = SimpleNamespace(memory_analysis=lambda: memory, as_text=compiled.as_text, cost_analysis=dict)
+    found = module._of(told, replace(HERE, tpu=tpu), 1)
+    assert (found.held, found.temporary, found.program) == (10, 100, program)
 
 
 def test_a_program_is_compiled_once(monkeypatch):

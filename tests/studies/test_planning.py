@@ -1,5 +1,6 @@
 """Plans: compiled for this machine's CPU devices in a target's place, and estimated."""
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.parallel.targets import TARGETS, Target, target_of
 from cxrjax.studies import planning
+from cxrjax.studies.plans import table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.options.growth=4", "model.options.blocks=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
@@ -56,6 +58,19 @@ def test_one_device(config):
     assert made.collectives == {}
     assert made.flops > 3 * 4 * 2 * 32 * 32 / 4 * 4 * 9  # more than the first layers'
     assert made.floor_s == max(made.compute_s, made.memory_s) > 0
+
+
+def test_a_program_that_lies_in_the_memory_counts(config, monkeypatch):
+    made, needs = planning.plan(config, here()), planning.needs
+    monkeypatch.setattr(planning, "needs", lambda *given: dataclasses.replace(needs(*given), program=10**9))
+    with_program = planning.plan(config, here())
+    assert (made.program, with_program.program) == (0, 10**9)
+    assert with_program.peak == made.peak + 10**9
+    assert [[column.header for column in table([each]).columns if column.header == "program"]
+            for each in (made, with_program)] == [[], ["program"]]  # fmt: skip
+    row = {column.header: next(iter(column.cells)) for column in table([with_program]).columns}
+    parts = sum(float(row[name]) for name in ("state, GB", "rest", "program"))
+    assert float(row["peak"]) == pytest.approx(parts, abs=0.02)
 
 
 @pytest.mark.parametrize(
