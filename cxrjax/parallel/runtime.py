@@ -10,8 +10,8 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -261,6 +261,24 @@ def lost(error: Exception, then: str = "what is done is kept") -> CxrError:
         f"another process stopped or cannot be reached ({reason}); start all of them again, with any number of "
         f"processes: {then}"
     )
+
+
+@contextmanager
+def interrupted_together() -> Iterator[list[int]]:
+    """In one of several processes the first Ctrl-C is as a SIGTERM, on which all stop; a second one acts at once."""
+
+    def pass_on(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        signal.raise_signal(signal.SIGTERM)  # JAX's preemption service hears it
+
+    previous = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # not in the main thread: the caller handles signals
+        signal.signal(signal.SIGINT, pass_on)
+    try:
+        yield []
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, previous)
 
 
 def told_to_stop(step: int) -> list[int]:

@@ -23,7 +23,16 @@ from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_json
 from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
-from cxrjax.parallel.runtime import agree, agree_on_place, first, in_first, lost, several, told_to_stop
+from cxrjax.parallel.runtime import (
+    agree,
+    agree_on_place,
+    first,
+    in_first,
+    interrupted_together,
+    lost,
+    several,
+    told_to_stop,
+)
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
@@ -141,7 +150,7 @@ class _Trainer:
         self._clock = time.perf_counter()
         batches = self._batches()
         total = self.steps * train.batch
-        signals = nullcontext([]) if several() else _signals()  # several processes stop when all are told to
+        signals = interrupted_together() if several() else _signals()
         with bar(self._label(), total, start=progress.step * train.batch) as advance, signals as received:
             pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
             try:
