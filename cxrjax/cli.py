@@ -77,14 +77,14 @@ def _quiet() -> None:
     sys.unraisablehook = lambda _: None  # of Orbax's threads, when the error is under way already
 
 
-_OF_XLA = r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "
-"""How what XLA says of a collective begins; outside of compiled steps JAX raises it as a ValueError."""
+_BROKEN_OFF = r"[A-Z_]+: .*(Gloo|NCCL|oordination service)"
+"""What XLA says of a collective that failed; outside of compiled steps JAX raises it as a ValueError."""
 
 
 def _explain_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, CxrError):
         return str(error), 128 + getattr(error, "number", 1 - 128)
-    if type(error).__name__ == "JaxRuntimeError" or re.match(_OF_XLA, str(error)):  # JAX, slow to load, is there then
+    if type(error).__name__ == "JaxRuntimeError" or re.match(_BROKEN_OFF, str(error)):  # JAX, slow to load, is there
         from cxrjax.parallel.runtime import lost, several
 
         if several():

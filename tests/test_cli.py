@@ -315,3 +315,12 @@ def test_a_collective_that_breaks_off_is_blamed_on_another_process_where_there_i
     assert f"({error})" in said if several else f"{type(error).__name__}: {error}" in said
     assert ("another process stopped or cannot be reached" in said) == several
     assert ("a fault of cxrjax itself" in said) != several
+
+
+def test_a_file_that_cannot_be_read_is_not_blamed_on_another_process(monkeypatch, capsys):
+    def fail(_):
+        raise ValueError('UNKNOWN: Failed to open: "/shared/runs/d/0" [os_error_code=40]')
+
+    monkeypatch.setitem(cli.RUN, "models", fail)
+    monkeypatch.setattr("cxrjax.parallel.runtime.several", lambda: True)
+    assert "another process" not in run(capsys, "models")[2]

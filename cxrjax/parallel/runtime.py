@@ -36,8 +36,14 @@ _WATCHES: list[tuple[Watch, Ending]] = []
 SHARING = 15
 """Seconds in which a file that process 0 wrote must have come to the others."""
 
-HEARTBEAT = 60
-"""Seconds without a sign of life after which a process counts as dead to JAX, which ends the others: after our own."""
+HEARTBEAT = 100
+"""Seconds without a sign of life after which, or after half of which, JAX ends the others: later than `peers` does."""
+
+SHUTDOWN = 30
+"""Seconds that a process which is done waits for the others."""
+
+_INTERRUPTS: list[int] = []
+"""Ctrl-C, where it came to this one of several processes."""
 
 
 def start(
@@ -82,7 +88,7 @@ def start(
             devices,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -265,12 +271,18 @@ def lost(error: Exception, then: str = "what is done is kept") -> CxrError:
 
 @contextmanager
 def interrupted_together() -> Iterator[list[int]]:
-    """In one of several processes the first Ctrl-C is as a SIGTERM, on which all stop; a second one acts at once."""
+    """In one of several processes the first Ctrl-C is as a SIGTERM, on which all stop; a second one acts at once.
 
-    def pass_on(_number: int, _frame: object) -> None:
+    Raises:
+      KeyboardInterrupt: at the end, if there was no step left on which all could have stopped.
+    """
+
+    def pass_on(number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, previous)
+        _INTERRUPTS.append(number)
         signal.raise_signal(signal.SIGTERM)  # JAX's preemption service hears it
 
+    _INTERRUPTS.clear()
     previous = signal.getsignal(signal.SIGINT)
     with suppress(ValueError):  # not in the main thread: the caller handles signals
         signal.signal(signal.SIGINT, pass_on)
@@ -279,11 +291,15 @@ def interrupted_together() -> Iterator[list[int]]:
     finally:
         with suppress(ValueError):
             signal.signal(signal.SIGINT, previous)
+    if _INTERRUPTS:
+        raise KeyboardInterrupt
 
 
 def told_to_stop(step: int) -> list[int]:
-    """The signal on which all processes stop before this step: SIGTERM, wherever it came; empty to go on.
+    """The signal on which all processes stop before this step, wherever it came; empty to go on.
 
     Every process must ask before each step. JAX's preemption service lets them agree on the step.
     """
-    return [int(signal.SIGTERM)] if several() and multihost_utils.reached_preemption_sync_point(step) else []
+    if not several() or not multihost_utils.reached_preemption_sync_point(step):
+        return []
+    return [*_INTERRUPTS, int(signal.SIGTERM)]

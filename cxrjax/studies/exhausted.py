@@ -40,7 +40,7 @@ def advise(arguments: argparse.Namespace) -> None:
     target, make = planned_for(jax.local_devices()[0])
     end = math.inf
     if several():
-        make, end = estimate, time.monotonic() + HEARTBEAT / 2  # JAX misses the others, and ends this one
+        make, end = estimate, time.monotonic() + HEARTBEAT / 5  # then JAX misses the others, and ends this one
     data, space = _mesh(config)
     settings = [[], *less(config)]
     stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.", markup=False)

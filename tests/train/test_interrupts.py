@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cxrjax.parallel.runtime import interrupted_together
 from cxrjax.train.metrics import read_metrics
 
 
@@ -82,3 +83,25 @@ def test_a_damaged_shard_ends_the_run_in_one_line_that_names_the_record(tiny_ove
     assert line.endswith("makes only what is damaged anew")
     assert "Traceback" not in errors
     assert of_session(process.pid) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_one_of_several_is_a_sigterm_and_not_lost_where_no_step_is_left(times):
+    got, handler = [], signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+    steps = []
+
+    def work():
+        with interrupted_together():
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)  # a second one acts at once
+                steps.append(list(got))
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        with interrupted_together():  # of the next run
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert steps == [[signal.SIGTERM]]
+    assert got == [signal.SIGTERM]
