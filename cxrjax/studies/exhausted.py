@@ -78,16 +78,18 @@ def less(config: Config) -> Iterator[list[str]]:
 
 
 def planned_for(device: Any) -> tuple[Target, Any]:
-    """The device as the plan knows it, and what plans for it: a compiler where there is one, else an estimate."""
+    """The device as the plan knows it, and what plans for it: its compiler if that is soon done, or an estimate."""
     target = target_of(device.device_kind)
-    if target is not None:
-        try:
-            target.devices(1 if target.gpu else 4)
-        except CxrError:
-            return target, estimate
-        return target, plan
-    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Target(device.device_kind, device.device_kind, memory, 1.0, 1.0, 1.0), estimate
+    if target is None:
+        memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+        return Target(device.device_kind, device.device_kind, memory, 1.0, 1.0, 1.0), estimate
+    if target.tpu:  # several minutes for each setting
+        return target, estimate
+    try:
+        target.devices(1)
+    except CxrError:
+        return target, estimate
+    return target, plan
 
 
 def _mesh(config: Config) -> tuple[int, int]:

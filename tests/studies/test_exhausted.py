@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,7 +11,9 @@ from processes import finish, free_port
 from cxrjax import cli
 from cxrjax.config import load
 from cxrjax.errors import out_of_memory
+from cxrjax.parallel.targets import TARGETS
 from cxrjax.studies import exhausted, single
+from cxrjax.studies.planning import estimate
 from cxrjax.train import loop
 
 GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 39000000000 bytes."
@@ -100,6 +103,10 @@ def test_settings_begin_where_the_config_stands():
         ["mesh.space=2"],
         ["data.size=128"],
     ]
+
+
+def test_for_a_tpu_nothing_is_compiled():
+    assert exhausted.planned_for(SimpleNamespace(device_kind="TPU v5 lite")) == (TARGETS["v5e"], estimate)
 
 
 @pytest.mark.parametrize(("verb", "said"), [("evaluate", "--batch N"), ("predict", "--batch or --size")])
