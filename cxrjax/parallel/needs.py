@@ -92,9 +92,13 @@ def _version(package: str) -> str:
 def _of(compiled: Any, target: Target, rounds: int) -> Needs:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     once, repeated = collectives(text), collectives(looped(text))
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    if target.tpu:  # libtpu counts gaps between buffers twice: once is halfway to what is in use at the peak
+        temporary = (temporary + min(temporary, memory.peak_memory_in_bytes - held)) // 2
     return Needs(
-        held=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        temporary=memory.temp_size_in_bytes,
+        held=held,
+        temporary=temporary,
         program=memory.generated_code_size_in_bytes if target.tpu else 0,
         calls=(*once, *repeated * (rounds - 1)),
         moved=moved(compiled, rounds),

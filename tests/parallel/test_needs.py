@@ -40,14 +40,19 @@ def test_needs_are_what_the_compiler_says():
     assert found.calls == ()
 
 
-@pytest.mark.parametrize(("tpu", "program"), [("v5e", 1000), ("", 0)])
-def test_a_program_lies_in_the_memory_of_a_tpu(tpu, program):
+@pytest.mark.parametrize(
+    ("tpu", "in_use", "temporary", "program"),
+    [("", 70, 100, 0), ("v5e", 70, 85, 1000), ("v5e", 120, 100, 1000)],  # in use: on the chip, in the last case
+)
+def test_on_a_tpu_gaps_count_once_and_the_program_as_well(tpu, in_use, temporary, program):
     compiled = traced().lower().compile()
-    memory = SimpleNamespace(argument_size_in_bytes=10, output_size_in_bytes=8, alias_size_in_bytes=8,
-                             temp_size_in_bytes=100, generated_code_size_in_bytes=1000)  # fmt: skip
+    memory = SimpleNamespace(
+        argument_size_in_bytes=10, output_size_in_bytes=8, alias_size_in_bytes=8, temp_size_in_bytes=100,
+        peak_memory_in_bytes=10 + in_use, generated_code_size_in_bytes=1000,
+    )  # fmt: skip
     told = SimpleNamespace(memory_analysis=lambda: memory, as_text=compiled.as_text, cost_analysis=dict)
     found = module._of(told, replace(HERE, tpu=tpu), 1)
-    assert (found.held, found.temporary, found.program) == (10, 100, program)
+    assert (found.held, found.temporary, found.program) == (10, temporary, program)
 
 
 def test_a_program_is_compiled_once(monkeypatch):

@@ -176,7 +176,7 @@ def test_the_verb_estimates_without_a_compiler(capsys, tmp_path, monkeypatch):
     assert cli.main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "estimated" in printed
-    assert "on TPUs the compiler may say twice as much" in printed
+    assert "on TPUs the compiler says 0.6 to 1.9 times as much" in printed
     [made] = json.loads(file.read_text())["plans"]
     assert made["fits"]
     assert made["memory"] == TARGETS["v5e"].memory
