@@ -97,7 +97,7 @@ def table(plans: list[Plan]) -> Table:
     """One line a plan; gigabytes are 1e9 bytes, of one device."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     program = ["program"] if any(each.program for each in plans) else []
-    columns = ("px", "data x space", "images", "remat", "state, GB", "rest", *program, "peak", "left", "fits", "reduce",
+    columns = ("px", "mesh", "images", "remat", "state, GB", "rest", *program, "peak", "left", "fits", "reduce",
                "permute", "gather", "sent, GB", "floor, ms")  # fmt: skip
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
