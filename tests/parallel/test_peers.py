@@ -1,6 +1,8 @@
 """Processes that wait for each other before they start, and notice when one of them ends."""
 
 import queue
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -177,7 +179,7 @@ def test_process_0_is_missed_when_it_hangs(soon):
 
 
 def test_who_says_that_it_is_there_is_not_missed(soon, three):
-    time.sleep(5)
+    time.sleep(4)
     assert all(told.empty() for told in three.told)
 
 
@@ -280,7 +282,7 @@ def test_a_process_that_waits_in_vain_ends_with_a_message(then, seconds, code, s
 
 
 TOGETHER = """
-import os, sys, time
+import os, signal, sys, time
 from cxrjax.errors import CxrError
 from cxrjax import cli
 from cxrjax.parallel import peers, runtime
@@ -322,3 +324,22 @@ def test_all_may_end_by_themselves_at_different_times(late):
     assert [code for code, _ in ended] == [0, 0], ended
     ended = end_together(f"{wait}; raise CxrError('of all')", grace=20)
     assert [(code, "cxrjax: of all" in said) for code, said in ended] == [(1, True)] * 2, ended
+
+
+STEPS = """
+    from cxrjax.train.loop import InterruptedRunError
+    with runtime.interrupted_together() as received:
+        for step in range(3000):
+            received += runtime.told_to_stop(step)
+            if received:
+                raise InterruptedRunError(f"at step {step}", received[0])
+            if step == 20 and number:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
+"""
+
+
+def test_ctrl_c_in_one_stops_all_at_one_step_each_with_its_own_number():
+    ended = end_together(STEPS, grace=20)
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM, 128 + signal.SIGINT], ended
+    assert len({re.search("at step ([0-9]+)", said)[1] for _, said in ended}) == 1

@@ -87,8 +87,9 @@ def test_a_damaged_shard_ends_the_run_in_one_line_that_names_the_record(tiny_ove
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_in_one_of_several_is_a_sigterm_and_not_lost_where_no_step_is_left(times):
-    got, handler = [], signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
-    steps = []
+    got, steps = [], []
+    handlers = {signal.SIGTERM: lambda number, _: got.append(number), signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def work():
         with interrupted_together():
@@ -102,6 +103,7 @@ def test_ctrl_c_in_one_of_several_is_a_sigterm_and_not_lost_where_no_step_is_lef
         with interrupted_together():  # of the next run
             pass
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert steps == [[signal.SIGTERM]]
     assert got == [signal.SIGTERM]

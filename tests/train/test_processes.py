@@ -117,14 +117,13 @@ def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_stops_all_at_one_step_and_saves_it(alone, tmp_path, number):
+def test_a_signal_to_one_stops_all_at_one_step_and_saves_it(alone, tmp_path):
     overrides, _ = alone
     processes = launch([*overrides, "train.epochs=400"], tmp_path, 2)
     until_it_trains(tmp_path, processes)
-    processes[1].send_signal(number)
+    processes[1].send_signal(signal.SIGTERM)
     ended = finish(processes)
-    assert [code for code, _ in ended] == [128 + signal.SIGTERM, 128 + number], ended
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
     steps = {errors.partition("at step ")[2].partition(" ")[0] for _, errors in ended}
     assert len(steps) == 1
     assert (tmp_path / "checkpoints" / "last" / steps.pop()).is_dir()
