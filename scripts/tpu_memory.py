@@ -1,4 +1,4 @@
-"""What training steps hold on a TPU, each in half a minute: XLA is stopped once it has assigned the buffers.
+"""What training steps hold on a TPU, each in a minute or less: XLA is stopped once it has assigned the buffers.
 
 uv sync --extra tpu
 uv run python scripts/tpu_memory.py --networks densenet121 hrnet_w32 --sizes 512 2048 --meshes data=1 data=1,space=4

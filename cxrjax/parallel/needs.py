@@ -92,10 +92,7 @@ def _version(package: str) -> str:
 def _of(compiled: Any, target: Target, rounds: int) -> Needs:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     once, repeated = collectives(text), collectives(looped(text))
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporary = memory.temp_size_in_bytes
-    if target.tpu:  # libtpu counts gaps between buffers twice: once is halfway to what is in use at the peak
-        temporary = (temporary + min(temporary, memory.peak_memory_in_bytes - held)) // 2
+    held, temporary = held_and_temporary(memory, tpu=bool(target.tpu))
     return Needs(
         held=held,
         temporary=temporary,
@@ -103,6 +100,15 @@ def _of(compiled: Any, target: Target, rounds: int) -> Needs:
         calls=(*once, *repeated * (rounds - 1)),
         moved=moved(compiled, rounds),
     )
+
+
+def held_and_temporary(memory: Any, *, tpu: bool) -> tuple[int, int]:
+    """Bytes of arguments and results, and of everything else, from a compiled program's `memory_analysis()`."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    if tpu:  # libtpu counts gaps between buffers twice: once is halfway to what is in use at the peak
+        temporary = (temporary + min(temporary, memory.peak_memory_in_bytes - held)) // 2
+    return held, temporary
 
 
 def moved(compiled: Any, rounds: int = 1) -> float:

@@ -273,7 +273,7 @@ def _timed(
         "peak_bytes": max((peak for peak in peaks if peak), default=None),
         "cpu_s": cpu,
         "dispatch_ms": 1e3 * dispatch,
-        "planned_bytes": _planned(compiled),
+        "planned_bytes": _planned(compiled, device.platform),
         "floor_s": floor,
         "roofline": floor and floor / seconds,
     }
@@ -283,12 +283,11 @@ def _timed(
     return same | {f"{what}_{name}": value for name, value in found.items()}
 
 
-def _planned(compiled: Any) -> int | None:
+def _planned(compiled: Any, platform: str) -> int | None:
+    from cxrjax.parallel.needs import held_and_temporary
+
     memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return arguments + memory.temp_size_in_bytes
+    return None if memory is None else sum(held_and_temporary(memory, tpu=platform == "tpu"))
 
 
 def _floor(jaxpr: Any, compiled: Any, kind: str, devices: int) -> float | None:

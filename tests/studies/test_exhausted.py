@@ -94,6 +94,17 @@ def test_of_several_processes_the_first_shows_the_plan(tmp_path):
     assert "Estimated from shapes" in ended[0][1]
 
 
+def test_where_others_ended_only_what_is_soon_planned_is_shown(monkeypatch, capsys):
+    clock, made = SimpleNamespace(now=0.0), []
+    clock.monotonic = lambda: setattr(clock, "now", clock.now + 15) or clock.now
+    monkeypatch.setattr(exhausted, "time", clock)
+    monkeypatch.setattr(exhausted, "several", lambda: True)
+    monkeypatch.setattr(exhausted, "estimate", lambda *given, **more: made.append(estimate(*given, **more)) or made[-1])
+    exhausted.advise(SimpleNamespace(config="demo:32", overrides=["train.batch=16"]))
+    assert len(made) == 1  # the first ends in time, the next would begin too late
+    assert "as it is" in capsys.readouterr().err
+
+
 def test_settings_begin_where_the_config_stands():
     config = load("densenet121:256", ["model.remat=block", "train.batch=16", "train.per_device=4", "mesh.data=2"])
     assert list(exhausted.less(config)) == [
