@@ -14,6 +14,7 @@ from cxrjax.models.inputs import prepare
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings, replicated, seen_by_layers
 from cxrjax.train.inference import PredictStep, logits_of
+from cxrjax.train.packed import unpack
 
 
 def stochastic_logits(
@@ -75,7 +76,7 @@ def make_step(mesh: jax.sharding.Mesh, passes: int) -> Callable[..., tuple[jax.A
     def step(
         network: Network, images: Shaped[Array, "B H W C"], key: PRNGKeyArray, numbers: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K"], Float[Array, "B T K"] | None]:
-        model = network.model()
+        model = unpack(network).model()
         grey = images.dtype == jnp.uint8
         features = model.features(prepare(images, network.inputs, network.dtype) if grey else images)
         logits = model.head(features)
@@ -117,7 +118,7 @@ def make_pooled_step(mesh: jax.sharding.Mesh) -> PredictStep:
     """The jitted step `(network, images uint8[B,H,W,1]) -> f32[B,C]`: the mean over space of the last feature maps."""
 
     def step(network: Network, images: UInt8[Array, "B H W 1"]) -> Float32[Array, "B C"]:
-        maps = network.model().features(prepare(images, network.inputs, network.dtype))["final"]
+        maps = unpack(network).model().features(prepare(images, network.inputs, network.dtype))["final"]
         return maps.astype(jnp.float32).mean((1, 2))
 
     whole, image = replicated(mesh), batch_shardings(mesh).image

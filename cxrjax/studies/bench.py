@@ -193,6 +193,7 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     from cxrjax.models.network import Network
     from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
     from cxrjax.train.optimizer import as_one_vector
+    from cxrjax.train.packed import pack_for
     from cxrjax.train.state import TrainState
     from cxrjax.train.step import make_predict_step, make_train_step
 
@@ -213,12 +214,12 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     placed = place(host, batch_shardings(mesh))
     network = Network.of(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options))
     if case.inference:
-        arguments = jax.device_put(network, replicated(mesh)), placed.image
+        arguments = pack_for(jax.device_put(network, replicated(mesh)), mesh), placed.image
         return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices, turn)
     optimizer = as_one_vector(optax.scale_by_adam())
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
     step = make_train_step(network, optimizer, optax.constant_schedule(1e-4), mesh)
-    return _timed(case, step, (state, placed), lambda result: (result[0], placed), mesh.devices, turn)
+    return _timed(case, step, (pack_for(state, mesh), placed), lambda result: (result[0], placed), mesh.devices, turn)
 
 
 def _timed(

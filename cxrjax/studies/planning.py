@@ -23,6 +23,7 @@ from cxrjax.train.described import network_of
 from cxrjax.train.learning import Learning
 from cxrjax.train.losses import make_loss
 from cxrjax.train.optimizer import make_optimizer, schedule
+from cxrjax.train.packed import pack_for
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
 
@@ -138,8 +139,7 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
     """
     images = batches(config, data, space, batch)
     mesh = make_mesh(data, space, target.devices(data * space))
-    step, state, inputs = _step(config, mesh, *images)
-    traced = step.trace(state, inputs)
+    traced, state, inputs = _traced(config, mesh, *images)
     found = needs(traced, target, _options(target), images[1])
     fixed = _fixed(state, inputs, data, space)
     activations = found.held + found.temporary - sum(fixed.values())
@@ -155,8 +155,8 @@ def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, b
     Workspace and collectives are not in it. Arguments and errors are those of `plan`.
     """
     batch, parts = batches(config, data, space, batch)
-    step, state, inputs = _step(config, make_mesh(1, 1, jax.devices("cpu")[:1]), batch, parts)
-    jaxpr = step.trace(state, inputs).jaxpr.jaxpr
+    traced, state, inputs = _traced(config, make_mesh(1, 1, jax.devices("cpu")[:1]), batch, parts)
+    jaxpr = traced.jaxpr.jaxpr
 
     def on_one_device(aval: Any) -> int:
         shape, whole = aval.shape, math.prod(aval.shape) * aval.dtype.itemsize
@@ -224,8 +224,8 @@ def _network(config: Config) -> Any:
     return network_of(config, len(findings))
 
 
-def _step(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, Any, Any]:
-    """The jitted step and the shapes of its arguments, laid out on the mesh."""
+def _traced(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, TrainState, Batch]:
+    """The jitted step, traced as a run calls it, and the shapes of the state and of a batch."""
     optimizer = make_optimizer(config.optimizer)
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
@@ -247,9 +247,10 @@ def _step(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, Any,
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for (shape, dtype), sharding in zip(shapes, shardings, strict=True)
     ]
-    whole = replicated(mesh)
-    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state)
-    return step, state, Batch(*inputs)
+    whole, batched = replicated(mesh), Batch(*inputs)
+    given = jax.eval_shape(lambda state: pack_for(state, mesh), state)
+    given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), given)
+    return step.trace(given, batched), state, batched
 
 
 def _options(target: Target) -> dict[str, Any]:

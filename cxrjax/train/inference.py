@@ -11,8 +11,10 @@ from cxrjax.data.pipeline import Examples, evaluation_batches
 from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings
+from cxrjax.train.packed import pack_for
 
 PredictStep = Callable[[Network, Any], jax.Array]
+"""The network may be packed (`train.packed`)."""
 
 
 def logits_of(
@@ -44,9 +46,9 @@ def logits_of(
     batches = evaluation_batches(
         examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.valid)
     )
-    parts = []
+    parts, few = [], pack_for(network, mesh)
     for placed in ahead(batches, lambda b: place(b, shardings)):
-        parts.append(step(network, placed.image))  # not read yet: the device runs ahead of the host
+        parts.append(step(few, placed.image))  # not read yet: the device runs ahead of the host
         if len(parts) > 2:
             parts[-3] = np.asarray(parts[-3])
         advance(batch)

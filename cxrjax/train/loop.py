@@ -40,6 +40,7 @@ from cxrjax.train.losses import log_odds
 from cxrjax.train.metrics import MetricWriter, Unwritten
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.pace import Profile, Waiting
+from cxrjax.train.packed import pack_for, unpack
 from cxrjax.train.run import Run, describe_run
 from cxrjax.train.state import Progress, TrainState
 from cxrjax.train.step import make_predict_step, make_train_step
@@ -137,11 +138,11 @@ class _Trainer:
         )
         self.predict_step = make_predict_step(experiment.mesh)
         state = TrainState.create(experiment.start, optimizer, config.seed, experiment.learning)
-        self.state = jax.device_put(state, replicated(experiment.mesh))
-        self.progress = Progress()
-        restored = checkpoints.restore_last(self.state)
+        state, self.progress = jax.device_put(state, replicated(experiment.mesh)), Progress()
+        restored = checkpoints.restore_last(state)
         if restored:
-            self.state, self.progress = restored[0], Progress(**restored[1])
+            state, self.progress = restored[0], Progress(**restored[1])
+        self.state = pack_for(state, experiment.mesh)
         self.waiting = Waiting(self.progress.waited, self.progress.stepped)
 
     def run(self) -> Progress:
@@ -229,10 +230,10 @@ class _Trainer:
 
     def _end_epoch(self, stop: Callable[[int], None]) -> None:
         """Validate, asking `stop` after each batch; lower the rate, remember the best, or stop early."""
-        config, progress = self.config, self.progress
+        config, progress, state = self.config, self.progress, unpack(self.state)
         self._tick()
         logits = logits_of(
-            self.state.network(self.experiment.network), self.validation, self.predict_step, self.experiment.mesh,
+            state.network(self.experiment.network), self.validation, self.predict_step, self.experiment.mesh,
             size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads, advance=stop,
         ).astype(np.float64)  # fmt: skip
         loss = self.experiment.loss.mean(logits, self.validation.label, self.validation.known)
@@ -262,7 +263,7 @@ class _Trainer:
         value = watched[config.train.watch]
         if progress.best is None or value > progress.best:
             progress.best, progress.best_step, progress.since_best = value, progress.step, 0
-            network = {"params": self.state.params, "stats": self.state.stats}
+            network = {"params": state.params, "stats": state.stats}
             about = {"step": progress.step, "val_loss": loss, "val_auroc": auroc if math.isfinite(auroc) else None}
             self.checkpoints.save_best(progress.step, network, about)
         else:
@@ -291,7 +292,7 @@ class _Trainer:
 
     def _save(self) -> None:
         self._tick()
-        self.checkpoints.save(self.progress.step, self.state, dataclasses.asdict(self.progress))
+        self.checkpoints.save(self.progress.step, unpack(self.state), dataclasses.asdict(self.progress))
 
     def _stop(self, received: list[int]) -> None:
         """Save and leave, if a signal wished so."""

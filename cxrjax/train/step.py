@@ -15,6 +15,7 @@ from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import batch_shardings, replicated, seen_by_layers
 from cxrjax.train.learning import Learning, everything
 from cxrjax.train.losses import Loss, masked_bce
+from cxrjax.train.packed import is_packed, pack, unpack
 from cxrjax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -31,7 +32,7 @@ def make_train_step(
     loss: Loss = masked_bce,
     alternating: bool = False,
 ) -> Callable[[TrainState, Placed], tuple[TrainState, Metrics]]:
-    """The jitted training step; it donates the state it is given.
+    """The jitted training step; it donates the state it is given. Of a packed state it makes a packed one.
 
     The batch is the effective one: it is cut into `accumulate` parts that pass one after the other, and the
     gradient is that of the mean of `loss` over the whole. Batch statistics are those of each part (over all devices),
@@ -57,7 +58,7 @@ def make_train_step(
             costs = jnp.where(jnp.arange(len(costs)) == number % len(costs), costs, 0)
         return costs.sum() / total.astype(costs.dtype), stats
 
-    def step(state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
+    def changed(state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
         params, frozen = learning.split(state.params)
         about = state.step, jnp.maximum(jnp.sum(loss.counts(batch.known, batch.valid), dtype=jnp.float32), 1.0)
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
@@ -94,6 +95,10 @@ def make_train_step(
         state = dataclasses.replace(state, step=state.step + 1, params=params, stats=stats, optimizer=optimizer_state)
         return state, metrics
 
+    def step(state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
+        after, metrics = changed(unpack(state), batch)
+        return pack(after) if is_packed(state) else after, metrics
+
     whole = replicated(mesh)
     return jax.jit(
         seen_by_layers(mesh, step),
@@ -107,11 +112,12 @@ def make_train_step(
 def make_predict_step(mesh: Mesh) -> Callable[[Network, Any], jax.Array]:
     """The jitted evaluation step: `(network, images uint8[B,H,W,1]) -> logits f32[B,K]` on every device.
 
-    One for each mesh, so that what it compiled serves all who predict with the same network in this process.
+    One for each mesh, so that what it compiled serves all who predict with the same network in this process; the
+    network may be packed.
     """
 
     def predict(network: Network, image: jax.Array) -> jax.Array:
-        return network.apply(image, train=False)[0]
+        return unpack(network).apply(image, train=False)[0]
 
     whole = replicated(mesh)
     return jax.jit(

@@ -12,7 +12,8 @@ from cxrjax.models import create
 from cxrjax.models.layers import REMATS
 from cxrjax.models.network import Network
 
-ROUNDED = {"xla_allow_excess_precision": False}  # what is bfloat16 is rounded, also where it is not stored
+# What is bfloat16 is rounded, also where it is not stored, and no sum is taken with others, in an order of XLA's.
+ROUNDED = {"xla_allow_excess_precision": False, "xla_disable_hlo_passes": "fusion"}
 CASES = {
     "densenet": ("densenet_small", {"growth": 4, "blocks": (2, 1), "stem_channels": 4, "stem_pool": "3x3"}),
     "simple": ("simple_cnn", {}),

@@ -29,9 +29,20 @@ def test_what_nobody_needs_is_not_there():
     assert held(lambda x, w: ((x @ w) @ w, x.sum())[1], ROWS, SQUARE) == 4
 
 
+@jax.custom_jvp
+def tanh(x):
+    return jnp.tanh(x)
+
+
+@tanh.defjvp
+def _(primals, tangents):  # JAX's own in 0.10; in 0.12 it is one operation
+    y, (tangent,) = tanh(*primals), tangents
+    return y, tangent * (1 - y) + tangent * (1 - y) * y
+
+
 def layers(x, kernels):
     for kernel in kernels:
-        x = jnp.tanh(x @ kernel)
+        x = tanh(x @ kernel)
     return x
 
 

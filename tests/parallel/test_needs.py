@@ -68,15 +68,15 @@ def test_a_program_is_compiled_once(monkeypatch):
 @pytest.mark.parametrize("setting", ["flags", "effort"])
 def test_a_compiler_with_other_settings_is_another(setting, monkeypatch):
     needs(traced(), HERE, {})
-    effort = jax.config.jax_exec_time_optimization_effort
+    effort = jax.config.jax_optimization_level
     try:
         if setting == "flags":
             monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=1")
         else:
-            jax.config.update("jax_exec_time_optimization_effort", -1.0)
+            jax.config.update("jax_optimization_level", "O1")
         needs(traced(), HERE, {})
     finally:
-        jax.config.update("jax_exec_time_optimization_effort", effort)
+        jax.config.update("jax_optimization_level", effort)
     assert len(list(module.cache().iterdir())) == 2
 
 
