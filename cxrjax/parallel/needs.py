@@ -125,9 +125,11 @@ def moved(compiled: Any, rounds: int = 1) -> float:
 def moved_by(text: str, computation: str = "ENTRY ") -> int:
     """Bytes that the kernels of a program (`compiled.as_text()`) take and give.
 
-    A fused kernel is taken to read each operand once, as XLA's own analysis does; what loops repeat counts not at all.
+    A fused kernel is taken to read each operand once, or the slices of it that it takes, as XLA's own analysis does.
+    What loops repeat counts not at all.
     """
     entry = text[text.find(f"\n{computation}") + 1 :].split("\n}", 1)[0]
+    written = _written(text)
     sizes, total = {}, 0
     for line in entry.splitlines()[1:]:
         found = _INSTRUCTION.match(line)
@@ -135,8 +137,34 @@ def moved_by(text: str, computation: str = "ENTRY ") -> int:
             continue
         sizes[found["name"]] = bytes_of(found["type"])
         if found["kind"] not in _FREE and not found["kind"].endswith("-done"):
-            total += sizes[found["name"]] + sum(sizes.get(name, 0) for name in re.findall(r"%[\w.-]+", found["takes"]))
+            taken = [sizes.get(name, 0) for name in re.findall(r"%[\w.-]+", found["takes"])]
+            if found["kind"] == "fusion" and (called := re.search(r" calls=(%[\w.-]+)", line)):
+                for number, size in _sliced(written.get(called[1], "")).items():
+                    taken[number] = min(size, taken[number])
+            total += sizes[found["name"]] + sum(taken)
     return total
+
+
+def _written(text: str) -> dict[str, str]:
+    """A program's computations by their names."""
+    return {part.split(" ", 1)[0]: part.split("\n}", 1)[0] for part in re.split(r"\n(?=%)", text)}
+
+
+def _sliced(body: str) -> dict[int, int]:
+    """Those operands of a kernel, by their numbers, of which it reads slices alone: the bytes of these."""
+    numbers, slices, whole = dict[str, int](), dict[int, int](), set[int]()
+    for line in body.splitlines()[1:]:
+        found = _INSTRUCTION.match(line)
+        if found is None:
+            continue
+        if found["kind"] == "parameter":
+            numbers[found["name"]] = int(found["takes"])
+        for name in re.findall(r"%[\w.-]+", found["takes"]):
+            if name in numbers and found["kind"] == "slice":
+                slices[numbers[name]] = slices.get(numbers[name], 0) + bytes_of(found["type"])
+            elif name in numbers:
+                whole.add(numbers[name])
+    return {number: size for number, size in slices.items() if number not in whole}
 
 
 def looped(text: str) -> str:
@@ -144,11 +172,11 @@ def looped(text: str) -> str:
     body = re.search(r" while\(.*? body=(%[\w.-]+).*?op_name=\"jit\(\w+\)/while\"", text)
     if body is None:
         return ""
-    written = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%)", text)}
+    written = _written(text)
     names, reached = [body[1]], dict[str, str]()
     while names:
         name = names.pop()
-        reached[name] = part = written.get(name, "").split("\n}", 1)[0]
+        reached[name] = part = written.get(name, "")
         calls = re.findall(r"(?:calls|to_apply|body|condition)=(%[\w.-]+)", part)
         names += [each for each in dict.fromkeys(calls) if each not in reached and each not in names]
     return "".join(f"\n{part}\n}}\n" for part in reached.values())

@@ -101,21 +101,29 @@ def test_bytes_moved_are_about_what_xla_counts(function):
 def test_bytes_moved_by_a_gpu_program():
     text = """HloModule jit_step
 
-%fused (a: f32[8]) -> f32[8] {
-  %b = f32[1000]{0} broadcast(%a)
+%fused (a: f32[8], b: bf16[4,4], v: f32[100], w: f32[100]) -> (f32[8], bf16[2]) {
+  %a = f32[8]{0} parameter(0)
+  %v = f32[100]{0} parameter(2), metadata={op_name="v"}
+  %w = f32[100]{0} parameter(3)
+  %c = f32[1000]{0} broadcast(%a)
+  %piece = f32[8]{0} slice(%v), slice={[3:11]}
+  ROOT %other = f32[4]{0} slice(%v), slice={[9:13]}, metadata={op_name="%w"}
+  %d = f32[4]{0} slice(%w), slice={[9:13]}
+  %e = f32[100]{0} negate(%w)
 }
 
 ENTRY %main (p: f32[8], q: bf16[4,4]) -> (f32[8], bf16[4,4]) {
   %p.1 = f32[8]{0} parameter(0), metadata={op_name="p"}
   %q.1 = bf16[4,4]{1,0:T(8,128)} parameter(1)
-  %f.1 = (f32[8]{0}, bf16[2]{0}) fusion(%p.1, /*index=1*/%q.1), kind=kLoop, calls=%fused
+  %v.1 = f32[100]{0} parameter(2)
+  %f.1 = (f32[8]{0}, bf16[2]{0}) fusion(%p.1, /*index=1*/%q.1, %v.1, %v.1), kind=kLoop, calls=%fused
   %g.1 = f32[8]{0} get-tuple-element(%f.1), index=0
   %start = (f32[8]{0}, f32[8]{0}) copy-start(%g.1)
   %done = f32[8]{0} copy-done(%start)
   ROOT %t = (f32[8]{0}, bf16[4,4]{1,0}) tuple(%done, %q.1)
 }
 """
-    fusion, copy = (32 + 4) + 32 + 32, 64 + 32
+    fusion, copy = (32 + 4) + 32 + 32 + (32 + 16) + 400, 64 + 32
     assert moved_by(text) == fusion + copy
 
 
