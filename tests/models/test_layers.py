@@ -1,9 +1,11 @@
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import FAST_COMPILE
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,13 +93,20 @@ def test_max_pooling_has_the_gradient_of_xlas_own(sides, window, stride, data):
     plain = lambda maps: jax.lax.reduce_window(  # noqa: E731
         maps, -np.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), around
     )
+    shape = jax.eval_shape(plain, maps).shape
+    change = np.random.default_rng(0).integers(-1000, 1000, shape).astype(float)  # sums are exact in any order
+
+    def pooled_and_back(pool, maps, change):
+        pooled, back = jax.vjp(pool, maps)
+        return pooled, back(change)[0]
+
     with jax.enable_x64(True):
-        wanted, back = jax.vjp(plain, jnp.asarray(maps))
-        # Whole numbers, whose sums are exact in any order.
-        change = jnp.asarray(np.random.default_rng(0).integers(-1000, 1000, wanted.shape).astype(float))
-        ours, ours_back = jax.vjp(lambda maps: max_pool(maps, window, stride, padding), jnp.asarray(maps))
-        np.testing.assert_array_equal(ours, wanted)
-        np.testing.assert_array_equal(ours_back(change)[0], back(change)[0])
+        ours, wanted = (
+            jax.jit(partial(pooled_and_back, pool), compiler_options=FAST_COMPILE)(maps, change)
+            for pool in (lambda maps: max_pool(maps, window, stride, padding), plain)
+        )
+        assert wanted[0].dtype == np.float64
+        jax.tree.map(np.testing.assert_array_equal, ours, wanted)
 
 
 def test_max_poolings_gradient_is_rounded_once_and_goes_to_the_first_of_equals():

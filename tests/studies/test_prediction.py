@@ -212,13 +212,14 @@ def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, c
     assert "standard deviation of 8 passes with dropout" in text
     network = open_trained(dropping).network
 
-    def passes(image, number):
+    @jax.jit
+    def passes(network, image, number):
         model = network.model()
         features = model.features(prepare(image[None, ..., None], network.inputs, network.dtype))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), 8)
         return [model.head(features, key=key)[0] for key in keys]
 
-    drawn = np.asarray(passes(grey[0], zlib.crc32(grey[0].tobytes()) >> 1), np.float64)
+    drawn = np.asarray(passes(network, grey[0], zlib.crc32(grey[0].tobytes()) >> 1), np.float64)
     np.testing.assert_allclose(column(result, "uncertainty_by_finding")[0], expit(drawn).std(0), atol=1e-6)
     np.testing.assert_allclose(column(result, "uncertainty"), column(result, "uncertainty_by_finding").mean(1))
     np.testing.assert_array_equal(column(result, "flag"), column(result, "uncertainty") > result["threshold"])

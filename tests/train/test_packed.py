@@ -42,7 +42,7 @@ def test_any_tree_comes_back(tree):
 
 
 def small(seed=0, **options):
-    options = {"growth": 4, "blocks": (2, 1), "stem_channels": 4} | options
+    options = {"growth": 4, "blocks": (1, 1), "stem_channels": 4} | options
     return Network.of(create("densenet_small", classes=3, seed=seed, **options))
 
 
@@ -63,8 +63,8 @@ def test_large_arrays_are_handed_through():
         assert before is between is after
 
 
-@pytest.mark.parametrize(("shape", "accumulate"), [((1, 1), 1), ((1, 1), 2), ((2, 4), 1)])
-def test_a_packed_state_makes_the_same_steps(shape, accumulate):
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_a_packed_state_makes_the_same_steps(shape):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         batch = Batch(
@@ -76,7 +76,7 @@ def test_a_packed_state_makes_the_same_steps(shape, accumulate):
         )
         network, optimizer = small(dtype="float64"), as_one_vector(optax.scale_by_adam())
         mesh = make_mesh(*shape)
-        step = make_train_step(network, optimizer, optax.constant_schedule(0.05), mesh, accumulate)
+        step = make_train_step(network, optimizer, optax.constant_schedule(0.05), mesh)
         apart, few = (jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh)) for _ in range(2))
         batch, few = place(batch, batch_shardings(mesh)), pack(few)
         for _ in range(3):
@@ -125,7 +125,7 @@ def test_accelerators_take_few_arrays_and_cpus_take_what_compiles_sooner():
 def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch):
     """Checkpoints of either go on as the other; validation, the plateau and the best network are in it."""
     packings, make = [], loop.make_train_step
-    words = ("train.epochs=4", "train.steps_per_epoch=2", "optimizer.schedule=plateau", "optimizer.plateau=1",
+    words = ("train.epochs=2", "train.steps_per_epoch=2", "optimizer.schedule=plateau", "optimizer.plateau=1",
              "optimizer.warmup=0")  # fmt: skip
 
     def watched(*given, **more):
@@ -139,11 +139,11 @@ def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(loop, "make_train_step", watched)
     loop.train(tiny(*words), tmp_path / "apart", mean_auroc)
-    loop.train(tiny(*words, "train.epochs=2"), tmp_path / "both", mean_auroc)
+    loop.train(tiny(*words, "train.epochs=1"), tmp_path / "both", mean_auroc)
     for module in (loop, inference):
         monkeypatch.setattr(module, "pack_for", lambda of, _: pack(of))
     loop.train(tiny(*words), tmp_path / "both", mean_auroc)
-    assert packings == [False] * 12 + [True] * 4
+    assert packings == [False] * 6 + [True] * 2
     apart, both = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("apart", "both"))
     assert [row["step"] for row in both] == [row["step"] for row in apart]
     for row, expected in zip(both, apart, strict=True):
