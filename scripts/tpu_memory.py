@@ -1,11 +1,11 @@
-"""What training steps hold on a TPU, each in a minute or less: XLA is stopped once it has assigned the buffers.
+"""What training steps hold and send on a TPU, each in about a minute: XLA is stopped once it has assigned the buffers.
 
 uv sync --extra tpu
 uv run python scripts/tpu_memory.py --networks densenet121 hrnet_w32 --sizes 512 2048 --meshes data=1 data=1,space=4
 
-`cxrjax plan` takes ten times as long for a TPU, for the code, and knows more: collectives, bytes moved, the program's
-own size. Here the child that plans is watched: libtpu, asked to, writes what it assigned on standard error. How it does
-so is its own affair, and as expected here in version 0.0.42.
+`cxrjax plan` takes up to ten times as long for a TPU, for the code, and knows more: bytes moved and the program's own
+size. Here the child that plans is watched: libtpu, asked to, writes what it assigned on standard error, and the program
+that it assigned it for into a folder. How it does so is its own affair, and as expected here in version 0.0.42.
 """
 
 import argparse
@@ -17,10 +17,13 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from plan_tables import peaks
+from plan_tables import about, peaks, table
 
+from cxrjax.parallel.collectives import KINDS, Collective, collectives
 from cxrjax.parallel.mesh import mesh_of
 
 LOGGING = {
@@ -53,22 +56,38 @@ def assigned(lines: Iterable[str]) -> int:
     raise ValueError("".join(last))
 
 
-def planned(words: list[str]) -> int:
-    """The bytes that `cxrjax plan` with these words would come to, without the program."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "cxrjax.cli", "plan", *words],
-        env=os.environ | LOGGING, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-    )  # fmt: skip
-    assert child.stderr is not None
-    try:
-        return assigned(child.stderr)
-    finally:
-        child.kill()
-        child.wait()
+def planned(words: list[str]) -> tuple[int, list[Collective]]:
+    """The bytes that `cxrjax plan` with these words would come to, without the program, and what a step sends."""
+    with TemporaryDirectory() as folder:
+        dumped = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=^jit_step$"
+        flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {dumped}"}
+        with subprocess.Popen(
+            [sys.executable, "-m", "cxrjax.cli", "plan", *words],
+            env=os.environ | LOGGING | flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            errors="replace",
+        ) as child:  # fmt: skip
+            assert child.stderr is not None
+            try:
+                held = assigned(child.stderr)
+                [program] = Path(folder).glob("*.jit_step.*.after_optimizations_before_buffer_assignment.txt")
+                return held, collectives(program.read_text())
+            finally:
+                child.kill()
+
+
+def sent(rows: list[dict[str, Any]]) -> list[str]:
+    """What a device sends in a step, in Markdown."""
+    return table([
+        about(row)
+        | {"data x space": f"{row['data']} x {row['space']}"}
+        | {kind: sum(call.kind == kind for call in row["calls"]) for kind in KINDS}
+        | {"GB sent": f"{sum(call.sent for call in row['calls']) / 1e9:.3f}"}
+        for row in rows
+    ])  # fmt: skip
 
 
 def main() -> None:
-    """Prints the table, of one image for each part of `data`."""
+    """Prints two tables: what a device holds at the peak, and what it sends in a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["densenet121"], metavar="NAME")
     parser.add_argument("--sizes", nargs="+", type=int, default=[2048], metavar="PX")
@@ -85,14 +104,14 @@ def main() -> None:
         words = ["--config=resolution:2048", f"--config.model.name={network}", f"--config.data.size={size}",
                  f"--config.model.remat={options.remat}", f"--device={options.device}", f"--mesh={mesh}",
                  f"--batch={options.images * data}"]  # fmt: skip
-        found = {"target": options.device, "network": network, "size": size, "remat": options.remat, "data": data,
-                 "space": space, "compiled": True, "peak": planned(words)}  # fmt: skip
-        print(network, size, mesh, f"{found['peak'] / 1e9:.3f} GB", file=sys.stderr)
-        return found
+        held, calls = planned(words)
+        print(network, size, mesh, f"{held / 1e9:.3f} GB", file=sys.stderr)
+        return {"target": options.device, "network": network, "size": size, "remat": options.remat, "data": data,
+                "space": space, "compiled": True, "peak": held, "calls": calls}  # fmt: skip
 
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(row, product(options.networks, options.sizes, options.meshes)))
-    print("\n".join(peaks(rows)))
+    print("\n".join([*peaks(rows), "", *sent(rows)]))
 
 
 if __name__ == "__main__":

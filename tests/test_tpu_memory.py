@@ -1,5 +1,6 @@
 """What libtpu logs of its buffers, as it stood in a log of version 0.0.42 (times and other lines cut)."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -20,10 +21,35 @@ I1130 5440 buffer_assignment.cc:2667] Buffer assignment done.
 """  # noqa: E501 - its lines
 
 
+PROGRAM = """\
+HloModule jit_step
+ENTRY %main (p: f32[8,64]) -> f32[8,64] {
+  %s = (f32[8,64], f32[8,64]) collective-permute-start(%p), source_target_pairs={{0,1}}
+  %d = f32[8,64] collective-permute-done(%s)
+  ROOT %r = f32[8,64] all-reduce(%d), replica_groups={{0,1,2,3}}, to_apply=%sum
+}
+"""
+
+CHILD = """\
+#!/bin/sh
+for flag in $XLA_FLAGS; do case $flag in --xla_dump_to=*) folder=${flag#*=};; esac; done
+cat program > "$folder/module_0000.jit_step.cl_1.after_optimizations_before_buffer_assignment.txt"
+echo half a program > "$folder/module_0000.jit_step.cl_1.after_optimizations.txt"
+echo "$$ $TPU_VMODULE $@" > words
+cat log >&2
+exec sleep 600
+"""
+
+
 @pytest.fixture
-def assigned(monkeypatch):
+def script(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "scripts")
-    return import_module("tpu_memory").assigned
+    return import_module("tpu_memory")
+
+
+@pytest.fixture
+def assigned(script):
+    return script.assigned
 
 
 def test_arguments_and_temporaries_of_the_memory_count_not_those_on_the_chip(assigned):
@@ -35,3 +61,22 @@ def test_a_log_without_them_is_an_error_that_shows_it(words, assigned):
     kept = [line for line in LOG.splitlines(keepends=True) if words not in line]
     with pytest.raises(ValueError, match="Buffer assignment done" if words == "color 0" else "total allocation"):
         assigned(kept if words != "color 0" else [kept[0], kept[-1]])
+
+
+def test_the_child_is_stopped_once_the_buffers_are_assigned_and_what_it_sends_is_read(script, tmp_path, monkeypatch):
+    for name, text in (("program", PROGRAM), ("log", LOG), ("child", CHILD)):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "child").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.sys, "executable", str(tmp_path / "child"))
+    held, calls = script.planned(["--device=v5e"])
+    assert held == script.assigned(LOG.splitlines(keepends=True))
+    assert [(call.kind, call.bytes) for call in calls] == [("collective-permute", 2048), ("all-reduce", 2048)]
+    number, logged, *words = (tmp_path / "words").read_text().split()
+    assert logged == "buffer_assignment=1"
+    assert words == ["-m", "cxrjax.cli", "plan", "--device=v5e"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number), 0)
+    about = {"target": "v5e", "network": "densenet121", "size": 512, "data": 1, "space": 4}
+    *_, row = script.sent([about | {"calls": calls}])
+    assert row == "| v5e | densenet121 | 512 | 1 x 4 | 1 | 0 | 0 | 1 | 0 | 0.000 |"
