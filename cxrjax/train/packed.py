@@ -1,7 +1,7 @@
 """Few arrays instead of many: to hand one to a call costs the host some microseconds, however small it is.
 
-Of the 612 arrays of DenseNet121's training state 485 are running statistics, scales and biases, which hold 2 % of its
-values. For accelerators they travel as two vectors, which the jitted step takes apart.
+Of the 612 arrays of DenseNet121's training state 485 are running statistics, scales and biases, which hold 2 % of the
+network's values. For accelerators they travel as two vectors, which the jitted step takes apart.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -28,6 +28,7 @@ LEAVES = arrays.arrays(
 TREES = st.recursive(LEAVES, lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8)
 
 
+@settings(deadline=None)
 @given(tree=TREES)
 def test_any_tree_comes_back(tree):
     few = Packed.of(jax.tree.map(jnp.asarray, tree))
@@ -123,10 +124,9 @@ def test_accelerators_take_few_arrays_and_cpus_take_what_compiles_sooner():
 
 
 def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch):
-    """Checkpoints of either go on as the other; validation, the plateau and the best network are in it."""
+    """The checkpoint of one kind goes on as the other."""
     packings, make = [], loop.make_train_step
-    words = ("train.epochs=2", "train.steps_per_epoch=2", "optimizer.schedule=plateau", "optimizer.plateau=1",
-             "optimizer.warmup=0")  # fmt: skip
+    words = ("train.epochs=2", "train.steps_per_epoch=2", "optimizer.schedule=constant", "optimizer.warmup=0")
 
     def watched(*given, **more):
         step = make(*given, **more)
