@@ -126,7 +126,8 @@ def _watch(host: str) -> None:
     sent = np.frombuffer(secrets.token_bytes(32) + (server.getsockname()[1] if server else 0).to_bytes(2), np.uint8)
     heard = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
     key, port = heard[:32], int.from_bytes(heard[32:])
-    ending = Ending(lambda gone: str(lost(RuntimeError(f"process {gone} of {processes} ended"))), lambda: watch.go(5))
+    told = lambda gone: str(lost(RuntimeError(f"process {gone} of {processes} ended or hangs")))  # noqa: E731
+    ending = Ending(told, lambda: watch.go(5))
     watch = Watch(number, processes, ending.soon)
     if server:
         watch.host(server, key)

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import jax
 
+from cxrjax import __version__
 from cxrjax.config import Config, flatten, from_dict
 from cxrjax.config import read as read_config
 from cxrjax.errors import CxrError
@@ -117,9 +118,10 @@ def same_identity(directory: Path, identity: dict[str, Any], *, whole: bool = Fa
 
 def describe_run(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Versions, device and mesh: what `run.json` says beside seeds and fingerprints."""
-    packages = ("cxrjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version(), "cxrjax": __version__}
+        | {name: version(name) for name in packages},
         "device": mesh.devices.flat[0].device_kind,
         "devices": int(mesh.devices.size),
         "processes": jax.process_count(),
