@@ -30,8 +30,12 @@ from cxrjax.train.step import make_train_step
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
 """Nothing can be timed on a device that is not here; and memory does not depend on how well kernels are compiled."""
 
-TPU_OPTIONS = {"xla_tpu_buffer_assignment_enable_fast_merge_fallback": False}
-"""XLA for TPUs packs buffers with wide gaps where memory abounds, and tightly only where it must: as here."""
+TPU_OPTIONS = {
+    "xla_tpu_buffer_assignment_enable_fast_merge_fallback": False,
+    "xla_tpu_scheduler_percent_shared_memory_limit": 1,
+}
+"""Where memory abounds XLA for TPUs packs buffers with wide gaps, and keeps more alive to send while it computes. It
+packs them tightly, and computes in an order that holds less, where it must: as here."""
 
 AHEAD = 4
 """Batches that a run has on its devices beside that of the step: a next step's, and those of `data.placement.ahead`."""
