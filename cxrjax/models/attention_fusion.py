@@ -89,7 +89,7 @@ class AttentionFusion(Backbone):
         self.efficient_reduction = make.conv(self.efficient.channels, channels, 1, bias=True)
         directions, width = (2, channels) if self.crossed else (1, both)
         self.attention = nnx.List([Attention(make, width) for _ in range(directions)])
-        self.gate = nnx.Param(jnp.zeros(directions, storage(dtype)))
+        self.gate = nnx.Param(jax.device_put(np.zeros(directions, storage(dtype))))
         self.classifier = Classifier(make, both, classes, pooling=pooling, hidden=hidden, dropout=dropout)
         for trunk in (self.dense, self.efficient):
             del trunk.classifier

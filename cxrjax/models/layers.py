@@ -106,18 +106,21 @@ class Maker:
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._unused: Any = _NoKeys()
 
+    def _zeros(self, _key, shape, dtype) -> jax.Array:
+        return jax.device_put(np.broadcast_to(np.zeros((), dtype), shape))  # shapes alone need no memory
+
     def _kaiming_normal(self, _key, shape, dtype) -> jax.Array:
         if not _drawing.get():
-            return jnp.zeros(shape, dtype)
+            return self._zeros(_key, shape, dtype)
         height, width, inputs, outputs = shape
         deviation = np.sqrt(2 / (height * width * (inputs if self._fan == "in" else outputs)))  # arXiv:1502.01852
-        return jnp.asarray(self._generator.standard_normal(shape) * deviation, dtype)
+        return jax.device_put((self._generator.standard_normal(shape) * deviation).astype(dtype))
 
     def _torch_uniform(self, _key, shape, dtype) -> jax.Array:
         if not _drawing.get():
-            return jnp.zeros(shape, dtype)
+            return self._zeros(_key, shape, dtype)
         bound = 1 / np.sqrt(shape[0])  # what torch.nn.Linear does
-        return jnp.asarray(self._generator.uniform(-bound, bound, shape), dtype)
+        return jax.device_put(self._generator.uniform(-bound, bound, shape).astype(dtype))
 
     def conv(
         self,
@@ -142,6 +145,7 @@ class Maker:
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self._kaiming_normal,
+            bias_init=self._zeros,
             conv_general_dilated=_depthwise if groups == inputs == outputs > 1 else _convolution,
             rngs=self._unused,
         )
@@ -154,6 +158,7 @@ class Maker:
             dtype=self.param_dtype,
             param_dtype=self.param_dtype,
             kernel_init=self._torch_uniform,
+            bias_init=self._zeros,
             dot_general=_product,
             rngs=self._unused,
         )
@@ -175,10 +180,9 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, channels: int, *, dtype, momentum: float = 0.1, epsilon: float = 1e-5):
         wide = storage(dtype)
-        self.scale = nnx.Param(jnp.ones(channels, wide))
-        self.bias = nnx.Param(jnp.zeros(channels, wide))
-        self.mean = nnx.BatchStat(jnp.zeros(channels, wide))
-        self.var = nnx.BatchStat(jnp.ones(channels, wide))
+        zeros, ones = np.zeros(channels, wide), np.ones(channels, wide)  # NumPy's: those of JAX are compiled
+        self.scale, self.bias = nnx.Param(jax.device_put(ones)), nnx.Param(jax.device_put(zeros))
+        self.mean, self.var = nnx.BatchStat(jax.device_put(zeros)), nnx.BatchStat(jax.device_put(ones))
         self.dtype = np.dtype(dtype)
         self.momentum = momentum
         self.epsilon = epsilon

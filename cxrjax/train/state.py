@@ -32,12 +32,18 @@ class TrainState:
 
         The optimiser keeps moments of the parameters that learn only.
         """
-        params, stats = jax.tree.map(jnp.copy, (network.params, network.stats))
+
+        @jax.jit  # as one program: an array at a time, each shape would be compiled by itself
+        def begin(params: Any, stats: Any) -> Any:
+            params, stats = jax.tree.map(jnp.copy, (params, stats))
+            return params, stats, optimizer.init((learning or everything(network)).split(params)[0])
+
+        params, stats, moments = begin(network.params, network.stats)
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             stats=stats,
-            optimizer=optimizer.init((learning or everything(network)).split(params)[0]),
+            optimizer=moments,
             rate_factor=jnp.ones((), jnp.float32),
             key=jax.random.PRNGKey(seed),
         )

@@ -4,6 +4,7 @@ import pytest
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
+from cxrjax.models.layers import undrawn
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.registry import abstract
 
@@ -37,6 +38,36 @@ from cxrjax.models.registry import abstract
 def test_what_is_wrong_is_named(name, options, message):
     with pytest.raises(CxrError, match=message):
         create(name, **{"classes": 3, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),  # of widths that no other test has: what was compiled before is not compiled again
+    [
+        ("densenet_small", {"growth": 13, "stem_channels": 11}),
+        ("resnet_small", {"width": 11, "block": "bottleneck"}),
+        ("hrnet_small", {"width": 7, "stem_channels": 9, "modules": (1, 1)}),
+        ("efficientnet_small", {"stem_channels": 11, "blocks": ((4, 3, 2, 13, 1),)}),
+        ("attention_fusion_small", {"channels": 13, "attention": "cross"}),
+        ("sequential_cnn", {"image_size": 32, "norm": True, "widths": (5, 7), "units": (11, 13)}),
+    ],
+)
+def test_building_a_network_compiles_nothing(name, options):
+    compiled = []
+
+    def notice(event: str, _seconds: float, **_about: object) -> None:
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(notice)
+    try:
+        create(name, classes=17, **options)
+        with undrawn():
+            create(name, classes=17, **options)
+        built, compiled = compiled, []
+        jax.jit(lambda x: x + 1)(np.float32(1))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(notice)
+    assert "/jax/core/compile/backend_compile_duration" in compiled  # it would be noticed
+    assert built == []
 
 
 def test_types_and_their_names_are_the_same():
