@@ -125,8 +125,11 @@ def _sentences(made: Plan, target: Target) -> str:
     known = {name: seconds for name, seconds in times.items() if seconds}
     slowest = max(known, key=lambda name: known[name])
     bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
-    rough = "; on TPUs the compiler says 0.6 to 1.9 times as much" if target.tpu else ""
-    how = "as XLA's compiler for it says" if made.compiled else f"estimated, without workspace and collectives{rough}"
+    if made.compiled:
+        how = "as XLA's compiler for it says" + ("; a step that has room takes more" if target.tpu else "")
+    else:
+        rough = "; on TPUs the compiler says 0.6 to 1.9 times as much" if target.tpu else ""
+        how = f"estimated, without workspace and collectives{rough}"
     share = (made.peak + made.waiting) / target.memory
     alone = "" if made.compiled else " alone"
     fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
