@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 
+from cxrjax.errors import asked_bytes
 from cxrjax.files import write_json
 from cxrjax.parallel.collectives import Collective, bytes_of, collectives
 from cxrjax.parallel.targets import Target
@@ -36,6 +38,7 @@ class Needs:
       program: bytes of the program itself, where it lies in the same memory: on TPUs.
       calls: its collectives.
       moved: bytes through the device's memory.
+      refused: the compiler gave up, for the device has less memory: only `temporary` is known, as it says.
     """
 
     held: int
@@ -43,6 +46,7 @@ class Needs:
     program: int
     calls: tuple[Collective, ...]
     moved: float
+    refused: bool = False
 
 
 def needs(traced: Any, target: Target, options: dict[str, Any], rounds: int = 1) -> Needs:
@@ -63,11 +67,16 @@ def needs(traced: Any, target: Target, options: dict[str, Any], rounds: int = 1)
     how = json.dumps([options, settings, rounds], sort_keys=True)
     key = "\n".join((lowered.as_text(), repr(target), how, *map(_version, _COMPILERS)))
     file = cache() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):  # not there, or not whole
         return _read(file)
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
+    try:
         found = _of(lowered.compile(compiler_options=options), target, rounds)
-    write_json(file, asdict(found))
+    except jax.errors.JaxRuntimeError as error:  # of TPUs: XLA says what does not fit before it makes any code
+        if not (asked := asked_bytes(error)):
+            raise
+        found = Needs(held=0, temporary=asked, program=0, calls=(), moved=0.0, refused=True)
+    with suppress(OSError):  # then it is found again the next time
+        write_json(file, asdict(found))
     return found
 
 

@@ -64,6 +64,7 @@ class Plan:
       program: the program itself, which lies in a TPU's memory; 0 for GPUs and in an estimate.
       memory: of the device.
       compiled: whether a compiler said so; else an estimate from the traced step.
+      refused: the compiler gave up, for lack of memory: what the step would send and move is not known.
       collectives: how many calls a step makes, by kind.
       sent: bytes that leave the device in a step.
       flops: of the step on this device, two per multiply-add of its convolutions and matrix products.
@@ -88,6 +89,7 @@ class Plan:
     program: int
     memory: int
     compiled: bool
+    refused: bool
     collectives: dict[str, int]
     sent: float
     flops: float
@@ -102,6 +104,11 @@ class Plan:
         return self.parameters + self.optimizer + self.inputs + self.activations + self.program
 
     @property
+    def known(self) -> bool:
+        """Whether a compiler said what the step sends and moves."""
+        return self.compiled and not self.refused
+
+    @property
     def waiting(self) -> int:
         """Batches of the steps to come, which a run has there as well."""
         return AHEAD * self.inputs
@@ -109,7 +116,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak and what waits are within the usable part of the memory."""
-        return self.peak + self.waiting <= USABLE * self.memory
+        return not self.refused and self.peak + self.waiting <= USABLE * self.memory
 
     @property
     def left(self) -> int:
@@ -146,10 +153,10 @@ def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch
     traced, state, inputs = _traced(config, mesh, *images)
     found = needs(traced, target, _options(target), images[1])
     fixed = _fixed(state, inputs, data, space)
-    activations = found.held + found.temporary - sum(fixed.values())
+    activations = found.temporary if found.refused else found.held + found.temporary - sum(fixed.values())
     return _plan(
         target, (data, space), config, images, fixed, activations, traced.jaxpr.jaxpr, found.calls, found.moved,
-        compiled=True, program=found.program,
+        compiled=True, program=found.program, refused=found.refused,
     )  # fmt: skip
 
 
@@ -159,7 +166,7 @@ def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, b
     Workspace and collectives are not in it. Arguments and errors are those of `plan`.
     """
     batch, parts = batches(config, data, space, batch)
-    traced, state, inputs = _traced(config, make_mesh(1, 1, jax.devices("cpu")[:1]), batch, parts)
+    traced, state, inputs = _traced(config, make_mesh(1, 1, [_host()]), batch, parts)
     jaxpr = traced.jaxpr.jaxpr
 
     def on_one_device(aval: Any) -> int:
@@ -231,8 +238,7 @@ def _network(config: Config) -> Any:
 def _traced(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, TrainState, Batch]:
     """The jitted step, traced as a run calls it, and the shapes of the state and of a batch."""
     optimizer = make_optimizer(config.optimizer)
-    cpu = jax.devices("cpu")[0]
-    with jax.default_device(cpu):
+    with jax.default_device(_host()):
         network = _network(config)
         learning = Learning.of(network, config)
         state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0, learning))
@@ -257,6 +263,14 @@ def _traced(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, Tr
     return step.trace(given, batched), state, batched
 
 
+def _host() -> Any:
+    """Where a step is traced: the CPU, unless JAX was told to leave it alone (JAX_PLATFORMS=cuda)."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 def _options(target: Target) -> dict[str, Any]:
     return GPU_OPTIONS if target.gpu else TPU_OPTIONS if target.tpu else {}
 
@@ -273,6 +287,7 @@ def _fixed(state: Any, inputs: Any, data: int, space: int) -> dict[str, int]:
 def _plan(
     target: Target, mesh: tuple[int, int], config: Config, images: tuple[int, int], fixed: dict[str, int],
     activations: int, jaxpr: Any, calls: Sequence[Collective], moved: float, *, compiled: bool, program: int = 0,
+    refused: bool = False,
 ) -> Plan:  # fmt: skip
     flops = 2 * multiply_adds(jaxpr) / math.prod(mesh)
     sent = sum(call.sent for call in calls)
@@ -280,7 +295,7 @@ def _plan(
     return Plan(
         target=target.name, network=config.model.name, data=mesh[0], space=mesh[1], size=config.data.size,
         remat=config.model.remat, batch=images[0], parts=images[1], **fixed, activations=int(activations),
-        program=program, memory=target.memory, compiled=compiled,
+        program=program, memory=target.memory, compiled=compiled, refused=refused,
         collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
         moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
         network_s=sent / target.link,

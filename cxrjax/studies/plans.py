@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+import jax
 from rich import box
 from rich.table import Table
 
@@ -83,7 +84,7 @@ def _sweep(
             changed.data.size, changed.model.remat = size, remat
             try:
                 plans.append(make(changed, target, data=data, space=space, batch=each * data))
-            except CxrError as error:  # of this combination: what others cost is kept
+            except (CxrError, jax.errors.JaxRuntimeError) as error:  # of this combination: what others cost is kept
                 refused.append(f"{size} px, {data} x {space}, {remat}: {error}")
             advance()
     if not plans:
@@ -114,8 +115,8 @@ def table(plans: list[Plan]) -> Table:
             f"{each.parts} x {each.batch}" if each.parts > 1 else f"{each.batch}", each.remat,
             *(f"{value / 1e9:.2f}" for value in shown),
             f"{each.left / 1e9:.1f}", "yes" if each.fits else "no",
-            *(calls if each.compiled else ("?",) * 3),
-            f"{each.sent / 1e9:.3f}" if each.compiled else "?", f"{1e3 * each.floor_s:.1f}",
+            *(calls if each.known else ("?",) * 3),
+            f"{each.sent / 1e9:.3f}" if each.known else "?", f"{1e3 * each.floor_s:.1f}",
         )  # fmt: skip
     return made
 
@@ -125,16 +126,27 @@ def _sentences(made: Plan, target: Target) -> str:
     known = {name: seconds for name, seconds in times.items() if seconds}
     slowest = max(known, key=lambda name: known[name])
     bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
-    if made.compiled:
+    if made.refused:
+        how = "as XLA's compiler for it says, which gave up"
+    elif made.compiled:
         how = "as XLA's compiler for it says" + ("; a step that has room takes more" if target.tpu else "")
     else:
         rough = "; on TPUs the compiler says 0.6 to 1.9 times as much" if target.tpu else ""
         how = f"estimated, without workspace and collectives{rough}"
     share = (made.peak + made.waiting) / target.memory
-    alone = "" if made.compiled else " alone"
+    alone = "" if made.known else " alone"
     fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
     setting = f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}" if target.gpu and 0.75 < share <= USABLE else ""
+    parts = {
+        "parameters": made.parameters, "optimiser": made.optimizer, "images": made.inputs,
+        "images of the next steps": made.waiting, "program": made.program, "all else": made.activations,
+    }  # fmt: skip
+    held = ", ".join(f"{name} {value / 1e9:.3g} GB" for name, value in parts.items() if value)
+    calls = ", ".join(f"{count} {kind}" for kind, count in made.collectives.items())
+    moved = f", {made.moved / 1e9:.3g} GB moved" if made.known else ""
+    sent = f", {made.sent / 1e9:.3g} GB sent ({calls})" if calls else ""
     return (
-        f"{target.kind}, {target.memory / 1e9:.0f} GB, {how}: {fits}{setting}. "
-        f"A step takes at least {1e3 * made.floor_s:.1f} ms, for its {slowest}{alone} ({bounds})."
+        f"{target.kind}, {target.memory / 1e9:.0f} GB, {how}: {fits}{setting}. A device holds: {held}. "
+        f"A step: {made.flops / 1e12:.3g} TFLOP{moved}{sent}; it takes at least {1e3 * made.floor_s:.1f} ms, for its "
+        f"{slowest}{alone} ({bounds})."
     )

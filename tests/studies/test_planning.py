@@ -15,6 +15,7 @@ from cxrjax import config as configs
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
+from cxrjax.parallel import needs
 from cxrjax.parallel.targets import TARGETS, Target, target_of
 from cxrjax.studies import planning
 from cxrjax.studies.plans import table
@@ -61,8 +62,8 @@ def test_one_device(config):
 
 
 def test_a_program_that_lies_in_the_memory_counts(config, monkeypatch):
-    needs = planning.needs
-    monkeypatch.setattr(planning, "needs", lambda *given: dataclasses.replace(needs(*given), program=10**9))
+    found = planning.needs
+    monkeypatch.setattr(planning, "needs", lambda *given: dataclasses.replace(found(*given), program=10**9))
     made = planning.plan(config, here())
     without = dataclasses.replace(made, program=0)
     assert made.peak == without.peak + 10**9
@@ -94,6 +95,55 @@ def test_the_largest_batch_is_the_largest_that_fits(config):
     assert not fits[batch + 1]
     assert batch >= 9
     assert planning.largest_batch(config, here(1))[0] == 0
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """`refusing(bytes)`: XLA's compiler gives up where a step needs more, as it does for TPUs."""
+    compiled = needs._of
+
+    def set_room(room):
+        def of(*given):
+            found = compiled(*given)
+            if found.temporary > room:
+                raise jax.errors.JaxRuntimeError(
+                    f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+                    f"({found.temporary / 1024:.4f}K) exceeds available HBM ({room / 1024:.2f}K)."
+                )
+            return found
+
+        monkeypatch.setattr(needs, "_of", of)
+
+    return set_room
+
+
+def test_a_step_that_the_compiler_refuses_does_not_fit(config, refusing):
+    wanted = planning.plan(config, here(), batch=8)
+    made = planning.plan(config, here(), batch=4)
+    refusing(made.activations)
+    config.optimizer.rate *= 2  # another program, not remembered
+    refused = planning.plan(config, here(), batch=8)
+    assert (refused.refused, refused.fits, refused.compiled, refused.known) == (True, False, True, False)
+    assert refused.activations == pytest.approx(wanted.activations, rel=0.1)
+    assert planning.plan(config, here(), batch=8) == refused  # remembered
+    row = {column.header: next(iter(column.cells)) for column in table([refused]).columns}
+    assert (row["fits"], row["reduce"], row["sent, GB"]) == ("no", "?", "?")
+
+
+def test_the_largest_batch_is_found_where_the_compiler_refuses_larger_ones(config, refusing):
+    nine = planning.plan(config, here(), batch=9)
+    refusing(nine.activations + 1000)
+    config.optimizer.rate *= 2
+    batch, made = planning.largest_batch(config, here())
+    assert batch == max(each.batch for each in made if each.fits)
+    assert batch + 1 in {each.batch for each in made if each.refused}
+    assert batch >= 8
+
+
+def test_a_plan_that_cannot_be_remembered_is_made(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    assert planning.plan(config, here()).fits
 
 
 @pytest.mark.parametrize("make", [planning.plan, planning.estimate])
@@ -177,6 +227,8 @@ def test_the_verb_estimates_without_a_compiler(capsys, tmp_path, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     assert "estimated" in printed
     assert "on TPUs the compiler says 0.6 to 1.9 times as much" in printed
+    assert re.search(r"A device holds: parameters [\d.e-]+ GB, optimiser [\d.e-]+ GB, images .* GB, all else", printed)
+    assert re.search(r"A step: [\d.e-]+ TFLOP; it takes at least", printed)
     [made] = json.loads(file.read_text())["plans"]
     assert made["fits"]
     assert made["memory"] == TARGETS["v5e"].memory
