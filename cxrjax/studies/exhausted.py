@@ -41,18 +41,17 @@ def advise(arguments: argparse.Namespace) -> None:
     end = math.inf
     if several():
         make, end = estimate, time.monotonic() + HEARTBEAT / 5  # then JAX misses the others, and ends this one
-    data, space = _mesh(config)
     settings = [[], *less(config)]
     stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.", markup=False)
     made: list[tuple[str, Plan]] = []
-    with bar("planning", len(settings), unit="settings") as advance:
+    with bar("planning", len(settings), unit="settings") as advance, suppress(KeyboardInterrupt):
         for changes in settings:
             if time.monotonic() > end:
                 break
             changed = with_overrides(config, changes)
-            parts = changed.mesh.space // config.mesh.space
+            data, space = _mesh(changed)
             with suppress(CxrError, jax.errors.JaxRuntimeError):  # the mesh, or the target's compiler, does not take it
-                made.append((" ".join(changes) or "as it is", make(changed, target, data=data, space=space * parts)))
+                made.append((" ".join(changes) or "as it is", make(changed, target, data=data, space=space)))
             advance()
     stderr.print(_table(made, target.memory))
     if made and not made[0][1].compiled:
@@ -64,17 +63,29 @@ def less(config: Config) -> Iterator[list[str]]:
     for remat in REMATS[REMATS.index(config.model.remat) + 1 :]:
         yield [f"model.remat={remat}"]
     most = config.model.remat if config.model.remat == REMATS[-1] else "block"
-    data, space = _mesh(config)
-    share = max(config.train.batch // data, 1)
+    share = max(config.train.batch // _mesh(config)[0], 1)
     at_once = config.train.per_device or share
     fewer = next((n for n in range(at_once // 2, 0, -1) if share % n == 0), 0)
     if fewer:
         yield [f"train.per_device={fewer}"]
         yield [f"model.remat={most}", f"train.per_device={fewer}"]
-    if config.data.size % (2 * space) == 0:
-        yield [f"mesh.space={2 * space}"]
+    yield from _more_rows(config, at_once)
     if config.data.size > 64:
         yield [f"data.size={config.data.size // 2}"]
+
+
+def _more_rows(config: Config, at_once: int) -> Iterator[list[str]]:
+    """Twice as many devices for each image: such as are idle, or half as many images at once on all together."""
+    (data, space), there = _mesh(config), len(jax.devices())
+    if config.data.size % (2 * space):
+        return
+    if config.mesh.data and data * 2 * space <= there:
+        yield [f"mesh.space={2 * space}"]
+        return
+    fewer = data // 2
+    if fewer and data % 2 == 0 and config.train.batch % (fewer * at_once) == 0:
+        given = [f"mesh.data={fewer}"] if config.mesh.data else []
+        yield [*given, f"mesh.space={2 * space}", f"train.per_device={at_once}"]
 
 
 def planned_for(device: Any) -> tuple[Target, Any]:
@@ -103,10 +114,11 @@ def _in_validation(config: Config) -> str:
 
 def _table(made: list[tuple[str, Plan]], memory: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("setting", no_wrap=True)
+    table.add_column("setting")
     for column in ("devices", "images at once", "GB of each", "fits"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, each in made:
-        fits = "?" if not memory or not each.compiled else "yes" if each.fits else "no"
+        sure, unsure = ("yes", "likely"), ("no", "unlikely")
+        fits = (sure if each.fits else unsure)[not each.compiled] if memory else "?"
         table.add_row(name, f"{each.data} x {each.space}", f"{each.batch}", f"{each.peak / 1e9:.3g}", fits)
     return table

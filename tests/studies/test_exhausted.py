@@ -1,5 +1,7 @@
 """Out of memory: one clear line with what needs less, and the plan's table where a step was trained."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,10 +15,15 @@ from cxrjax.config import load
 from cxrjax.errors import out_of_memory
 from cxrjax.parallel.targets import TARGETS
 from cxrjax.studies import exhausted, single
-from cxrjax.studies.planning import estimate
+from cxrjax.studies.planning import USABLE, estimate
 from cxrjax.train import loop
 
 GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 39000000000 bytes."
+
+TPU = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.26G) exceeds "
+    "available HBM (15.75G)."
+)
 
 
 def raising(*_, **__):
@@ -30,6 +37,7 @@ def raising(*_, **__):
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.72GiB.", "3.99 GB"),
         ("RESOURCE_EXHAUSTED: Failed to allocate request for 16.0GiB (17179869184B) on device ordinal 0", "17.2 GB"),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.15G of 15.48G hbm.", "18.4 GB"),
+        (TPU, "23.9 GB"),
         ("RESOURCE_EXHAUSTED: no words", "no words"),
         ("INTERNAL: out of luck", ""),
         ('RESOURCE_EXHAUSTED: Error writing local file "/run/x": No space left on device', ""),
@@ -114,6 +122,61 @@ def test_settings_begin_where_the_config_stands():
         ["mesh.space=2"],
         ["data.size=128"],
     ]
+
+
+def test_all_devices_share_rows_only_with_fewer_images_at_once(tiny_overrides):
+    """Of eight devices that share a batch each would otherwise hold as much: half the rows of twice as many images."""
+    made = list(exhausted.less(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=0"])))
+    assert ["mesh.space=2", "train.per_device=2"] in made
+    made = list(exhausted.less(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=8"])))
+    assert ["mesh.data=4", "mesh.space=2", "train.per_device=2"] in made
+    made = list(exhausted.less(load("demo:32", [*tiny_overrides, "mesh.data=1", "mesh.space=8"])))
+    assert not any(change.startswith("mesh.space") for changes in made for change in changes)
+
+
+def test_each_setting_is_planned_with_its_own_mesh(capsys):
+    exhausted.advise(SimpleNamespace(config="demo:32", overrides=["train.batch=16", "mesh.data=0"]))
+    said = capsys.readouterr().err
+    assert re.search(r"as it is +8 x 1 +16 ", said)
+    assert re.search(r"mesh.space=2 train.per_device=2 +4 x 2 +8 ", said)
+
+
+def test_ctrl_c_keeps_what_is_planned(monkeypatch, capsys):
+    made = []
+
+    def interrupted(*given, **more):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(estimate(*given, **more))
+        return made[-1]
+
+    monkeypatch.setattr(exhausted, "estimate", interrupted)
+    exhausted.advise(SimpleNamespace(config="demo:32", overrides=["train.batch=16"]))
+    rows = [line for line in capsys.readouterr().err.splitlines() if " x " in line]
+    assert len(rows) == 2
+
+
+def test_what_fits_by_an_estimate_is_likely(capsys, monkeypatch):
+    overrides = ["train.batch=16", "mesh.data=1"]
+    whole = estimate(load("demo:32", overrides), TARGETS["v5e"])
+    nearly = dataclasses.replace(TARGETS["v5e"], memory=int(0.99 * (whole.peak + whole.waiting) / USABLE))
+    monkeypatch.setattr(exhausted, "planned_for", lambda _: (nearly, estimate))
+    exhausted.advise(SimpleNamespace(config="demo:32", overrides=overrides))
+    fits = [line.split()[-1] for line in capsys.readouterr().err.splitlines() if " x " in line]
+    assert fits[0] == "unlikely"
+    assert "likely" in fits[1:]
+
+
+def test_without_jaxs_cpu_backend_a_step_is_traced_where_it_ran(monkeypatch):
+    devices = jax.devices
+
+    def no_cpu(backend=None):
+        if backend:
+            raise RuntimeError("Unknown backend cpu")
+        return devices()
+
+    monkeypatch.setattr(jax, "devices", no_cpu)
+    assert estimate(load("demo:32", ["train.batch=16"]), TARGETS["h200"]).peak > 0
 
 
 def test_for_a_tpu_nothing_is_compiled():
