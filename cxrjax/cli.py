@@ -179,7 +179,10 @@ def _join(arguments: argparse.Namespace) -> None:
     """Find the other processes, if there are any."""
     from cxrjax.parallel.runtime import start
 
-    start(arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout)
+    start(
+        arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout,
+        asks=arguments.verb in ("train", "study"),
+    )  # fmt: skip
 
 
 def _evaluate(arguments: argparse.Namespace) -> Any:

@@ -13,7 +13,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(words: list[str], processes: int, last: Sequence[str] = ()) -> list[subprocess.Popen]:
+def start(
+    words: list[str], processes: int, last: Sequence[str] = (), program: Sequence[str] = ("-m", "cxrjax.cli")
+) -> list[subprocess.Popen]:
     """As many processes of the command line, sharing four devices; the last may have more words."""
     devices, coordinator = 4 // processes, f"localhost:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -22,7 +24,7 @@ def start(words: list[str], processes: int, last: Sequence[str] = ()) -> list[su
         joining = ["--coordinator", coordinator, "--processes", str(processes), "--process", str(number)]
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "cxrjax.cli", *words, *joining, *(last if number == processes - 1 else ())],
+                [sys.executable, *program, *words, *joining, *(last if number == processes - 1 else ())],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip

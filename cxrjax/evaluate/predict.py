@@ -1,6 +1,7 @@
 """From a trained run to its predictions."""
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from cxrjax.config import read
 from cxrjax.console import bar
+from cxrjax.errors import InterruptedRunError
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.models.network import Network
 from cxrjax.parallel.mesh import replicated
-from cxrjax.parallel.runtime import devices
+from cxrjax.parallel.runtime import devices, told_to_stop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
@@ -53,9 +55,20 @@ def open_run(
 
 
 def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
-    """Logits, labels and patients of every record of a part, in the records' order."""
+    """Logits, labels and patients of every record of a part, in the records' order.
+
+    Raises:
+      InterruptedRunError: one of several processes was told to stop.
+    """
     config, examples = experiment.config, experiment.part(part)
-    with bar(f"predicting {part} at {config.data.size} px", len(examples.row)) as advance:
+    with bar(f"predicting {part} at {config.data.size} px", len(examples.row)) as show:
+
+        def advance(images: int) -> None:
+            show(images)
+            if received := told_to_stop():
+                name = signal.Signals(received[0]).name
+                raise InterruptedRunError(f"stopped by {name}: the same command goes on", received[0])
+
         logits = logits_of(
             network, examples, make_predict_step(experiment.mesh), experiment.mesh, size=config.data.size,
             batch=config.evaluate.batch, threads=config.data.threads, advance=advance,

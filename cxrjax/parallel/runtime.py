@@ -5,8 +5,10 @@ process. It must run before anything asks JAX for its devices.
 """
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import secrets
 import signal
 import time
@@ -45,9 +47,20 @@ SHUTDOWN = 30
 _INTERRUPTS: list[int] = []
 """Ctrl-C, where it came to this one of several processes."""
 
+_SERVICE = "jax_enable_preemption_service"
+"""JAX's setting by which it, and not the system, hears SIGTERM."""
+
+_QUESTIONS = itertools.count()
+"""How often the processes asked whether to stop: their numbers for JAX."""
+
 
 def start(
-    coordinator: str = "", processes: int | None = None, process: int | None = None, *, timeout: int = 300
+    coordinator: str = "",
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    timeout: int = 300,
+    asks: bool = True,
 ) -> None:
     """Connect this process to the others.
 
@@ -57,6 +70,7 @@ def start(
       processes: how many there are.
       process: which of them this is, from 0.
       timeout: how long to wait for all of them, in seconds.
+      asks: whether the work asks `told_to_stop`, where SIGTERM to one then stops all; else it ends that one at once.
 
     Raises:
       CxrError: numbers that do not fit, no cluster to ask, or a coordinator that cannot be reached in time.
@@ -69,8 +83,11 @@ def start(
     if coordinator == "auto":
         coordinator, processes, process, devices = _asked(timeout)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise CxrError(f"--coordinator {coordinator} is neither HOST:PORT nor auto")
+    host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+        raise CxrError(
+            f"--coordinator {coordinator} is neither HOST:PORT, with a port from 1 to {(1 << 16) - 1}, nor auto"
+        )
     if processes is None or process is None or not 0 <= process < processes:
         raise CxrError(
             f"--coordinator {coordinator} needs --processes N and --process K with K from 0 to N - 1, "
@@ -80,6 +97,7 @@ def start(
     meet(host, int(port), processes, process, timeout)
     if process:
         reach(host, int(port), process, timeout).close()
+    jax.config.update(_SERVICE, asks)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -296,11 +314,14 @@ def interrupted_together() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
 
-def told_to_stop(step: int) -> list[int]:
-    """The signal on which all processes stop before this step, wherever it came; empty to go on.
+def told_to_stop() -> list[int]:
+    """The signal on which all processes stop now, wherever it came; empty to go on.
 
-    Every process must ask before each step. JAX's preemption service lets them agree on the step.
+    All processes must ask as often, before each step or batch. JAX's preemption service lets them agree on one of these
+    questions.
     """
-    if not several() or not multihost_utils.reached_preemption_sync_point(step):
+    if not several() or not getattr(jax.config, _SERVICE):
+        return []
+    if not multihost_utils.reached_preemption_sync_point(next(_QUESTIONS)):
         return []
     return [*_INTERRUPTS, int(signal.SIGTERM)]

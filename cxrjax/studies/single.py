@@ -52,7 +52,8 @@ def evaluate_run(
     if batch:
         experiment.config.evaluate.batch = batch
         validate(experiment.config)
-    agree("run, data, part and mesh", [about, experiment.fingerprints, part, dict(experiment.mesh.shape)])
+    shape, batch = dict(experiment.mesh.shape), experiment.config.evaluate.batch
+    agree("run, data, part, mesh and batch", [about, experiment.fingerprints, part, shape, batch])
     predictions = predict(experiment, network, part)
     validation = predictions if part == "validation" else predict(experiment, network, "validation")
     fitted = fit_run(experiment, network, about, validation)

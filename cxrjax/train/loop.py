@@ -19,7 +19,7 @@ from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
 from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.data.splits import save as save_split
-from cxrjax.errors import CxrError, out_of_memory
+from cxrjax.errors import CxrError, InterruptedRunError, out_of_memory
 from cxrjax.files import write_json
 from cxrjax.models.network import parameter_count
 from cxrjax.parallel.mesh import batch_shardings, replicated
@@ -49,14 +49,6 @@ LOCAL = ("data.dir", "data.threads")
 """Config keys that may differ from process to process."""
 
 Auroc = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
-
-
-class InterruptedRunError(CxrError):
-    """The run was told to stop, saved its state, and goes on when started again. `number` is the signal's."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.number = number
 
 
 def train(
@@ -159,12 +151,12 @@ class _Trainer:
                     if self._at_epoch_end:
                         self._settle(pending, 0)
                         self.waiting.pause()
-                        self._end_epoch(lambda _: self._stop(received))
+                        self._end_epoch(lambda _: self._stop(received or told_to_stop()))
                         self._save()
                         self.waiting.go()
                     if self.finished:
                         break
-                    received.extend(told_to_stop(progress.step))
+                    received.extend(told_to_stop())
                     if received:
                         self._settle(pending, 0)
                         self._stop(received)

@@ -291,7 +291,7 @@ peers.GRACE = runtime.GRACE = {grace}
 coordinator, number = "localhost:" + sys.argv[1], int(sys.argv[2])
 
 def work(_):
-    runtime.start(coordinator, 2, number)
+    runtime.start(coordinator, 2, number, asks={asks})
     {work}
 
 cli.RUN["train"] = work
@@ -300,9 +300,9 @@ cli.entry()
 """
 
 
-def end_together(work: str, grace: float) -> list[tuple[int, str]]:
+def end_together(work: str, grace: float, *, asks: bool = True) -> list[tuple[int, str]]:
     """How two processes of the command line end, whose work is a line of Python."""
-    program, port = TOGETHER.format(work=work, grace=grace), str(free_port())
+    program, port = TOGETHER.format(work=work, grace=grace, asks=asks), str(free_port())
     started = [
         subprocess.Popen([sys.executable, "-c", program, port, str(number)], stderr=subprocess.PIPE, text=True)
         for number in range(2)
@@ -317,6 +317,13 @@ def test_who_waits_outside_collectives_ends_too():
     assert "another process stopped or cannot be reached (process 1 of 2 ended or hangs)" in said
 
 
+def test_a_signal_ends_work_that_does_not_ask_for_it():
+    work = "os.kill(os.getpid(), signal.SIGTERM) if number else None; time.sleep(600)"
+    (code, said), (other, _) = end_together(work, grace=1, asks=False)
+    assert (code, other) == (1, -signal.SIGTERM), said
+    assert "process 1 of 2 ended or hangs" in said
+
+
 @pytest.mark.parametrize("late", [0, 1])
 def test_all_may_end_by_themselves_at_different_times(late):
     wait = f"time.sleep(2 * (number == {late}))"
@@ -327,10 +334,10 @@ def test_all_may_end_by_themselves_at_different_times(late):
 
 
 STEPS = """
-    from cxrjax.train.loop import InterruptedRunError
+    from cxrjax.errors import InterruptedRunError
     with runtime.interrupted_together() as received:
         for step in range(3000):
-            received += runtime.told_to_stop(step)
+            received += runtime.told_to_stop()
             if received:
                 raise InterruptedRunError(f"at step {step}", received[0])
             if step == 20 and number:

@@ -129,6 +129,47 @@ def test_a_signal_to_one_stops_all_at_one_step_and_saves_it(alone, tmp_path):
     assert (tmp_path / "checkpoints" / "last" / steps.pop()).is_dir()
 
 
+SLOW_VALIDATION = """
+import os, signal, sys, time
+from cxrjax import cli
+from cxrjax.train import loop
+
+original, validations = loop.logits_of, []
+
+def logits_of(*given, advance, **more):
+    def slowly(images):
+        time.sleep(1)
+        advance(images)
+
+    validations.append(1)
+    if len(validations) == 2 and sys.argv[-1] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*given, advance=slowly if len(validations) == 2 else advance, **more)
+
+loop.logits_of = logits_of
+cli.entry()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_in_validation_stops_all_before_it_is_done(alone, tmp_path):
+    overrides = [*alone[0], "train.epochs=4", "evaluate.batch=1"]
+    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{word}" for word in overrides)]
+    ended = finish(start(words, 2, program=["-c", SLOW_VALIDATION]))
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert all("stopped by SIGTERM at step 8 of 16" in errors for _, errors in ended), ended
+    assert last_checkpoint(tmp_path) == 8
+    validated = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    assert validated == [4]
+
+
+def test_processes_that_evaluate_otherwise_are_refused(alone):
+    words = ["evaluate", str(alone[1]), "--resamples", "20", "--mesh", "data=2,space=2"]
+    for code, errors in finish(start(words, 2, last=["--batch", "4"])):
+        assert code == 1
+        assert "do not have the same run, data, part, mesh and batch: 1 of 2 differ from process 0" in errors
+
+
 def test_processes_with_other_configs_are_refused(alone, tmp_path):
     overrides, _ = alone
     ended = finish(launch(overrides, tmp_path, 2, differing="optimizer.rate=0.5"), timeout=240)
@@ -210,7 +251,9 @@ def test_who_does_not_come_is_named_where_the_cluster_gives_the_numbers(tmp_path
     ("words", "said"),
     [
         (["--processes", "2"], "need --coordinator"),
-        (["--coordinator", "here"], "neither HOST:PORT nor auto"),
+        (["--coordinator", "here"], "neither HOST:PORT, with a port from 1 to 65535, nor auto"),
+        (["--coordinator", "here:99999"], "neither HOST:PORT, with a port from 1 to 65535, nor auto"),
+        (["--coordinator", "here:0"], "neither HOST:PORT, with a port from 1 to 65535, nor auto"),
         (["--coordinator", "a:1", "--processes", "2"], "needs --processes N and --process K"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "K from 0 to N - 1"),
     ],
