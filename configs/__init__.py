@@ -6,6 +6,13 @@ An argument that begins with "phantom" means the same recipe with small networks
 from typing import Any
 
 
+def side(text: Any) -> int:
+    """The side of the images in px that an argument says."""
+    if not str(text).isdecimal():
+        raise ValueError(f"the argument is the side of the images in px, such as 256, not {text}")
+    return int(text)
+
+
 def on_phantom(config: Any, *, size: int = 64) -> Any:
     """The recipe on drawn radiographs (`cxrjax prepare cxr_phantom --size 64`), short enough for two CPU cores."""
     config.title = f"{config.title}: phantom"

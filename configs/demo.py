@@ -9,6 +9,7 @@ Memory    1.2 GB resident at most
 Score     mean test AUROC .770, .861 and .974 at 32, 64 and 128 px; stacked .993, voted .991 (seed 0)
 """
 
+from configs import side
 from cxrjax.config import default
 
 SIZES = (32, 64, 128)
@@ -20,7 +21,7 @@ def get_config(arg: str = ""):
     config.title = "Which resolution does this finding need?"
     config.data.dataset = "cxr_phantom"
     config.data.stored = "128"
-    config.data.size = int(arg or SIZES[-1])
+    config.data.size = side(arg or SIZES[-1])
     config.data.uncertain = "ignore"
     config.split.name = "official"
     config.augment.flip = 0.5

@@ -10,6 +10,7 @@ Memory    unmeasured on a GPU
 Score     unmeasured
 """
 
+from configs import side
 from cxrjax.config import default
 
 
@@ -17,7 +18,7 @@ def get_config(arg: str = ""):
     """The recipe at one size."""
     config = default()
     config.title = "DenseNet121 on ChestX-ray14"
-    size = int(arg or 256)
+    size = side(arg or 256)
     config.data.dataset = "chestxray14"
     config.data.stored = str(size)
     config.data.size = size

@@ -25,6 +25,8 @@ ARMS = {"version3": "sequential_cnn", "version1": "sequential_cnn_v1", "version2
 def get_config(arg: str = ""):
     """The recipe of one version."""
     phantom, arm = arg.startswith("phantom"), arg.removeprefix("phantom").removeprefix("-") or "version3"
+    if arm not in ARMS:
+        raise ValueError(f"the arms of sequential_cnn are {', '.join(ARMS)}, not {arm}")
     config = default()
     config.title = "Sequential CNN, six classes"
     config.data.dataset = "six_class"

@@ -30,7 +30,10 @@ SMALL = {"densenet121": "densenet_small", "resnet50": "resnet_small"}
 def get_config(arg: str = ""):
     """The recipe of one arm."""
     phantom, arm = arg.startswith("phantom"), arg.removeprefix("phantom").removeprefix("-")
-    network, augmented = ARMS[arm or "densenet_augmented"]
+    arm = arm or "densenet_augmented"
+    if arm not in ARMS:
+        raise ValueError(f"the arms of transfer are {', '.join(ARMS)}, not {arm}")
+    network, augmented = ARMS[arm]
     config = default()
     config.title = "Transfer learning on a small set"
     config.data.dataset = "chestxray14"

@@ -21,6 +21,14 @@ from cxrjax.studies import explaining
 from cxrjax.words import parser
 
 
+class Rows(list):
+    """A result of many rows, and why those that `failed` are not whole."""
+
+    def __init__(self, rows: Sequence[Any], failed: dict[str, str]):
+        super().__init__(rows)
+        self.failed = failed
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb; the value is the exit code: 0 only on success, 128 + n when signal n stopped the work."""
     program = parser(RUN)
@@ -42,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.json and result is not None:  # of several processes the first has the result
             _write_json(arguments.json, result)
         _others("leave")
-        failed = result.get("failed") if isinstance(result, dict) else None
+        failed = result.get("failed") if isinstance(result, dict) else getattr(result, "failed", None)
         return _fail(_failures(failed), 1) if failed else 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -107,9 +115,7 @@ def _failures(failed: dict[str, str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    stderr.print(
-        f"cxrjax: {' '.join(message.split())}", style="red" if code < 128 else "yellow", markup=False, soft_wrap=True
-    )
+    stderr.print(f"cxrjax: {' '.join(message.split())}", style="red" if code < 128 else "yellow", soft_wrap=True)
     return code
 
 
@@ -270,13 +276,13 @@ def _bench(arguments: argparse.Namespace) -> Any:
         for row in bench.rows(wanted, inference=arguments.inference):
             measured.append(row)
             advance()
-    stdout.print(bench.table(measured))
-    for row in measured:
-        if "error" in row:
-            say(f"{row['arch']} at {row['resolution']} px, {row['batch']} images, {row['variant']}: {row['error']}")
+    failed = bench.failures(measured)
+    for case, error in failed.items():
+        say(f"{case}: {error}")
     if all("error" in row for row in measured):
         raise CxrError("nothing could be measured")
-    return measured
+    stdout.print(bench.table(measured))
+    return Rows(measured, failed)
 
 
 def _weights(arguments: argparse.Namespace) -> Any:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -10,13 +11,14 @@ from rich.progress import ProgressColumn as _Column
 from rich.progress import Task as _Task
 from rich.text import Text
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files are as wide as tables need
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names are printed as they are
+stderr = Console(stderr=True, **_PLAIN)
+stdout = Console(**_PLAIN, width=None if sys.stdout.isatty() else 120)  # files are as wide as tables need
 
 
 def say(text: str) -> None:
     """Print text as it is, whatever names are in it, in lines as long as they are."""
-    stdout.print(text, markup=False, soft_wrap=True)
+    stdout.print(text, soft_wrap=True)
 
 
 class _Rate(_Column):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cxrjax import __version__
-from cxrjax.data.arguments import add_arguments
+from cxrjax.data.arguments import add_arguments, count
 from cxrjax.studies import bench, explaining
 
 STUDIES = ("resolution", "fhrnet", "transfer", "attention_fusion", "sequential_cnn")
@@ -50,7 +50,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
 
     evaluate = verb("evaluate", "predictions, scores with intervals, and a page for one run")
     _add_run(evaluate)
-    evaluate.add_argument("--batch", type=int, default=0, help="images at once; default: the config's evaluate.batch")
+    evaluate.add_argument("--batch", type=count, help="images at once; default: the config's evaluate.batch")
     _add_processes(evaluate)
     evaluate.add_argument("--resamples", type=int, help="bootstrap resamples of patients; default: the config's")
 
@@ -132,14 +132,14 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.A
         help="devices that share a batch, and devices that share the rows of an image (default: the config's)",
     )  # fmt: skip
     plan.add_argument(
-        "--batch", type=int, default=0, metavar="N", help="images of a step, over all devices (default: the config's)"
+        "--batch", type=int, metavar="N", help="images of a step, over all devices (default: the config's)"
     )
     plan.add_argument("--largest", action="store_true", help="find the largest batch that fits: several compilations")
     plan.add_argument(
         "--sweep", action="store_true",
         help="a table of sizes, meshes and ways of recomputing, N images (default 1) for each part of `data`",
     )  # fmt: skip
-    plan.add_argument("--sizes", type=int, nargs="+", metavar="PX", help="of --sweep (default: 512 1024 2048)")
+    plan.add_argument("--sizes", type=count, nargs="+", metavar="PX", help="of --sweep (default: 512 1024 2048)")
     plan.add_argument(
         "--meshes", nargs="+", default=[], metavar="data=D,space=S",
         help="of --sweep (default: one device, rows over 4 and 8, 2 x 4, 4 x 2, 8 x 1)",
@@ -196,7 +196,7 @@ def _add_processes(parser: argparse.ArgumentParser, sharing: str = "") -> None:
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process", type=int, metavar="K", help="which of them this is, from 0")
     group.add_argument(
-        "--join-timeout", type=int, default=300, metavar="S", help="seconds to wait for all (default: 300)"
+        "--join-timeout", type=count, default=300, metavar="S", help="seconds to wait for all (default: 300)"
     )
 
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-missing", action="store_true", help="go on when images of the table are not on disk")
     parser.add_argument("--repair", action="store_true", help="make damaged shards of prepared data anew")
-    parser.add_argument("--workers", type=int, help="threads; default: one a core, with --beam one a worker")
+    parser.add_argument("--workers", type=count, help="threads; default: one a core, with --beam one a worker")
     parser.add_argument("--beam", action="store_true", help="make the shards with Apache Beam, on many machines")
     parser.add_argument(
         "--beam-options",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FLAGS",
         help="Beam's, as one word: --beam-options='--runner=...'",
     )
-    parser.add_argument("--patients", type=int, help="cxr_phantom: how many patients to draw (default: 2600)")
+    parser.add_argument("--patients", type=count, help="cxr_phantom: how many patients to draw (default: 2600)")
     parser.add_argument("--seed", type=int, help="cxr_phantom: of the patients (default: 0)")
     parser.add_argument("--labels", metavar="LABELLER", help="mimic_cxr_jpg: chexpert (default) or negbio")
     parser.add_argument("--name", help="folder, six_class, table: what the data set is to be called (data.dataset)")
@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, as `prepare` takes them."""
     return {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
+
+
+def count(text: str) -> int:
+    """A whole number above 0, for `argparse`."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _size(text: str) -> int | None:

@@ -168,5 +168,5 @@ def _say_shared(records: Pooled, parts: Parts) -> None:
         stderr.print(
             f"{len(between):,} images are in different parts of two data sets: {', '.join(between[:5])}{more}; scores "
             "of them are too good: leave one of each out by split.files",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip

@@ -169,7 +169,7 @@ def prepare_sizes(
             )
         )
     for note in dict.fromkeys(note for prepared in results for note in prepared.notes):
-        console.stderr.print(note, soft_wrap=True, markup=False)
+        console.stderr.print(note, soft_wrap=True)
     return results
 
 

@@ -181,7 +181,7 @@ def _checked(records: Records, name: str, parts: Parts, by: str) -> Split:
             f"{len(shared):,} images are in two parts of the {name} split under two names: "
             f"{', '.join(shared[:5])}{more}; to keep each in one part, draw the parts, or name one of each in no "
             "part of split.files",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
     parts = {part: np.sort(rows).astype(np.int32) for part, rows in parts.items()}
     return Split(name, parts, fingerprint_of(records, parts))

@@ -84,13 +84,15 @@ def mesh_of(text: str) -> tuple[int, int]:
     Raises:
       CxrError: it is not written so.
     """
-    found: dict[str, int] = {"data": 1, "space": 1}
+    found: dict[str, int] = {}
     for part in text.split(","):
         matched = re.fullmatch(r"(data|space)=([1-9][0-9]*)", part.strip())
         if matched is None:
             raise CxrError(f"--mesh {text}: {part.strip()!r} is not data=D or space=S with a positive number")
+        if matched[1] in found:
+            raise CxrError(f"--mesh {text} says {matched[1]} twice: say it once")
         found[matched[1]] = int(matched[2])
-    return found["data"], found["space"]
+    return found.get("data", 1), found.get("space", 1)
 
 
 def _listed(numbers: Iterable[Any]) -> str:

@@ -268,7 +268,7 @@ class Ending:
         lost, grace = self._lost.get()
         if not self._prevented.wait(grace):
             try:
-                stderr.print(f"cxrjax: {self._message(lost)}", style="red", markup=False, soft_wrap=True)
+                stderr.print(f"cxrjax: {self._message(lost)}", style="red", soft_wrap=True)
                 self._last()
             finally:
                 os._exit(1)

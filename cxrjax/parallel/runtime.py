@@ -93,7 +93,7 @@ def start(
             f"--coordinator {coordinator} needs --processes N and --process K with K from 0 to N - 1, "
             f"not {processes} and {process}"
         )
-    stderr.print(f"process {process} of {processes}: joining at {coordinator}, at most {timeout} s", markup=False)
+    stderr.print(f"process {process} of {processes}: joining at {coordinator}, at most {timeout} s")
     meet(host, int(port), processes, process, timeout)
     if process:
         reach(host, int(port), process, timeout).close()
@@ -153,7 +153,7 @@ def _watch(host: str) -> None:
         try:
             watch.join(reach(host, port, number, 10), key)
         except (CxrError, OSError) as error:
-            stderr.print(f"{error}; without it, a process that ends is noticed after {HEARTBEAT} s", markup=False)
+            stderr.print(f"{error}; without it, a process that ends is noticed after {HEARTBEAT} s")
     _WATCHES.append((watch, ending))
     multihost_utils.sync_global_devices("watched")  # none ends before all who can have joined
 

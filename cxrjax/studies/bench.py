@@ -85,10 +85,12 @@ def cases(
     `mesh` is data=D,space=S, one device by default.
 
     Raises:
-      CxrError: a word is no such case, or there are types, ways or a mesh and no case to take them.
+      CxrError: a word is no such case, or its network not known; types, ways or a mesh, and no case to take them.
     """
     if not words and (dtypes or remats or mesh):
         raise CxrError("--dtypes, --remats and --mesh are for ARCH:SIZE:BATCH; of --config change its keys instead")
+    from cxrjax.models.options import one_of
+    from cxrjax.models.registry import ARCHITECTURES
     from cxrjax.parallel.mesh import mesh_of
 
     made, shape = [], mesh_of(mesh) if mesh else (1, 1)
@@ -96,15 +98,17 @@ def cases(
         matched = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", word)
         if matched is None:
             raise CxrError(f"{word!r} is no case: write ARCH:SIZE:BATCH, such as densenet121:1024:8")
+        one_of("network", matched[1], ARCHITECTURES)
         made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, False, steps, *shape))
     return made
 
 
 def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str, Any]]:
-    """The measurements of each case, training and inference side by side; what went wrong is its `error`.
+    """The measurements of each case, training and inference side by side.
 
-    The values have the names of the peer's benchmark: `train_s`, `train_images_per_s`, `train_peak_bytes`, `infer_s`
-    and so on, medians over the steps. Beside them:
+    What went wrong is its `error`, or `infer_error` where that was inference alone. The values have the names of the
+    peer's benchmark: `train_s`, `train_images_per_s`, `train_peak_bytes`, `infer_s` and so on, medians over the steps.
+    Beside them:
 
       trace_s, lower_s, compile_s, first_step_s   once; no cache, unless JAX_COMPILATION_CACHE_DIR is set
       train_steady_images_per_s       of steps one after the other without waiting, as training does them
@@ -119,7 +123,8 @@ def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str
                  "variant": f"{case.dtype}, remat {case.remat}", "data": case.data, "space": case.space}  # fmt: skip
         row = about | _apart(case)
         if inference and "error" not in row:
-            row |= _apart(Case(**(asdict(case) | {"inference": True, "remat": "none"})))
+            inferred = _apart(Case(**(asdict(case) | {"inference": True, "remat": "none"})))
+            row |= {f"infer_{name}" if name == "error" else name: value for name, value in inferred.items()}
         yield row
 
 
@@ -147,7 +152,18 @@ def found(code: int, printed: str, errors: str) -> dict[str, Any]:
     if "RESOURCE_EXHAUSTED" in errors:
         return {"error": "out of memory"}
     raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", errors, re.MULTILINE)
-    return {"error": raised[-1][:300] if raised else f"its process ended with code {code}"}
+    reason = raised[-1].removeprefix(f"{CxrError.__module__}.CxrError: ") if raised else ""
+    return {"error": reason[:1000] or f"its process ended with code {code}"}
+
+
+def failures(measured: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What could not be measured, and why."""
+    return {
+        f"{row['arch']} at {row['resolution']} px, {row['batch']} images, {row['variant']}{what}": row[key]
+        for row in measured
+        for key, what in (("error", ""), ("infer_error", ", inference"))
+        if key in row
+    }
 
 
 def table(measured: Sequence[dict[str, Any]]) -> Any:

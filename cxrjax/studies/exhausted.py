@@ -42,7 +42,7 @@ def advise(arguments: argparse.Namespace) -> None:
     if several():
         make, end = estimate, time.monotonic() + HEARTBEAT / 5  # then JAX misses the others, and ends this one
     settings = [[], *less(config)]
-    stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.", markup=False)
+    stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.")
     made: list[tuple[str, Plan]] = []
     with bar("planning", len(settings), unit="settings") as advance, suppress(KeyboardInterrupt):
         for changes in settings:
@@ -55,7 +55,7 @@ def advise(arguments: argparse.Namespace) -> None:
             advance()
     stderr.print(_table(made, target.memory))
     if made and not made[0][1].compiled:
-        stderr.print("Estimated from shapes, without fusion and workspace: a first idea.", markup=False)
+        stderr.print("Estimated from shapes, without fusion and workspace: a first idea.")
 
 
 def less(config: Config) -> Iterator[list[str]]:

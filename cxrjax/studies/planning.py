@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cxrjax.config import Config
+from cxrjax.console import bar
 from cxrjax.data.batch import Batch
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
@@ -24,6 +25,7 @@ from cxrjax.train.learning import Learning
 from cxrjax.train.losses import make_loss
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.packed import pack_for
+from cxrjax.train.sizes import check_size
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
 
@@ -39,6 +41,9 @@ packs them tightly, and computes in an order that holds less, where it must: as 
 
 AHEAD = 4
 """Batches that a run has on its devices beside that of the step: a next step's, and those of `data.placement.ahead`."""
+
+MOST = (1 << 31) - 1
+"""Images of a batch: JAX counts them in 32 bits."""
 
 USABLE = 0.92
 """Share of a device's memory that a program can have (XLA_PYTHON_CLIENT_MEM_FRACTION on GPUs, whose default is .75)."""
@@ -193,21 +198,26 @@ def largest_batch(
     """
     made: dict[int, Plan] = {}
     room = USABLE * target.memory
-    low, high, guess = 0, 0, 1  # of the images on each data device; a high of 0 is not known yet
-    while not high or high - low > 1:
-        made[guess] = make(config, target, data=data, space=space, batch=guess * data)
-        low, high = (guess, high) if made[guess].fits else (low, guess)
-        guess = min(max(_affine(made, room), low + 1), high - 1 if high else max(2, 8 * low))
+    low, high, guess = 0, MOST // data + 1, 1  # of the images on each data device
+    with bar("planning", None, unit="plans") as advance:
+        while high - low > 1:
+            made[guess] = make(config, target, data=data, space=space, batch=guess * data)
+            low, high = (guess, high) if made[guess].fits else (low, guess)
+            known = high in made
+            guess = (low + high) // 2 if known and len(made) % 4 == 0 else _affine(made, room)
+            guess = min(max(guess, low + 1), high - 1 if known else max(2, 64 * low), high - 1)
+            advance()
     return low * data, [made[each] for each in sorted(made)]
 
 
 def _affine(made: dict[int, Plan], room: float) -> int:
-    """The batch whose memory would be `room`, were it a straight line through the two largest plans."""
+    """The batch whose memory would be `room`, were it a straight line through the two plans nearest to it."""
     if len(made) < 2:
         return 2
-    less, more = sorted(made)[-2:]
-    slope = (made[more].peak - made[less].peak) / (more - less)
-    return more + math.floor((room - made[more].peak) / slope) if slope > 0 else 2 * more
+    held = {each: plan.peak + plan.waiting for each, plan in made.items()}
+    less, more = sorted(sorted(held, key=lambda each: abs(held[each] - room))[:2])
+    slope = (held[more] - held[less]) / (more - less)
+    return more + math.floor((room - held[more]) / slope) if slope > 0 else 2 * more
 
 
 def batches(config: Config, data: int, space: int, batch: int = 0) -> tuple[int, int]:
@@ -260,7 +270,11 @@ def _traced(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, Tr
     whole, batched = replicated(mesh), Batch(*inputs)
     given = jax.eval_shape(lambda state: pack_for(state, mesh), state)
     given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), given)
-    return step.trace(given, batched), state, batched
+    try:
+        return step.trace(given, batched), state, batched
+    except CxrError:
+        check_size(network, side, images=batch)  # which knows the sizes that the network takes
+        raise
 
 
 def _host() -> Any:

@@ -15,7 +15,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models.options import one_of
 from cxrjax.parallel.mesh import mesh_of
 from cxrjax.parallel.targets import TARGETS, Target
-from cxrjax.studies.planning import USABLE, Plan, estimate, largest_batch, plan
+from cxrjax.studies.planning import MOST, USABLE, Plan, estimate, largest_batch, plan
 
 SWEEP_SIZES = (512, 1024, 2048)
 SWEEP_MESHES = ((1, 1), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1))
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> Any:
         stdout.print(table(plans))
         return {"largest": batch, "plans": [each.as_dict() for each in plans]}
     else:
-        plans = [make(config, target, data=data, space=space, batch=arguments.batch)]
+        plans = [make(config, target, data=data, space=space, batch=arguments.batch or 0)]
     stdout.print(table(plans))
     if len(plans) == 1:
         say(_sentences(plans[0], target))
@@ -51,8 +51,10 @@ def run(arguments: argparse.Namespace) -> Any:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.batch < 0:
-        raise CxrError(f"--batch {arguments.batch} is not a positive number of images")
+    if arguments.batch is not None and not 0 < arguments.batch <= MOST:
+        raise CxrError(f"--batch {arguments.batch} is not a positive number of images, at most {MOST}")
+    if arguments.batch and arguments.largest:
+        raise CxrError("--largest finds the batch, and takes no --batch")
     if arguments.sweep and arguments.largest:
         raise CxrError("--largest and --sweep cannot be asked for at once")
     if arguments.sweep and arguments.mesh:
@@ -68,7 +70,7 @@ def _installed(target: Target) -> bool:
     try:
         target.devices(1 if target.gpu else 4)
     except CxrError as error:
-        stderr.print(f"{error}. What follows is an estimate.", markup=False, soft_wrap=True)
+        stderr.print(f"{error}. What follows is an estimate.", soft_wrap=True)
         return False
     return True
 

@@ -28,7 +28,7 @@ def evaluate_run(
     part: str = "test",
     data_dir: Path | None = None,
     resamples: int | None = None,
-    batch: int = 0,
+    batch: int | None = None,
     mesh: tuple[int, int] | None = None,
 ) -> dict[str, Any] | None:
     """Predict one part with the best checkpoint, score it, and write everything into the run's directory.
@@ -49,7 +49,7 @@ def evaluate_run(
       The scores as one dict, ready for JSON; None in all processes but the first.
     """
     experiment, network, about = open_run(directory, data_dir, mesh)
-    if batch:
+    if batch is not None:
         experiment.config.evaluate.batch = batch
         validate(experiment.config)
     shape, batch = dict(experiment.mesh.shape), experiment.config.evaluate.batch

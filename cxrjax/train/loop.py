@@ -91,7 +91,7 @@ def train(
         if trainer.finished:
             return trainer.progress
         if profile and profile[1] <= trainer.progress.step and first():
-            stderr.print(f"steps {profile[0]} to {profile[1]} are done already: nothing is traced", markup=False)
+            stderr.print(f"steps {profile[0]} to {profile[1]} are done already: nothing is traced")
         writer = MetricWriter(directory, trainer.progress.step) if first() else Unwritten()
         trainer.writer = stack.enter_context(writer)
         trainer.profile = stack.enter_context(Profile(directory, profile if first() else None))

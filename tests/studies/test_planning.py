@@ -140,6 +140,21 @@ def test_the_largest_batch_is_found_where_the_compiler_refuses_larger_ones(confi
     assert batch >= 8
 
 
+@pytest.mark.parametrize("held", [lambda n: 5 * n, lambda n: 1e5 + n + n**1.5, lambda n: 1e6 + 3e3 * -(-n // 128)])
+def test_few_plans_are_needed_for_the_largest_batch_of_small_images(config, held):
+    whole = planning.estimate(config, here())
+
+    def make(*_, batch, **__):
+        return dataclasses.replace(whole, batch=batch, inputs=100 * batch, activations=int(held(batch)), memory=10**10)
+
+    batch, made = planning.largest_batch(config, here(10**10), make, data=2)
+    fits = {each.batch: each.fits for each in made}
+    assert fits[batch]
+    assert not fits[batch + 2]
+    assert batch > 10**6
+    assert len(made) < 25
+
+
 def test_a_plan_that_cannot_be_remembered_is_made(config, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
@@ -254,6 +269,11 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
     ("words", "said"),
     [
         (["--batch", "-4"], "--batch -4 is not a positive number"),
+        (["--batch", "0"], "--batch 0 is not a positive number"),
+        (["--batch", "2147483648"], "--batch 2147483648 is not a positive number of images, at most 2147483647"),
+        (["--largest", "--batch", "4"], "--largest finds the batch, and takes no --batch"),
+        (["--mesh", "data=2,data=4"], "--mesh data=2,data=4 says data twice"),
+        (["--config.data.size=2"], "config key data.size = 2 does not suit the network: choose data.size = 32"),
         (["--sizes", "64"], "--sizes is for --sweep"),
         (["--sweep", "--largest"], "--largest and --sweep"),
         (["--sweep", "--mesh", "data=2"], "--sweep takes --meshes"),
