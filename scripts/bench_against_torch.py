@@ -1,6 +1,6 @@
 """Measures this package and PyTorch on one device, each alone on it; prints ratios.
 
-python scripts/bench_against_torch.py                  # on a GPU, 8 minutes at most: the goals' cases, in their order
+python scripts/bench_against_torch.py                  # on a GPU, 8 minutes at most: the cases of the goals
 python scripts/bench_against_torch.py densenet121:64:2 --variants float32 --dtypes float32 --remats none
 
 It needs JAX, Flax, optax, PyTorch, torchvision, timm and this repository; nothing has to be installed of it. Several
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from cxrjax.studies import bench  # noqa: E402  (found by the line above where nothing is installed)
 
-CASES = ("densenet121:256:64", "densenet121:512:32", "densenet121:1024:8", "densenet121:2048:2")
+CASES = ("densenet121:2048:2", "densenet121:256:64", "densenet121:1024:8", "densenet121:512:32")
 SPEED = {256: 1.3, 512: 1.3, 1024: 1.5, 2048: 1.5}
 """Goals: our training images/s over the best of PyTorch's, by size in px."""
 MEMORY = {("amp", 2048): 0.35, ("ckpt", 2048): 0.7}
@@ -62,6 +62,11 @@ class Measurement:
     printed: list[str] = field(default_factory=list)
     process: Any = None
     errors: IO[str] | None = None
+
+    @property
+    def slow(self) -> bool:
+        """Whether it compiles for minutes."""
+        return not self.ours and self.about["variant"] == "compile"
 
     def start(self, said: "queue.Queue[tuple[Measurement, str | None]]", cache: Path) -> None:
         """Run it, programs kept in `cache`; each line that it prints comes to `said`, and None when it has ended."""
@@ -107,10 +112,9 @@ class Measurement:
 
 
 def measurements(options: argparse.Namespace) -> list[Measurement]:
-    """Those of all cases, case by case, ours and PyTorch's; of a case what takes longest to compile comes first."""
-    every = []
+    """Those of all cases, case by case, ours and PyTorch's."""
+    made: list[Measurement] = []
     for word in options.cases:
-        made: list[Measurement] = []
         _, size, batch = word.split(":")
         about: dict[str, Any] = {"resolution": int(size), "batch": int(batch)}
         for case in bench.cases([word], options.dtypes, options.remats, options.steps):
@@ -125,15 +129,22 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                 str(options.steps), "--in-turn",
             ]  # fmt: skip
             made.append(Measurement(word, False, about | {"variant": variant}, words))
-        every += sorted(made, key=lambda each: not each.ours and each.about["variant"] != "compile")
-    return every
+    return made
 
 
 def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Path) -> list[dict[str, Any]]:
     """Their rows: so many compile at a time, and all that could in time are then timed one by one."""
     end, latest = time.monotonic() + seconds, time.monotonic() + COMPILING * seconds
     said: queue.Queue[tuple[Measurement, str | None]] = queue.Queue()
-    waiting, compiling, ready, ended, rows = deque(wanted), set(), [], set(), []
+    compiling, ready, ended, rows = set(), [], set(), []
+    slow, waiting = (deque(each for each in wanted if each.slow is which) for which in (True, False))
+
+    def start_next() -> None:
+        """One in four at most is slow, as long as there are others: else they would have no turn."""
+        first = slow and (not waiting or sum(each.slow for each in compiling) < jobs // 4)
+        each = (slow if first else waiting).popleft()
+        compiling.add(each)
+        each.start(said, cache)
 
     def heard(until: float) -> Measurement | None:
         """Who was next to say that it is ready, or to print something, or to end; None where the time is over."""
@@ -153,10 +164,9 @@ def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Pa
         rows.append(each.row(out_of_time))
         print(json.dumps(rows[-1]), flush=True)
 
-    while waiting or compiling:
-        while waiting and len(compiling) < jobs:
-            compiling.add(waiting[0])
-            waiting.popleft().start(said, cache)
+    while slow or waiting or compiling:
+        while (slow or waiting) and len(compiling) < jobs:
+            start_next()
         each = heard(latest)
         if each is None:
             break
@@ -164,7 +174,7 @@ def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Pa
             compiling.remove(each)
             if each not in ready:
                 done(each)
-    for each in (*compiling, *waiting):
+    for each in (*compiling, *waiting, *slow):
         done(each, out_of_time=True)
     for each in list(ready):
         each.go()

@@ -52,6 +52,24 @@ def test_what_is_timed_is_alone_and_nothing_compiles_then(script, tmp_path):
     assert all(before["end"] < after["start"] for before, after in pairwise(timed))
 
 
+def test_what_compiles_for_minutes_leaves_others_their_turn(script, tmp_path):
+    started = []
+
+    def noting(name, ours):
+        each = script.Measurement("a:1:1", ours, {"variant": name}, [sys.executable, "-c", TIMED])
+        start = each.start
+        each.start = lambda *given: started.append(name) or start(*given)
+        return each
+
+    wanted = [noting(name, name[0] == "o") for name in ("compile", "compile", "o1", "amp", "o2", "o3", "ckpt")]
+    rows = script.measured(wanted, jobs=4, seconds=120, cache=tmp_path)
+    assert started[:4] == ["compile", "o1", "amp", "o2"]
+    assert len(rows) == 7
+    started.clear()
+    script.measured([noting(name, False) for name in ("compile", "amp")], jobs=1, seconds=120, cache=tmp_path)
+    assert started == ["amp", "compile"]
+
+
 @pytest.mark.parametrize("program", [NEVER_READY, NEVER_DONE])
 def test_out_of_time(script, tmp_path, program):
     wanted = [process(script, program), process(script, NEVER_READY)]

@@ -119,6 +119,14 @@ def check_divides(what: str, number: int, axis: str, parts: int, otherwise: str 
         raise CxrError(f"{what} cannot be divided over mesh {axis}={parts}: choose {choices}{otherwise}")
 
 
+def instead_of_rows(rows: int, space: int) -> str:
+    """The parts, nearest to `space`, into which rows can be divided; for `check_divides`."""
+    below, above = (
+        next((n for n in numbers if rows % n == 0), 0) for numbers in (range(space - 1, 0, -1), range(space, rows + 1))
+    )
+    return f", or set mesh.space to {_listed(n for n in (below, above) if n)}"
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole: parameters, statistics, optimiser."""
     return NamedSharding(mesh, P())

@@ -203,15 +203,35 @@ def agree(what: str, value: Any) -> None:
     """
     if not several():
         return
-    text = json.dumps(value, sort_keys=True, default=str)
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    text = json.dumps(value, sort_keys=True, default=str).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
     all_digests = np.asarray(multihost_utils.process_allgather(digest))
-    differing = [str(k) for k in np.flatnonzero((all_digests != all_digests[0]).any(1))]
+    differing = [int(k) for k in np.flatnonzero((all_digests != all_digests[0]).any(1))]
     if differing:
+        texts = _gathered(text)
         raise CxrError(
-            f"the processes do not have the same {what}: {', '.join(differing)} of {len(all_digests)} "
-            f"differ from process 0; start all of them with the same words, on the same files"
+            f"the processes do not have the same {what}: {', '.join(map(str, differing))} of {len(all_digests)} "
+            f"differ from process 0{_difference(texts[0], texts[differing[0]], differing[0])}; start all of them with "
+            "the same words, on the same files"
         )
+
+
+def _gathered(text: bytes) -> list[bytes]:
+    """The texts of all processes."""
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(text))))
+    padded = np.frombuffer(text.ljust(int(lengths.max())), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    return [row.tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
+def _difference(first: bytes, other: bytes, number: int) -> str:
+    """The first of the keys that differ, of two dicts in JSON; empty for anything else."""
+    ours, theirs = json.loads(first), json.loads(other)
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return ""
+    keys = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
+    said = f" ({keys[0]} is {ours.get(keys[0])} there and {theirs.get(keys[0])} in process {number}"
+    return said + (f", and {len(keys) - 1} more)" if keys[1:] else ")")
 
 
 def agree_on_place(directory: Path) -> None:

@@ -16,7 +16,7 @@ from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.parallel.collectives import Collective
 from cxrjax.parallel.liveness import peak_bytes
-from cxrjax.parallel.mesh import batch_shardings, check_divides, make_mesh, replicated
+from cxrjax.parallel.mesh import batch_shardings, check_divides, instead_of_rows, make_mesh, replicated
 from cxrjax.parallel.needs import needs
 from cxrjax.parallel.targets import Target
 from cxrjax.studies.catalogue import multiply_adds
@@ -228,7 +228,8 @@ def batches(config: Config, data: int, space: int, batch: int = 0) -> tuple[int,
     """
     given = batch or config.train.batch
     check_divides(f"a batch of {given} images", given, "data", data)
-    check_divides(f"{config.data.size} rows", config.data.size, "space", space)
+    rows = config.data.size
+    check_divides(f"{rows} rows", rows, "space", space, instead_of_rows(rows, space))
     at_once = config.train.per_device * data if config.train.per_device and not batch else given
     if given % at_once:
         raise CxrError(

@@ -18,7 +18,7 @@ from cxrjax.data.splits import Split
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, positions
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import check_divides, make_mesh
+from cxrjax.parallel.mesh import check_divides, instead_of_rows, make_mesh
 from cxrjax.parallel.runtime import several
 from cxrjax.train.described import network_of
 from cxrjax.train.initial import Start, initial_network, located, vanished_start
@@ -63,7 +63,8 @@ class Experiment:
             records = pool([source.records for source in sources], findings)
             split = pool_splits(records, [source.split for source in sources])
         rows = config.data.size
-        check_divides(f"config key data.size = {rows} rows", rows, "space", mesh.shape["space"])
+        space = mesh.shape["space"]
+        check_divides(f"config key data.size = {rows} rows", rows, "space", space, instead_of_rows(rows, space))
         return cls(config, records, split, findings, mesh, directory, sources)
 
     @cached_property

@@ -1,14 +1,14 @@
 """The one training loop: resume, step, log, validate, save."""
 
 import dataclasses
+import json
 import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +28,6 @@ from cxrjax.parallel.runtime import (
     agree_on_place,
     first,
     in_first,
-    interrupted_together,
     lost,
     several,
     told_to_stop,
@@ -36,6 +35,7 @@ from cxrjax.parallel.runtime import (
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.inference import logits_of
+from cxrjax.train.interrupts import signals
 from cxrjax.train.losses import log_odds
 from cxrjax.train.metrics import MetricWriter, Unwritten
 from cxrjax.train.optimizer import make_optimizer, schedule
@@ -87,11 +87,9 @@ def train(
     with in_first(lambda: Run(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
         trainer = _Trainer(experiment, directory, checkpoints, auroc)
-        in_first(trainer.describe)
+        in_first(lambda: trainer.begin(profile))
         if trainer.finished:
             return trainer.progress
-        if profile and profile[1] <= trainer.progress.step and first():
-            stderr.print(f"steps {profile[0]} to {profile[1]} are done already: nothing is traced")
         writer = MetricWriter(directory, trainer.progress.step) if first() else Unwritten()
         trainer.writer = stack.enter_context(writer)
         trainer.profile = stack.enter_context(Profile(directory, profile if first() else None))
@@ -143,8 +141,7 @@ class _Trainer:
         self._clock = time.perf_counter()
         batches = self._batches()
         total = self.steps * train.batch
-        signals = interrupted_together() if several() else _signals()
-        with bar(self._label(), total, start=progress.step * train.batch) as advance, signals as received:
+        with bar(self._label(), total, start=progress.step * train.batch) as advance, signals() as received:
             pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
             try:
                 while True:
@@ -249,6 +246,11 @@ class _Trainer:
             },
         )
         self.writer.flush()
+        if first() and not stderr.is_terminal:  # where no bar is seen, a log has a line an epoch
+            stderr.print(
+                f"{config.data.size} px, epoch {progress.validated}/{config.train.epochs}, step {progress.step}: "
+                f"val_loss {loss:.4f}, val_auroc {auroc:.4f}, {progress.seconds:.0f} s", soft_wrap=True,
+            )  # fmt: skip
         progress.loss_sum = 0.0
         self._plateau(loss)
         watched = {"val_loss": -loss, "val_auroc": auroc, "val_accuracy": accuracy}
@@ -321,6 +323,17 @@ class _Trainer:
         best = "" if self.progress.best is None else f", best {self.config.train.watch} {abs(self.progress.best):.3f}"
         return f"{self.config.data.size} px, epoch {epoch}/{self.config.train.epochs}{best}"
 
+    def begin(self, profile: tuple[int, int] | None) -> None:
+        """Say what is done already, and describe the run, unless it was when it ended."""
+        step, file = self.progress.step, self.directory / "run.json"
+        if not (self.finished and file.exists() and json.loads(file.read_text()).get("steps") == step):
+            self.describe()
+        if profile and profile[1] <= step:
+            stderr.print(f"steps {profile[0]} to {profile[1]} are done already: nothing is traced")
+        if step:
+            left = "nothing is left to train" if self.finished else f"goes on to step {self.steps}"
+            stderr.print(f"{self.directory} has a checkpoint of step {step}: {left}", soft_wrap=True)
+
     def describe(self) -> None:
         """`run.json` and the split: everything needed to say again how the numbers came about."""
         experiment = self.experiment
@@ -360,25 +373,3 @@ def check_watch(experiment: Experiment) -> None:
             f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} "
             "validation images; use --config.train.watch=val_loss, or a larger validation part"
         )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying by them; a second one acts at once."""
-    received: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: the caller handles signals
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -130,7 +130,11 @@ def test_rounding():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("mesh.space=3", "config key data.size = 32 rows cannot be divided over mesh space=3: choose 30 or 33"),
+        (
+            "mesh.space=3",
+            "config key data.size = 32 rows cannot be divided over mesh space=3: choose 30 or 33, or set mesh.space to "
+            "2 or 4",
+        ),
         (
             "mesh.data=3",
             "train.batch = 4 images cannot be divided over mesh data=3: choose 3 or 6, or set mesh.data to 2",

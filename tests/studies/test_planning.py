@@ -219,7 +219,7 @@ def test_the_estimate_shares_maps_among_the_devices_and_counts_the_lanes_of_tpus
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [({"data": 3}, "a batch of 4 images cannot be divided over mesh data=3: choose 3 or 6"),
-     ({"space": 5}, "32 rows cannot be divided over mesh space=5: choose 30 or 35")],
+     ({"space": 5}, "32 rows cannot be divided over mesh space=5: choose 30 or 35, or set mesh.space to 4 or 8")],
 )  # fmt: skip
 def test_meshes_that_do_not_divide(config, mesh, said):
     for make in (planning.plan, planning.estimate):

@@ -1,6 +1,7 @@
 """The loop in one process: what it writes, when it stops, what it refuses."""
 
 import json
+import re
 import signal
 
 import jax
@@ -92,6 +93,17 @@ def test_a_run_of_many_devices_is_opened_on_few(tiny, tmp_path):
     experiment, network, _ = open_run(tmp_path)
     assert experiment.mesh.shape["data"] == 8
     assert network.classes == 7
+
+
+def test_a_run_that_is_done_is_left_as_it_is(tiny, tmp_path, capsys):
+    loop.train(tiny("train.epochs=1"), tmp_path, mean_auroc)
+    assert re.search(r"32 px, epoch 1/1, step 4: val_loss [\d.]+, val_auroc [\d.]+, \d+ s\n", capsys.readouterr().err)
+    before = (tmp_path / "run.json").read_text()
+    loop.train(tiny("train.epochs=1", "mesh.data=2"), tmp_path, mean_auroc, profile=(1, 2))
+    assert (tmp_path / "run.json").read_text() == before
+    said = capsys.readouterr().err
+    assert f"{tmp_path} has a checkpoint of step 4: nothing is left to train" in said
+    assert "steps 1 to 2 are done already: nothing is traced" in said
 
 
 def test_a_signal_during_the_last_validation_loses_nothing(tiny, tmp_path, monkeypatch):

@@ -176,6 +176,7 @@ def test_processes_with_other_configs_are_refused(alone, tmp_path):
     for code, errors in ended:
         assert code == 1
         assert "the processes do not have the same config: 1 of 2 differ from process 0" in errors
+        assert "(optimizer.rate is 0.05 there and 0.5 in process 1)" in errors
     assert not (tmp_path / "config.json").exists()
 
 
