@@ -77,7 +77,7 @@ def _slice(target: Target, count: int) -> str:
     shapes = _SLICES_2D if target.tpu in ("v5e", "v6e") else _SLICES_3D
     fitting = [shape for chips, shape in shapes.items() if chips >= count]
     if not fitting:
-        raise ValueError(f"the largest slice of {target.name} here has {max(shapes)} chips")
+        raise CxrError(f"{count} x {target.name}: the largest slice that is planned has {max(shapes)} chips")
     return fitting[0]
 
 

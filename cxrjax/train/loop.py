@@ -26,6 +26,7 @@ from cxrjax.parallel.mesh import batch_shardings, replicated
 from cxrjax.parallel.runtime import (
     agree,
     agree_on_place,
+    devices,
     first,
     in_first,
     lost,
@@ -330,6 +331,9 @@ class _Trainer:
             self.describe()
         if profile and profile[1] <= step:
             stderr.print(f"steps {profile[0]} to {profile[1]} are done already: nothing is traced")
+        used, there = self.experiment.mesh.devices.size, len(devices())
+        if used < there:
+            stderr.print(f"{used} of {there} devices are used: config keys mesh.data, mesh.space", soft_wrap=True)
         if step:
             left = "nothing is left to train" if self.finished else f"goes on to step {self.steps}"
             stderr.print(f"{self.directory} has a checkpoint of step {step}: {left}", soft_wrap=True)

@@ -54,7 +54,8 @@ def test_training_says_what_needs_less_and_what_the_plan_says_of_it(tiny_overrid
     monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: raising)
     words = [f"--config.{word}" for word in tiny_overrides]
     assert cli.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 1
-    first, *others = capsys.readouterr().err.splitlines()
+    idle, first, *others = capsys.readouterr().err.splitlines()
+    assert idle == "1 of 8 devices are used: config keys mesh.data, mesh.space"
     assert first.startswith(
         "cxrjax: out of device memory (39 GB asked for); what needs less: --config.model.remat=layer;"
     )

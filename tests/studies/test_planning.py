@@ -307,6 +307,11 @@ def test_the_mesh_is_the_configs_unless_given(capsys, tmp_path, monkeypatch):
         assert (made["data"], made["space"]) == wanted
 
 
+def test_a_slice_that_is_too_large_is_named():
+    with pytest.raises(CxrError, match="512 x v5e: the largest slice that is planned has 256 chips"):
+        TARGETS["v5e"].devices(512)
+
+
 def test_unknown_devices_are_named(capsys):
     assert cli.main(["plan", "--config", "demo:32", "--device", "gtx"]) == 1
     assert "h200" in capsys.readouterr().err
