@@ -7,8 +7,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not arguments.debug:
         _quiet()
     # With --json - standard output holds the JSON and nothing else.
-    elsewhere = redirect_stdout(sys.stderr) if arguments.json == "-" else nullcontext()
+    elsewhere = _on_stderr() if arguments.json == "-" else nullcontext()
     try:
         with elsewhere:
             result = arguments.run(arguments)
@@ -62,6 +62,20 @@ def main(words: Sequence[str] | None = None) -> int:
         if isinstance(error, CxrError) and hasattr(error, "number"):  # a signal, and all stop at the same step
             _others("leave")
         return _fail(*_explain_error(error))
+
+
+@contextmanager
+def _on_stderr() -> Iterator[None]:
+    """What is printed meanwhile goes to standard error: also by libraries that are not Python, as Gloo is."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _exhausted(arguments: argparse.Namespace, asked: str) -> int:

@@ -77,21 +77,22 @@ def test_processes_reach_the_numbers_of_one(alone, tmp_path, processes):
         assert off < 1e-3
 
 
-def test_processes_evaluate_as_one_and_the_first_writes(alone, tmp_path):
+def test_processes_evaluate_as_one_and_the_first_writes(alone):
     _, directory = alone
     evaluate_run(directory, resamples=20, mesh=(1, 1))
     written = {name: directory / "predictions" / f"test.{name}" for name in ("parquet", "json")}
     wanted = Predictions.read(written["parquet"])
     for file in written.values():
         file.unlink()
-    result = tmp_path / "result.json"
-    words = ["evaluate", str(directory), "--resamples", "20", "--mesh", "data=2,space=2", "--json", str(result)]
-    ended = finish(start(words, 2))
-    assert [code for code, _ in ended] == [0, 0], ended
+    words = ["evaluate", str(directory), "--resamples", "20", "--mesh", "data=2,space=2", "--json", "-"]
+    started = start(words, 2)
+    (printed, said), (nothing, _) = (process.communicate(timeout=240) for process in started)
+    assert [process.returncode for process in started] == [0, 0], said
     found = Predictions.read(written["parquet"])
     assert found.id.tolist() == wanted.id.tolist()
     np.testing.assert_allclose(found.logit, wanted.logit, rtol=1e-4, atol=1e-5)
-    assert json.loads(result.read_text()) == json.loads(written["json"].read_text())
+    assert json.loads(printed) == json.loads(written["json"].read_text())
+    assert nothing == ""
 
 
 @pytest.mark.slow
