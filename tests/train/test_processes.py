@@ -229,21 +229,38 @@ def test_a_coordinator_that_is_not_there_is_named(tmp_path, tiny_overrides):
     assert "could not reach process 0 at localhost:" in " ".join(ended.stderr.split())
 
 
+def told_by_slurm(process: int) -> dict[str, str]:
+    """The environment of one of two processes; JAX takes a port of 61440 or more, by the job."""
+    words = {"JOB_ID": str(os.getpid()), "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(process),
+             "LOCALID": "0", "STEP_NUM_NODES": "1"}  # fmt: skip
+    return os.environ | {f"SLURM_{name}": value for name, value in words.items()}
+
+
+def test_processes_that_slurm_started_find_each_other():
+    program = (
+        "import jax; from cxrjax.parallel import runtime as r; r.start('auto'); print(r.first(), jax.process_count())"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=told_by_slurm(number), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [printed.splitlines()[-1] for printed, _ in ended] == ["True 2", "False 2"], ended
+
+
 @pytest.mark.parametrize(("process", "said"), [(0, "process 1 of 2 did not come to localhost:"),
                                                (1, "could not reach process 0 at localhost:")])  # fmt: skip
 def test_who_does_not_come_is_named_where_the_cluster_gives_the_numbers(tmp_path, process, said):
     words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--coordinator", "auto", "--join-timeout", "2"]
-    slurm = {
-        "JOB_ID": str(os.getpid()),
-        "STEP_NODELIST": "localhost",
-        "NTASKS": "2",
-        "PROCID": str(process),
-        "LOCALID": "0",
-        "STEP_NUM_NODES": "1",
-    }  # JAX takes a port of 61440 or more, by the job
-    environment = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()}
     ended = subprocess.run(
-        [sys.executable, "-m", "cxrjax.cli", *words], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "cxrjax.cli", *words],
+        env=told_by_slurm(process),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ended.returncode == 1
     assert said in " ".join(ended.stderr.split())
