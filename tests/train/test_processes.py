@@ -13,8 +13,9 @@ import pytest
 
 from cxrjax import config as configs
 from cxrjax.data.prepare import prepare
+from cxrjax.errors import InterruptedRunError
 from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.predict import open_run
+from cxrjax.evaluate.predict import open_run, predict
 from cxrjax.evaluate.predictions import Predictions
 from cxrjax.studies.single import evaluate_run
 from cxrjax.train.loop import train
@@ -162,6 +163,14 @@ def test_a_signal_in_validation_stops_all_before_it_is_done(alone, tmp_path):
     assert last_checkpoint(tmp_path) == 8
     validated = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
     assert validated == [4]
+
+
+def test_a_signal_stops_the_predicting_of_a_study(alone, monkeypatch):
+    experiment, network, _ = open_run(alone[1])
+    monkeypatch.setattr("cxrjax.evaluate.predict.told_to_stop", lambda: [int(signal.SIGTERM)])
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM: the same command goes on") as stopped:
+        predict(experiment, network, "test")
+    assert stopped.value.number == signal.SIGTERM
 
 
 def test_processes_that_evaluate_otherwise_are_refused(alone):
