@@ -224,9 +224,11 @@ def batches(config: Config, data: int, space: int, batch: int = 0) -> tuple[int,
     """Images at once and how many such parts make a step, as `plan` takes them.
 
     Raises:
-      CxrError: a mesh that does not divide them or the rows.
+      CxrError: a mesh that does not divide them or the rows, or more images than can be counted.
     """
     given = batch or config.train.batch
+    if given > MOST:
+        raise CxrError(f"a batch of {given} images cannot be planned: choose at most {MOST}")
     check_divides(f"a batch of {given} images", given, "data", data)
     rows = config.data.size
     check_divides(f"{rows} rows", rows, "space", space, instead_of_rows(rows, space))

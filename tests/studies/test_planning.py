@@ -277,7 +277,9 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
     [
         (["--batch", "-4"], "--batch -4 is not a positive number"),
         (["--batch", "0"], "--batch 0 is not a positive number"),
-        (["--batch", "2147483648"], "--batch 2147483648 is not a positive number of images, at most 2147483647"),
+        (["--batch", "2147483648"], "a batch of 2147483648 images cannot be planned: choose at most 2147483647"),
+        (["--config.train.batch=3000000000"], "a batch of 3000000000 images cannot be planned"),
+        (["--sweep", "--batch", "2147483647", "--sizes", "32", "--meshes", "data=2"], "cannot be planned"),
         (["--largest", "--batch", "4"], "--largest finds the batch, and takes no --batch"),
         (["--mesh", "data=2,data=4"], "--mesh data=2,data=4 says data twice"),
         (["--config.data.size=2"], "config key data.size = 2 does not suit the network: choose data.size = 32"),
