@@ -30,7 +30,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cxrjax.studies import bench  # noqa: E402  (found by the line above where nothing is installed)
+from cxrjax.planning import benchmark  # noqa: E402  (found by the line above where nothing is installed)
 
 CASES = ("densenet121:2048:2", "densenet121:256:64", "densenet121:1024:8", "densenet121:512:32")
 SPEED = {256: 1.3, 512: 1.3, 1024: 1.5, 2048: 1.5}
@@ -108,7 +108,7 @@ class Measurement:
                 self.process.wait()
                 return about | {"error": "out of time"}
             errors.seek(0)
-            return about | bench.found(self.process.returncode, "\n".join(self.printed), errors.read())
+            return about | benchmark.found(self.process.returncode, "\n".join(self.printed), errors.read())
 
 
 def measurements(options: argparse.Namespace) -> list[Measurement]:
@@ -117,11 +117,11 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
     for word in options.cases:
         _, size, batch = word.split(":")
         about: dict[str, Any] = {"resolution": int(size), "batch": int(batch)}
-        for case in bench.cases([word], options.dtypes, options.remats, options.steps):
+        for case in benchmark.cases([word], options.dtypes, options.remats, options.steps):
             kind = about | {"variant": f"{case.dtype}, remat {case.remat}"}
-            made.append(Measurement(word, True, kind, bench.command(case, in_turn=True)))
-        inference = bench.cases([word], options.dtypes[:1], ["none"], options.steps)[0]
-        words = bench.command(replace(inference, inference=True), in_turn=True)
+            made.append(Measurement(word, True, kind, benchmark.command(case, in_turn=True)))
+        inference = benchmark.cases([word], options.dtypes[:1], ["none"], options.steps)[0]
+        words = benchmark.command(replace(inference, inference=True), in_turn=True)
         made.append(Measurement(word, True, about | {"variant": f"{inference.dtype}, inference"}, words))
         for variant in options.variants:
             words = [
@@ -154,7 +154,7 @@ def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Pa
             return None
         if line is None:
             ended.add(each)
-        elif line == bench.READY:
+        elif line == benchmark.READY:
             ready.append(each)
         else:
             each.printed.append(line)

@@ -118,8 +118,8 @@ def make(work: Path, images: Path | None, count: int, sizes: list[int]) -> None:
     """Originals, prepared stores and resized files, unless they are there."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from cxrjax.data.prepare import prepare_sizes
     from cxrjax.data.records import open_records
+    from tfds_builders.prepare import prepare_sizes
 
     folder = work / "originals"
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from cxrjax.data.pipeline import evaluation_batches, examples
-from cxrjax.data.prepare import prepare
 from cxrjax.data.records import Record, open_records, write_table
 from cxrjax.findings import CHEXPERT14, LabelPolicy
+from tfds_builders.prepare import prepare
 
 OPEN = """
 import json, sys, time

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from cxrjax.config import load
-from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.parallel.compiled import keep_compiled
+from cxrjax.distributed.runtime import keep_compiled
+from cxrjax.metrics.auc import mean_auroc
 from cxrjax.report import plots, style
-from cxrjax.train.metrics import read_metrics
+from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.stages import train_stages
 
 TYPES = ("float32", "bfloat16")

@@ -23,8 +23,8 @@ from typing import Any
 
 from plan_tables import about, peaks, table
 
-from cxrjax.parallel.collectives import KINDS, Collective, collectives
-from cxrjax.parallel.mesh import mesh_of
+from cxrjax.distributed.mesh import mesh_of
+from cxrjax.planning.collectives import KINDS, Collective, collectives
 
 LOGGING = {
     "TPU_MIN_LOG_LEVEL": "0",
@@ -62,7 +62,7 @@ def planned(words: list[str]) -> tuple[int, list[Collective]]:
         dumped = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=^jit_step$"
         flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {dumped}"}
         with subprocess.Popen(
-            [sys.executable, "-m", "cxrjax.cli", "plan", *words],
+            [sys.executable, "-m", "cxrjax.cli.main", "plan", *words],
             env=os.environ | LOGGING | flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             errors="replace",
         ) as child:  # fmt: skip

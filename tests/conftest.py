@@ -41,7 +41,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared phantom of 60 patients at 32 px: the `--data-dir` that holds it."""
-    from cxrjax.data.prepare import prepare
+    from tfds_builders.prepare import prepare
 
     data = tmp_path_factory.mktemp("data")
     prepare("cxr_phantom", data_dir=data, size=32, patients=60)

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from cxrjax import cli
+from cxrjax.cli.demo import demo
+from cxrjax.cli.main import main
 from cxrjax.config import default, flatten
-from cxrjax.evaluate.predictions import Predictions
-from cxrjax.studies.demo import demo
+from cxrjax.metrics.predictions import Predictions
 
 
 class TensorFlowIsThere(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -35,7 +35,7 @@ def _no_tensorflow(monkeypatch):
 
 def run(capsys, *words):
     """Exit code, standard output, and standard error as one line."""
-    code = cli.main([str(word) for word in words])
+    code = main.main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out, " ".join(err.split())
 
@@ -44,7 +44,7 @@ def run(capsys, *words):
 def trained(tiny_overrides, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     words = ["train", "--config", "demo:32", "--workdir", str(directory)]
-    assert cli.main([*words, *(f"--config.{word}" for word in tiny_overrides)]) == 0
+    assert main.main([*words, *(f"--config.{word}" for word in tiny_overrides)]) == 0
     return directory
 
 
@@ -199,7 +199,7 @@ def test_a_mistake_is_one_clear_line_and_code_1(capsys, tmp_path, phantom_data, 
 )
 def test_words_that_are_no_command_exit_with_2(words):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(list(words))
+        main.main(list(words))
     assert stopped.value.code == 2
 
 
@@ -232,7 +232,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_when_there_is_room(small_disk, tiny_overrides):
     words = ["train", "--config", "demo:32", "--workdir", str(small_disk / "run")]
-    words = [sys.executable, "-m", "cxrjax.cli", *words, *(f"--config.{word}" for word in tiny_overrides)]
+    words = [sys.executable, "-m", "cxrjax.cli.main", *words, *(f"--config.{word}" for word in tiny_overrides)]
     (small_disk / "ballast").write_bytes(bytes(200_000))
     failed = subprocess.run(words, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
@@ -290,7 +290,7 @@ def test_a_study_finds_its_mistakes_before_training(capsys, tmp_path, phantom_da
 
 def test_help_names_every_key():
     whole = subprocess.run(
-        [sys.executable, "-m", "cxrjax.cli", "train", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "cxrjax.cli.main", "train", "--help"], capture_output=True, text=True, check=True
     )
     for key in flatten(default()):
         assert key in whole.stdout
@@ -310,8 +310,8 @@ def test_a_collective_that_breaks_off_is_blamed_on_another_process_where_there_i
     def fail(_):
         raise error
 
-    monkeypatch.setitem(cli.RUN, "models", fail)
-    monkeypatch.setattr("cxrjax.parallel.runtime.several", lambda: several)
+    monkeypatch.setitem(main.RUN, "models", fail)
+    monkeypatch.setattr("cxrjax.distributed.runtime.several", lambda: several)
     code, _, said = run(capsys, "models")
     assert code == 1
     assert f"({error})" in said if several else f"{type(error).__name__}: {error}" in said
@@ -323,6 +323,6 @@ def test_a_file_that_cannot_be_read_is_not_blamed_on_another_process(monkeypatch
     def fail(_):
         raise ValueError('UNKNOWN: Failed to open: "/shared/runs/d/0" [os_error_code=40]')
 
-    monkeypatch.setitem(cli.RUN, "models", fail)
-    monkeypatch.setattr("cxrjax.parallel.runtime.several", lambda: True)
+    monkeypatch.setitem(main.RUN, "models", fail)
+    monkeypatch.setattr("cxrjax.distributed.runtime.several", lambda: True)
     assert "another process" not in run(capsys, "models")[2]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cxrjax import config as configs
-from cxrjax.cli import RUN
-from cxrjax.words import parser
+from cxrjax.cli.arguments import parser
+from cxrjax.cli.main import RUN
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

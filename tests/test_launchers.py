@@ -10,10 +10,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cxrjax.cli import RUN
+from cxrjax.cli.arguments import parser
+from cxrjax.cli.main import RUN
 from cxrjax.config import load
-from cxrjax.parallel.mesh import check_divides
-from cxrjax.words import parser
+from cxrjax.distributed.mesh import check_divides
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

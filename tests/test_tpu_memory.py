@@ -74,7 +74,7 @@ def test_the_child_is_stopped_once_the_buffers_are_assigned_and_what_it_sends_is
     assert [(call.kind, call.bytes) for call in calls] == [("collective-permute", 2048), ("all-reduce", 2048)]
     number, logged, *words = (tmp_path / "words").read_text().split()
     assert logged == "buffer_assignment=1"
-    assert words == ["-m", "cxrjax.cli", "plan", "--device=v5e"]
+    assert words == ["-m", "cxrjax.cli.main", "plan", "--device=v5e"]
     with pytest.raises(ProcessLookupError):
         os.kill(int(number), 0)
     about = {"target": "v5e", "network": "densenet121", "size": 512, "data": 1, "space": 4}

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 from cxrjax import console
 from cxrjax.data.records import Record
 from cxrjax.errors import CxrError
-from tfds_builders.drafts import Draft
+from tfds_builders.shard_writer import Draft
 
 if TYPE_CHECKING:
-    from tfds_builders.radiographs import Radiographs, Stored
+    from tfds_builders.builder import Radiographs, Stored
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

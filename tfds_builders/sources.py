@@ -16,7 +16,7 @@ from cxrjax.data.images import margins
 from cxrjax.data.records import Box, Record
 from cxrjax.errors import CxrError
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, POSITIVE, UNCERTAIN
-from tfds_builders.radiographs import Radiographs, Stored, stored_file
+from tfds_builders.builder import Radiographs, Stored, stored_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 """Of files that are taken for images; what they are, their content decides."""

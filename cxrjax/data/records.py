@@ -23,9 +23,8 @@ from jaxtyping import Bool, Float32, Int8, Int32, UInt8
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from cxrjax.data.images import decode
+from cxrjax.data.images import decode, decode_at
 from cxrjax.data.manifest import cut_off, list_damage, read_manifest
-from cxrjax.data.scaled import decode_at
 from cxrjax.errors import CxrError
 from cxrjax.findings import positions
 

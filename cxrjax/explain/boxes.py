@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.heatmaps import resize
-from cxrjax.explain.localisation import wilson
+from cxrjax.explain.localisation import resize, wilson
 
 Boxes = Float[np.ndarray, "n 4"]
 """Left, top, width and height as fractions of the image's width and height."""

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, UInt8
 
 from cxrjax.errors import CxrError
-from cxrjax.models.inputs import prepare
+from cxrjax.models.input_spec import prepare
 from cxrjax.models.network import Network
 
 

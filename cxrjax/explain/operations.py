@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cxrjax.explain.reach import Reach
+from cxrjax.explain.index_range import Reach
 
 
 def _shape(equation: Any, i: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from cxrjax.errors import CxrError
 from cxrjax.explain.inputs import batches, checked, feature_map, on, shares, spread
-from cxrjax.models.inputs import prepare
+from cxrjax.models.input_spec import prepare
 from cxrjax.models.layers import storage
 from cxrjax.models.network import Network
 

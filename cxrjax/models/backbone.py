@@ -11,11 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.heads import Classifier
-from cxrjax.models.inputs import InputSpec
+from cxrjax.models.input_spec import InputSpec
 from cxrjax.models.layers import REMATS, Maps, recomputed
-from cxrjax.models.options import one_of, positive
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -59,7 +58,7 @@ class Backbone(nnx.Module):
         An `OrderedDict`, since JAX sorts the keys of a plain one wherever it passes through a transformation.
 
         Args:
-          images: prepared images (`cxrjax.models.inputs.prepare`), of the compute type.
+          images: prepared images (`cxrjax.models.input_spec.prepare`), of the compute type.
           train: normalise by the batch's statistics, and move the running ones.
           key: for stochastic depth, or dropout between stages, active where a key is given (and the family has it).
 

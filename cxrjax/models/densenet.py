@@ -12,12 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
-from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
+from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import BatchNorm, Maker, Maps, Moments, recomputed, summed_at_once
-from cxrjax.models.options import one_of, positive
 from cxrjax.models.pooling import STEM_POOLS, average_pool
 
 

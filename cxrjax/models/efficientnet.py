@@ -13,12 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, positive, share
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier, drop
-from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
+from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import ConvNorm, Maker, Maps, recomputed
-from cxrjax.models.options import positive, share
 
 # Per stage: expansion, kernel, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
 B0 = (

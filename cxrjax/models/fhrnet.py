@@ -13,15 +13,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.hrnet import ARCHITECTURES as HRNETS
 from cxrjax.models.hrnet import HRNet
-from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
+from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import Maker, Maps, storage
-from cxrjax.models.options import one_of, positive
-from cxrjax.models.region import bounding_box, crop, heat_map, largest_component
+from cxrjax.models.roi import bounding_box, crop, heat_map, largest_component
 
 STAGES = ("global", "local", "fusion", "joint")
 Outputs = OrderedDict[str, Float[Array, "B K"]]

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, one_of, positive, share
 from cxrjax.models.layers import Maker, Maps, storage
-from cxrjax.models.options import one_of, positive, share
 
 SHARPNESS = 10.0  # of log-sum-exp pooling: towards 0 it is the mean, towards infinity the maximum
 

@@ -16,12 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
-from cxrjax.models.inputs import GREY, IMAGENET, InputSpec
+from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import ConvNorm, Maker, Maps, recomputed
-from cxrjax.models.options import one_of, positive
 from cxrjax.models.resnet import BasicBlock, Bottleneck, in_turn, one_by_one
 
 # Of the neck's first bottleneck: it makes 4 times as many maps of the finest branch, and the neck ends with 64 times.

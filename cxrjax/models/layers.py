@@ -14,9 +14,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from cxrjax.errors import CxrError
-from cxrjax.models.depthwise import depthwise
-from cxrjax.models.folded import folds, halving
-from cxrjax.models.rows import evenly
+from cxrjax.models.convolution import depthwise, folds, halving
+from cxrjax.models.spatial import evenly
 
 Maps = Float[Array, "B H W C"]
 

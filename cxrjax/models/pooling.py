@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from cxrjax.errors import CxrError
 from cxrjax.models.layers import Maps, storage
-from cxrjax.models.rows import evenly
+from cxrjax.models.spatial import evenly
 
 
 @evenly

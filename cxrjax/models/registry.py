@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cxrjax.models import attention_fusion, densenet, efficientnet, fhrnet, hrnet, resnet, sequential, simple
+from cxrjax.errors import check_options, one_of
+from cxrjax.models import attention_fusion, densenet, efficientnet, fhrnet, hrnet, resnet, sequential
 from cxrjax.models.backbone import Backbone, compute_dtype
-from cxrjax.models.inputs import InputSpec
+from cxrjax.models.input_spec import InputSpec
 from cxrjax.models.layers import undrawn
 from cxrjax.models.network import Network
-from cxrjax.models.options import check_options, one_of
 
 ARCHITECTURES = (
     attention_fusion.ARCHITECTURES
@@ -20,7 +20,6 @@ ARCHITECTURES = (
     | hrnet.ARCHITECTURES
     | resnet.ARCHITECTURES
     | sequential.ARCHITECTURES
-    | simple.ARCHITECTURES
 )
 
 

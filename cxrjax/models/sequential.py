@@ -13,12 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, positive, share
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier, drop
-from cxrjax.models.inputs import UNIT, InputSpec
+from cxrjax.models.input_spec import UNIT, InputSpec
 from cxrjax.models.layers import BatchNorm, Maker, Maps, recomputed, storage
-from cxrjax.models.options import positive, share
 from cxrjax.models.pooling import max_pool
 
 
@@ -152,4 +151,71 @@ ARCHITECTURES = {
     "sequential_cnn": Architecture(SequentialCNN, UNIT, {}, "the six-class study's version 3"),
     "sequential_cnn_v1": Architecture(SequentialCNN, UNIT, {"dropout": 0.0}, "the six-class study's version 1"),
     "sequential_cnn_v2": Architecture(SequentialCNN, UNIT, _VERSION_2, "the six-class study's version 2, one reading"),
+}
+
+
+WIDTHS = (32, 64, 128)
+
+
+class SimpleCNN(Backbone):
+    """Three times: 3x3 convolution without padding, 2x2 max pooling, ReLU; then mean, 256 hidden units, logits.
+
+    The paper names pooling before ReLU; the order does not change the result.
+
+    Args:
+      classes: number of findings.
+      inputs: what the network expects of its images.
+      dtype: compute type.
+      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
+      seed: of the initial values.
+      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
+      hidden: units of the head's hidden layer; 0 for none.
+      dropout: in the head.
+    """
+
+    stem: ClassVar = ("stage1.conv", "")
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        inputs: InputSpec,
+        dtype: np.dtype,
+        remat: str,
+        seed: int,
+        pooling: str = "average",
+        hidden: int = 256,
+        dropout: float = 0.0,
+    ):
+        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
+        make = Maker(dtype, seed)
+        channels = inputs.channels
+        for number, width in enumerate(WIDTHS, start=1):
+            setattr(self, f"stage{number}", SimpleStage(make, channels, width))
+            channels = width
+        self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+
+    def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
+        """Maps after each stage: "stage1", "stage2", "final"."""
+        self.check(images)
+        named, maps = OrderedDict(), images
+        for number in range(1, len(WIDTHS) + 1):
+            maps = recomputed(SimpleStage.__call__, self.remat)(getattr(self, f"stage{number}"), maps, train)
+            named[f"stage{number}" if number < len(WIDTHS) else "final"] = maps
+        return named
+
+
+class SimpleStage(nnx.Module):
+    """3x3 convolution without padding, 2x2 max pooling, ReLU."""
+
+    def __init__(self, make: Maker, channels: int, width: int):
+        self.conv = make.conv(channels, width, 3, bias=True)
+
+    def __call__(self, maps: Maps, train: bool) -> Maps:
+        """The maps after this stage; `train` changes nothing, there is no norm."""
+        return nnx.relu(max_pool(self.conv(maps), 2, 2))
+
+
+ARCHITECTURES |= {
+    "simple_cnn": Architecture(SimpleCNN, UNIT, {}, "the simple CNN of the attention-fusion paper"),
 }

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from cxrjax.errors import CxrError
-from cxrjax.evaluate.scores import MEAN
 from cxrjax.explain.boxes import BoxScores
 from cxrjax.explain.localisation import Localisation
+from cxrjax.metrics.scores import MEAN
 
 Row = Mapping[str, Any]
 """One score: finding, auroc, auroc_low, auroc_high, average_precision, average_precision_low, average_precision_high,

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cxrjax.evaluate.scores import MEAN
-from cxrjax.report import details, pictures, plots
+from cxrjax.metrics.scores import MEAN
+from cxrjax.report import pictures, plots
 from cxrjax.report.content import Diagrams, Histogram, Matrix, RunReport, StudyReport
 from cxrjax.report.style import GRID, INK, WIDE, styled, words
 
@@ -46,9 +46,9 @@ def study_plots(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
 
 def _section_figure(content: Histogram | Matrix | Diagrams, width: float) -> Figure:
     if isinstance(content, Histogram):
-        return details.histogram(content, width=min(width, 4.2))
+        return plots.histogram(content, width=min(width, 4.2))
     if isinstance(content, Matrix):
-        return details.matrix(content, width=min(width, 4.6))
+        return plots.matrix(content, width=min(width, 4.6))
     return plots.reliability_grid(content.curves, list(content.curves), width=width)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from cxrjax.report import figures, localised, pictures, style, tables
+from cxrjax.report import figures, localisation_tables, pictures, style, tables
 from cxrjax.report.content import Cam, Field, MapsReport, RunReport, StudyReport, Table
 
 _LABELS = {
@@ -73,7 +73,7 @@ def run_page(report: RunReport) -> str:
 def maps_page(report: MapsReport) -> str:
     """The page of one run's saliency maps as HTML."""
     widths = (style.WIDE, style.NARROW) if report.located else ()
-    drawn = [{"hits": localised.hit_rates(report.located, width=width)} for width in widths]
+    drawn = [{"hits": localisation_tables.hit_rates(report.located, width=width)} for width in widths]
     cams = {finding: _pictures(finding, row) for finding, row in report.cams.items()}
     return _render("maps.html.j2", report=report, plots=_plots(drawn, _LABELS) if drawn else {}, cams=cams)
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from cxrjax.evaluate.scores import MEAN
+from cxrjax.metrics.scores import MEAN
 from cxrjax.report.content import Row
 
 METRICS = {"auroc": "AUC", "average_precision": "Average precision"}

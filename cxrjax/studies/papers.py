@@ -7,8 +7,8 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
-from cxrjax.evaluate.auc import mean_defined
-from cxrjax.evaluate.tables import folded
+from cxrjax.metrics.auc import mean_defined
+from cxrjax.metrics.tables import folded
 
 
 @dataclass(frozen=True)

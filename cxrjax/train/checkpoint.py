@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cxrjax.distributed.runtime import alone
 from cxrjax.errors import CxrError
-from cxrjax.parallel.runtime import alone
 
 Shapes = dict[str, list]
 

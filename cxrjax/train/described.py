@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from cxrjax.config import Config, read
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.inputs import NAMED
+from cxrjax.models.input_spec import NAMED
 from cxrjax.models.network import Network
 from cxrjax.train.checkpoint import Checkpoints
 

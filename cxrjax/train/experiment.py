@@ -10,22 +10,20 @@ import numpy as np
 
 from cxrjax.config import Config
 from cxrjax.data.images import Augment
+from cxrjax.data.mixture import Pooled, Source, own_policy, pool, pool_splits, source_configs
 from cxrjax.data.pipeline import Examples, examples
-from cxrjax.data.pooled import Pooled, own_policy, pool, pool_splits
 from cxrjax.data.records import Records
 from cxrjax.data.sampling import Sampling
 from cxrjax.data.splits import Split
+from cxrjax.distributed.mesh import check_divides, instead_of_rows, make_mesh
+from cxrjax.distributed.runtime import several
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, positions
-from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import check_divides, instead_of_rows, make_mesh
-from cxrjax.parallel.runtime import several
+from cxrjax.models.network import Network, check_size
 from cxrjax.train.described import network_of
-from cxrjax.train.initial import Start, initial_network, located, vanished_start
-from cxrjax.train.learning import Learning
+from cxrjax.train.init_from import Start, initial_network, located, vanished_start
 from cxrjax.train.losses import Loss, make_loss, prevalence_of
-from cxrjax.train.sizes import check_size
-from cxrjax.train.sources import Source, source_configs
+from cxrjax.train.trainable import Learning
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,10 @@ from cxrjax.config import Config, flatten
 from cxrjax.console import bar, stderr
 from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
-from cxrjax.data.placement import ahead, place, process_shard
 from cxrjax.data.splits import save as save_split
-from cxrjax.errors import CxrError, InterruptedRunError, out_of_memory
-from cxrjax.files import write_json
-from cxrjax.models.network import parameter_count
-from cxrjax.parallel.mesh import batch_shardings, replicated
-from cxrjax.parallel.runtime import (
+from cxrjax.distributed.mesh import batch_shardings, replicated
+from cxrjax.distributed.placement import ahead, place, process_shard
+from cxrjax.distributed.runtime import (
     agree,
     agree_on_place,
     devices,
@@ -31,18 +28,20 @@ from cxrjax.parallel.runtime import (
     in_first,
     lost,
     several,
+    signals,
     told_to_stop,
 )
+from cxrjax.errors import CxrError, InterruptedRunError, out_of_memory
+from cxrjax.files import write_json
+from cxrjax.metrics.predictions import log_odds
+from cxrjax.models.network import parameter_count
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
-from cxrjax.train.inference import logits_of
-from cxrjax.train.interrupts import signals
-from cxrjax.train.losses import log_odds
-from cxrjax.train.metrics import MetricWriter, Unwritten
+from cxrjax.train.flat_params import pack_for, unpack
+from cxrjax.train.forward import logits_of
+from cxrjax.train.monitoring import MetricWriter, Profile, Unwritten, Waiting
 from cxrjax.train.optimizer import make_optimizer, schedule
-from cxrjax.train.pace import Profile, Waiting
-from cxrjax.train.packed import pack_for, unpack
-from cxrjax.train.run import Run, describe_run
+from cxrjax.train.run_directory import Run, describe_run
 from cxrjax.train.state import Progress, TrainState
 from cxrjax.train.step import make_predict_step, make_train_step
 

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float64, Shaped
-from scipy.special import expit, logsumexp
 
-from cxrjax.errors import CxrError
-from cxrjax.models.options import one_of
+from cxrjax.errors import CxrError, one_of
+from cxrjax.metrics.predictions import softmax_odds
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Loss:
         if self.exclusive:
             right, counts = logits.argmax(1) == label.argmax(1), known.all(1)
         else:
-            odds = _softmax_odds(logits) if self.softmax else logits
+            odds = softmax_odds(logits) if self.softmax else logits
             right, counts = (odds > 0) == (label > 0.5), known
         return float(right[counts].mean()) if counts.any() else float("nan")
 
@@ -110,29 +109,6 @@ def make_loss(name: str, *, prevalence: Shaped[np.ndarray, " K"] | None = None, 
     if name == "weighted_bce":
         return maker(prevalence=prevalence, **defaults | options)
     return maker(**defaults | options)
-
-
-def log_odds(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray, "N K"]:
-    """What the logistic function takes to a network's probabilities: the logits, or log p / (1 - p) of the softmax.
-
-    Args:
-      logits: as the network gives them.
-      loss: the name of the loss that it was trained with, which says what its probabilities are.
-    """
-    logits = np.asarray(logits, np.float64)
-    return _softmax_odds(logits) if loss in SOFTMAX else logits
-
-
-def probabilities(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray, "N K"]:
-    """A network's probabilities, 0 to 1; arguments as in `log_odds`."""
-    return expit(log_odds(logits, loss))
-
-
-def _softmax_odds(logits: Float[np.ndarray, "N K"]) -> Float64[np.ndarray, "N K"]:
-    """The logarithm of p / (1 - p), p being the softmax of each row."""
-    logits = np.asarray(logits, np.float64)
-    others: list[Any] = [logsumexp(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]
-    return logits - np.stack(others, axis=1)
 
 
 def prevalence_of(label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]) -> Float64[np.ndarray, " K"]:
@@ -193,9 +169,6 @@ _LOSSES: dict[str, tuple[Callable[..., Loss], dict[str, Any]]] = {
 }
 LOSSES = tuple(_LOSSES)
 """The names that `make_loss` knows."""
-
-SOFTMAX = ("cross_entropy", "softmax")
-"""Those after which the probabilities of an image are the softmax of its logits; else each is a logistic function."""
 
 masked_bce = make_loss("bce")
 """Binary cross-entropy over the known labels of valid images."""

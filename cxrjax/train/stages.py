@@ -6,7 +6,7 @@ from cxrjax.config import Config, with_overrides
 from cxrjax.errors import CxrError
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.loop import Auroc, train
-from cxrjax.train.run import begun
+from cxrjax.train.run_directory import begun
 from cxrjax.train.state import Progress
 
 

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from cxrjax.models.network import Network
-from cxrjax.train.learning import Learning, everything
+from cxrjax.train.trainable import Learning, everything
 
 
 @jax.tree_util.register_dataclass

@@ -11,12 +11,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
+from cxrjax.distributed.mesh import batch_shardings, replicated, seen_by_layers
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import batch_shardings, replicated, seen_by_layers
-from cxrjax.train.learning import Learning, everything
+from cxrjax.train.flat_params import is_packed, pack, unpack
 from cxrjax.train.losses import Loss, masked_bce
-from cxrjax.train.packed import is_packed, pack, unpack
 from cxrjax.train.state import TrainState
+from cxrjax.train.trainable import Learning, everything
 
 Metrics = dict[str, jax.Array]
 Placed = Any  # a Batch whose fields lie on the devices

@@ -7,12 +7,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, one_of
 from cxrjax.files import write_json
 from cxrjax.models.backbone import Backbone
-from cxrjax.models.inputs import NAMED, XRV, InputSpec
-from cxrjax.models.options import one_of
-from cxrjax.models.pretrained import (
+from cxrjax.models.input_spec import NAMED, XRV, InputSpec
+from cxrjax.models.registry import ARCHITECTURES
+from cxrjax.weights.converted import Card, called, check_destination, check_options, sha256, together, write_converted
+from cxrjax.weights.files import Contents, read_contents
+from cxrjax.weights.fold_channels import fold
+from cxrjax.weights.names import Named, family_of, published, shapes_of, suggestion
+from cxrjax.weights.published import (
     Fit,
     Loaded,
     fit_published,
@@ -21,12 +25,6 @@ from cxrjax.models.pretrained import (
     published_names,
     published_shapes,
 )
-from cxrjax.models.registry import ARCHITECTURES
-from cxrjax.weights.card import Card, called, check_destination, check_options, sha256, together, write_converted
-from cxrjax.weights.files import Contents, read_contents
-from cxrjax.weights.fold import fold
-from cxrjax.weights.keys import Named, published
-from cxrjax.weights.suggest import family_of, shapes_of, suggestion
 
 REPORT = "report.json"
 

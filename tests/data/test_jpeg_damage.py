@@ -9,8 +9,8 @@ import scipy.ndimage
 from PIL import Image
 
 from cxrjax.data.images import decode, encode
-from cxrjax.data.prepare import prepare
 from cxrjax.errors import CxrError
+from tfds_builders.prepare import prepare
 
 pytest.importorskip("simplejpeg")
 

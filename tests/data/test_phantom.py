@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 from cxrjax.data.phantom import Radiograph, anatomy, masks, population, render, with_findings
 from cxrjax.data.phantom.anatomy import LEFT, RIGHT
 from cxrjax.data.phantom.drawing import Film, mesh, spline
-from cxrjax.data.phantom.exposure import exposure
 from cxrjax.data.phantom.lesions import findings
 from cxrjax.data.phantom.population import PREVALENCE
+from cxrjax.data.phantom.rendering import exposure
 from cxrjax.errors import CxrError
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, PHANTOM, POSITIVE, UNCERTAIN
 

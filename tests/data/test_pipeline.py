@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from cxrjax.data.images import Augment, decode, encode, resize
 from cxrjax.data.pipeline import Examples, evaluation_batches, evaluation_steps, examples, training_batches
-from cxrjax.data.prepare import prepare
 from cxrjax.data.records import open_records
 from cxrjax.errors import CxrError
 from cxrjax.findings import LabelPolicy
+from tfds_builders.prepare import prepare
 
 EVERYTHING = Augment(flip=0.5, rotation=15, shift=0.1, zoom=0.1, shear=0.1, brightness=0.2)
 

@@ -24,7 +24,7 @@ from cxrjax.data.records import (
     write_table,
 )
 from cxrjax.errors import CxrError
-from tfds_builders.radiographs import stored_file
+from tfds_builders.builder import stored_file
 
 FINDINGS = ("Mass", "Nodule", "Pleural Effusion")
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrjax.data.images import decode, encode, resize
+from cxrjax.data.images import _shrink, decode, decode_at, encode, resize
 from cxrjax.data.phantom import population, render
-from cxrjax.data.scaled import _shrink, decode_at
 from cxrjax.errors import CxrError
 
 

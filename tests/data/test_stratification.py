@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrjax.data.stratification import stratify
+from cxrjax.data.splits import stratify
 
 
 def distances(labels, part, parts):

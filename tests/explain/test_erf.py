@@ -13,7 +13,7 @@ from cxrjax.errors import CxrError
 from cxrjax.explain import erf
 from cxrjax.models import create
 from cxrjax.models.backbone import Backbone
-from cxrjax.models.inputs import GREY, IMAGENET, prepare
+from cxrjax.models.input_spec import GREY, IMAGENET, prepare
 from cxrjax.models.network import Network
 
 SIDE = 24

@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal
 
 from cxrjax.errors import CxrError
 from cxrjax.explain import erf
-from cxrjax.explain.gaussian import by_moments, fitted
+from cxrjax.explain.erf import by_moments, fitted
 
 
 def sampled(shape, centre, major, minor, degrees) -> np.ndarray:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cxrjax.explain.heatmaps import normalise, resize, smooth
+from cxrjax.explain.localisation import normalise, resize, smooth
 
 
 @given(hnp.arrays(np.float32, (2, 3, 4, 5), elements=st.just(0.0) | st.floats(2**-20, 2**20, width=32)))

@@ -15,7 +15,7 @@ from cxrjax.explain.saliency import METHODS, _activation, baselines, logits, sal
 from cxrjax.models import create
 from cxrjax.models.backbone import Backbone
 from cxrjax.models.heads import SHARPNESS
-from cxrjax.models.inputs import IMAGENET, prepare
+from cxrjax.models.input_spec import IMAGENET, prepare
 from cxrjax.models.network import Network
 
 

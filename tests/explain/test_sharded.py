@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from cxrjax.distributed.mesh import make_mesh
 from cxrjax.explain import erf, saliency
 from cxrjax.explain.inputs import on, spread
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.parallel.collectives import collectives
-from cxrjax.parallel.mesh import make_mesh
+from cxrjax.planning.collectives import collectives
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scipy.special import softmax
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.attention import WEIGHTS, Attention, attend
+from cxrjax.models.attention_fusion import WEIGHTS, Attention, attend
 from cxrjax.models.layers import Maker
 from cxrjax.models.network import Network, parameter_count
 

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cxrjax.models.depthwise import depthwise, sum_of_shifts
+from cxrjax.models.convolution import depthwise, sum_of_shifts
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 

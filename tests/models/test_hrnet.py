@@ -14,7 +14,7 @@ from cxrjax.explain.receptive_field import theoretical
 from cxrjax.models import create
 from cxrjax.models.hrnet import check_size, repeated
 from cxrjax.models.network import Network, parameter_count
-from cxrjax.models.pretrained import published_names
+from cxrjax.weights.published import published_names
 
 TINY = {"width": 2, "modules": (1, 1), "stem_channels": 4}
 

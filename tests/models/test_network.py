@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxrjax.models import create
-from cxrjax.models.inputs import GREY, prepare
+from cxrjax.models.input_spec import GREY, prepare
 from cxrjax.models.network import Network, parameter_count
 
 TINY = {"growth": 4, "blocks": (1, 1), "stem_channels": 4}

@@ -15,7 +15,7 @@ from parity import Parity, relative_error
 from cxrjax.models import create, hrnet, resnet
 from cxrjax.models.layers import undrawn
 from cxrjax.models.network import Network, parameter_count
-from cxrjax.models.pretrained import load_published, published_names
+from cxrjax.weights.published import load_published, published_names
 
 FIXTURES = [
     *("tv-densenet121", "tv-efficientnet_b0", "tv-efficientnet_b3", "tv-resnet50"),

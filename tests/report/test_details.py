@@ -4,10 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from report_samples import BARE, FINDINGS, study_report
-from test_figures import contrast
+from report_samples import BARE, FINDINGS, contrast, study_report
 
-from cxrjax.report import details, figures, style
+from cxrjax.report import figures, plots, style
 from cxrjax.report.content import Diagrams, Histogram, Matrix, Reliability, Section, Table
 from cxrjax.report.page import study_page
 
@@ -25,17 +24,17 @@ def confusion():
 
 
 def test_a_histogram_holds_every_value_and_its_marks(passes):
-    panel = details.histogram(passes).axes[0]
+    panel = plots.histogram(passes).axes[0]
     assert sum(bar.get_height() for bar in panel.patches) == 100
     low, high = panel.get_xlim()
     assert 0 <= low < passes.values.min() < passes.values.max() < high <= 1
     assert panel.lines[0].get_xdata()[0] == pytest.approx(passes.values.mean())
-    steady = details.histogram(Histogram("", np.full(5, 0.5), ""))
+    steady = plots.histogram(Histogram("", np.full(5, 0.5), ""))
     assert sum(bar.get_height() for bar in steady.axes[0].patches) == 5
 
 
 def test_a_matrix_says_its_counts_where_they_belong(confusion):
-    panel = details.matrix(confusion).axes[0]
+    panel = plots.matrix(confusion).axes[0]
     said = {text.get_position(): text.get_text() for text in panel.texts}
     assert said == {(c, r): str(confusion.counts[r, c]) for r in range(3) for c in range(3)}
     assert panel.get_xlabel() == "predicted class"

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from report_samples import gaussian_field
 
-from cxrjax.report.fields import field_grid, size_by_depth
-from cxrjax.report.scalebar import round_length, scale_bar
+from cxrjax.report.pictures import field_grid, round_length, scale_bar, size_by_depth
 
 
 @given(st.floats(1e-6, 1e6))

@@ -4,8 +4,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
-from report_samples import BARE, ENSEMBLES, FINDINGS, SIZES, study_report
+from report_samples import BARE, ENSEMBLES, FINDINGS, SIZES, contrast, luminance, study_report
 from sklearn.metrics import auc
 
 from cxrjax.errors import CxrError
@@ -129,16 +128,6 @@ def test_an_inline_figure_is_self_contained(study):
     style_of_text = next(element.get("style") for element in root.iter("text"))
     assert "var(--sans)" in style_of_text
     assert "var(--" in style_of_text.split("fill:")[1]
-
-
-def luminance(colour):
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-
-
-def contrast(a, b):
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("sizes", [2, 3, 4, 6])

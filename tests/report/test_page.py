@@ -4,8 +4,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from report_samples import BARE, FINDINGS, run_report, study_report
-from test_figures import contrast
+from report_samples import BARE, FINDINGS, contrast, run_report, study_report
 
 from cxrjax.report.content import Table
 from cxrjax.report.page import run_page, study_page, write_page

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from cxrjax.evaluate.scores import MEAN
+from cxrjax.metrics.scores import MEAN
 from cxrjax.report import tables
 
 

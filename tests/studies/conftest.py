@@ -19,7 +19,7 @@ def make(tmp_path_factory, tiny_overrides):
 @pytest.fixture(scope="module")
 def six_classes(tmp_path_factory):
     """A prepared mixture in which every Covid-19 image, and no other, has a bright edge: the `--data-dir`."""
-    from cxrjax.data.prepare import prepare
+    from tfds_builders.prepare import prepare
 
     source, data = tmp_path_factory.mktemp("six"), tmp_path_factory.mktemp("data")
     rng, number = np.random.default_rng(2), 0

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from processes import finish, start
 
-from cxrjax import cli
-from cxrjax.evaluate.predict import open_run, predict
-from cxrjax.evaluate.predictions import Predictions
-from tests.processes import finish, start
+from cxrjax.cli.main import main
+from cxrjax.inference.load_run import open_run, predict
+from cxrjax.metrics.predictions import Predictions
 
 RECIPE = """
 from cxrjax.config import load
@@ -65,7 +65,7 @@ def test_one_process_finds_it_all_done(studied):
     words, directory, result = studied
     made = {file: file.stat().st_mtime_ns for file in (directory / "runs").glob("*/predictions/*.*")}
     assert len(made) == len(RUNS) * len(("validation", "test", "made-of", "receptive-field"))
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     again = json.loads((directory / "study.json").read_text())
     for of in (again, result):
         of["provenance"].pop("training, seconds", None)
@@ -82,7 +82,7 @@ def test_the_first_explains_with_its_own_devices(studied):
     with np.load(maps) as stored:
         wanted = dict(stored)
     maps.unlink()
-    assert cli.main(["explain", str(run), "gradcam", "--images", "2", "--mesh", "data=1"]) == 0
+    assert main.main(["explain", str(run), "gradcam", "--images", "2", "--mesh", "data=1"]) == 0
     with np.load(maps) as stored:
         assert stored["id"].tolist() == wanted["id"].tolist()
         np.testing.assert_allclose(stored["map"], wanted["map"], rtol=1e-3, atol=1e-6)

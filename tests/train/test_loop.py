@@ -8,19 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from cxrjax.data.prepare import prepare
 from cxrjax.data.splits import save as save_split
 from cxrjax.errors import CxrError
-from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.predict import open_run
+from cxrjax.inference.load_run import open_run
+from cxrjax.metrics.auc import mean_auroc
 from cxrjax.train import loop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.losses import Loss
-from cxrjax.train.metrics import read_metrics
+from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.optimizer import make_optimizer
-from cxrjax.train.run import Run
+from cxrjax.train.run_directory import Run
 from cxrjax.train.state import TrainState
+from tfds_builders.prepare import prepare
 
 
 def last_state(config, directory):

@@ -11,7 +11,8 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from cxrjax.errors import CxrError
-from cxrjax.train.losses import LOSSES, SOFTMAX, log_odds, make_loss, masked_bce, prevalence_of
+from cxrjax.metrics.predictions import SOFTMAX, log_odds
+from cxrjax.train.losses import LOSSES, make_loss, masked_bce, prevalence_of
 
 PREVALENCE = np.array([0.1, 0.5, 0.25])
 

@@ -12,9 +12,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from cxrjax.data.batch import Batch
+from cxrjax.distributed.mesh import make_mesh
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import make_mesh
 from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from cxrjax import config as configs
-from cxrjax.evaluate.auc import mean_auroc
+from cxrjax.metrics.auc import mean_auroc
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.loop import train
-from cxrjax.train.metrics import read_metrics
+from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.state import TrainState
 
@@ -40,7 +40,7 @@ def words(overrides, directory):
 def start(overrides, directory):
     """The command line in a process of its own, with the tests' compilation cache."""
     return subprocess.Popen(
-        [sys.executable, "-m", "cxrjax.cli", *words(overrides, directory)],
+        [sys.executable, "-m", "cxrjax.cli.main", *words(overrides, directory)],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

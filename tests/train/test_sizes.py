@@ -2,12 +2,11 @@
 
 import pytest
 
-from cxrjax import cli
+from cxrjax.cli.main import main
 from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.network import Network
-from cxrjax.train.sizes import check_size
+from cxrjax.models.network import Network, check_size
 
 SMALL = {
     "densenet_small": {"blocks": (1, 1, 1), "growth": 4},
@@ -64,6 +63,6 @@ def test_the_command_line_refuses_it_before_reading_images(tiny_overrides, tmp_p
     monkeypatch.setattr(Records, "image", lambda *_: pytest.fail("an image was read"))
     words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
     words = [word for word in words if ".options." not in word]
-    assert cli.main([*words, "--config.model.name=hrnet_small", "--config.data.size=20"]) == 1
+    assert main.main([*words, "--config.model.name=hrnet_small", "--config.data.size=20"]) == 1
     assert "config key data.size = 20 does not suit the network: choose data.size = 32." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

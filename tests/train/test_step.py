@@ -10,10 +10,10 @@ import pytest
 
 from cxrjax import config as configs
 from cxrjax.data.batch import Batch
-from cxrjax.data.placement import place
+from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
+from cxrjax.distributed.placement import place
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.parallel.mesh import batch_shardings, make_mesh, replicated
 from cxrjax.train.losses import masked_bce
 from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.state import TrainState

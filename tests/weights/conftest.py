@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from published_files import SMALL, state_dict
 
-from cxrjax.models.inputs import IMAGENET
+from cxrjax.models.input_spec import IMAGENET
 
 
 @pytest.fixture(scope="session")

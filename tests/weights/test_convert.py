@@ -15,15 +15,15 @@ from published_files import FORMATS, SMALL, STYLES, renamed, state_dict
 from safetensors.numpy import save_file
 from torchformat import whole_module, write
 
-from cxrjax import cli
+from cxrjax.cli.main import main
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.inputs import IMAGENET, UNIT, XRV
+from cxrjax.models.input_spec import IMAGENET, UNIT, XRV
 from cxrjax.models.network import Network
-from cxrjax.models.pretrained import load_published
 from cxrjax.weights import convert, load_converted, read_converted
 from cxrjax.weights import load_file as fill
-from cxrjax.weights.card import sha256
+from cxrjax.weights.converted import sha256
+from cxrjax.weights.published import load_published
 
 
 def convert_small(file, out, **how):
@@ -325,11 +325,11 @@ def test_a_damaged_neck_is_not_a_dropped_one(tmp_path):
 
 def test_labels_are_names_or_a_file(tmp_path):
     many = ",".join(f"Finding {number}" for number in range(100))
-    assert cli._labels(many) == many.split(",")
-    assert cli._labels("x" * 300) == ["x" * 300]
+    assert main._labels(many) == many.split(",")
+    assert main._labels("x" * 300) == ["x" * 300]
     (tmp_path / "labels.txt").write_text("Mass\n\nEdema\n")
-    assert cli._labels(str(tmp_path / "labels.txt")) == ["Mass", "", "Edema"]
-    assert cli._labels("") == []
+    assert main._labels(str(tmp_path / "labels.txt")) == ["Mass", "", "Edema"]
+    assert main._labels("") == []
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_the_verb_converts_and_reports(capsys, tmp_path, small_weights):
     words = ["weights", "convert", file, "--arch", "densenet_small", "--out", tmp_path / "out", "--inputs", "imagenet"]
     words += ["--labels", tmp_path / "labels.txt", "--channels", 1, "--json", tmp_path / "result.json"]
     words += [word for option in SMALL.items() for word in ("--option", "{}={}".format(*option))]
-    code = cli.main([str(word) for word in words])
+    code = main.main([str(word) for word in words])
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "densenet_small, 5 outputs, inputs imagenet-grey" in out
@@ -371,11 +371,11 @@ def test_the_verb_converts_and_reports(capsys, tmp_path, small_weights):
     assert result == json.loads((tmp_path / "out" / "report.json").read_text())
     assert load_converted(tmp_path / "out").classes == 5
 
-    code = cli.main([str(word) for word in (*words[:4], "resnet_small", "--out", tmp_path / "b", *words[7:9])])
+    code = main.main([str(word) for word in (*words[:4], "resnet_small", "--out", tmp_path / "b", *words[7:9])])
     assert code == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(SystemExit):
-        cli.main([str(word) for word in (*words[:9], "--option", "growth")])
+        main.main([str(word) for word in (*words[:9], "--option", "growth")])
     assert "'growth' is not KEY=VALUE" in capsys.readouterr().err
 
 

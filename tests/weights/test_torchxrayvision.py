@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from parity import relative_error
 
-from cxrjax.models.inputs import XRV
+from cxrjax.models.input_spec import XRV
 from cxrjax.weights import convert, load_converted
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")

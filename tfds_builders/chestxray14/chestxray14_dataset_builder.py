@@ -7,8 +7,8 @@ import tensorflow_datasets as tfds
 
 from cxrjax.data.records import Record
 from cxrjax.findings import NIH14
+from tfds_builders.builder import sizes
 from tfds_builders.chestxray14 import download, nih
-from tfds_builders.radiographs import sizes
 from tfds_builders.sources import FromFiles, Selection, match
 
 

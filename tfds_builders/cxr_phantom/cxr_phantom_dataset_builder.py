@@ -11,7 +11,7 @@ from cxrjax.data import phantom
 from cxrjax.data.images import encode
 from cxrjax.data.records import Record
 from cxrjax.findings import PHANTOM
-from tfds_builders.radiographs import Radiographs, Stored, sizes
+from tfds_builders.builder import Radiographs, Stored, sizes
 
 SOURCE = "phantom"
 PATIENTS = 2600  # about 4,200 images

@@ -10,8 +10,8 @@ import tensorflow_datasets as tfds
 from cxrjax.data.records import Record
 from cxrjax.data.splits import SPELLINGS
 from cxrjax.errors import CxrError
-from tfds_builders.own import Own, blank, details, folder_name, with_drawn_validation
 from tfds_builders.sources import SUFFIXES, Selection, match, read_rows, walk
+from tfds_builders.user_dataset import Own, blank, details, folder_name, with_drawn_validation
 
 METADATA = "metadata.csv"
 """A table beside the folders that says more of the images, found by their file names."""

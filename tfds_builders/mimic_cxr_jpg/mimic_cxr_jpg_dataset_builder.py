@@ -8,8 +8,8 @@ import tensorflow_datasets as tfds
 
 from cxrjax.errors import CxrError
 from cxrjax.findings import CHEXPERT14
+from tfds_builders.builder import sizes
 from tfds_builders.mimic_cxr_jpg import tables
-from tfds_builders.radiographs import sizes
 from tfds_builders.sources import FromFiles, Selection, find_files, match
 
 

@@ -8,8 +8,8 @@ import tensorflow_datasets as tfds
 
 from cxrjax.data.records import Record
 from cxrjax.errors import CxrError
-from tfds_builders.own import Own, blank, details, folder_name, with_drawn_validation
 from tfds_builders.sources import Selection, match, read_label, read_rows
+from tfds_builders.user_dataset import Own, blank, details, folder_name, with_drawn_validation
 
 
 class Builder(Own):

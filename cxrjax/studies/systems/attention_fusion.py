@@ -4,15 +4,15 @@ import jax
 import numpy as np
 
 from cxrjax.console import bar
-from cxrjax.evaluate.auc import auroc
-from cxrjax.evaluate.stochastic import stochastic_logits
-from cxrjax.evaluate.uncertainty import Uncertainty, summarise
+from cxrjax.inference.mc_dropout import stochastic_logits
+from cxrjax.metrics.auc import auroc
+from cxrjax.metrics.predictions import probabilities
+from cxrjax.metrics.uncertainty import Uncertainty, summarise
 from cxrjax.models.network import parameter_count
 from cxrjax.report.content import Claim, Histogram, Section, Table
-from cxrjax.studies.armstudy import ArmStudy, Extra
-from cxrjax.studies.chapters import number
-from cxrjax.studies.study import Member
-from cxrjax.train.losses import probabilities
+from cxrjax.studies.framework import ArmStudy, Extra
+from cxrjax.studies.members import Member
+from cxrjax.studies.sections import number
 
 _NETWORKS = {
     "simple_cnn": "simple_cnn", "densenet121": "densenet121", "efficientnet_b0": "efficientnet_b0",

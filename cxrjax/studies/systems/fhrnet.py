@@ -11,19 +11,19 @@ from scipy.special import log_expit
 from scipy.stats import rankdata
 
 from cxrjax.config import Config, with_overrides
+from cxrjax.distributed.runtime import several
 from cxrjax.errors import CxrError
-from cxrjax.evaluate import tables
-from cxrjax.evaluate.auc import mean_auroc
-from cxrjax.evaluate.predict import open_run
-from cxrjax.evaluate.predictions import Predictions
-from cxrjax.evaluate.scores import MEAN, score
+from cxrjax.inference.load_run import open_run
+from cxrjax.metrics import tables
+from cxrjax.metrics.auc import mean_auroc
+from cxrjax.metrics.predictions import Predictions
+from cxrjax.metrics.scores import MEAN, score
 from cxrjax.models.fhrnet import ARCHITECTURES
 from cxrjax.models.network import Network
-from cxrjax.parallel.runtime import several
 from cxrjax.report.content import Section, Table
-from cxrjax.studies.armstudy import ArmStudy, Extra
-from cxrjax.studies.chapters import interval_cell
-from cxrjax.studies.study import Member, keep_predictions, kept_predictions, predict_together
+from cxrjax.studies.framework import ArmStudy, Extra
+from cxrjax.studies.members import Member, keep_predictions, kept_predictions, predict_together
+from cxrjax.studies.sections import interval_cell
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.stages import stage_places, train_stages
 

@@ -4,22 +4,22 @@ import numpy as np
 from scipy.special import log_expit
 
 from cxrjax.errors import CxrError
-from cxrjax.evaluate.auc import mean_defined
-from cxrjax.evaluate.confounding import accuracy_from_source, border, pooled_sources, predict_source
-from cxrjax.evaluate.confusion import REPORT, Confusion
-from cxrjax.evaluate.intervals import mean_by_patient
-from cxrjax.evaluate.predict import predict
-from cxrjax.evaluate.predictions import Predictions
-from cxrjax.evaluate.scores import Scores, score
-from cxrjax.evaluate.stochastic import make_pooled_step
-from cxrjax.evaluate.tables import folded
+from cxrjax.inference.load_run import predict
+from cxrjax.inference.mc_dropout import make_pooled_step
+from cxrjax.metrics.auc import mean_defined
+from cxrjax.metrics.bootstrap import mean_by_patient
+from cxrjax.metrics.confounding import accuracy_from_source, border, pooled_sources, predict_source
+from cxrjax.metrics.confusion import REPORT, Confusion
+from cxrjax.metrics.predictions import Predictions
+from cxrjax.metrics.scores import Scores, score
+from cxrjax.metrics.tables import folded
 from cxrjax.report.content import Claim, Matrix, Section, Table
-from cxrjax.studies.armstudy import ArmStudy, Extra
-from cxrjax.studies.chapters import between, comparability, interval_cell, number
-from cxrjax.studies.claims import verdict
-from cxrjax.studies.explanation import load_images
-from cxrjax.studies.study import Member
-from cxrjax.train.inference import logits_of
+from cxrjax.runs.saliency_run import load_images
+from cxrjax.studies.framework import ArmStudy, Extra
+from cxrjax.studies.members import Member
+from cxrjax.studies.resolution.statements import verdict
+from cxrjax.studies.sections import between, comparability, interval_cell, number
+from cxrjax.train.forward import logits_of
 
 _SIDE = 64  # px at which borders are compared: coarse enough for a linear model of every outer pixel
 

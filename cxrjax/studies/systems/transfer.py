@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from cxrjax.evaluate.estimators import ESTIMATORS, estimate
-from cxrjax.evaluate.intervals import mean_by_patient
-from cxrjax.evaluate.operating import accuracy
-from cxrjax.evaluate.predict import predict
-from cxrjax.evaluate.predictions import Predictions
+from cxrjax.inference.load_run import predict
+from cxrjax.metrics.auc import ESTIMATORS, estimate
+from cxrjax.metrics.bootstrap import mean_by_patient
+from cxrjax.metrics.predictions import Predictions
+from cxrjax.metrics.thresholds import accuracy
 from cxrjax.report.content import Cam, Claim, Section, Table
-from cxrjax.studies.armstudy import ArmStudy, Extra
-from cxrjax.studies.chapters import between, number
-from cxrjax.studies.claims import listed, verdict
-from cxrjax.studies.explanation import cam_of, compute_cams
-from cxrjax.studies.study import Member
+from cxrjax.runs.saliency_run import cam_of, compute_cams
+from cxrjax.studies.framework import ArmStudy, Extra
+from cxrjax.studies.members import Member
+from cxrjax.studies.resolution.statements import listed, verdict
+from cxrjax.studies.sections import between, number
 
 SHOWN = 4  # findings of the Grad-CAM panels
 

@@ -1,1 +1,0 @@
-"""The mesh of devices and what lies where on it."""

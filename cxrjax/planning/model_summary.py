@@ -1,0 +1,244 @@
+"""What every network is: parameters, feature maps, receptive fields, arithmetic, inputs; by tracing alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from rich import box
+from rich.table import Table
+
+from cxrjax.console import bar
+from cxrjax.errors import CxrError, one_of, positive
+from cxrjax.explain.inputs import named
+from cxrjax.explain.receptive_field import receptive_fields
+from cxrjax.models.input_spec import NAMED, InputSpec
+from cxrjax.models.network import Network, parameter_count
+from cxrjax.models.registry import ARCHITECTURES, abstract
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """One feature map.
+
+    Attributes:
+      name: the backbone's.
+      channels: of it.
+      height: in positions, for images of the entry's size.
+      width: likewise.
+      stride: px between neighbouring positions; 0 where no local path leads to the image.
+      receptive_field: side in px of the theoretical receptive field of the local paths, not clipped to the image.
+      whole: whether some path reads the whole image (squeeze-and-excitation, attention): then every pixel can count.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    stride: float
+    receptive_field: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network.
+
+    Attributes:
+      name: what the config calls it.
+      reference: the implementation or paper that defines it.
+      classes: number of findings that `parameters` and `multiply_adds` are for.
+      parameters: their number, batch statistics left out.
+      size: side in px of the square images that the maps' sizes and `multiply_adds` are for.
+      multiply_adds: of the convolutions and matrix products of one image's forward pass; those with padding count too.
+      inputs: what the network expects of its images.
+      maps: the feature maps in order; the head takes the last.
+    """
+
+    name: str
+    reference: str
+    classes: int
+    parameters: int
+    size: int
+    multiply_adds: int
+    inputs: InputSpec
+    maps: tuple[FeatureMap, ...]
+
+    @property
+    def gflops(self) -> float:
+        """Floating-point operations of one image in 1e9: two per multiply-add."""
+        return 2 * self.multiply_adds / 1e9
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry for JSON."""
+        return {**asdict(self), "gflops": self.gflops}
+
+
+def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
+    """What one network is.
+
+    Args:
+      name: one of the registry's.
+      size: side in px of the square images; a network whose head fits one size only keeps its own.
+      classes: number of findings.
+
+    Raises:
+      CxrError: unknown name, classes or size out of range, or a size that the network does not take.
+    """
+    network = abstract(name, classes=classes)
+    size = getattr(network.model(), "image_size", positive("size", size))
+    image = jax.ShapeDtypeStruct((1, size, size, network.inputs.channels), network.dtype)
+
+    def forward(network: Network, images: jax.Array) -> Any:
+        model = network.model()
+        features = model.features(images)
+        return named(features), model.head(features)
+
+    program, (features, _) = jax.make_jaxpr(forward, return_shape=True)(network, image)
+    fields = receptive_fields(network)
+    maps = [
+        FeatureMap(
+            name=str(feature),
+            channels=maps.shape[-1],
+            height=maps.shape[1],
+            width=maps.shape[2],
+            stride=fields[feature].stride,
+            receptive_field=int(fields[feature].size),
+            whole=bool(fields[feature].whole),
+        )
+        for feature, maps in features
+    ]
+    return Entry(
+        name=name,
+        reference=ARCHITECTURES[name].reference,
+        classes=classes,
+        parameters=parameter_count(network),
+        size=size,
+        multiply_adds=multiply_adds(program.jaxpr),
+        inputs=network.inputs,
+        maps=tuple(maps),
+    )
+
+
+def entries(names: Sequence[str] = (), *, size: int = 224, classes: int = 14) -> list[Entry]:
+    """What these networks are, or all of the registry; see `entry`."""
+    chosen = [one_of("network", name, ARCHITECTURES) for name in names] or list(ARCHITECTURES)
+    with bar("tracing", len(chosen), unit="networks") as advance:
+        found = []
+        for name in chosen:
+            try:
+                found.append(entry(name, size=size, classes=classes))
+            except CxrError as error:
+                raise CxrError(f"{name} at {size} px: {error}") from error
+            advance()
+    return found
+
+
+def multiply_adds(jaxpr: Jaxpr) -> int:
+    """Multiply-adds of a program's convolutions and matrix products, as papers count them.
+
+    Products with padding count, element-wise operations and what no result needs do not. (XLA's own analysis leaves out
+    the first, counts the second, and sees a device's substitutes for convolutions.) Of alternatives the most expensive
+    counts, of a loop without a fixed number of rounds one round.
+    """
+    return _of_results(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def _of_results(jaxpr: Jaxpr, used: Sequence[bool]) -> int:
+    """Those that the used results need: compilers leave out the others."""
+    needed = {
+        result for result, is_used in zip(jaxpr.outvars, used, strict=True) if is_used and isinstance(result, Var)
+    }
+    total = 0
+    for equation in reversed(jaxpr.eqns):
+        wanted = [result in needed for result in equation.outvars]
+        if any(wanted) or equation.effects:
+            needed.update(taken for taken in equation.invars if isinstance(taken, Var))
+            total += _multiply_adds(equation, wanted)
+    return total
+
+
+def _multiply_adds(equation: Any, wanted: Sequence[bool]) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "conv_general_dilated":
+        outputs, kernel = equation.outvars[0].aval.size, equation.invars[1].aval
+        return outputs * kernel.size // kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+    programs = [jaxpr for value in parameters.values() for jaxpr in _jaxprs(value)]
+
+    def used(program: Jaxpr) -> Sequence[bool]:
+        """A call's results are its program's; a loop's go around."""
+        same = len(program.outvars) == len(wanted) and name not in ("scan", "while")
+        return wanted if same else [True] * len(program.outvars)
+
+    inner = [_of_results(program, used(program)) for program in programs]
+    if name == "cond":  # of the ways of several platforms the last, which is the plain one
+        return inner[-1] if parameters.get("branches_platforms") else max(inner)
+    return sum(inner) * (parameters["length"] if name == "scan" else 1)
+
+
+def _jaxprs(value: Any) -> list[Jaxpr]:
+    """The programs in an operation's parameter."""
+    if isinstance(value, ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, Jaxpr):
+        return [value]
+    return [jaxpr for item in value for jaxpr in _jaxprs(item)] if isinstance(value, tuple | list) else []
+
+
+def overview(listed: Sequence[Entry]) -> Table:
+    """One line per network, for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("network", no_wrap=True)
+    for column in ("parameters", "maps", "stride, px", "field, px", "GFLOPs", "at px"):
+        table.add_column(column, justify="right")
+    table.add_column("inputs", no_wrap=True)
+    table.add_column("reference", overflow="fold")
+    for each in listed:
+        last = each.maps[-1]
+        table.add_row(
+            each.name, f"{each.parameters:,}", f"{last.channels}", f"{last.stride:g}",
+            "whole image" if last.whole else f"{last.receptive_field:,}",
+            f"{each.gflops:.2f}", f"{each.size}", _short(each.inputs), each.reference,
+        )  # fmt: skip
+    return table
+
+
+def detail(each: Entry) -> Table:
+    """All feature maps of one network, for the terminal; the title holds the rest."""
+    table = Table(
+        title=f"{each.name} ({each.reference})\n{each.parameters:,} parameters at {each.classes} findings, "
+        f"{each.gflops:.2f} GFLOPs at {each.size} px\n{_long(each.inputs)}",
+        title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("maps", no_wrap=True)
+    for column in ("channels", f"size at {each.size} px", "stride, px", "receptive field, px"):
+        table.add_column(column, justify="right")
+    for maps in each.maps:
+        table.add_row(
+            maps.name, f"{maps.channels}", f"{maps.height} x {maps.width}", f"{maps.stride:g}", _field(maps)
+        )  # fmt: skip
+    return table
+
+
+def _field(maps: FeatureMap) -> str:
+    local = f"{maps.receptive_field:,}" if maps.receptive_field else ""
+    return " ".join(filter(None, (local, "+ whole image" if local else "whole image"))) if maps.whole else local
+
+
+def _short(inputs: InputSpec) -> str:
+    return next((name for name, spec in NAMED.items() if spec == inputs), "its own")
+
+
+def _long(inputs: InputSpec) -> str:
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (inputs.mean, inputs.std))
+    kind = _short(inputs)
+    return (
+        f"inputs {kind}: grey 0..255 to {inputs.low:g}..{inputs.high:g} in {inputs.channels} "
+        f"channel{'s' if inputs.channels > 1 else ''}, less mean {mean}, over deviation {std}"
+    )

@@ -1,0 +1,71 @@
+"""The same weights as every kind of file that is found in the wild, under all the names they have there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from torchformat import write
+
+from cxrjax.weights.names import shapes_of
+from cxrjax.weights.published import published_shapes
+
+SMALL = {"growth": 4, "blocks": (2, 1), "stem_channels": 4, "pooling": "average"}
+"""Options of a densenet_small whose weights are some kilobytes."""
+
+FORMATS: dict[str, Callable[[Path, dict], Path]] = {
+    "safetensors": lambda folder, arrays: _safetensors(folder / "w.safetensors", arrays),
+    "zip": lambda folder, arrays: write(folder / "w.pth", arrays),
+    "legacy": lambda folder, arrays: write(folder / "w.pt", arrays, legacy=True),
+    "tar": lambda folder, arrays: write(
+        folder / "w.pth.tar", {"epoch": 9, "arch": "DENSENET", "state_dict": arrays, "optimizer": {}}, legacy=True
+    ),
+}
+"""Writers of every kind of file; "tar" is how CheXNet's weights came: a checkpoint around them."""
+
+
+def _safetensors(file: Path, arrays: dict[str, np.ndarray]) -> Path:
+    save_file(arrays, file)
+    return file
+
+
+def _older(name: str) -> str:
+    """What torchvision before 0.3 called `norm1` and `conv1` of a dense layer."""
+    for number in "12":
+        for part in ("norm", "conv"):
+            if "denselayer" in name:
+                name = name.replace(f".{part}{number}.", f".{part}.{number}.")
+    return name
+
+
+def _chexnet(name: str) -> str:
+    return "module.densenet121." + _older(name).replace("classifier.", "classifier.0.")
+
+
+STYLES: dict[str, Callable[[str], str]] = {
+    "plain": lambda name: name,
+    "DataParallel": lambda name: f"module.{name}",
+    "older": _older,
+    "CheXNet": _chexnet,
+}
+"""How the same arrays are called in the wild."""
+
+
+def renamed(arrays: dict[str, np.ndarray], style: str) -> dict[str, np.ndarray]:
+    return {STYLES[style](name): array for name, array in arrays.items()}
+
+
+def state_dict(architecture: str, *, seed: int = 0, **options) -> dict[str, np.ndarray]:
+    """Values by published names, such that logits stay moderate, with PyTorch's counters."""
+    rng, arrays = np.random.default_rng(seed), {}
+    for name, shape in published_shapes(shapes_of(architecture, **options)).items():
+        if len(shape) > 1:
+            values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        elif name.endswith(("running_var", "weight")):
+            values = rng.uniform(0.6, 1.4, shape)
+        else:
+            values = 0.1 * rng.standard_normal(shape)
+        arrays[name] = values.astype(np.float32)
+        if name.endswith("running_var"):
+            arrays[name.replace("running_var", "num_batches_tracked")] = np.array(7, np.int64)
+    return arrays

@@ -1,0 +1,126 @@
+"""AUROC, average precision and ROC curves against scikit-learn, with ties, weights and unknown labels."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics
+
+from cxrjax.metrics.auc import Ranking, auroc, average_precision, mean_auroc, roc_curve, undefined
+
+examples = st.lists(
+    st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 4), st.booleans()), min_size=2, max_size=40
+).filter(lambda rows: len({positive for _, positive, weight, _ in rows if weight}) == 2)
+
+
+def columns(rows):
+    score, label, weight, known = (np.array(column) for column in zip(*rows, strict=True))
+    return score / 2, label, weight, known
+
+
+@given(examples)
+def test_agrees_with_sklearn_under_ties_and_weights(rows):
+    score, label, weight, _ = columns(rows)
+    assert auroc(score, label, weight=weight) == pytest.approx(
+        metrics.roc_auc_score(label, score, sample_weight=weight), abs=1e-12
+    )
+    assert average_precision(score, label, weight=weight) == pytest.approx(
+        metrics.average_precision_score(label, score, sample_weight=weight), abs=1e-12
+    )
+
+
+@given(examples)
+def test_unknown_labels_do_not_count(rows):
+    score, label, _, known = columns(rows)
+    if undefined(label, known):
+        assert np.isnan(auroc(score, label, known))
+        assert np.isnan(average_precision(score, label, known))
+    else:
+        assert auroc(score, label, known) == pytest.approx(metrics.roc_auc_score(label[known], score[known]), abs=1e-12)
+
+
+@given(examples)
+def test_a_weight_is_a_number_of_copies(rows):
+    score, label, weight, _ = columns(rows)
+    copies = np.repeat(np.arange(len(score)), weight)
+    assert auroc(score, label, weight=weight) == pytest.approx(auroc(score[copies], label[copies]), abs=1e-12)
+
+
+@given(examples)
+def test_curve_has_sklearns_points_and_the_area_of_auroc(rows):
+    score, label, _, _ = columns(rows)
+    if len(np.unique(label)) < 2:
+        return
+    curve = roc_curve(score, label)
+    fpr, tpr, _ = metrics.roc_curve(label, score, drop_intermediate=False)
+    assert {(round(x, 9), round(y, 9)) for x, y in zip(curve.fpr, curve.tpr, strict=True)} <= {
+        (round(x, 9), round(y, 9)) for x, y in zip(fpr, tpr, strict=True)
+    }
+    assert np.trapezoid(curve.tpr, curve.fpr) == pytest.approx(auroc(score, label), abs=1e-12)
+    for fpr, tpr, threshold in zip(*curve, strict=True):
+        called = score >= threshold
+        assert called[label].mean() == pytest.approx(tpr)
+        assert called[~label].mean() == pytest.approx(fpr)
+
+
+def test_curve_leaves_out_straight_pieces():
+    curve = roc_curve(np.arange(100.0), np.arange(100) >= 40)  # perfect: up, then across
+    np.testing.assert_array_equal(curve.fpr, [0, 0, 1])
+    np.testing.assert_array_equal(curve.tpr, [0, 1, 1])
+    np.testing.assert_array_equal(curve.threshold, [np.inf, 40, 0])
+
+
+def test_several_weightings_at_once():
+    rng = np.random.default_rng(0)
+    score, label, weight = rng.normal(size=50).round(1), rng.random(50) < 0.3, rng.random((50, 7))
+    at_once = Ranking.of(score, label).measure(weight)
+    for r in range(7):
+        assert at_once[0][r] == pytest.approx(
+            metrics.roc_auc_score(label, score, sample_weight=weight[:, r]), abs=1e-12
+        )
+        assert at_once[1][r] == pytest.approx(
+            metrics.average_precision_score(label, score, sample_weight=weight[:, r]), abs=1e-12
+        )
+
+
+def test_known_values():
+    assert auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == 0.75  # scikit-learn's own example
+    assert auroc(np.zeros(6), np.array([0, 1, 0, 1, 0, 1])) == 0.5
+    assert average_precision(np.zeros(4), np.array([1, 0, 0, 0])) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("label", "known", "reason"),
+    [
+        ([0, 0, 0], [1, 1, 1], "no positive example"),
+        ([1, 1, 1], [1, 1, 1], "no negative example"),
+        ([1, 0, 0], [0, 1, 1], "no positive example"),
+        ([1, 0, 1], [0, 0, 0], "no known label"),
+        ([1, 0, 1], [1, 1, 0], ""),
+    ],
+)
+def test_what_the_labels_do_not_define_is_nan_with_a_reason(label, known, reason):
+    score, label, known = np.array([0.2, 0.5, 0.9]), np.array(label), np.array(known, bool)
+    assert undefined(label, known) == Ranking.of(score, label, known).reason == reason
+    assert np.isnan(auroc(score, label, known)) == bool(reason)
+    assert (roc_curve(score, label, known) is None) == bool(reason)
+
+
+def test_a_weighting_of_one_class_is_nan_and_the_others_are_not():
+    ranking = Ranking.of(np.array([3.0, 2.0, 1.0]), np.array([1, 0, 1]))
+    values = ranking.measure(np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0]]))
+    np.testing.assert_array_equal(values[0], [0.5, np.nan, np.nan])
+    np.testing.assert_array_equal(np.isnan(values[1]), [False, True, True])
+
+
+def test_infinite_scores_rank_and_nan_scores_do_not():
+    label = np.array([0, 0, 1, 1])
+    assert auroc(np.array([-np.inf, 0.0, 1.0, np.inf]), label) == 1
+    assert np.isnan(auroc(np.array([np.nan, 0.0, 1.0, 2.0]), label))
+
+
+def test_mean_skips_what_is_undefined():
+    logits = np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], np.float32)
+    labels = np.array([[0, 0], [1, 0], [0, 0]], np.float32)
+    assert mean_auroc(logits, labels, np.ones((3, 2), bool)) == 0.5
+    assert np.isnan(mean_auroc(logits, labels, np.zeros((3, 2), bool)))

@@ -1,0 +1,137 @@
+"""Temperatures against scikit-learn's logistic regression, and what they do to calibration and ranking."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit, softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from cxrjax.errors import CxrError
+from cxrjax.metrics.auc import auroc
+from cxrjax.metrics.calibration import HOTTEST, calibration, fit
+from cxrjax.metrics.predictions import Predictions, log_odds
+
+
+def simulated(n, sharpness, seed=0):
+    """Findings whose logits are right, times a sharpness."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(n, len(sharpness))) * 1.5 - 0.5
+    known = rng.random(truth.shape) < 0.9
+    return table(truth * sharpness, rng.random(truth.shape) < expit(truth), known)
+
+
+def table(logit, label, known=None):
+    logit, label = (np.array(x, float).reshape(len(logit), -1) for x in (logit, label))
+    ids = np.arange(len(logit))
+    known = np.ones(label.shape, bool) if known is None else known
+    return Predictions(ids, ids, tuple("ABCD"[: label.shape[1]]), logit, label, known)
+
+
+def test_equals_logistic_regression_without_intercept():
+    validation = simulated(2000, (0.4, 1.0, 3.0))
+    found = fit(validation)
+    for k, value in enumerate(found.values):
+        known = validation.known[:, k]
+        peer = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
+        peer.fit(validation.logit[known, k : k + 1], validation.label[known, k])
+        assert 1 / value == pytest.approx(peer.coef_[0, 0], rel=1e-5)
+    assert found.reasons == ("", "", "")
+    np.testing.assert_allclose(found.values, [0.4, 1, 3], rtol=0.15)
+
+
+def test_is_the_minimum_of_the_loss():
+    validation = simulated(500, (2.0,), seed=1)
+    known = validation.known[:, 0]
+    signed = np.where(validation.label[known, 0] > 0, 1, -1) * validation.logit[known, 0]
+    least = minimize_scalar(lambda t: -log_expit(signed / t).mean(), bounds=(0.01, 100), method="bounded")
+    assert fit(validation).values[0] == pytest.approx(least.x, rel=1e-4)
+
+
+def test_calibration_on_other_images_gets_better_and_ranking_stays():
+    validation, test = (simulated(4000, (1.0, 3.0), seed=seed) for seed in (0, 1))
+    scaled = fit(validation).apply(test)
+    before, after = calibration(test), calibration(scaled)
+    assert after[1]["ece_width"] < 0.25 * before[1]["ece_width"]
+    assert after[1]["brier"] < before[1]["brier"]
+    for k in range(2):
+        known = test.known[:, k]
+        assert auroc(scaled.logit[:, k], test.label[:, k], known) == auroc(test.logit[:, k], test.label[:, k], known)
+
+
+def test_findings_are_matched_by_name():
+    temperatures = fit(simulated(500, (1.0, 3.0)))
+    test = simulated(50, (1.0, 3.0), seed=1)
+    np.testing.assert_array_equal(
+        temperatures.apply(test.select("B")).logit[:, 0], temperatures.apply(test).logit[:, 1]
+    )
+    with pytest.raises(CxrError, match="no temperature for C; fitted were A, B"):
+        temperatures.apply(simulated(50, (1, 1, 1)))
+
+
+def test_what_labels_do_not_define_stays_as_it_is():
+    found = fit(table(np.ones((3, 2)), [[1, 0], [1, 1], [1, 0]], np.array([[True, False]] * 3)))
+    assert found.values == (1, 1)
+    assert found.reasons == ("no negative example", "no known label")
+
+
+@pytest.mark.parametrize(
+    ("logit", "label", "value", "words"),
+    [
+        ([-2, -1, 1, 2], [0, 0, 1, 1], 1 / HOTTEST, "separate"),
+        ([-2, -1, 1, 2], [1, 1, 0, 0], HOTTEST, "the opposite"),
+        ([0, 0, 0, 0], [1, 0, 0, 1], HOTTEST, "say nothing"),
+    ],
+)
+def test_limits_are_named(logit, label, value, words):
+    found = fit(table(logit, label))
+    assert found.values[0] == pytest.approx(value)
+    assert words in found.reasons[0]
+
+
+def test_infinite_logits_do_not_overflow():
+    rng = np.random.default_rng(0)
+    logit = rng.normal(size=200) * 2
+    label = rng.random(200) < 1 / (1 + np.exp(-logit))
+    logit[:2], label[:2] = 1e300, [True, False]  # certain, and once wrong
+    found = fit(table(logit, label))
+    assert math.isfinite(found.values[0])
+    assert np.isfinite(found.apply(table(logit, label)).logit).all()
+
+
+def exclusive(n, sharpness, seed=0):
+    """Images of one of four classes, whose logits are right, times a sharpness."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(n, 4)) * 1.5
+    actual = [rng.choice(4, p=p) for p in softmax(truth, axis=1)]
+    return table(log_odds(truth * sharpness, "cross_entropy"), np.eye(4)[actual]), truth * sharpness
+
+
+def test_exclusive_classes_have_one_temperature_which_is_the_minimum_of_their_loss():
+    validation, logits = exclusive(3000, 2.5)
+    found = fit(validation, exclusive=True)
+
+    def loss(t):
+        return log_loss(validation.label, softmax(logits / t, axis=1))
+
+    least = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-7})
+    assert set(found.values) == {found.values[0]}
+    assert found.values[0] == pytest.approx(least.x, rel=1e-5)
+    assert found.values[0] == pytest.approx(2.5, rel=0.1)
+    scaled = found.apply(validation).probability
+    np.testing.assert_allclose(scaled, softmax(logits / found.values[0], axis=1), rtol=1e-10)
+    np.testing.assert_allclose(scaled.sum(1), 1)
+    with pytest.raises(CxrError, match="is for all of them: A, B, C, D"):
+        found.apply(validation.select("AB"))
+
+
+def test_exclusive_classes_that_say_everything_or_nothing():
+    sure = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3))
+    assert fit(sure, exclusive=True).values[0] == pytest.approx(1 / HOTTEST)
+    assert "separate" in fit(sure, exclusive=True).reasons[2]
+    wrong = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3)[[1, 2, 0]])
+    assert fit(wrong, exclusive=True).values[0] == pytest.approx(HOTTEST)
+    nobody = table(log_odds(np.eye(3), "cross_entropy"), np.eye(3), np.zeros((3, 3), bool))
+    assert (fit(nobody, exclusive=True).values, fit(nobody, exclusive=True).reasons[0]) == ((1,) * 3, "no known label")

@@ -1,0 +1,142 @@
+"""Thresholds and what follows from them, against scikit-learn and against every threshold there is."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics
+
+from cxrjax.errors import CxrError
+from cxrjax.metrics.predictions import Predictions
+from cxrjax.metrics.thresholds import Counts, OperatingPoints, accuracy, choose
+
+
+def table(score, label, known=None, findings=None):
+    score, label = (np.array(x, float).reshape(len(score), -1) for x in (score, label))
+    known = np.ones(label.shape, bool) if known is None else np.array(known, bool).reshape(label.shape)
+    ids = np.arange(len(score))
+    return Predictions(ids, ids, findings or tuple("ABCDE"[: label.shape[1]]), score, label, known)
+
+
+def simulated(n=400, seed=0):
+    rng = np.random.default_rng(seed)
+    label = rng.random((n, 3)) < [0.2, 0.5, 0.05]
+    return table(rng.normal(size=(n, 3)).round(1) + label - 0.7, label, rng.random((n, 3)) < 0.9)
+
+
+both_classes = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2, max_size=40).filter(
+    lambda rows: len({label for _, label in rows}) == 2
+)
+
+
+@settings(deadline=None)
+@given(both_classes, st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 1.0]))
+def test_thresholds_are_the_best_of_all(rows, target):
+    score, label = (np.array(column) for column in zip(*rows, strict=True))
+    validation = table(score, label)
+
+    def rates(threshold):
+        called = score >= threshold
+        return called[label].mean(), (~called)[~label].mean()
+
+    every = [*np.unique(score), np.inf]  # all there are
+    youden = choose(validation)
+    fpr, tpr, _ = metrics.roc_curve(label, score)
+    assert sum(rates(youden.threshold[0])) - 1 == pytest.approx(max(tpr - fpr))
+    found = choose(validation, "sensitivity", target)
+    reaching = [t for t in every if rates(t)[0] >= target - 1e-9]
+    assert found.threshold[0] == max(reaching)
+    left = choose(validation, "specificity", target)
+    assert rates(left.threshold[0])[1] >= target - 1e-9
+    assert rates(left.threshold[0]) == rates(min(t for t in every if rates(t)[1] >= target - 1e-9))
+
+
+def test_rates_on_other_images_are_sklearns():
+    validation, test = simulated(seed=0), simulated(seed=1)
+    for rule in ("youden", "sensitivity", "specificity"):
+        points = choose(validation, rule, 0.8)
+        for k, row in enumerate(points.apply(test)):
+            known = test.known[:, k]
+            actual, called = test.label[known, k] > 0, test.logit[known, k] >= points.threshold[k]
+            tn, fp, fn, tp = metrics.confusion_matrix(actual, called).ravel()
+            assert (row["tp"], row["fp"], row["fn"], row["tn"]) == (tp, fp, fn, tn)
+            assert row["sensitivity"] == pytest.approx(metrics.recall_score(actual, called))
+            assert row["specificity"] == pytest.approx(metrics.recall_score(~actual, ~called))
+            assert row["ppv"] == pytest.approx(metrics.precision_score(actual, called))
+            assert row["npv"] == pytest.approx(metrics.precision_score(~actual, ~called))
+            assert row["accuracy"] == pytest.approx(metrics.accuracy_score(actual, called))
+            assert row["f1"] == pytest.approx(metrics.f1_score(actual, called))
+            assert row["threshold"] == pytest.approx(1 / (1 + math.exp(-points.threshold[k])))
+
+
+def test_a_fixed_sensitivity_is_kept_on_validation():
+    validation = simulated()
+    points = choose(validation, "sensitivity", 0.9)
+    assert points.rule == "sensitivity >= 0.9"
+    for row in points.apply(validation):
+        assert 0.9 <= row["sensitivity"] < 0.9 + 0.1
+    assert choose(table([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0], [1] * 10 + [0]), "sensitivity", 0.7).threshold[0] == 4
+
+
+def test_a_useless_score_calls_nothing():
+    points = choose(table([0, 1, 2, 3], [1, 1, 0, 0]))
+    assert points.threshold[0] == np.inf
+    row = points.apply(table([5, 9], [1, 0]))[0]
+    assert (row["threshold"], row["sensitivity"], row["specificity"]) == (1, 0, 1)
+    assert math.isnan(row["ppv"])
+
+
+def test_without_a_choice_there_are_no_rates_but_a_reason():
+    validation = table(np.zeros((3, 2)), [[1, 0], [0, 0], [1, 0]])
+    points = choose(validation)
+    row = points.apply(simulated().select("AB"))[1]
+    assert row["reason"] == "no positive example"
+    assert np.isnan([row["threshold"], row["sensitivity"], row["npv"], row["accuracy"]]).all()
+    assert row["tp"] + row["fp"] + row["fn"] + row["tn"] == 0
+
+
+def test_findings_are_matched_by_name():
+    points = choose(simulated())
+    turned = simulated(seed=1).select("CBA")
+    assert points.apply(turned) == points.apply(simulated(seed=1))
+    with pytest.raises(CxrError, match="unknown finding 'C'"):
+        points.apply(simulated().select("AB"))
+
+
+def test_accuracy_over_all_labels():
+    predictions = simulated()
+    known = predictions.known
+    expected = metrics.accuracy_score(predictions.label[known] > 0, predictions.probability[known] >= 0.5)
+    assert accuracy(predictions) == pytest.approx(expected)
+    expected = metrics.accuracy_score(predictions.label[known] > 0, predictions.probability[known] >= 0.2)
+    assert accuracy(predictions, 0.2) == pytest.approx(expected)
+    assert accuracy(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1  # a probability of just 0.5 is a yes
+    assert math.isnan(accuracy(table([0.0], [1], [0])))
+
+
+def test_counts_of_nothing_are_nan():
+    counts = Counts.of(np.zeros((2, 1), bool), np.ones((2, 1)), np.array([[True], [False]]))
+    assert (counts.tp[0], counts.fp[0], counts.fn[0], counts.tn[0]) == (0, 0, 1, 0)
+    assert (counts.sensitivity[0], counts.f1[0], counts.prevalence[0], counts.npv[0]) == (0, 0, 1, 0)
+    assert np.isnan([counts.ppv[0], counts.specificity[0], counts.balanced_accuracy[0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: choose(t, "yuden"), "did you mean 'youden'"),
+        (lambda t: choose(t, "sensitivity", 90), "target=90"),
+        (lambda t: choose(t, "sensitivity", 0), "target=0"),
+        (lambda t: accuracy(t, 1), "threshold=1"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(CxrError, match=message):
+        call(simulated())
+
+
+def test_points_can_be_given():
+    points = OperatingPoints(("A",), np.zeros(1), ("",), "given")
+    assert points.apply(table([1, -1, 2], [1, 0, 0]))[0]["accuracy"] == pytest.approx(2 / 3)

@@ -1,0 +1,97 @@
+"""Uncertainty from stochastic passes against NumPy, SciPy and closed forms."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.stats import entropy
+
+from cxrjax.errors import CxrError
+from cxrjax.metrics.uncertainty import choose_threshold, summarise
+
+passes = hnp.arrays(np.float64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.floats(0, 1))
+
+
+def of_two(p):
+    """Entropy of yes or no, by SciPy."""
+    return entropy(np.stack([p, 1 - p]), axis=0)
+
+
+@settings(deadline=None)
+@given(passes)
+def test_agrees_with_numpy_and_scipy(p):
+    found = summarise(p)
+    assert found.passes == len(p)
+    np.testing.assert_allclose(found.mean, p.mean(0), atol=1e-12)
+    np.testing.assert_allclose(found.deviation, p.std(0), atol=1e-12)
+    np.testing.assert_allclose(found.image, p.std(0).mean(1), atol=1e-12)
+    np.testing.assert_allclose(found.entropy, of_two(p.mean(0)), atol=1e-12)
+    np.testing.assert_allclose(found.mutual_information, of_two(p.mean(0)) - of_two(p).mean(0), atol=1e-12)
+    assert (found.mutual_information >= 0).all()
+
+
+@settings(deadline=None)
+@given(passes)
+def test_exclusive_classes(p):
+    p = (p + 1e-3) / (p + 1e-3).sum(axis=2, keepdims=True)
+    found = summarise(p, exclusive=True)
+    total = entropy(p.mean(0), axis=1)
+    np.testing.assert_allclose(found.entropy[:, 0], total, atol=1e-12)
+    np.testing.assert_allclose(found.mutual_information[:, 0], total - entropy(p, axis=2).mean(0), atol=1e-12)
+    np.testing.assert_allclose(found.deviation, p.std(0), atol=1e-12)
+
+
+def test_passes_that_contradict_each_other_and_passes_that_agree_on_a_coin():
+    torn, coin = np.array([[[0.0]], [[1.0]]]), np.full((2, 1, 1), 0.5)
+    assert summarise(torn).entropy == summarise(torn).mutual_information == pytest.approx(np.log(2))
+    assert summarise(torn).deviation == 0.5
+    assert summarise(coin).entropy == pytest.approx(np.log(2))
+    assert summarise(coin).mutual_information == summarise(coin).deviation == 0
+
+
+def test_images_above_the_threshold_are_flagged():
+    spread = np.array([0.05, 0.1, 0.15, 0.3])
+    p = np.stack([0.5 + spread, 0.5 - spread])[:, :, None]
+    found = summarise(np.concatenate([p, 0 * p + 0.5], axis=2))  # a second class that never varies halves them
+    np.testing.assert_allclose(found.image, spread / 2)
+    np.testing.assert_array_equal(found.flagged(), [False, False, False, True])
+    np.testing.assert_array_equal(found.flagged(0.07), [False, False, True, True])
+
+
+def test_passes_may_come_one_by_one_in_any_float():
+    p = np.random.default_rng(0).random((100, 5, 3)).astype(np.float32)
+    found, streamed = summarise(p), summarise(one for one in p)
+    for name in ("mean", "deviation", "entropy", "mutual_information"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(streamed, name))
+        assert getattr(found, name).dtype == np.float64
+    np.testing.assert_allclose(found.deviation, p.astype(np.float64).std(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        ([], "no passes"),
+        (np.zeros((2, 3)), "pass 1 has shape .3,.; give images x findings"),
+        ([np.zeros((2, 3)), np.zeros((2, 2))], r"pass 2 has shape \(2, 2\); the first has \(2, 3\)"),
+        (np.array([[[0.5, 0.5]], [[0.5, 1.5]]]), "pass 2, image 1, finding 2: 1.5 is no probability"),
+        (np.full((1, 1, 1), np.nan), "no probability"),
+    ],
+)
+def test_bad_passes(p, message):
+    with pytest.raises(CxrError, match=message):
+        summarise(p)
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 0.5)), st.floats(0.01, 0.5))
+def test_a_threshold_is_the_least_that_flags_no_more_than_its_share(validation, share):
+    threshold = choose_threshold(validation, share)
+    assert (validation > threshold).mean() <= share + 1e-9
+    lower = validation[validation < threshold]
+    if len(lower):
+        assert (validation > lower.max()).mean() > share - 1e-9
+
+
+def test_a_threshold_needs_images():
+    with pytest.raises(CxrError, match="no validation images"):
+        choose_threshold(np.zeros(0))

@@ -1,0 +1,106 @@
+"""Measurements: what they say of a small network, and what they need."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cxrjax.cli.main import main
+from cxrjax.config import load
+from cxrjax.errors import CxrError
+from cxrjax.models import create
+from cxrjax.models.network import Network, parameter_count
+from cxrjax.planning import benchmark
+
+ABSENT = ("grain", "tensorflow_datasets", "array_record", "clu", "ml_collections", "tensorboardX", "pyarrow", "sklearn")
+
+
+@pytest.mark.slow
+def test_the_verb_measures_training_and_inference(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    words = ["bench", "simple_cnn:32:4", "densenet_small:8:1", "--dtypes", "float32", "--steps", "2"]
+    assert main.main([*words, "--json", str(file)]) == 1  # what could be measured is kept
+    good, bad = json.loads(file.read_text())
+    assert (good["arch"], good["resolution"], good["batch"], good["variant"]) == (
+        "simple_cnn", 32, 4, "float32, remat none",
+    )  # fmt: skip
+    for what in ("train", "infer"):
+        assert good[f"{what}_images_per_s"] == pytest.approx(4 / good[f"{what}_s"])
+        assert 0 < good[f"{what}_dispatch_ms"] / 1e3 <= good[f"{what}_s"]
+    parameters = 4 * parameter_count(Network.of(create("simple_cnn", classes=benchmark.FINDINGS)))
+    assert good["train_planned_bytes"] > 3 * parameters  # themselves and two moments
+    assert 0.3 < good["loss"] < 1.2
+    assert "batch norm cannot train on one value" in bad["error"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "planned" in printed
+    assert "densenet_small at 8 px, 1 images, float32, remat none: batch norm" in printed
+
+
+def test_training_is_kept_where_inference_cannot_be_measured(monkeypatch):
+    case = benchmark.Case("simple_cnn", 32, 4)
+    monkeypatch.setattr(benchmark, "_apart", lambda case: {"error": "gone"} if case.inference else {"train_s": 2.0})
+    [row] = benchmark.rows([case])
+    assert (row["train_s"], row["infer_error"], "error" in row) == (2.0, "gone", False)
+    assert benchmark.failures([row]) == {"simple_cnn at 32 px, 4 images, bfloat16, remat none, inference": "gone"}
+
+
+def test_it_needs_few_packages():
+    program = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from cxrjax.studies import bench; {{}}"
+    case = benchmark.Case("simple_cnn", 32, 2, dtype="float32", inference=True, steps=1)
+    line = program.format(f"import json; print(json.dumps(bench.measure(bench.{case!r})))")
+    made = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["infer_s"] > 0
+
+
+@pytest.mark.parametrize("word", ["densenet121", "densenet121:0:4", "densenet121:64:4:4", "a b:64:4"])
+def test_words_that_are_no_case(word):
+    with pytest.raises(CxrError, match="ARCH:SIZE:BATCH"):
+        benchmark.cases([word], ["float32"], ["none"], 3)
+
+
+def test_every_combination_is_a_case():
+    made = benchmark.cases(["resnet18:64:4", "resnet50:32:2"], ["bfloat16", "float32"], ["none", "layer"], 7)
+    assert len({(case.arch, case.dtype, case.remat) for case in made}) == len(made) == 8
+    assert {case.steps for case in made} == {7}
+
+
+@pytest.mark.slow
+def test_a_recipe_on_its_mesh(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    file = tmp_path / "bench.json"
+    words = ["bench", "--config", "demo:32", "--steps", "1", "--no-inference", "--json", str(file)]
+    small = ("model.options.growth=4", "model.options.blocks=(1, 1)", "mesh.data=2", "mesh.space=2", "train.batch=4")
+    assert main.main([*words, *(f"--config.{word}" for word in small)]) == 0
+    [row] = json.loads(file.read_text())
+    assert (row["arch"], row["resolution"], row["batch"], row["data"], row["space"]) == ("densenet_small", 32, 4, 2, 2)
+    assert row["train_s"] > 0
+
+
+def test_a_recipe_is_a_case():
+    config = load("resolution:2048", ["train.per_device=7", "mesh.data=6"])
+    assert benchmark.Case.of(config, 5) == benchmark.Case(
+        "densenet121", 2048, 42, "bfloat16", "layer", steps=5, data=6, space=1
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "ARCH:SIZE:BATCH"),
+        (["--config", "demo:32", "--mesh", "data=2"], "--mesh are for ARCH:SIZE:BATCH"),
+        (["--config", "demo:32", "--config.train.per_device=2", "--config.mesh.data=0"], "train.per_device needs"),
+        (["simple_cnn:32:4", "--steps", "0"], "no median of no step"),
+        (["simple_cnn:2:4", "--steps", "1"], "nothing could be measured"),
+        (["nonsense:32:4"], "unknown network 'nonsense': did you mean"),
+    ],
+)
+def test_what_cannot_be_measured(capsys, words, said):
+    assert main.main(["bench", *words]) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_mesh_that_does_not_divide():
+    with pytest.raises(CxrError, match="32 rows cannot be divided over mesh space=3"):
+        benchmark.measure(benchmark.Case("simple_cnn", 32, 2, space=3))

@@ -1,0 +1,82 @@
+"""Where the data say that findings are, and what untrained networks are."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cxrjax.data.records import Box, Record, Records, open_records
+from cxrjax.errors import CxrError
+from cxrjax.runs.erf_run import erf_run, fresh
+from cxrjax.runs.saliency_run import Reading, _positives, saliency_run
+from cxrjax.train.described import network_of
+
+FINDINGS = ("Mass", "Nodule")
+
+
+def experiment(*boxes_of_images):
+    """Images that all show a mass, with boxes drawn in some."""
+    made = [
+        Record(f"{k}.png", f"p{k}", "s", "PA", math.nan, "", "", (1, 0), boxes=tuple(boxes))
+        for k, boxes in enumerate(boxes_of_images)
+    ]
+    records = Records.of(made, FINDINGS, dataset="drawn")
+    count = len(made)
+    part = SimpleNamespace(
+        row=np.arange(count, dtype=np.int32), label=np.tile([1.0, 0.0], (count, 1)), known=np.ones((count, 2), bool)
+    )
+    return SimpleNamespace(records=records, findings=FINDINGS, part=lambda name: part)
+
+
+def test_drawn_boxes_are_taken_as_they_are_even_where_they_touch():
+    first, second = Box("Mass", 0.1, 0.2, 0.3, 0.1), Box("Mass", 0.4, 0.2, 0.1, 0.1)
+    other = Box("Nodule", 0.7, 0.7, 0.1, 0.1)
+    found = _positives(experiment((), (first, second, other), (other,)), "test", "Mass", 8)
+    assert list(found.row) == [1]
+    np.testing.assert_allclose(found.boxes[0], [[0.1, 0.2, 0.3, 0.1], [0.4, 0.2, 0.1, 0.1]], rtol=1e-6)
+    assert found.masks[0].mean() == pytest.approx(0.04, abs=0.002)
+
+
+def test_without_boxes_the_first_positives_are_taken():
+    found = _positives(experiment((), (), ()), "test", "Mass", 2)
+    assert list(found.row) == [0, 1]
+    assert found.masks == found.boxes == []
+
+
+def test_masks_count_by_the_boxes_of_their_regions(phantom_data):
+    records = open_records(phantom_data, "cxr_phantom", "32")
+    k = records.findings.index("Nodule")
+    rows = np.flatnonzero(records.labels[:, k] == 1).astype(np.int32)
+    part = SimpleNamespace(row=rows, label=(records.labels[rows] == 1).astype(float), known=records.labels[rows] >= 0)
+    phantom = SimpleNamespace(records=records, findings=records.findings, part=lambda name: part)
+    found = _positives(phantom, "test", "Nodule", 8)
+    assert len(found.row) > 3
+    for mask, boxes in zip(found.masks, found.boxes, strict=True):
+        covered = np.zeros_like(mask)
+        for x, y, w, h in (boxes * 256).round().astype(int):
+            covered[y : y + h, x : x + w] = True
+        assert (covered >= mask).all()
+    assert max(map(len, found.boxes)) > 1
+
+
+def test_only_integrated_gradients_are_blurred():
+    assert Reading("integrated").smoothing(256) == pytest.approx(5.12)
+    assert Reading("layercam").smoothing(256) == 0
+
+
+def test_an_untrained_network_has_other_initial_values_and_leaves_the_config_alone(tiny):
+    config = tiny()
+    seed = config.seed
+    first, other = network_of(config, 3), fresh(config, 3)
+    assert config.seed == seed
+    assert other.skeleton is first.skeleton
+    kernels = [np.asarray(network.params["classifier"]["output"]["kernel"]) for network in (first, other)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+
+
+def test_bad_readings_are_refused_before_anything_is_opened(tmp_path):
+    with pytest.raises(CxrError, match="threshold"):
+        saliency_run(tmp_path, Reading(threshold=2))
+    with pytest.raises(CxrError, match="width must be above 0"):
+        erf_run(tmp_path, width_cm=0.0)

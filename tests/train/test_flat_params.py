@@ -1,0 +1,151 @@
+"""A state as few arrays: the same values, the same step, and hardly any arrays to hand over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from cxrjax.data.batch import Batch
+from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
+from cxrjax.distributed.placement import place
+from cxrjax.metrics.auc import mean_auroc
+from cxrjax.models import create
+from cxrjax.models.network import Network
+from cxrjax.train import forward, loop
+from cxrjax.train.flat_params import Packed, is_packed, pack, pack_for, unpack
+from cxrjax.train.monitoring import read_metrics
+from cxrjax.train.optimizer import as_one_vector
+from cxrjax.train.state import TrainState
+from cxrjax.train.step import make_predict_step, make_train_step
+
+LEAVES = arrays.arrays(
+    st.sampled_from([np.float32, np.float16, np.int32]), arrays.array_shapes(min_dims=0, max_dims=3, max_side=3)
+)
+TREES = st.recursive(LEAVES, lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8)
+
+
+@settings(deadline=None)
+@given(tree=TREES)
+def test_any_tree_comes_back(tree):
+    few = Packed.of(jax.tree.map(jnp.asarray, tree))
+    vectors = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if leaf.ndim == 1}
+    others = sum(leaf.ndim != 1 for leaf in jax.tree.leaves(tree))
+    assert len(jax.tree.leaves(few)) == len(vectors) + others
+    back = few.tree()
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for ours, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert ours.dtype == wanted.dtype
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def small(seed=0, **options):
+    options = {"growth": 4, "blocks": (1, 1), "stem_channels": 4} | options
+    return Network.of(create("densenet_small", classes=3, seed=seed, **options))
+
+
+def test_networks_of_one_shape_have_one_layout():
+    one, other = pack(small(0)), pack(small(1))
+    assert one.params.layout is other.params.layout
+    assert jax.tree.structure(one) == jax.tree.structure(other) != jax.tree.structure(pack(small(growth=8)))
+
+
+def test_large_arrays_are_handed_through():
+    """No copy of them, neither in packing nor in taking apart."""
+    network = small()
+    few = pack(network)
+    back = unpack(few)
+    kernels = lambda tree: [leaf for leaf in jax.tree.leaves(tree.params) if leaf.ndim == 4]  # noqa: E731
+    assert kernels(network)
+    for before, between, after in zip(kernels(network), kernels(few), kernels(back), strict=True):
+        assert before is between is after
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_a_packed_state_makes_the_same_steps(shape):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        batch = Batch(
+            image=rng.integers(0, 256, (4, 32, 32, 1), np.uint8),
+            label=(rng.random((4, 3)) < 0.5).astype(np.float32),
+            known=np.ones((4, 3), bool),
+            valid=np.ones(4, bool),
+            record=np.arange(4, dtype=np.int32),
+        )
+        network, optimizer = small(dtype="float64"), as_one_vector(optax.scale_by_adam())
+        mesh = make_mesh(*shape)
+        step = make_train_step(network, optimizer, optax.constant_schedule(0.05), mesh)
+        apart, few = (jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh)) for _ in range(2))
+        batch, few = place(batch, batch_shardings(mesh)), pack(few)
+        for _ in range(3):
+            apart, expected = step(apart, batch)
+            few, metrics = step(few, batch)
+            assert is_packed(few)
+            assert not is_packed(apart)
+            assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(few))
+            np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-10)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)  # noqa: E731
+        jax.tree.map(close, unpack(few), apart)
+
+
+def test_a_packed_network_predicts_the_same():
+    network, step = small(), make_predict_step(make_mesh(1, 1))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
+    np.testing.assert_allclose(step(pack(network), images), step(network, images), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_packed_stays():
+    network = small()
+    assert unpack(network) is network
+
+
+def test_densenet121_is_handed_over_as_few_arrays():
+    optimizer = as_one_vector(optax.scale_by_adam())
+    network = Network.of(create("densenet121", classes=14))
+    state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0))
+    few = jax.eval_shape(pack, state)
+    assert len(jax.tree.leaves(state)) == 612
+    assert len(jax.tree.leaves(few)) == 612 - (2 * 121 + 1) + 1 - 2 * 121 + 1
+
+
+class Elsewhere:
+    """A mesh of accelerators, as far as packing looks at it."""
+
+    devices = np.array([[type("Device", (), {"platform": "gpu"})()]])
+
+
+def test_accelerators_take_few_arrays_and_cpus_take_what_compiles_sooner():
+    network = small()
+    assert is_packed(pack_for(network, Elsewhere()))
+    assert pack_for(network, make_mesh(1, 1)) is network
+
+
+def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch):
+    """The checkpoint of one kind goes on as the other."""
+    packings, make = [], loop.make_train_step
+    words = ("train.epochs=2", "train.steps_per_epoch=2", "optimizer.schedule=constant", "optimizer.warmup=0")
+
+    def watched(*given, **more):
+        step = make(*given, **more)
+
+        def watching(state, batch):
+            packings.append(is_packed(state))
+            return step(state, batch)
+
+        return watching
+
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    loop.train(tiny(*words), tmp_path / "apart", mean_auroc)
+    loop.train(tiny(*words, "train.epochs=1"), tmp_path / "both", mean_auroc)
+    for module in (loop, forward):
+        monkeypatch.setattr(module, "pack_for", lambda of, _: pack(of))
+    loop.train(tiny(*words), tmp_path / "both", mean_auroc)
+    assert packings == [False] * 6 + [True] * 2
+    apart, both = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("apart", "both"))
+    assert [row["step"] for row in both] == [row["step"] for row in apart]
+    for row, expected in zip(both, apart, strict=True):
+        for name in expected.keys() - {"seconds", "data_wait"}:
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-3, err_msg=name)

@@ -1,0 +1,210 @@
+"""What a run says of its own pace, and that nothing in its steps makes the devices wait for the host."""
+
+import gzip
+import json
+import time
+
+import jax
+import pytest
+from jax._src.array import ArrayImpl
+
+from cxrjax.cli.main import main
+from cxrjax.data import pipeline
+from cxrjax.errors import CxrError
+from cxrjax.metrics.auc import mean_auroc
+from cxrjax.train import loop
+from cxrjax.train.monitoring import read_metrics
+
+STEP = 0.05
+"""Seconds that a step is made to take, so that a busy machine changes little."""
+
+
+def paced(monkeypatch, *, loading: float, threads: float = 0) -> None:
+    """The real loop, whose step is made `STEP` longer, as a busy device would.
+
+    Each batch comes `loading` seconds late, or keeps the thread that loads it `threads` seconds longer.
+    """
+    batches, load, settle = loop.training_batches, pipeline._load, loop._Trainer._settle
+
+    def late(*words, **more):
+        for batch in batches(*words, **more):
+            time.sleep(loading)
+            yield batch
+
+    def long(*words):
+        time.sleep(threads)
+        return load(*words)
+
+    def slow(self, pending, allowed):
+        time.sleep(STEP)
+        settle(self, pending, allowed)
+
+    monkeypatch.setattr(loop, "training_batches", late)
+    monkeypatch.setattr(pipeline, "_load", long)
+    monkeypatch.setattr(loop._Trainer, "_settle", slow)
+
+
+def test_a_loader_that_is_faster_than_the_step_is_not_waited_for(tiny, tmp_path, monkeypatch):
+    """Were batches not loaded meanwhile, its 0.6 of a step would be a share of 0.37."""
+    paced(monkeypatch, loading=0, threads=0.6 * STEP)
+    progress = loop.train(tiny("train.epochs=2", "train.steps_per_epoch=8"), tmp_path, mean_auroc)
+    assert progress.data_wait is not None
+    assert progress.data_wait < 0.2
+
+
+def test_a_slow_loader_is_told_of_in_every_place(tiny_overrides, tmp_path, monkeypatch, capsys):
+    """It sleeps four times as long as the step: the share is about 0.8, or less where the machine is busy."""
+    paced(monkeypatch, loading=4 * STEP)
+    words = [f"--config.{word}" for word in (*tiny_overrides, "train.epochs=2")]
+    assert main.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 0
+    shares = [row["data_wait"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    whole = json.loads((tmp_path / "run.json").read_text())["data_wait"]
+    assert len(shares) == 2
+    for share in (*shares, whole):
+        assert 0.4 < share < 0.95
+    assert f"{whole:.1%} of the time waiting for data" in capsys.readouterr().out
+
+
+class Unread:
+    """A metric that is not read yet; reading it notes how many steps were given to the devices since its own."""
+
+    def __init__(self, value, own, given, lags):
+        self.value, self.own, self.given, self.lags = value, own, given, lags
+
+    def __float__(self):
+        self.lags[self.own] = len(self.given) - self.own
+        return float(self.value)
+
+
+def test_the_host_stays_two_steps_behind_and_steps_take_nothing_from_it(tiny, tmp_path, monkeypatch):
+    given, lags, make = [], {}, loop.make_train_step
+
+    def watched(*words, **more):
+        step = make(*words, **more)
+
+        def watching(state, batch):
+            with jax.transfer_guard("disallow"):  # all that the step takes is on the devices
+                state, metrics = step(state, batch)
+            given.append(None)
+            return state, {name: Unread(value, len(given), given, lags) for name, value in metrics.items()}
+
+        return watching
+
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    loop.train(tiny("train.epochs=2", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
+    assert lags == {1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 0, 7: 2, 8: 2, 9: 2, 10: 2, 11: 1, 12: 0}
+
+
+def test_two_batches_wait_on_the_devices_when_a_step_is_given(tiny, tmp_path, monkeypatch):
+    place, make, placed, when_given = loop.place, loop.make_train_step, [], []
+
+    def counted(*words):
+        placed.append(None)
+        return place(*words)
+
+    def watched(*words, **more):
+        step = make(*words, **more)
+
+        def watching(state, batch):
+            when_given.append(len(placed))
+            return step(state, batch)
+
+        return watching
+
+    monkeypatch.setattr(loop, "place", counted)
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    loop.train(tiny("train.epochs=1", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
+    assert when_given == [3, 4, 5, 6, 7, 8]
+
+
+WAITS = {
+    "none": None,
+    "block": lambda x: jax.block_until_ready(x),
+    "get": lambda x: jax.device_get(x),
+    "number": int,
+    "method": lambda x: x.block_until_ready(),
+}
+
+
+@pytest.mark.parametrize("fault", WAITS)
+def test_no_step_is_waited_for_before_the_next_is_given(tiny, tmp_path, monkeypatch, fault):
+    """Whatever reads a state, or waits for it, between its step and the next; with a fault, this test sees it."""
+    steps, make, given, state_now, waited = 5, loop.make_train_step, [], [], []
+
+    def note(arrays):
+        ours = {id(leaf) for leaf in state_now}
+        if len(given) < steps and any(id(leaf) in ours for leaf in jax.tree.leaves(arrays)):
+            waited.append(len(given))
+
+    def noting(function):
+        def noted(arrays, *rest):
+            note(arrays)
+            return function(arrays, *rest)
+
+        return noted
+
+    read = ArrayImpl._value.fget
+    monkeypatch.setattr(ArrayImpl, "_value", property(noting(read)))
+    monkeypatch.setattr(ArrayImpl, "__array__", noting(ArrayImpl.__array__))
+    monkeypatch.setattr(ArrayImpl, "block_until_ready", noting(ArrayImpl.block_until_ready))
+    monkeypatch.setattr(jax, "device_get", noting(jax.device_get))
+    monkeypatch.setattr(jax, "block_until_ready", noting(jax.block_until_ready))
+
+    def watched(*words, **more):
+        step = make(*words, **more)
+
+        def watching(state, batch):
+            state, metrics = step(state, batch)
+            given.append(None)
+            state_now[:] = jax.tree.leaves(state)
+            if wait := WAITS[fault]:
+                wait(state.step)
+            return state, metrics
+
+        return watching
+
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    loop.train(tiny("train.epochs=1", f"train.steps_per_epoch={steps}"), tmp_path, mean_auroc)
+    assert len(given) == steps
+    assert sorted(set(waited)) == ([] if fault == "none" else [1, 2, 3, 4])
+
+
+def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, capsys):
+    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
+    assert main.main([*words, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
+    (device_trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")  # what TensorBoard reads
+    assert b"train" in device_trace.read_bytes()
+    (perfetto,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
+    assert steps == {"6", "7"}
+    assert any("jit_step" in str(event) for event in events)
+
+
+def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsys):
+    steady = ("optimizer.schedule=constant", "optimizer.warmup=0")
+    loop.train(tiny(*steady, "train.epochs=1"), tmp_path, mean_auroc)
+    loop.train(tiny(*steady, "train.epochs=2"), tmp_path, mean_auroc, profile=(2, 4))
+    assert "steps 2 to 4 are done already: nothing is traced" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("10:15", "is not steps=A:B"),
+        ("steps=3", "is not steps=A:B"),
+        ("steps=7:6", "must not be before the first"),
+        ("steps=0:6", "count from 1"),
+    ],
+)
+def test_steps_that_are_none_are_refused(text, said, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), "--profile", text])
+    assert said in capsys.readouterr().err
+
+
+def test_steps_beyond_the_run_are_refused_before_it(tiny, tmp_path):
+    with pytest.raises(CxrError, match="steps 10 to 13 cannot be profiled in a run of 12 steps"):
+        loop.train(tiny(), tmp_path, mean_auroc, profile=(10, 13))
+    assert not list(tmp_path.iterdir())
