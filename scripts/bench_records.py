@@ -70,7 +70,7 @@ def end_to_end(data_dir: Path, images: int, side: int, threads: int) -> dict[str
     some = examples(records, range(len(records)), records.findings, LabelPolicy())
     count, start, cpu = 0, time.perf_counter(), time.process_time()
     for batch in evaluation_batches(some, size=side, batch_size=64, threads=threads):
-        count += int(batch.valid.sum())
+        count += int(batch.example_mask.sum())
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     assert count == len(records) >= images, (count, len(records), images)
     return {

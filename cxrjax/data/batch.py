@@ -12,13 +12,13 @@ class Batch(NamedTuple):
     Attributes:
       image: grey bytes, 0 black.
       label: 0 or 1; 0 where unknown.
-      known: whether the label counts in losses and scores; False in padding.
-      valid: False in padding.
+      label_mask: whether the label counts in losses and scores; False in padding.
+      example_mask: False in padding.
       record: row of the `Records` table; -1 in padding.
     """
 
     image: UInt8[np.ndarray, "B H W 1"]
     label: Float32[np.ndarray, "B K"]
-    known: Bool[np.ndarray, "B K"]
-    valid: Bool[np.ndarray, " B"]
+    label_mask: Bool[np.ndarray, "B K"]
+    example_mask: Bool[np.ndarray, " B"]
     record: Int32[np.ndarray, " B"]

@@ -293,16 +293,16 @@ def with_absolute_files(mix: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(absolute)
 
 
-def _entry(key: str, text: str, known: tuple[str, ...], group: str = " ") -> tuple[str, dict[str, str]]:
+def _entry(key: str, text: str, label_mask: tuple[str, ...], group: str = " ") -> tuple[str, dict[str, str]]:
     """`name; key=value; ...` taken apart."""
     name, *changes = (word.strip() for word in str(text).split(";"))
     if not name or "=" in name:
-        raise CxrError(f"config key {key}: entry {text!r} must begin with a name, as in 'NAME; {known[0]}=...'")
+        raise CxrError(f"config key {key}: entry {text!r} must begin with a name, as in 'NAME; {label_mask[0]}=...'")
     pairs = {}
     for change in filter(None, changes):
         which, equals, value = change.partition("=")
-        if not equals or not (which in known or which.startswith(group)):
-            may = ", ".join(known) + (f" and {group}*" if group.strip() else "")
+        if not equals or not (which in label_mask or which.startswith(group)):
+            may = ", ".join(label_mask) + (f" and {group}*" if group.strip() else "")
             raise CxrError(f"config key {key}: {change!r} of {name} is not understood; an entry may set {may}")
         pairs[which] = value
     return name, pairs

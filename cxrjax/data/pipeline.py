@@ -29,14 +29,14 @@ class Examples:
       records: the prepared data set that the images come from.
       row: rows of its table, n of them.
       label: target values, 0 or 1, or between where the label policy smooths.
-      known: whether each target is known.
+      label_mask: whether each target is known.
       origin: number of the data set that each comes from, where there are several.
     """
 
     records: Records
     row: Int32[np.ndarray, " n"]
     label: Float32[np.ndarray, "n K"]
-    known: Bool[np.ndarray, "n K"]
+    label_mask: Bool[np.ndarray, "n K"]
     origin: Int32[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:
@@ -58,8 +58,8 @@ def examples(
     if NO_FINDING in findings and NO_FINDING not in names:
         labels, names = np.column_stack([labels, no_finding(labels, names)]), (*names, NO_FINDING)
     wanted = positions(findings, names)
-    label, known = targets(labels, policy, findings=names, ids=records.id[rows])
-    return Examples(records, rows, label[:, wanted], known[:, wanted])
+    label, label_mask = targets(labels, policy, findings=names, ids=records.id[rows])
+    return Examples(records, rows, label[:, wanted], label_mask[:, wanted])
 
 
 def training_batches(
@@ -107,7 +107,7 @@ def training_batches(
     def draw(index: int, rng: np.random.Generator) -> tuple[int, Warp]:
         return int(index), augment.draw(rng)
 
-    strata = sampling.strata(examples.label, examples.known, examples.origin)
+    strata = sampling.strata(examples.label, examples.label_mask, examples.origin)
     plan = order(strata, batch_size, order_seed)
     if augment == Augment():
         plan = plan.map(lambda index: (int(index), Warp()))  # drawing nothing costs a third of reading a small image
@@ -159,8 +159,8 @@ def _load(examples: Examples, plan: Sequence[tuple[int, Warp] | None], size: int
     batch = Batch(
         image=np.empty((count, size, size, 1), np.uint8),
         label=np.zeros((count, findings), np.float32),
-        known=np.zeros((count, findings), bool),
-        valid=np.zeros(count, bool),
+        label_mask=np.zeros((count, findings), bool),
+        example_mask=np.zeros(count, bool),
         record=np.full(count, -1, np.int32),
     )
     for i, item in enumerate(plan):
@@ -171,8 +171,8 @@ def _load(examples: Examples, plan: Sequence[tuple[int, Warp] | None], size: int
             which, warp = item
             row = int(examples.row[which])
             warp.into(pixels, _image(examples.records, row, size))
-            batch.label[i], batch.known[i] = examples.label[which], examples.known[which]
-            batch.valid[i], batch.record[i] = True, row
+            batch.label[i], batch.label_mask[i] = examples.label[which], examples.label_mask[which]
+            batch.example_mask[i], batch.record[i] = True, row
     return batch
 
 

@@ -49,13 +49,16 @@ class Sampling:
             raise CxrError(f"weights of data sets {self.weights} must all be above 0; leave out what is not to be used")
 
     def strata(
-        self, label: Float32[np.ndarray, "n K"], known: Bool[np.ndarray, "n K"], origin: Int[np.ndarray, " n"] | None
+        self,
+        label: Float32[np.ndarray, "n K"],
+        label_mask: Bool[np.ndarray, "n K"],
+        origin: Int[np.ndarray, " n"] | None,
     ) -> list[Stratum]:
         """The examples by what they are drawn for; one of several findings is in several strata.
 
         Args:
           label: target values; above 0.5 is positive.
-          known: whether each target is known.
+          label_mask: whether each target is known.
           origin: number of the data set that each comes from; only weights need it.
 
         Raises:
@@ -70,7 +73,7 @@ class Sampling:
                 raise CxrError(f"data set {number} of the weighted ones has no records to train on")
             classes = [np.arange(len(places))]
             if self.name == "balanced":
-                classes = _classes(label[places], known[places])
+                classes = _classes(label[places], label_mask[places])
             found += [Stratum(places[of], weight / len(classes)) for of in classes]
         return found
 
@@ -120,8 +123,8 @@ class _Mingled:
         return cast(int, self._mixed[batch * self._size + int(self._within(batch)[place])])
 
 
-def _classes(label: Float32[np.ndarray, "n K"], known: Bool[np.ndarray, "n K"]) -> list[Int[np.ndarray, " m"]]:
+def _classes(label: Float32[np.ndarray, "n K"], label_mask: Bool[np.ndarray, "n K"]) -> list[Int[np.ndarray, " m"]]:
     """The examples of every finding that has some, and those that are positive for none."""
-    positive = known & (label > 0.5)
+    positive = label_mask & (label > 0.5)
     columns = [*positive.T, ~positive.any(1)]
     return [np.flatnonzero(column) for column in columns if column.any()]

@@ -136,7 +136,7 @@ def batch_shardings(mesh: Mesh) -> Any:
     """A `Batch` of shardings, where each field lies: images over both axes, the rest over `data`."""
     image: Any = NamedSharding(mesh, P("data", "space"))
     rows: Any = NamedSharding(mesh, P("data"))
-    return Batch(image=image, label=rows, known=rows, valid=rows, record=rows)
+    return Batch(image=image, label=rows, label_mask=rows, example_mask=rows, record=rows)
 
 
 def seen_by_layers(mesh: Mesh, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -83,7 +83,7 @@ def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
         findings=experiment.findings,
         logit=log_odds(logits, config.loss.name),
         label=examples.label.astype(np.float64),
-        known=examples.known,
+        label_mask=examples.label_mask,
     )
 
 

@@ -40,19 +40,21 @@ class Ranking:
         cls,
         score: Float[np.ndarray, " N"],
         label: Shaped[np.ndarray, " N"],
-        known: Bool[np.ndarray, " N"] | None = None,
+        label_mask: Bool[np.ndarray, " N"] | None = None,
     ) -> "Ranking":
         """Rank one finding's examples.
 
         Args:
           score: higher means more likely positive; any increasing function of the probability.
           label: positive where it is true or 1; ignored where unknown.
-          known: which examples count; None means all.
+          label_mask: which examples count; None means all.
         """
-        known = np.ones(len(score), bool) if known is None else np.asarray(known, bool)
+        label_mask = np.ones(len(score), bool) if label_mask is None else np.asarray(label_mask, bool)
         label = np.asarray(label) > 0
-        reason = undefined(label, known) or ("a score is not a number" if np.isnan(score[known]).any() else "")
-        rows = np.flatnonzero(known)
+        reason = undefined(label, label_mask) or (
+            "a score is not a number" if np.isnan(score[label_mask]).any() else ""
+        )
+        rows = np.flatnonzero(label_mask)
         order = rows[np.argsort(-score[rows], kind="stable")]
         hit = np.flatnonzero(label[order])  # where the positives stand
         counts = np.append(0, np.cumsum(label[order]))
@@ -95,9 +97,9 @@ class Curve(NamedTuple):
     threshold: Float64[np.ndarray, " n"]
 
 
-def undefined(label: Shaped[np.ndarray, " N"], known: Bool[np.ndarray, " N"]) -> str:
+def undefined(label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"]) -> str:
     """Why these labels define no ranking quality: a short reason, or an empty string if they do."""
-    positives, count = int(np.count_nonzero(np.asarray(label)[known] > 0)), int(np.count_nonzero(known))
+    positives, count = int(np.count_nonzero(np.asarray(label)[label_mask] > 0)), int(np.count_nonzero(label_mask))
     if count == 0:
         return "no known label"
     if positives == 0:
@@ -108,7 +110,7 @@ def undefined(label: Shaped[np.ndarray, " N"], known: Bool[np.ndarray, " N"]) ->
 def auroc(
     score: Float[np.ndarray, " N"],
     label: Shaped[np.ndarray, " N"],
-    known: Bool[np.ndarray, " N"] | None = None,
+    label_mask: Bool[np.ndarray, " N"] | None = None,
     weight: Num[np.ndarray, " N"] | None = None,
 ) -> float:
     """Area under the ROC curve of one finding: the probability that a positive outranks a negative, ties counting half.
@@ -116,34 +118,34 @@ def auroc(
     Args:
       score: any increasing function of the probability.
       label: positive where true or 1.
-      known: which examples count; None means all.
+      label_mask: which examples count; None means all.
       weight: >= 0; None means 1 each.
 
     Returns:
       0 to 1, or NaN where `undefined` gives a reason.
     """
-    return float(Ranking.of(score, label, known).measure(_weights(score, weight))[0][0])
+    return float(Ranking.of(score, label, label_mask).measure(_weights(score, weight))[0][0])
 
 
 def average_precision(
     score: Float[np.ndarray, " N"],
     label: Shaped[np.ndarray, " N"],
-    known: Bool[np.ndarray, " N"] | None = None,
+    label_mask: Bool[np.ndarray, " N"] | None = None,
     weight: Num[np.ndarray, " N"] | None = None,
 ) -> float:
     """Area under the precision-recall steps of one finding, 0 to 1 or NaN; arguments as in `auroc`."""
-    return float(Ranking.of(score, label, known).measure(_weights(score, weight))[1][0])
+    return float(Ranking.of(score, label, label_mask).measure(_weights(score, weight))[1][0])
 
 
 def roc_curve(
-    score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], known: Bool[np.ndarray, " N"] | None = None
+    score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> Curve | None:
     """The corners of one finding's ROC curve; points on a straight piece are left out. Arguments as in `auroc`.
 
     Returns:
       The curve, its first threshold infinite; None where `undefined` gives a reason.
     """
-    ranking = Ranking.of(score, label, known)
+    ranking = Ranking.of(score, label, label_mask)
     if ranking.reason:
         return None
     falling = score[ranking.order].astype(np.float64)
@@ -156,11 +158,11 @@ def roc_curve(
 
 
 def mean_auroc(
-    logits: Float[np.ndarray, "N K"], labels: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+    logits: Float[np.ndarray, "N K"], labels: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
 ) -> float:
     """Mean AUROC over the findings that the known labels define, NaN if none does: for validation in training."""
-    logits, labels, known = np.asarray(logits), np.asarray(labels), np.asarray(known)
-    values = [auroc(logits[:, k], labels[:, k], known[:, k]) for k in range(logits.shape[1])]
+    logits, labels, label_mask = np.asarray(logits), np.asarray(labels), np.asarray(label_mask)
+    values = [auroc(logits[:, k], labels[:, k], label_mask[:, k]) for k in range(logits.shape[1])]
     return mean_defined(values)
 
 
@@ -190,15 +192,15 @@ def _weights(score: Float[np.ndarray, " N"], weight: Num[np.ndarray, " N"] | Non
 
 
 def trapezoid(
-    score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], known: Bool[np.ndarray, " N"] | None = None
+    score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> float:
     """Area below the straight lines between the points of the empirical ROC curve; arguments as in `auc.auroc`."""
-    curve = roc_curve(score, label, known)
+    curve = roc_curve(score, label, label_mask)
     return float("nan") if curve is None else float(np.trapezoid(curve.tpr, curve.fpr))
 
 
 def binormal(
-    score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], known: Bool[np.ndarray, " N"] | None = None
+    score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> float:
     """Area under the ROC curve of two normal distributions with the scores' own means and standard deviations.
 
@@ -208,14 +210,14 @@ def binormal(
     Args:
       score: finite.
       label: positive where true or 1.
-      known: which examples count; None means all.
+      label_mask: which examples count; None means all.
 
     Returns:
       0 to 1; NaN where a class has fewer than two examples or neither class varies.
     """
-    known = np.ones(len(score), bool) if known is None else np.asarray(known, bool)
+    label_mask = np.ones(len(score), bool) if label_mask is None else np.asarray(label_mask, bool)
     there = np.asarray(label) > 0
-    groups = [score[known & there].astype(np.float64), score[known & ~there].astype(np.float64)]
+    groups = [score[label_mask & there].astype(np.float64), score[label_mask & ~there].astype(np.float64)]
     if min(map(len, groups)) < 2:
         return float("nan")
     largest = max(np.abs(group).max() for group in groups)
@@ -238,8 +240,8 @@ def estimate(predictions: Predictions) -> list[dict[str, Any]]:
     p = predictions
     rows: list[dict[str, Any]] = [
         {"finding": finding}
-        | {name: f(p.logit[:, k], p.label[:, k], p.known[:, k]) for name, f in ESTIMATORS.items()}
-        | {"reason": undefined(p.label[:, k], p.known[:, k])}
+        | {name: f(p.logit[:, k], p.label[:, k], p.label_mask[:, k]) for name, f in ESTIMATORS.items()}
+        | {"reason": undefined(p.label[:, k], p.label_mask[:, k])}
         for k, finding in enumerate(p.findings)
     ]
     missing = {name: sum(np.isnan(row[name]) for row in rows) for name in ESTIMATORS}

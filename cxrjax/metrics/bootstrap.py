@@ -164,8 +164,8 @@ class Sample:
         stratum = strata(tables)
         values, draws, reasons = [], [], []
         for table, number in zip(tables, stratum.tolist(), strict=True):
-            known = [(table.logit[:, k], table.label[:, k], table.known[:, k]) for k in range(len(findings))]
-            rankings = [Ranking.of(*columns) for columns in known]
+            label_mask = [(table.logit[:, k], table.label[:, k], table.label_mask[:, k]) for k in range(len(findings))]
+            rankings = [Ranking.of(*columns) for columns in label_mask]
             every = np.ones((len(table), 1), np.int64)
             measured = [np.concatenate(ranking.measure(every)) for ranking in rankings]
             values.append(np.array(measured).reshape(len(findings), 2).T)

@@ -45,7 +45,7 @@ class Reliability:
 def reliability(
     probability: Float64[np.ndarray, " N"],
     label: Shaped[np.ndarray, " N"],
-    known: Bool[np.ndarray, " N"] | None = None,
+    label_mask: Bool[np.ndarray, " N"] | None = None,
     *,
     bins: int = 15,
     spacing: str = "width",
@@ -55,7 +55,7 @@ def reliability(
     Args:
       probability: 0 to 1.
       label: positive where true or 1.
-      known: which examples count; None means all.
+      label_mask: which examples count; None means all.
       bins: how many.
       spacing: "width", or "mass" for quantiles (equal probabilities stay together, so bins may be uneven or empty).
 
@@ -64,8 +64,8 @@ def reliability(
     """
     positive("bins of a reliability diagram", bins)
     one_of("spacing of bins", spacing, SPACINGS)
-    known = np.ones(len(probability), bool) if known is None else np.asarray(known, bool)
-    p, there = np.asarray(probability, np.float64)[known], np.asarray(label)[known] > 0
+    label_mask = np.ones(len(probability), bool) if label_mask is None else np.asarray(label_mask, bool)
+    p, there = np.asarray(probability, np.float64)[label_mask], np.asarray(label)[label_mask] > 0
     if not ((p >= 0) & (p <= 1)).all():
         raise CxrError(f"calibration: {p[~((p >= 0) & (p <= 1))][0]} is not a probability")
     edges = np.linspace(0, 1, bins + 1)
@@ -99,18 +99,18 @@ class Brier:
 def brier(
     probability: Float64[np.ndarray, " N"],
     label: Shaped[np.ndarray, " N"],
-    known: Bool[np.ndarray, " N"] | None = None,
+    label_mask: Bool[np.ndarray, " N"] | None = None,
     *,
     bins: int = 15,
     spacing: str = "width",
 ) -> Brier:
     """The Brier score of one finding and its parts, NaN without known labels; arguments as in `reliability`."""
-    known = np.ones(len(probability), bool) if known is None else np.asarray(known, bool)
-    if not known.any():
+    label_mask = np.ones(len(probability), bool) if label_mask is None else np.asarray(label_mask, bool)
+    if not label_mask.any():
         return Brier(math.nan, math.nan, math.nan, math.nan)
-    diagram = reliability(probability, label, known, bins=bins, spacing=spacing)
-    there = (np.asarray(label)[known] > 0).astype(np.float64)
-    score = float(np.mean((np.asarray(probability, np.float64)[known] - there) ** 2))
+    diagram = reliability(probability, label, label_mask, bins=bins, spacing=spacing)
+    there = (np.asarray(label)[label_mask] > 0).astype(np.float64)
+    score = float(np.mean((np.asarray(probability, np.float64)[label_mask] - there) ** 2))
     gaps = float(np.nansum(diagram.count * (diagram.observed - diagram.predicted) ** 2) / len(there))
     variance = float(there.mean() * (1 - there.mean()))
     return Brier(score, gaps, gaps + variance - score, variance)
@@ -126,20 +126,20 @@ def calibration(predictions: Predictions, *, bins: int = 15) -> list[dict[str, A
     """
     p, probability, rows = predictions, predictions.probability, []
     for k, finding in enumerate(p.findings):
-        cells = (probability[:, k], p.label[:, k], p.known[:, k])
+        cells = (probability[:, k], p.label[:, k], p.label_mask[:, k])
         errors = {f"ece_{spacing}": reliability(*cells, bins=bins, spacing=spacing).error for spacing in SPACINGS}
         parts = brier(*cells, bins=bins)
-        known = int(p.known[:, k].sum())
+        label_mask = int(p.label_mask[:, k].sum())
         rows.append(
             {"finding": finding, **errors, "brier": parts.score, "brier_reliability": parts.reliability}
-            | {"brier_resolution": parts.resolution, "brier_uncertainty": parts.uncertainty, "known": known}
-            | {"reason": "" if known else "no known label"}
+            | {"brier_resolution": parts.resolution, "brier_uncertainty": parts.uncertainty, "known": label_mask}
+            | {"reason": "" if label_mask else "no known label"}
         )
     names = [name for name in rows[0] if name not in ("finding", "known", "reason")] if rows else []
     missing = [row["finding"] for row in rows if row["reason"]]
     mean = {name: mean_defined([row[name] for row in rows]) for name in names}
     words = f"left out: {', '.join(missing)} (no known label)" if missing else ""
-    return [*rows, {"finding": "mean"} | mean | {"known": int(p.known.sum()), "reason": words}]
+    return [*rows, {"finding": "mean"} | mean | {"known": int(p.label_mask.sum()), "reason": words}]
 
 
 HOTTEST = 100.0
@@ -200,16 +200,16 @@ def fit(validation: Predictions, *, exclusive: bool = False) -> Temperatures:
     """
     p, values, reasons = validation, [], []
     if exclusive:
-        rows = p.known.all(1)
+        rows = p.label_mask.all(1)
         log_p = np.maximum(log_expit(p.logit[rows]), _LEAST)
         sharpness = _sharpness_of_classes(log_p, p.label[rows].argmax(1)) if rows.any() else 1.0
         reason = _limit(sharpness) if rows.any() else "no known label"
         count = len(p.findings)
         return Temperatures(p.findings, (1 / sharpness,) * count, (reason,) * count, exclusive=True)
     for k in range(len(p.findings)):
-        known = p.known[:, k]
-        reasons.append(undefined(p.label[:, k], known))
-        sharpness = 1.0 if reasons[-1] else _sharpness(p.logit[known, k], p.label[known, k] > 0)
+        label_mask = p.label_mask[:, k]
+        reasons.append(undefined(p.label[:, k], label_mask))
+        sharpness = 1.0 if reasons[-1] else _sharpness(p.logit[label_mask, k], p.label[label_mask, k] > 0)
         values.append(1 / sharpness)
         reasons[-1] = reasons[-1] or _limit(sharpness)
     return Temperatures(p.findings, tuple(values), tuple(reasons))

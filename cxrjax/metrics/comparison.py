@@ -143,7 +143,7 @@ def _contrast(pairs: Sequence[Sequence[Predictions]], k: int, tables: int) -> tu
     """What tables of the same images add to means over all `tables`: the difference, both AUROCs, why they are NaN."""
     one = pairs[0][0]
     scores = np.stack([table.logit[:, k] for pair in pairs for table in pair])
-    areas = delong(scores, one.label[:, k], one.known[:, k], one.patient)
+    areas = delong(scores, one.label[:, k], one.label_mask[:, k], one.patient)
     weights = np.tile([1.0, -1.0], len(pairs)) / tables
     first, second = areas.auroc[::2].sum() / tables, areas.auroc[1::2].sum() / tables
     return areas.contrast(weights), float(first), float(second), areas.reason

@@ -92,7 +92,7 @@ def predict_source(
     label = number[:, None] == np.arange(first, len(names))
     return Predictions(
         id=id, patient=patient, findings=tuple(map(str, names[first:])), logit=logits(probability[:, first:]),
-        label=label.astype(np.float64), known=np.ones(label.shape, bool),
+        label=label.astype(np.float64), label_mask=np.ones(label.shape, bool),
     )  # fmt: skip
 
 

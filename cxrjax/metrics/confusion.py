@@ -57,11 +57,13 @@ class Confusion:
           CxrError: an image is known to be of no class or of several, or of only some classes.
         """
         p = predictions
-        rows = p.known.any(axis=1)
-        wrong = np.flatnonzero(rows & ~(p.known.all(axis=1) & ((p.label > 0).sum(axis=1) == 1)))
+        rows = p.label_mask.any(axis=1)
+        wrong = np.flatnonzero(rows & ~(p.label_mask.all(axis=1) & ((p.label > 0).sum(axis=1) == 1)))
         if len(wrong):
             names = [
-                f for f, there in zip(p.findings, (p.label > 0)[wrong[0]] & p.known[wrong[0]], strict=True) if there
+                f
+                for f, there in zip(p.findings, (p.label > 0)[wrong[0]] & p.label_mask[wrong[0]], strict=True)
+                if there
             ]
             raise CxrError(
                 f"confusion: row {wrong[0] + 1} (id {p.id[wrong[0]]}) is labelled {' and '.join(names) or 'nothing'}; "

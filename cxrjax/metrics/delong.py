@@ -100,7 +100,7 @@ class Areas:
 def delong(
     scores: Float[np.ndarray, "M N"],
     label: Shaped[np.ndarray, " N"],
-    known: Bool[np.ndarray, " N"] | None = None,
+    label_mask: Bool[np.ndarray, " N"] | None = None,
     patient: Shaped[np.ndarray, " N"] | None = None,
 ) -> Areas:
     """AUROCs of M models for one finding on the same N images.
@@ -108,21 +108,25 @@ def delong(
     Args:
       scores: of each model, any increasing function of the probability, not NaN.
       label: positive where true or 1.
-      known: which examples count; None means all.
+      label_mask: which examples count; None means all.
       patient: whose image each is; None means that all images are independent.
 
     Returns:
       The areas; without variance where fewer than two patients have positive labels, or negative ones.
     """
     scores = np.atleast_2d(np.asarray(scores, np.float64))
-    known = np.ones(scores.shape[1], bool) if known is None else np.asarray(known, bool)
-    there = np.asarray(label)[known] > 0
+    label_mask = np.ones(scores.shape[1], bool) if label_mask is None else np.asarray(label_mask, bool)
+    there = np.asarray(label)[label_mask] > 0
     models, nothing = len(scores), np.full((len(scores), 1), np.nan)
-    reason = undefined(np.asarray(label), known)
+    reason = undefined(np.asarray(label), label_mask)
     if reason:
         return Areas(np.full(models, np.nan), nothing, nothing, (1.0, 1.0, 1.0), reason)
-    scores = scores[:, known]
-    owner = np.arange(known.sum()) if patient is None else np.unique(np.asarray(patient)[known], return_inverse=True)[1]
+    scores = scores[:, label_mask]
+    owner = (
+        np.arange(label_mask.sum())
+        if patient is None
+        else np.unique(np.asarray(patient)[label_mask], return_inverse=True)[1]
+    )
 
     positives, negatives = np.count_nonzero(there), np.count_nonzero(~there)
     ranks = rankdata(scores, axis=1)

@@ -32,7 +32,7 @@ class Fit(NamedTuple):
 def fit_weights(
     logits: Float[np.ndarray, "S N K"],
     labels: Shaped[np.ndarray, "N K"],
-    known: Bool[np.ndarray, "N K"],
+    label_mask: Bool[np.ndarray, "N K"],
     *,
     rate: float = 0.1,
     decay: float = 0.99,
@@ -46,7 +46,7 @@ def fit_weights(
     Args:
       logits: of each scale on the validation images, finite.
       labels: 0 or 1.
-      known: which labels count. A finding without any keeps equal weights.
+      label_mask: which labels count. A finding without any keeps equal weights.
       rate: first learning rate, above 0.
       decay: of the rate from epoch to epoch, above 0 to 1.
       epochs: number of steps.
@@ -54,11 +54,11 @@ def fit_weights(
     Raises:
       CxrError: shapes do not fit, no label is known, a logit is not finite, or a setting is out of range.
     """
-    logits, labels, known = _checked(logits, labels, known)
+    logits, labels, label_mask = _checked(logits, labels, label_mask)
     if not (rate > 0 and 0 < decay <= 1 and epochs >= 0):
         raise CxrError(f"ensemble: rate={rate}, decay={decay}, epochs={epochs} are out of range")
 
-    likelihood = Likelihood.of(logits, labels, known)
+    likelihood = Likelihood.of(logits, labels, label_mask)
     v = np.zeros((logits.shape[2], logits.shape[0]))
     moment, square, losses = np.zeros_like(v), np.zeros_like(v), []
     for epoch in range(epochs):
@@ -77,22 +77,25 @@ class Likelihood(NamedTuple):
     Attributes:
       relative: f64[K, S, N], the probability a scale gives the true label, over the best scale's; 0 where unknown.
       best: f64, the sum of the logs of the best scales' probabilities.
-      known: f64[K, N], 1 where a label counts.
+      label_mask: f64[K, N], 1 where a label counts.
     """
 
     relative: Float64[np.ndarray, "K S N"]
     best: float
-    known: Float64[np.ndarray, "K N"]
+    label_mask: Float64[np.ndarray, "K N"]
 
     @classmethod
     def of(
-        cls, logits: Float64[np.ndarray, "S N K"], labels: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+        cls,
+        logits: Float64[np.ndarray, "S N K"],
+        labels: Shaped[np.ndarray, "N K"],
+        label_mask: Bool[np.ndarray, "N K"],
     ) -> "Likelihood":
         """Compute it once for all epochs."""
         log_probability = log_expit(np.where(labels > 0, logits, -logits)).transpose(2, 0, 1)
         best = log_probability.max(axis=1)
-        relative = np.exp(log_probability - best[:, None]) * known.T[:, None]
-        return cls(relative, float(best[known.T].sum()), known.T.astype(np.float64))
+        relative = np.exp(log_probability - best[:, None]) * label_mask.T[:, None]
+        return cls(relative, float(best[label_mask.T].sum()), label_mask.T.astype(np.float64))
 
     def loss(self, v: Float64[np.ndarray, "K S"]) -> tuple[float, Float64[np.ndarray, "K S"]]:
         """Mean binary cross-entropy of the mixture over the known labels, in nats, and its gradient by v.
@@ -100,10 +103,10 @@ class Likelihood(NamedTuple):
         With r_s, a scale's share of the probability given to the true label, the gradient is the mean of w_s - r_s.
         """
         weights = np.maximum(softmax(v, axis=1), 1e-300)
-        mixture = np.einsum("ks,ksn->kn", weights, self.relative) + (1 - self.known)  # log 1 = 0 where unknown
-        count = self.known.sum()
+        mixture = np.einsum("ks,ksn->kn", weights, self.relative) + (1 - self.label_mask)  # log 1 = 0 where unknown
+        count = self.label_mask.sum()
         share = weights * np.einsum("ksn,kn->ks", self.relative, 1 / mixture)
-        gradient = (weights * self.known.sum(axis=1, keepdims=True) - share) / count
+        gradient = (weights * self.label_mask.sum(axis=1, keepdims=True) - share) / count
         return float(-(self.best + np.log(mixture).sum()) / count), gradient
 
 
@@ -158,7 +161,7 @@ class Logistic(NamedTuple):
 def fit_logistic(
     logits: Float[np.ndarray, "S N K"],
     labels: Shaped[np.ndarray, "N K"],
-    known: Bool[np.ndarray, "N K"],
+    label_mask: Bool[np.ndarray, "N K"],
     *,
     strength: float = 1.0,
 ) -> Logistic:
@@ -167,36 +170,38 @@ def fit_logistic(
     Args:
       logits: of each scale on the validation images, finite.
       labels: 0 or 1.
-      known: which labels count. A finding without both classes among them is voted on instead.
+      label_mask: which labels count. A finding without both classes among them is voted on instead.
       strength: of the ridge that keeps coefficients finite where the scales separate the classes, as scikit-learn has
         it: the sum of the images' losses plus half the sum of squared coefficients over `strength` is minimised.
 
     Raises:
       CxrError: shapes do not fit, no label is known, a logit is not finite, or the strength is not above 0.
     """
-    logits, labels, known = _checked(logits, labels, known)
+    logits, labels, label_mask = _checked(logits, labels, label_mask)
     if not strength > 0:
         raise CxrError(f"ensemble: strength={strength} is out of range: give a number above 0")
     scales, _, findings = logits.shape
     coefficients, intercept = np.zeros((findings, scales)), np.zeros(findings)
-    voted = tuple(undefined(labels[:, k], known[:, k]) for k in range(findings))
+    voted = tuple(undefined(labels[:, k], label_mask[:, k]) for k in range(findings))
     for k in range(findings):
         if not voted[k]:
             model = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10, max_iter=1000)
-            model.fit(logits[:, known[:, k], k].T, labels[known[:, k], k] > 0)
+            model.fit(logits[:, label_mask[:, k], k].T, labels[label_mask[:, k], k] > 0)
             coefficients[k], intercept[k] = model.coef_[0], np.asarray(model.intercept_).item()
     return Logistic(coefficients, intercept, voted)
 
 
-def _checked(logits: np.ndarray, labels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    logits, labels, known = np.asarray(logits, np.float64), np.asarray(labels), np.asarray(known, bool)
-    if logits.ndim != 3 or logits.shape[1:] != labels.shape or labels.shape != known.shape:
+def _checked(
+    logits: np.ndarray, labels: np.ndarray, label_mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    logits, labels, label_mask = np.asarray(logits, np.float64), np.asarray(labels), np.asarray(label_mask, bool)
+    if logits.ndim != 3 or logits.shape[1:] != labels.shape or labels.shape != label_mask.shape:
         raise CxrError(f"ensemble: logits {logits.shape} are not scales x the shape of labels {labels.shape} and known")
-    if not known.any():
+    if not label_mask.any():
         raise CxrError("ensemble: no label is known, so there is nothing to learn the weights from")
     if not np.isfinite(logits).all():
         raise CxrError(f"ensemble: a logit of scale {np.argwhere(~np.isfinite(logits))[0][0] + 1} is not finite")
-    return logits, labels, known
+    return logits, labels, label_mask
 
 
 def align(tables: Sequence[Predictions]) -> list[Predictions]:
@@ -239,7 +244,7 @@ def combine(tables: Sequence[Predictions], learnt: Float[np.ndarray, "K S"] | Lo
 
 
 def _same_truth(table: Predictions, first: Predictions, number: int) -> None:
-    differ = (table.known != first.known) | (first.known & (table.label != first.label))
+    differ = (table.label_mask != first.label_mask) | (first.label_mask & (table.label != first.label))
     differ |= (table.patient != first.patient)[:, None]
     if differ.any():
         row, k = np.argwhere(differ)[0]

@@ -40,7 +40,7 @@ class Predictions:
       findings: K names.
       logit: f64[N, K], finite.
       label: f64[N, K], 1 positive, 0 negative; meaningless where unknown.
-      known: bool[N, K], which labels count.
+      label_mask: bool[N, K], which labels count.
 
     Raises:
       CxrError: shapes do not fit, an id comes twice, a score is not a finite number, a known label is not 0 or 1.
@@ -51,7 +51,7 @@ class Predictions:
     findings: tuple[str, ...]
     logit: Float64[np.ndarray, "N K"]
     label: Float64[np.ndarray, "N K"]
-    known: Bool[np.ndarray, "N K"]
+    label_mask: Bool[np.ndarray, "N K"]
 
     def __post_init__(self):
         """Bring all to their types and refuse what no statistic could be made of."""
@@ -71,7 +71,7 @@ class Predictions:
             again = np.setdiff1d(np.arange(count), first)[0]
             raise CxrError(f"predictions: row {again + 1} repeats the id {self.id[again]}; keep one row per image")
         self._refuse(~np.isfinite(self.logit), "the logit", self.logit, "not a finite number")
-        self._refuse(self.known & ~np.isin(self.label, (0, 1)), "the label", self.label, "neither 0 nor 1")
+        self._refuse(self.label_mask & ~np.isin(self.label, (0, 1)), "the label", self.label, "neither 0 nor 1")
 
     def _refuse(self, wrong: Bool[np.ndarray, "N K"], what: str, values: np.ndarray, fault: str) -> None:
         if wrong.any():
@@ -109,8 +109,8 @@ class Predictions:
           CxrError: the ending is none of .parquet, .csv and .csv.gz.
         """
         columns = {"id": pa.array(self.id), "patient": pa.array(self.patient)}
-        label = np.where(self.known, self.label, 0).astype(np.int8)
-        for prefix, values in (("logit", self.logit), ("label", label), ("known", self.known)):
+        label = np.where(self.label_mask, self.label, 0).astype(np.int8)
+        for prefix, values in (("logit", self.logit), ("label", label), ("known", self.label_mask)):
             columns |= {f"{prefix}_{f}": pa.array(values[:, k]) for k, f in enumerate(self.findings)}
         tables.write(Path(path), pa.table(columns))
 
@@ -141,14 +141,14 @@ class Predictions:
             raise CxrError(
                 f"{table.path}: row {row + 1} (id {ids[row]}): the score of {findings[k]} is {values[row, k]}, {fault}"
             )
-        label, known = _labels(table, findings, policy)
+        label, label_mask = _labels(table, findings, policy)
         return cls(
             id=ids,
             patient=ids if patient_column is None else table.strings(patient_column),
             findings=findings,
             logit=np.clip(values, -_MOST, _MOST) if kind == "logit" else logits(values),
             label=label,
-            known=known,
+            label_mask=label_mask,
         )
 
 
@@ -185,12 +185,12 @@ def _labels(
     missing = [finding for finding in findings if finding not in columns]
     if missing:
         raise CxrError(f"{table.path}: no column label_{missing[0]}, though others have one; found {table.listing}")
-    label, known = targets(np.stack([table.labels(columns[f]) for f in findings], axis=1), policy)
+    label, label_mask = targets(np.stack([table.labels(columns[f]) for f in findings], axis=1), policy)
     flags = table.with_prefix("known")
     for k, finding in enumerate(findings):
         if finding in flags:
-            known[:, k] &= table.numbers(flags[finding]) == 1
-    return label.astype(np.float64), known
+            label_mask[:, k] &= table.numbers(flags[finding]) == 1
+    return label.astype(np.float64), label_mask
 
 
 def log_odds(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray, "N K"]:

@@ -66,7 +66,7 @@ def score_files(
         table = table.select([match(finding, table.findings, predictions) for finding in findings])
     if labels is not None:
         table = labelled(table, read_labels(labels, table.findings), policy)
-    elif not table.known.any():
+    elif not table.label_mask.any():
         raise CxrError(f"{predictions} holds no labels: name the file that does with --labels")
     return score(table, resamples=resamples, seed=seed, confidence=confidence)
 
@@ -105,9 +105,9 @@ def labelled(predictions: Predictions, labels: Labels, policy: LabelPolicy = AS_
             f"{', ...' if missing.sum() > 3 else ''}); check that both files name images alike"
         )
     rows = found.to_numpy()
-    label, known = targets(labels.label[rows], policy)
+    label, label_mask = targets(labels.label[rows], policy)
     patient = predictions.patient if labels.patient is None else labels.patient[rows]
-    return replace(predictions, patient=patient, label=label, known=known)
+    return replace(predictions, patient=patient, label=label, label_mask=label_mask)
 
 
 def match(finding: str, available: Sequence[str], path: Path) -> str:
@@ -127,14 +127,14 @@ def _from_list(table: tables.Table, column: str, findings: Sequence[str]) -> Int
     vocabulary = (*NIH14, NO_FINDING)
     wanted = [vocabulary.index(match(finding, vocabulary, table.path)) for finding in findings]
     lists = table.arrow[column].dictionary_encode().combine_chunks()
-    known = {tables.folded(name): k for k, name in enumerate(vocabulary)}
+    label_mask = {tables.folded(name): k for k, name in enumerate(vocabulary)}
     kinds = np.zeros((len(lists.dictionary), len(vocabulary)), np.int8)  # few hundred different lists in 112,120 rows
     for kind, text in enumerate(lists.dictionary.to_pylist()):
         for name in text.split("|"):
-            if tables.folded(name) not in known:
+            if tables.folded(name) not in label_mask:
                 row = lists.indices.to_pylist().index(kind) + 1
                 raise CxrError(f"{table.path}: row {row} lists {name!r}, which is none of {', '.join(vocabulary)}")
-            kinds[kind, known[tables.folded(name)]] = 1
+            kinds[kind, label_mask[tables.folded(name)]] = 1
     return kinds[lists.indices.to_numpy()][:, wanted]
 
 

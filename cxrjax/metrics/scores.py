@@ -142,9 +142,9 @@ def score_sample(sample: Sample, *, confidence: float = 0.95) -> Scores:
 
 def _counts(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Known positive and negative labels of each finding, every image once."""
-    positives = sum((table.known & (table.label > 0)).sum(0) for table in sample.distinct)
-    known = sum(table.known.sum(0) for table in sample.distinct)
-    return np.asarray(positives), np.asarray(known) - np.asarray(positives)
+    positives = sum((table.label_mask & (table.label > 0)).sum(0) for table in sample.distinct)
+    label_mask = sum(table.label_mask.sum(0) for table in sample.distinct)
+    return np.asarray(positives), np.asarray(label_mask) - np.asarray(positives)
 
 
 def _reason(reasons: list[str]) -> str:

@@ -141,7 +141,9 @@ class _Group:
 
     @classmethod
     def of(cls, p: Predictions, attribute: str, name: str, inside: np.ndarray) -> "_Group":
-        rankings = (Ranking.of(p.logit[:, k], p.label[:, k], p.known[:, k] & inside) for k in range(len(p.findings)))
+        rankings = (
+            Ranking.of(p.logit[:, k], p.label[:, k], p.label_mask[:, k] & inside) for k in range(len(p.findings))
+        )
         return cls(attribute, str(name), tuple(rankings), int(inside.sum()), len(np.unique(p.patient[inside])))
 
     def measured(

@@ -78,7 +78,7 @@ class Table:
         for column in self.arrow.column_names:
             head, underscore, finding = column.partition("_")
             if head.casefold() == prefix and underscore and finding:
-                again = next((known for known in found if folded(known) == folded(finding)), None)
+                again = next((label_mask for label_mask in found if folded(label_mask) == folded(finding)), None)
                 if again is not None:
                     raise CxrError(f"{self.path}: columns {found[again]!r} and {column!r} are of one finding; keep one")
                 found[finding] = column

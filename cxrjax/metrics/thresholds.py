@@ -36,12 +36,12 @@ class Counts:
 
     @classmethod
     def of(
-        cls, called: Bool[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+        cls, called: Bool[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
     ) -> "Counts":
         """Count calls against labels (positive where true or 1) over the known ones."""
         there = np.asarray(label) > 0
         kinds = (called & there, called & ~there, ~called & there, ~called & ~there)
-        return cls(*(np.count_nonzero(kind & known, axis=0) for kind in kinds))
+        return cls(*(np.count_nonzero(kind & label_mask, axis=0) for kind in kinds))
 
     @property
     def total(self) -> Int[np.ndarray, " K"]:
@@ -127,7 +127,7 @@ class OperatingPoints:
     def counts(self, predictions: Predictions) -> Counts:
         """Right and wrong calls of a table; nothing is counted of a finding without a threshold."""
         table = predictions.select(self.findings)
-        return Counts.of(table.logit >= self.threshold, table.label, table.known & ~np.isnan(self.threshold))
+        return Counts.of(table.logit >= self.threshold, table.label, table.label_mask & ~np.isnan(self.threshold))
 
     def apply(self, predictions: Predictions) -> list[dict[str, Any]]:
         """How these thresholds do on a table, a flat row per finding.
@@ -167,18 +167,18 @@ def choose(validation: Predictions, rule: str = "youden", target: float = 0.9) -
         raise CxrError(f"target={target}: give a fraction above 0 up to 1, such as 0.9")
     p, thresholds, reasons = validation, [], []
     for k in range(len(p.findings)):
-        score, label, known = p.logit[:, k], p.label[:, k], p.known[:, k]
-        reasons.append(Ranking.of(score, label, known).reason)
+        score, label, label_mask = p.logit[:, k], p.label[:, k], p.label_mask[:, k]
+        reasons.append(Ranking.of(score, label, label_mask).reason)
         if reasons[-1]:
             thresholds.append(math.nan)
         elif rule == "youden":
-            curve = roc_curve(score, label, known)
+            curve = roc_curve(score, label, label_mask)
             thresholds.append(curve.threshold[np.argmax(curve.tpr - curve.fpr)])  # pyright: ignore - it is defined
         elif rule == "sensitivity":
-            falling = np.sort(score[known & (label > 0)])[::-1]
+            falling = np.sort(score[label_mask & (label > 0)])[::-1]
             thresholds.append(falling[_at_least(target, len(falling)) - 1])
         else:
-            rising = np.sort(score[known & (label <= 0)])
+            rising = np.sort(score[label_mask & (label <= 0)])
             thresholds.append(np.nextafter(rising[_at_least(target, len(rising)) - 1], np.inf))
     words = "youden" if rule == "youden" else f"{rule} >= {target:g}"
     return OperatingPoints(p.findings, np.array(thresholds), tuple(reasons), words)
@@ -193,7 +193,7 @@ def accuracy(predictions: Predictions, threshold: float = 0.5) -> float:
     if not 0 < threshold < 1:
         raise CxrError(f"threshold={threshold}: give a probability between 0 and 1, such as 0.5")
     right = (predictions.logit >= logit(threshold)) == (predictions.label > 0)
-    return float(right[predictions.known].mean()) if predictions.known.any() else math.nan
+    return float(right[predictions.label_mask].mean()) if predictions.label_mask.any() else math.nan
 
 
 def _at_least(fraction: float, count: int) -> int:

@@ -221,8 +221,8 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     host = Batch(
         image=rng.integers(0, 256, (count, side, side, 1), np.uint8),
         label=(rng.random((count, FINDINGS)) < 0.1).astype(np.float32),
-        known=np.ones((count, FINDINGS), bool),
-        valid=np.ones(count, bool),
+        label_mask=np.ones((count, FINDINGS), bool),
+        example_mask=np.ones(count, bool),
         record=np.arange(count, dtype=np.int32),
     )
     mesh = make_mesh(case.data, case.space)

@@ -110,7 +110,7 @@ def curves(predictions: Predictions) -> dict[str, Curve]:
     """The ROC curve of every finding that has one."""
     drawn = {}
     for k, finding in enumerate(predictions.findings):
-        curve = roc_curve(predictions.logit[:, k], predictions.label[:, k], predictions.known[:, k])
+        curve = roc_curve(predictions.logit[:, k], predictions.label[:, k], predictions.label_mask[:, k])
         if curve is not None:
             drawn[finding] = Curve(curve.fpr, curve.tpr)
     return drawn

@@ -187,7 +187,7 @@ def cam_of(experiment: Experiment, cams: Cams, finding: str, row: int, found: bo
 def _positives(experiment: Experiment, part: str, finding: str, most: int) -> Positives:
     [k] = positions([finding], experiment.findings)
     examples, records = experiment.part(part), experiment.records
-    rows = examples.row[(examples.label[:, k] > 0.5) & examples.known[:, k]]
+    rows = examples.row[(examples.label[:, k] > 0.5) & examples.label_mask[:, k]]
     masks = {int(row): records.mask(int(row), finding, _MASK_SIDE) for row in rows}
     places = {row: mask for row, mask in masks.items() if mask is not None and mask.any()}
     if not places:

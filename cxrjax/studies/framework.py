@@ -64,7 +64,7 @@ class ArmStudy:
     def best(self) -> Member:
         """The member with the highest mean AUROC on validation: chosen without a look at the test part."""
         tables = {member.name: member.validation for member in self.members}
-        means = {name: mean_auroc(table.logit, table.label, table.known) for name, table in tables.items()}
+        means = {name: mean_auroc(table.logit, table.label, table.label_mask) for name, table in tables.items()}
         return max(self.members, key=lambda member: means[member.name])
 
     @cached_property

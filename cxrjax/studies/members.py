@@ -247,4 +247,4 @@ class Study:
 def _learnt_from(members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Validation logits of each size, labels, and which of them are known."""
     tables = align([member.validation for member in members])
-    return np.stack([table.logit for table in tables]), tables[0].label, tables[0].known
+    return np.stack([table.logit for table in tables]), tables[0].label, tables[0].label_mask

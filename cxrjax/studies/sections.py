@@ -121,7 +121,7 @@ def calibrated(study: ArmStudy) -> Chapter:
 def _diagrams(test: Predictions) -> dict[str, Reliability]:
     drawn = {}
     for k, finding in enumerate(test.findings):
-        bins = reliability(test.probability[:, k], test.label[:, k], test.known[:, k])
+        bins = reliability(test.probability[:, k], test.label[:, k], test.label_mask[:, k])
         filled = bins.count >= min(_FEWEST, bins.count.max())
         if bins.count.any():
             drawn[finding] = Reliability(bins.predicted[filled], bins.observed[filled], bins.count[filled])
@@ -135,14 +135,14 @@ def _exclusive(study: ArmStudy) -> bool:
 def grouped(study: ArmStudy) -> Chapter | None:
     """The best arm by sex, age and view, as far as the records say them; None if they say nothing."""
     member = study.best
-    known = {
+    label_mask = {
         name: values
         for name, values in attributes(member.experiment.records, member.test).items()
         if not (values == UNKNOWN).all()
     }
-    if not known:
+    if not label_mask:
         return None
-    found = subgroups(member.test, known, seed=study.config.seed, **study.drawing)
+    found = subgroups(member.test, label_mask, seed=study.config.seed, **study.drawing)
     rows = [
         [row["attribute"], row["group"], row["images"], row["patients"], number(row["auroc"]),
          between(row["low"], row["high"]), row["reason"] or None]

@@ -85,13 +85,13 @@ class Experiment:
             return examples(self.records, rows, self.findings, policy if learnt else policy.scored)
         origin = self.records.origin(rows)
         label = np.zeros((len(rows), len(self.findings)), np.float32)
-        known = np.zeros(label.shape, bool)
+        label_mask = np.zeros(label.shape, bool)
         for number, source in enumerate(self.sources):
             own = origin == number
             policy = own_policy(source.policy, source.records, self.findings)
             of = examples(self.records, rows[own], self.findings, policy if learnt else policy.scored)
-            label[own], known[own] = of.label, of.known
-        return Examples(self.records, rows, label, known, origin)
+            label[own], label_mask[own] = of.label, of.label_mask
+        return Examples(self.records, rows, label, label_mask, origin)
 
     def _start(self, number: int) -> int:
         """The row of the records table at which a data set begins."""
@@ -150,7 +150,7 @@ class Experiment:
                 f"config key loss.name = cross_entropy takes exclusive classes, and record {record} is positive in "
                 f"{train.label[several[0]].sum():.0f} of the findings: choose bce, weighted_bce or focal"
             )
-        prevalence = prevalence_of(train.label, train.known)
+        prevalence = prevalence_of(train.label, train.label_mask)
         return make_loss(self.config.loss.name, prevalence=prevalence, **dict(self.config.loss.options.items()))
 
     @cached_property
@@ -220,7 +220,7 @@ class Experiment:
             self.part(part)
         self.check_size()
         train = self.part("train")
-        _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.known, train.origin)
+        _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.label_mask, train.origin)
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:
             identity |= {"initial weights": self._initial.mark}

@@ -44,7 +44,7 @@ def logits_of(
     batch = -(-batch // devices) * devices
     shardings = batch_shardings(mesh)
     batches = evaluation_batches(
-        examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.valid)
+        examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.example_mask)
     )
     parts, few = [], pack_for(network, mesh)
     for placed in ahead(batches, lambda b: place(b, shardings)):

@@ -201,7 +201,7 @@ class _Trainer:
             sampling=self.experiment.sampling,
             start=self.progress.step,
             threads=data.threads,
-            shard=process_shard(shardings.valid),
+            shard=process_shard(shardings.example_mask),
         )
         return ahead(stream, lambda batch: (place(batch, shardings), batch.record))
 
@@ -225,10 +225,10 @@ class _Trainer:
             state.network(self.experiment.network), self.validation, self.predict_step, self.experiment.mesh,
             size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads, advance=stop,
         ).astype(np.float64)  # fmt: skip
-        loss = self.experiment.loss.mean(logits, self.validation.label, self.validation.known)
+        loss = self.experiment.loss.mean(logits, self.validation.label, self.validation.label_mask)
         odds = log_odds(logits, config.loss.name)
-        auroc = self.auroc(odds, self.validation.label, self.validation.known)
-        accuracy = self.experiment.loss.accuracy(logits, self.validation.label, self.validation.known)
+        auroc = self.auroc(odds, self.validation.label, self.validation.label_mask)
+        accuracy = self.experiment.loss.accuracy(logits, self.validation.label, self.validation.label_mask)
         if not math.isfinite(loss):
             raise CxrError(f"the validation loss is {loss} after step {progress.step}; {self._last_good()}")
         progress.validated += 1
@@ -369,8 +369,8 @@ def _check_profile(steps: tuple[int, int] | None, total: int) -> None:
 def check_watch(experiment: Experiment) -> None:
     """An AUROC that no validation label defines cannot choose a checkpoint: say so before training."""
     validation = experiment.part("validation")
-    label, known = validation.label > 0.5, validation.known
-    defined = ((label & known).any(0) & (~label & known).any(0)).any()
+    label, label_mask = validation.label > 0.5, validation.label_mask
+    defined = ((label & label_mask).any(0) & (~label & label_mask).any(0)).any()
     if experiment.config.train.watch == "val_auroc" and not defined:
         raise CxrError(
             f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} "

@@ -38,45 +38,45 @@ class Loss:
         self,
         logits: Float[Array, "B K"],
         label: Float[Array, "B K"],
-        known: Bool[Array, "B K"],
-        valid: Bool[Array, " B"],
+        label_mask: Bool[Array, "B K"],
+        example_mask: Bool[Array, " B"],
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The sum of the costs that count, and how many these are; float32, or float64 if the logits are.
 
         Args:
           logits: any finite value.
           label: 0 to 1 (soft labels allowed); each row sums to 1 where the classes are exclusive.
-          known: false where the label is to be ignored; with softmax an image needs all its labels.
-          valid: false where the image is padding.
+          label_mask: false where the label is to be ignored; with softmax an image needs all its labels.
+          example_mask: false where the image is padding.
         """
         logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
-        cost, counts = self.cost(logits, label.astype(logits.dtype)), self.counts(known, valid)
+        cost, counts = self.cost(logits, label.astype(logits.dtype)), self.counts(label_mask, example_mask)
         return jnp.sum(cost, where=counts), jnp.sum(counts, dtype=cost.dtype)
 
-    def counts(self, known: Bool[Array, "B K"], valid: Bool[Array, " B"]) -> Bool[Array, "B k"]:
+    def counts(self, label_mask: Bool[Array, "B K"], example_mask: Bool[Array, " B"]) -> Bool[Array, "B k"]:
         """Which costs count: of labels, or [B, 1] of images with softmax."""
-        return (jnp.all(known, axis=1, keepdims=True) if self.softmax else known) & valid[:, None]
+        return (jnp.all(label_mask, axis=1, keepdims=True) if self.softmax else label_mask) & example_mask[:, None]
 
     def accuracy(
-        self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+        self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
     ) -> float:
         """The share of known labels whose probability is on their side of 0.5; NaN if no label is known.
 
         Where classes are exclusive it is the share of images whose class is the likeliest.
         """
         if self.exclusive:
-            right, counts = logits.argmax(1) == label.argmax(1), known.all(1)
+            right, counts = logits.argmax(1) == label.argmax(1), label_mask.all(1)
         else:
             odds = softmax_odds(logits) if self.softmax else logits
-            right, counts = (odds > 0) == (label > 0.5), known
+            right, counts = (odds > 0) == (label > 0.5), label_mask
         return float(right[counts].mean()) if counts.any() else float("nan")
 
     def mean(
-        self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]
+        self, logits: Float[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
     ) -> float:
         """The mean over a whole table, in float64; NaN if no label is known."""
         with jax.enable_x64(True):
-            arrays = (jnp.asarray(logits, jnp.float64), jnp.asarray(label, jnp.float64), jnp.asarray(known, bool))
+            arrays = (jnp.asarray(logits, jnp.float64), jnp.asarray(label, jnp.float64), jnp.asarray(label_mask, bool))
             total, count = self(*arrays, jnp.ones(len(logits), bool))
             return float(total) / float(count) if count > 0 else float("nan")
 
@@ -111,10 +111,10 @@ def make_loss(name: str, *, prevalence: Shaped[np.ndarray, " K"] | None = None, 
     return maker(**defaults | options)
 
 
-def prevalence_of(label: Shaped[np.ndarray, "N K"], known: Bool[np.ndarray, "N K"]) -> Float64[np.ndarray, " K"]:
+def prevalence_of(label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]) -> Float64[np.ndarray, " K"]:
     """Each finding's mean label over the known ones; 0.5, which favours neither side, where none is known."""
-    count = np.count_nonzero(known, axis=0)
-    total = np.sum(label, axis=0, where=known, dtype=np.float64)
+    count = np.count_nonzero(label_mask, axis=0)
+    total = np.sum(label, axis=0, where=label_mask, dtype=np.float64)
     return np.where(count > 0, total / np.maximum(count, 1), 0.5)
 
 

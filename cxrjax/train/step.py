@@ -53,14 +53,19 @@ def make_train_step(
         outputs, stats = model.outputs(
             part.image, train=True, key=key, backbone_in_training=learning.backbone_in_training
         )
-        costs = jnp.stack([loss(logits, part.label, part.known, part.valid)[0] for logits in outputs.values()])
+        costs = jnp.stack(
+            [loss(logits, part.label, part.label_mask, part.example_mask)[0] for logits in outputs.values()]
+        )
         if alternating:
             costs = jnp.where(jnp.arange(len(costs)) == number % len(costs), costs, 0)
         return costs.sum() / total.astype(costs.dtype), stats
 
     def changed(state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
         params, frozen = learning.split(state.params)
-        about = state.step, jnp.maximum(jnp.sum(loss.counts(batch.known, batch.valid), dtype=jnp.float32), 1.0)
+        about = (
+            state.step,
+            jnp.maximum(jnp.sum(loss.counts(batch.label_mask, batch.example_mask), dtype=jnp.float32), 1.0),
+        )
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
 
         def part_step(carry: tuple, part_and_key: tuple) -> tuple[tuple, None]:

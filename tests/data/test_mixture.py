@@ -59,18 +59,18 @@ def test_what_a_data_set_does_not_say_is_masked_whatever_the_policy(sets):
     names = ("Effusion", "Mass", "Fracture")
     pooled = pool(sets, names)
     loose = LabelPolicy("ones", "negative")
-    _, known = targets(pooled.labels[:12], own_policy(loose, sets[0], names), findings=names)
-    np.testing.assert_array_equal(known, np.tile([True, True, False], (12, 1)))
-    value, known = targets(pooled.labels[12:15], own_policy(loose, sets[1], names), findings=names)
-    np.testing.assert_array_equal(known, [[1, 1, 1], [1, 0, 1], [1, 0, 1]])
+    _, label_mask = targets(pooled.labels[:12], own_policy(loose, sets[0], names), findings=names)
+    np.testing.assert_array_equal(label_mask, np.tile([True, True, False], (12, 1)))
+    value, label_mask = targets(pooled.labels[12:15], own_policy(loose, sets[1], names), findings=names)
+    np.testing.assert_array_equal(label_mask, [[1, 1, 1], [1, 0, 1], [1, 0, 1]])
     np.testing.assert_array_equal(value, [[1, 0, 1], [1, 0, 1], [0, 0, 0]])
 
 
 def test_an_exception_holds_under_either_name(sets):
     policy = LabelPolicy("zeros", exceptions={"Pleural Effusion": LabelPolicy("ignore")})
     own = own_policy(policy, sets[1], ("Effusion", "Fracture"))
-    _, known = targets(pool(sets, ["Effusion", "Fracture"]).labels[12:15], own, findings=("Effusion", "Fracture"))
-    np.testing.assert_array_equal(known, [[1, 1], [0, 1], [1, 1]])
+    _, label_mask = targets(pool(sets, ["Effusion", "Fracture"]).labels[12:15], own, findings=("Effusion", "Fracture"))
+    np.testing.assert_array_equal(label_mask, [[1, 1], [0, 1], [1, 1]])
 
 
 def test_boxes_have_the_common_names(sets):

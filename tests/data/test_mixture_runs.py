@@ -48,8 +48,8 @@ def mixed(tiny, data):
 
 
 def words(config):
-    known = flatten(load("demo:32"))
-    return [f"--config.{key}={value}" for key, value in flatten(config).items() if value != known.get(key)]
+    label_mask = flatten(load("demo:32"))
+    return [f"--config.{key}={value}" for key, value in flatten(config).items() if value != label_mask.get(key)]
 
 
 def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
@@ -72,9 +72,9 @@ def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
     test = Predictions.read(run / "predictions" / "test.parquet")
     ours = np.char.startswith(test.id, "own/")
     assert 0 < ours.sum() < len(test)
-    assert not test.known[ours, 0].any()  # nobody said anything of the heart there
-    assert test.known[~ours, 0].any()
-    assert not test.known[~ours, 2].any()
+    assert not test.label_mask[ours, 0].any()  # nobody said anything of the heart there
+    assert test.label_mask[~ours, 0].any()
+    assert not test.label_mask[~ours, 2].any()
     alone = Predictions.read(run / "predictions" / "test@own.parquet")
     assert alone.id.tolist() == test.id[ours].tolist()
     np.testing.assert_allclose(alone.logit, test.logit[ours], atol=1e-5)
@@ -82,7 +82,9 @@ def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
     row = {name: k for k, name in enumerate(records.id.tolist())}
     rows = [row[name] for name in test.id]
     assert test.patient.tolist() == records.patient[rows].tolist()
-    np.testing.assert_array_equal(test.known[:, 1], records.labels[rows, 1] != -1)  # the phantom hedges now and then
+    np.testing.assert_array_equal(
+        test.label_mask[:, 1], records.labels[rows, 1] != -1
+    )  # the phantom hedges now and then
     np.testing.assert_array_equal(test.label[:, 1] == 1, records.labels[rows, 1] == 1)
 
 
@@ -102,7 +104,7 @@ def test_training_draws_by_weight(mixed):
 def test_without_weights_every_record_comes_once_an_epoch(mixed):
     experiment = Experiment.open(mixed())
     train = experiment.part("train")
-    [whole] = experiment.sampling.strata(train.label, train.known, train.origin)
+    [whole] = experiment.sampling.strata(train.label, train.label_mask, train.origin)
     np.testing.assert_array_equal(whole.places, np.arange(len(train)))
     assert len(train) == sum(len(source.parts["train"]) for source in experiment.sources)
 
@@ -116,8 +118,8 @@ def test_each_data_set_has_its_own_policy_and_views(mixed):
     fracture = one.records.labels[rows, 2]
     ours = one.records.origin(rows) == 1  # pyright: ignore
     assert set(fracture[ours].tolist()) == {1, 0, -1, -2}
-    np.testing.assert_array_equal(one.part("train").known[:, 2], ours & (fracture != -1))
-    np.testing.assert_array_equal(other.part("train").known[:, 2], ours & (fracture != -2))
+    np.testing.assert_array_equal(one.part("train").label_mask[:, 2], ours & (fracture != -1))
+    np.testing.assert_array_equal(other.part("train").label_mask[:, 2], ours & (fracture != -2))
     np.testing.assert_array_equal(other.part("train").label[:, 2], ours & (abs(fracture) == 1))
     excepted = Experiment.open(mixed("data.exceptions=Fracture; uncertain=smooth; interval=(0.2, 0.4)"))
     smoothed = excepted.part("train").label[ours & (fracture == -1), 2]
@@ -125,7 +127,7 @@ def test_each_data_set_has_its_own_policy_and_views(mixed):
     assert len(set(smoothed.tolist())) == len(smoothed) > 1
     validation = excepted.part("validation")
     uncertain = excepted.records.labels[validation.row, 2] == -1
-    assert not validation.known[uncertain, 2].any()  # a drawn target is not scored
+    assert not validation.label_mask[uncertain, 2].any()  # a drawn target is not scored
 
 
 @pytest.mark.parametrize(

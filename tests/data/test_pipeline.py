@@ -88,7 +88,7 @@ def test_examples_carry_the_wanted_findings_targets():
     data = examples(records, [7, 2, 4], ["Effusion", "Mass"], LabelPolicy(uncertain="ones", not_mentioned="unknown"))
     labels = records.labels[[7, 2, 4]][:, [2, 0]]
     np.testing.assert_array_equal(data.label, np.isin(labels, (1, -1)))
-    np.testing.assert_array_equal(data.known, labels != -2)
+    np.testing.assert_array_equal(data.label_mask, labels != -2)
     np.testing.assert_array_equal(data.row, [7, 2, 4])
     assert len(data) == 3
 
@@ -120,12 +120,12 @@ def test_a_batch_holds_the_records_images_and_targets():
     for batch in first(3, training(data, augment=Augment())):
         assert [field.dtype for field in batch] == [np.uint8, np.float32, bool, bool, np.int32]
         assert [field.shape for field in batch] == [(4, 8, 8, 1), (4, 2), (4, 2), (4,), (4,)]
-        assert batch.valid.all()
+        assert batch.example_mask.all()
         for i, row in enumerate(batch.record):
             np.testing.assert_array_equal(batch.image[i, :, :, 0], data.records.image(row))
             place = list(data.row).index(row)
             np.testing.assert_array_equal(batch.label[i], data.label[place])
-            np.testing.assert_array_equal(batch.known[i], data.known[place])
+            np.testing.assert_array_equal(batch.label_mask[i], data.label_mask[place])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -168,7 +168,7 @@ def test_epochs_and_seeds_have_orders_and_augmentations_of_their_own():
 def test_the_parts_of_all_processes_are_the_global_batch(parts):
     data = some(11)
     shares = [first(5, training(data, batch_size=8, shard=(p, parts), threads=p % 3)) for p in range(parts)]
-    assert all(len(batch.valid) == 8 // parts for share in shares for batch in share)
+    assert all(len(batch.example_mask) == 8 // parts for share in shares for batch in share)
     assert_same(joined(shares), first(5, training(data, batch_size=8)))
 
 
@@ -268,12 +268,12 @@ def test_every_record_comes_once_in_order_on_processes_in_step(n, share, parts):
     assert all(len(field) == batch_size for batch in batches for field in batch)
     whole = {f: np.concatenate([getattr(b, f) for b in batches]) for f in (batches[0]._fields if batches else ())}
     if n:
-        valid = whole["valid"]
-        assert valid[:n].all()
-        assert not valid[n:].any()
+        example_mask = whole["valid"]
+        assert example_mask[:n].all()
+        assert not example_mask[n:].any()
         np.testing.assert_array_equal(whole["record"][:n], data.row)
         np.testing.assert_array_equal(whole["label"][:n], data.label)
-        np.testing.assert_array_equal(whole["known"][:n], data.known)
+        np.testing.assert_array_equal(whole["known"][:n], data.label_mask)
         assert (whole["record"][n:] == -1).all()
         assert not whole["known"][n:].any()
         assert not whole["image"][n:].any()
@@ -294,7 +294,7 @@ def prepared(tmp_path_factory):
 def test_prepared_records_come_as_stored_and_resume(prepared):
     data = examples(prepared, range(len(prepared)), prepared.findings, LabelPolicy())
     for batch in evaluation_batches(data, size=64, batch_size=5, threads=2):
-        for image, row in zip(batch.image[batch.valid, :, :, 0], batch.record[batch.valid], strict=True):
+        for image, row in zip(batch.image[batch.example_mask, :, :, 0], batch.record[batch.example_mask], strict=True):
             np.testing.assert_array_equal(image, decode(prepared.image_bytes(row), "stored"))
     options = {"size": 32, "batch_size": 5, "augment": EVERYTHING, "seed": 1}
     whole = first(9, training_batches(data, threads=2, **options))

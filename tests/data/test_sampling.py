@@ -45,7 +45,7 @@ def test_balanced_draws_every_finding_and_none_equally_often():
     data = some(400)
     rounds = 400
     rows = drawn(data, rounds, batch_size=5, sampling=Sampling("balanced"))
-    strata = Sampling("balanced").strata(data.label, data.known, None)
+    strata = Sampling("balanced").strata(data.label, data.label_mask, None)
     assert [len(s.places) for s in strata] == [*data.label.sum(0).astype(int), (data.label.sum(1) == 0).sum()]
     times = Counter(rows.ravel().tolist())
     expected = np.zeros(400)  # an example comes at its part of each class it belongs to
@@ -68,8 +68,8 @@ def test_every_class_is_a_cycle_of_its_own():
 
 def test_unknown_and_smoothed_labels():
     label = np.array([[1, 0.7], [0, 0.3], [1, 0]], np.float32)
-    known = np.array([[False, True], [True, True], [True, True]])
-    strata = Sampling("balanced").strata(label, known, None)
+    label_mask = np.array([[False, True], [True, True], [True, True]])
+    strata = Sampling("balanced").strata(label, label_mask, None)
     assert [s.places.tolist() for s in strata] == [[2], [0], [1]]
     assert [s.weight for s in strata] == [1 / 3] * 3
 
@@ -114,7 +114,7 @@ def test_another_seed_is_another_order():
 
 
 def test_billions_of_batches_on_it_still_goes():
-    plan = order(Sampling("balanced").strata(some().label, some().known, None), 32, 2**32 - 1)
+    plan = order(Sampling("balanced").strata(some().label, some().label_mask, None), 32, 2**32 - 1)
     assert 0 <= plan[10**9 * 32] < 60
 
 

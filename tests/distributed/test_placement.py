@@ -20,8 +20,8 @@ def host_batch(rows=8, seed=0) -> Batch:
     return Batch(
         image=rng.integers(0, 256, (rows, 16, 16, 1), np.uint8),
         label=rng.integers(0, 2, (rows, 3)).astype(np.float32),
-        known=rng.integers(0, 2, (rows, 3)).astype(bool),
-        valid=np.ones(rows, bool),
+        label_mask=rng.integers(0, 2, (rows, 3)).astype(bool),
+        example_mask=np.ones(rows, bool),
         record=np.arange(rows, dtype=np.int32) + 100 * seed,
     )
 
@@ -50,7 +50,7 @@ def test_every_device_gets_its_rows_of_the_batch_and_of_the_images(data, space):
 
 
 def test_one_process_loads_everything():
-    assert process_shard(shardings(4, 2).valid) == (0, 1)
+    assert process_shard(shardings(4, 2).example_mask) == (0, 1)
 
 
 class Streamed:

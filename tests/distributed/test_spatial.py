@@ -52,8 +52,8 @@ def batch_of(rows, columns, n=4):
     return Batch(
         image=rng.integers(0, 256, (n, rows, columns, 1), np.uint8),
         label=rng.integers(0, 2, (n, 3)).astype(np.float32),
-        known=rng.random((n, 3)) < 0.8,
-        valid=np.ones(n, bool),
+        label_mask=rng.random((n, 3)) < 0.8,
+        example_mask=np.ones(n, bool),
         record=np.arange(n, dtype=np.int32),
     )
 

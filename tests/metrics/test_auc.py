@@ -14,8 +14,8 @@ examples = st.lists(
 
 
 def columns(rows):
-    score, label, weight, known = (np.array(column) for column in zip(*rows, strict=True))
-    return score / 2, label, weight, known
+    score, label, weight, label_mask = (np.array(column) for column in zip(*rows, strict=True))
+    return score / 2, label, weight, label_mask
 
 
 @given(examples)
@@ -31,12 +31,14 @@ def test_agrees_with_sklearn_under_ties_and_weights(rows):
 
 @given(examples)
 def test_unknown_labels_do_not_count(rows):
-    score, label, _, known = columns(rows)
-    if undefined(label, known):
-        assert np.isnan(auroc(score, label, known))
-        assert np.isnan(average_precision(score, label, known))
+    score, label, _, label_mask = columns(rows)
+    if undefined(label, label_mask):
+        assert np.isnan(auroc(score, label, label_mask))
+        assert np.isnan(average_precision(score, label, label_mask))
     else:
-        assert auroc(score, label, known) == pytest.approx(metrics.roc_auc_score(label[known], score[known]), abs=1e-12)
+        assert auroc(score, label, label_mask) == pytest.approx(
+            metrics.roc_auc_score(label[label_mask], score[label_mask]), abs=1e-12
+        )
 
 
 @given(examples)
@@ -99,11 +101,11 @@ def test_known_values():
         ([1, 0, 1], [1, 1, 0], ""),
     ],
 )
-def test_what_the_labels_do_not_define_is_nan_with_a_reason(label, known, reason):
-    score, label, known = np.array([0.2, 0.5, 0.9]), np.array(label), np.array(known, bool)
-    assert undefined(label, known) == Ranking.of(score, label, known).reason == reason
-    assert np.isnan(auroc(score, label, known)) == bool(reason)
-    assert (roc_curve(score, label, known) is None) == bool(reason)
+def test_what_the_labels_do_not_define_is_nan_with_a_reason(label, label_mask, reason):
+    score, label, label_mask = np.array([0.2, 0.5, 0.9]), np.array(label), np.array(label_mask, bool)
+    assert undefined(label, label_mask) == Ranking.of(score, label, label_mask).reason == reason
+    assert np.isnan(auroc(score, label, label_mask)) == bool(reason)
+    assert (roc_curve(score, label, label_mask) is None) == bool(reason)
 
 
 def test_a_weighting_of_one_class_is_nan_and_the_others_are_not():

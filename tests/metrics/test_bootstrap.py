@@ -18,18 +18,18 @@ def simulated(images, patients, findings, seed=0, prevalence=0.3):
     patient = rng.integers(patients, size=images).astype(str)
     label = rng.random((images, findings)) < prevalence
     score = (rng.normal(size=(images, findings)) + label).round(1)  # with ties
-    known = rng.random((images, findings)) < 0.9
-    return patient, score, label, known
+    label_mask = rng.random((images, findings)) < 0.9
+    return patient, score, label, label_mask
 
 
-def rankings_of(score, label, known=None):
-    known = np.ones(label.shape, bool) if known is None else known
-    return [Ranking.of(score[:, k], label[:, k], known[:, k]) for k in range(label.shape[1])]
+def rankings_of(score, label, label_mask=None):
+    label_mask = np.ones(label.shape, bool) if label_mask is None else label_mask
+    return [Ranking.of(score[:, k], label[:, k], label_mask[:, k]) for k in range(label.shape[1])]
 
 
 def test_equals_a_plain_loop_over_sklearn():
-    patient, score, label, known = simulated(80, 30, 3)
-    auc, precision = bootstrap(rankings_of(score, label, known), patient, resamples=70, seed=5)
+    patient, score, label, label_mask = simulated(80, 30, 3)
+    auc, precision = bootstrap(rankings_of(score, label, label_mask), patient, resamples=70, seed=5)
     names = np.unique(patient)
     for r in range(70):
         drawn = names[np.random.default_rng([5, r]).integers(len(names), size=len(names))]
@@ -37,7 +37,7 @@ def test_equals_a_plain_loop_over_sklearn():
             [np.flatnonzero(patient == name) for name in drawn]
         )  # a patient's images, again and again
         for k in range(3):
-            use = rows[known[rows, k]]
+            use = rows[label_mask[rows, k]]
             assert auc[r, k] == pytest.approx(metrics.roc_auc_score(label[use, k], score[use, k]), abs=1e-12)
             assert precision[r, k] == pytest.approx(
                 metrics.average_precision_score(label[use, k], score[use, k]), abs=1e-12
@@ -45,8 +45,8 @@ def test_equals_a_plain_loop_over_sklearn():
 
 
 def test_depends_on_the_seed_only(monkeypatch):
-    patient, score, label, known = simulated(60, 25, 2)
-    rankings = rankings_of(score, label, known)
+    patient, score, label, label_mask = simulated(60, 25, 2)
+    rankings = rankings_of(score, label, label_mask)
     first = bootstrap(rankings, patient, resamples=30, seed=1)
     monkeypatch.setattr(module, "_AT_ONCE", 7)
     again = bootstrap(rankings, patient, resamples=40, seed=1)
@@ -137,14 +137,14 @@ def test_bad_confidence(confidence):
 
 
 def test_means_by_patient_equal_a_plain_loop():
-    patient, score, _, known = simulated(50, 20, 2)
-    mean, spread = bootstrap.mean_by_patient(score, known, patient, resamples=90, seed=4)
-    assert mean == pytest.approx(score[known].mean(), abs=1e-12)
+    patient, score, _, label_mask = simulated(50, 20, 2)
+    mean, spread = bootstrap.mean_by_patient(score, label_mask, patient, resamples=90, seed=4)
+    assert mean == pytest.approx(score[label_mask].mean(), abs=1e-12)
     names, draws = np.unique(patient), []
     for r in range(90):
         drawn = names[np.random.default_rng([4, r]).integers(len(names), size=len(names))]
         rows = np.concatenate([np.flatnonzero(patient == name) for name in drawn])
-        draws.append(score[rows][known[rows]].mean())
+        draws.append(score[rows][label_mask[rows]].mean())
     np.testing.assert_allclose((spread.low, spread.high), np.quantile(draws, [0.025, 0.975]), atol=1e-12)
     with pytest.raises(CxrError, match="no value counts"):
-        bootstrap.mean_by_patient(score, np.zeros_like(known), patient)
+        bootstrap.mean_by_patient(score, np.zeros_like(label_mask), patient)

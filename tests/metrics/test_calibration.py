@@ -74,9 +74,9 @@ def simulated(n=20_000, sharpness=(1.0, 2.5), seed=0):
     rng = np.random.default_rng(seed)
     truth = logit(rng.beta(0.8, 2, size=(n, len(sharpness))))
     label = rng.random(truth.shape) < expit(truth)
-    known = rng.random(truth.shape) < 0.9
+    label_mask = rng.random(truth.shape) < 0.9
     ids = np.arange(n)
-    return Predictions(ids, ids, tuple("ABCD"[: len(sharpness)]), truth * sharpness, label, known)
+    return Predictions(ids, ids, tuple("ABCD"[: len(sharpness)]), truth * sharpness, label, label_mask)
 
 
 def test_an_honest_model_is_calibrated_and_an_overconfident_one_is_not():
@@ -91,19 +91,19 @@ def test_an_honest_model_is_calibrated_and_an_overconfident_one_is_not():
 
 def test_unknown_labels_do_not_count():
     table = simulated(300)
-    known = table.known[:, 0]
-    masked = reliability(table.probability[:, 0], table.label[:, 0], known)
-    cut = reliability(table.probability[known, 0], table.label[known, 0])
+    label_mask = table.label_mask[:, 0]
+    masked = reliability(table.probability[:, 0], table.label[:, 0], label_mask)
+    cut = reliability(table.probability[label_mask, 0], table.label[label_mask, 0])
     np.testing.assert_array_equal(masked.observed, cut.observed)
-    assert brier(table.probability[:, 0], table.label[:, 0], known) == brier(
-        table.probability[known, 0], table.label[known, 0]
+    assert brier(table.probability[:, 0], table.label[:, 0], label_mask) == brier(
+        table.probability[label_mask, 0], table.label[label_mask, 0]
     )
 
 
 def test_nothing_known_is_nan():
     table = simulated(20)
     nothing = Predictions(
-        table.id, table.patient, table.findings, table.logit, table.label, table.known & [True, False]
+        table.id, table.patient, table.findings, table.logit, table.label, table.label_mask & [True, False]
     )
     rows = calibration(nothing)
     assert np.isnan([rows[1]["ece_width"], rows[1]["ece_mass"], rows[1]["brier"], rows[1]["brier_resolution"]]).all()

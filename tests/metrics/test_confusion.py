@@ -88,16 +88,16 @@ def test_agrees_with_sklearn(rows):
             assert np.isnan(row["balanced_accuracy"])
 
 
-def predictions(label, logit, known=None):
+def predictions(label, logit, label_mask=None):
     label, logit = np.array(label, float), np.array(logit, float)
-    known = np.ones(label.shape, bool) if known is None else np.array(known)
+    label_mask = np.ones(label.shape, bool) if label_mask is None else np.array(label_mask)
     ids = np.arange(len(label))
-    return Predictions(ids, ids, ("a", "b", "c"), logit, label, known)
+    return Predictions(ids, ids, ("a", "b", "c"), logit, label, label_mask)
 
 
 def test_predictions_are_of_the_highest_logit_and_unlabelled_images_are_left_out():
-    known = np.array([[True] * 3, [True] * 3, [False] * 3])
-    table = predictions(np.eye(3), [[3, 2, 1], [-1, -2, -3], [0, 0, 1]], known)
+    label_mask = np.array([[True] * 3, [True] * 3, [False] * 3])
+    table = predictions(np.eye(3), [[3, 2, 1], [-1, -2, -3], [0, 0, 1]], label_mask)
     confusion = Confusion.of_predictions(table)
     np.testing.assert_array_equal(confusion.matrix, [[1, 0, 0], [1, 0, 0], [0, 0, 0]])
     assert confusion.classes == ("a", "b", "c")
@@ -111,9 +111,9 @@ def test_predictions_are_of_the_highest_logit_and_unlabelled_images_are_left_out
         ([1, 0, 0], [True, False, True], "all labels known"),
     ],
 )
-def test_images_of_no_class_or_two_are_refused(label, known, words):
+def test_images_of_no_class_or_two_are_refused(label, label_mask, words):
     with pytest.raises(CxrError, match=words):
-        Confusion.of_predictions(predictions([[1, 0, 0], label], np.zeros((2, 3)), [[True] * 3, known]))
+        Confusion.of_predictions(predictions([[1, 0, 0], label], np.zeros((2, 3)), [[True] * 3, label_mask]))
 
 
 def test_bad_numbers_and_words_are_refused():

@@ -70,10 +70,10 @@ def test_midranks_equal_the_definition_with_ties(rows):
 
 def test_unknown_labels_do_not_count():
     rng = np.random.default_rng(0)
-    score, label, known = rng.normal(size=(2, 80)), rng.random(80) < 0.4, rng.random(80) < 0.7
-    masked, cut = delong(score, label, known), delong(score[:, known], label[known])
+    score, label, label_mask = rng.normal(size=(2, 80)), rng.random(80) < 0.4, rng.random(80) < 0.7
+    masked, cut = delong(score, label, label_mask), delong(score[:, label_mask], label[label_mask])
     np.testing.assert_allclose(masked.covariance, cut.covariance, atol=1e-15)
-    assert masked.auroc[1] == pytest.approx(roc_auc_score(label[known], score[1, known]), abs=1e-12)
+    assert masked.auroc[1] == pytest.approx(roc_auc_score(label[label_mask], score[1, label_mask]), abs=1e-12)
 
 
 def test_images_of_a_patient_are_one_unit_as_in_the_bootstrap():

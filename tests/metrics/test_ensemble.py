@@ -24,31 +24,33 @@ def simulated(seed=0, scales=3, images=400, findings=4, noise=1.5):
     return logits, labels, rng.random((images, findings)) < 0.9
 
 
-def plain_loss(v, logits, labels, known):
+def plain_loss(v, logits, labels, label_mask):
     """Equations 2 and 3 as they are written, with autodiff for the gradient."""
     weights = jax.nn.softmax(v, axis=1)
     p = (weights.T[:, None, :] * jax.nn.sigmoid(logits)).sum(0)
-    return -jnp.where(known, labels * jnp.log(p) + (1 - labels) * jnp.log1p(-p), 0).sum() / known.sum(dtype=v.dtype)
+    return -jnp.where(label_mask, labels * jnp.log(p) + (1 - labels) * jnp.log1p(-p), 0).sum() / label_mask.sum(
+        dtype=v.dtype
+    )
 
 
 def test_loss_and_gradient_agree_with_the_equations_and_jax_grad():
-    logits, labels, known = simulated()
+    logits, labels, label_mask = simulated()
     v = np.random.default_rng(1).normal(size=(4, 3))
-    loss, gradient = Likelihood.of(logits, labels, known).loss(v)
+    loss, gradient = Likelihood.of(logits, labels, label_mask).loss(v)
     with jax.enable_x64(True):
-        expected = jax.value_and_grad(plain_loss)(*map(jnp.asarray, (v, logits, labels, known)))
+        expected = jax.value_and_grad(plain_loss)(*map(jnp.asarray, (v, logits, labels, label_mask)))
     assert loss == pytest.approx(float(expected[0]), abs=1e-13)
     np.testing.assert_allclose(gradient, expected[1], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("noise", [0.7, 1.5, 4.0])
 def test_fit_comes_close_to_the_best_loss(noise):
-    logits, labels, known = simulated(noise=noise)
-    fit = fit_weights(logits, labels, known)
+    logits, labels, label_mask = simulated(noise=noise)
+    fit = fit_weights(logits, labels, label_mask)
 
     def mixture_loss(weights):  # over the simplex itself, not through a softmax
         p = (weights.reshape(4, 3).T[:, None, :] * expit(logits)).sum(0)
-        return -np.where(known, labels * np.log(p) + (1 - labels) * np.log1p(-p), 0).sum() / known.sum()
+        return -np.where(label_mask, labels * np.log(p) + (1 - labels) * np.log1p(-p), 0).sum() / label_mask.sum()
 
     best = minimize(
         mixture_loss, np.full(12, 1 / 3), method="SLSQP", bounds=[(1e-9, 1)] * 12,
@@ -76,36 +78,36 @@ def test_weights_are_shares_and_favour_the_better_scale():
 
 
 def test_findings_do_not_influence_each_others_best_weights_and_unknown_ones_stay_equal():
-    logits, labels, known = simulated()
-    known[:, 2] = False
-    weights = fit_weights(logits, labels, known).weights
+    logits, labels, label_mask = simulated()
+    label_mask[:, 2] = False
+    weights = fit_weights(logits, labels, label_mask).weights
     np.testing.assert_allclose(weights[2], 1 / 3, atol=1e-15)
-    alone = fit_weights(logits[:, :, :1], labels[:, :1], known[:, :1]).weights
+    alone = fit_weights(logits[:, :, :1], labels[:, :1], label_mask[:, :1]).weights
     np.testing.assert_allclose(weights[0], alone[0], atol=1e-4)  # Adam is blind to the gradient's scale
 
 
 def test_certain_and_wrong_models_stay_finite():
     labels = np.array([[1.0], [0.0], [1.0], [0.0]])
     logits = np.array([[[-100.0], [100.0], [-100.0], [100.0]], [[100.0], [-100.0], [100.0], [100.0]]])
-    known = np.ones((4, 1), bool)
-    loss, gradient = Likelihood.of(logits, labels, known).loss(np.zeros((1, 2)))
+    label_mask = np.ones((4, 1), bool)
+    loss, gradient = Likelihood.of(logits, labels, label_mask).loss(np.zeros((1, 2)))
     assert loss == pytest.approx((3 * np.log(2) + 100) / 4)  # three shares of a half, one certain mistake of both
     assert np.isfinite(gradient).all()
     assert gradient[0, 0] > 0.3
-    fit = fit_weights(logits, labels, known)
+    fit = fit_weights(logits, labels, label_mask)
     assert np.isfinite(fit.loss).all()
     assert fit.weights[0, 1] > 0.99
     both_wrong = Likelihood.of(np.full((2, 1, 1), -1000.0), np.ones((1, 1)), np.ones((1, 1), bool))
     assert both_wrong.loss(np.zeros((1, 2)))[0] == 1000
-    assert np.isfinite(fit_weights(logits, labels, known, rate=1e3, decay=1).loss).all()
+    assert np.isfinite(fit_weights(logits, labels, label_mask, rate=1e3, decay=1).loss).all()
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.01])
 def test_logistic_stacking_is_where_scipy_finds_the_least_loss(strength):
-    logits, labels, known = simulated()
-    found = fit_logistic(logits, labels, known, strength=strength)
+    logits, labels, label_mask = simulated()
+    found = fit_logistic(logits, labels, label_mask, strength=strength)
     for k in range(4):
-        x, y = logits[:, known[:, k], k].T, labels[known[:, k], k]
+        x, y = logits[:, label_mask[:, k], k].T, labels[label_mask[:, k], k]
 
         def loss(w, x=x, y=y):
             margin = np.where(y > 0, 1, -1) * (x @ w[1:] + w[0])
@@ -122,15 +124,15 @@ def test_logistic_stacking_is_where_scipy_finds_the_least_loss(strength):
 
 
 def test_logistic_stacking_votes_where_there_is_nothing_to_learn():
-    logits, labels, known = simulated()
+    logits, labels, label_mask = simulated()
     labels[:, 1] = 0
-    known[:, 2] = False
-    known[:, 3] &= labels[:, 3] > 0
-    found = fit_logistic(logits, labels, known)
+    label_mask[:, 2] = False
+    label_mask[:, 3] &= labels[:, 3] > 0
+    found = fit_logistic(logits, labels, label_mask)
     assert found.voted == ("", "no positive example", "no known label", "no negative example")
     np.testing.assert_array_equal(found.combine(logits)[:, 1:], vote(logits)[:, 1:])
-    hidden = np.where(known, labels, 1 - labels)  # what is unknown has no say
-    np.testing.assert_array_equal(fit_logistic(logits, hidden, known).coefficients, found.coefficients)
+    hidden = np.where(label_mask, labels, 1 - labels)  # what is unknown has no say
+    np.testing.assert_array_equal(fit_logistic(logits, hidden, label_mask).coefficients, found.coefficients)
 
 
 def test_logistic_stacking_of_scales_that_separate_the_classes_stays_finite():
@@ -159,14 +161,14 @@ def test_stack_of_certain_models():
 
 
 def tables():
-    logits, labels, known = simulated(images=40)
+    logits, labels, label_mask = simulated(images=40)
     names = np.array([f"i{i:02}" for i in range(40)])
-    first = Predictions(names, np.repeat(names[::2], 2), tuple("ABCD"), logits[0], labels, known)
+    first = Predictions(names, np.repeat(names[::2], 2), tuple("ABCD"), logits[0], labels, label_mask)
     other = np.random.default_rng(0).permutation(40)
     columns = [2, 0, 3, 1]
     second = Predictions(
         names[other], first.patient[other], ("C", "A", "D", "B"), logits[1][other][:, columns],
-        labels[other][:, columns], known[other][:, columns],
+        labels[other][:, columns], label_mask[other][:, columns],
     )  # fmt: skip
     return first, second, logits
 
@@ -180,7 +182,7 @@ def test_align_and_combine():
     np.testing.assert_array_equal(combine([first, second]).logit, vote(logits[:2]))
     weights = np.array([[1.0, 0.0]] * 4)
     np.testing.assert_allclose(combine([first, second], weights).logit, logits[0], atol=1e-12)
-    learnt = fit_logistic(logits[:2], first.label, first.known)
+    learnt = fit_logistic(logits[:2], first.label, first.label_mask)
     np.testing.assert_allclose(combine([first, second], learnt).logit, learnt.combine(logits[:2]), atol=1e-12)
     assert score(combine([first, second]), resamples=0).mean.findings == 4
 
@@ -198,19 +200,19 @@ def test_align_refuses_tables_of_other_things():
 
 
 def test_bad_input_is_refused():
-    logits, labels, known = simulated()
+    logits, labels, label_mask = simulated()
     with pytest.raises(CxrError, match="not scales x"):
-        fit_weights(logits[:, 1:], labels, known)
+        fit_weights(logits[:, 1:], labels, label_mask)
     with pytest.raises(CxrError, match="no label is known"):
-        fit_weights(logits, labels, np.zeros_like(known))
+        fit_weights(logits, labels, np.zeros_like(label_mask))
     with pytest.raises(CxrError, match="scale 2 is not finite"):
-        fit_weights(np.where(np.arange(3)[:, None, None] == 1, np.nan, logits), labels, known)
+        fit_weights(np.where(np.arange(3)[:, None, None] == 1, np.nan, logits), labels, label_mask)
     with pytest.raises(CxrError, match="out of range"):
-        fit_weights(logits, labels, known, decay=1.5)
+        fit_weights(logits, labels, label_mask, decay=1.5)
     with pytest.raises(CxrError, match=r"strength=0 is out of range"):
-        fit_logistic(logits, labels, known, strength=0)
+        fit_logistic(logits, labels, label_mask, strength=0)
     with pytest.raises(CxrError, match="no label is known"):
-        fit_logistic(logits, labels, np.zeros_like(known))
+        fit_logistic(logits, labels, np.zeros_like(label_mask))
     with pytest.raises(CxrError, match="findings x scales"):
         stack(logits, uniform(3, 4))
     with pytest.raises(CxrError, match="sum to 1"):

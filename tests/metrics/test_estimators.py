@@ -44,9 +44,11 @@ def test_binormal_of_logits_without_bound():
 
 def test_known_labels_only():
     rng = np.random.default_rng(1)
-    score, label, known = rng.normal(size=60), rng.random(60) < 0.5, rng.random(60) < 0.6
+    score, label, label_mask = rng.normal(size=60), rng.random(60) < 0.5, rng.random(60) < 0.6
     for estimator in ESTIMATORS.values():
-        assert estimator(score, label, known) == pytest.approx(estimator(score[known], label[known]), abs=1e-12)
+        assert estimator(score, label, label_mask) == pytest.approx(
+            estimator(score[label_mask], label[label_mask]), abs=1e-12
+        )
 
 
 def test_rows_say_what_is_undefined():

@@ -25,7 +25,7 @@ def some(n=5, findings=("Mass", "Pleural Effusion")):
         findings=findings,
         logit=rng.normal(size=(n, len(findings))) * 30,
         label=rng.integers(0, 2, (n, len(findings))),
-        known=rng.random((n, len(findings))) < 0.7,
+        label_mask=rng.random((n, len(findings))) < 0.7,
     )
 
 
@@ -43,7 +43,7 @@ def test_what_is_written_is_read(tmp_path, name):
     assert after.findings == before.findings
     for field in ("id", "patient", "logit", "known"):
         np.testing.assert_array_equal(getattr(after, field), getattr(before, field))  # to the last bit
-    np.testing.assert_array_equal(after.label[before.known], before.label[before.known])
+    np.testing.assert_array_equal(after.label[before.label_mask], before.label[before.label_mask])
     assert [file.name for file in (tmp_path / "new folder").iterdir()] == [name]
 
 
@@ -70,18 +70,18 @@ def test_a_peers_file(tmp_path, name):
     assert table.findings == ("Mass", "Pleural_Thickening")
     assert list(table.id) == list(table.patient) == ["0001", "0002"]
     np.testing.assert_allclose(table.probability, [[0.25, 1], [0.5, 0]], rtol=1e-15, atol=0)
-    assert not table.known.any()
+    assert not table.label_mask.any()
 
 
 def test_a_peers_labels_follow_the_policy(tmp_path):
     text = "id,patient,logit_Mass,label_Mass\na,1,0.5,1.0\nb,1,-inf,0\nc,2,inf,-1\nd,2,2,\n"
     table = Predictions.read(written(tmp_path, text))
-    np.testing.assert_array_equal(table.known[:, 0], [True, True, False, False])
+    np.testing.assert_array_equal(table.label_mask[:, 0], [True, True, False, False])
     np.testing.assert_array_equal(np.argsort(table.logit[:, 0]), [1, 0, 3, 2])
     assert np.isfinite(table.logit).all()
     policy = LabelPolicy(uncertain="ones", not_mentioned="negative")
     table = Predictions.read(written(tmp_path, text), policy)
-    assert table.known.all()
+    assert table.label_mask.all()
     np.testing.assert_array_equal(table.label[:, 0], [1, 0, 1, 0])
 
 

@@ -19,7 +19,7 @@ def predictions(images=120):
     label = rng.random((images, 3)) < [0.3, 0.5, 0]
     return Predictions(
         id=np.arange(images), patient=np.arange(images) // 3, findings=FINDINGS,
-        logit=rng.normal(size=(images, 3)) + label, label=label, known=rng.random((images, 3)) < 0.8,
+        logit=rng.normal(size=(images, 3)) + label, label=label, label_mask=rng.random((images, 3)) < 0.8,
     )  # fmt: skip
 
 
@@ -27,8 +27,8 @@ def test_numbers_are_sklearns_on_the_known_labels():
     table = predictions()
     scores = score(table, resamples=0)
     for k, row in enumerate(scores.findings[:2]):
-        known = table.known[:, k]
-        label, logit = table.label[known, k], table.logit[known, k]
+        label_mask = table.label_mask[:, k]
+        label, logit = table.label[label_mask, k], table.logit[label_mask, k]
         assert row.finding == FINDINGS[k]
         assert row.auroc == pytest.approx(metrics.roc_auc_score(label, logit), abs=1e-12)
         assert row.average_precision == pytest.approx(metrics.average_precision_score(label, logit), abs=1e-12)
@@ -76,7 +76,7 @@ def test_the_means_interval_comes_from_means_of_draws():
     table = predictions(90)
     one = table.select(["Mass"])
     same = Predictions(
-        one.id, one.patient, ("A", "B"), *(np.repeat(x, 2, axis=1) for x in (one.logit, one.label, one.known))
+        one.id, one.patient, ("A", "B"), *(np.repeat(x, 2, axis=1) for x in (one.logit, one.label, one.label_mask))
     )
     scores = score(same, resamples=200)
     assert scores.mean.auroc_interval == scores.findings[0].auroc_interval  # two findings that are one: nothing to gain

@@ -22,8 +22,8 @@ def predictions(images=400, strength=(1.5, 1.5), seed=0):
     group = np.where(patient % 2, "a", "b")
     label = rng.random((images, 2)) < 0.4
     logit = rng.normal(size=(images, 2)) + label * np.where(group == "a", *strength)[:, None]
-    known = rng.random((images, 2)) < 0.9
-    return Predictions([f"i{n:04}" for n in range(images)], patient, FINDINGS, logit, label, known), group
+    label_mask = rng.random((images, 2)) < 0.9
+    return Predictions([f"i{n:04}" for n in range(images)], patient, FINDINGS, logit, label, label_mask), group
 
 
 def find(rows, **wanted):
@@ -40,7 +40,7 @@ def test_each_group_is_scored_on_its_own_images():
     for name in "ab":
         exact = []
         for k, finding in enumerate(FINDINGS):
-            rows = (group == name) & table.known[:, k]
+            rows = (group == name) & table.label_mask[:, k]
             row = find(found.groups, group=name, finding=finding)
             exact.append(roc_auc_score(table.label[rows, k], table.logit[rows, k]))
             assert row["auroc"] == pytest.approx(exact[-1], abs=1e-12)
@@ -64,7 +64,7 @@ def test_gaps_are_between_the_best_and_the_worst_on_the_same_draws():
         one = {}
         for name in "ab":
             for k in range(2):
-                rows = (group == name) & table.known[:, k]
+                rows = (group == name) & table.label_mask[:, k]
                 one[name, k] = roc_auc_score(
                     table.label[rows, k], table.logit[rows, k], sample_weight=weight[owner][rows]
                 )
@@ -100,7 +100,7 @@ def test_small_and_unknown_groups_are_shown_but_in_no_gap():
 def test_a_finding_that_a_group_does_not_define_is_in_no_gap_of_the_mean():
     table, group = predictions()
     label = np.where((group == "b")[:, None] & [True, False], 0, table.label)
-    table = Predictions(table.id, table.patient, FINDINGS, table.logit, label, table.known)
+    table = Predictions(table.id, table.patient, FINDINGS, table.logit, label, table.label_mask)
     found = subgroups(table, {"kind": group}, resamples=20)
     row = find(found.groups, group="b", finding="Mass")
     assert (row["reason"], row["findings"], math.isnan(row["auroc"])) == ("no positive example", 0, True)

@@ -19,24 +19,24 @@ def simulated(n, sharpness, seed=0):
     """Findings whose logits are right, times a sharpness."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=(n, len(sharpness))) * 1.5 - 0.5
-    known = rng.random(truth.shape) < 0.9
-    return table(truth * sharpness, rng.random(truth.shape) < expit(truth), known)
+    label_mask = rng.random(truth.shape) < 0.9
+    return table(truth * sharpness, rng.random(truth.shape) < expit(truth), label_mask)
 
 
-def table(logit, label, known=None):
+def table(logit, label, label_mask=None):
     logit, label = (np.array(x, float).reshape(len(logit), -1) for x in (logit, label))
     ids = np.arange(len(logit))
-    known = np.ones(label.shape, bool) if known is None else known
-    return Predictions(ids, ids, tuple("ABCD"[: label.shape[1]]), logit, label, known)
+    label_mask = np.ones(label.shape, bool) if label_mask is None else label_mask
+    return Predictions(ids, ids, tuple("ABCD"[: label.shape[1]]), logit, label, label_mask)
 
 
 def test_equals_logistic_regression_without_intercept():
     validation = simulated(2000, (0.4, 1.0, 3.0))
     found = fit(validation)
     for k, value in enumerate(found.values):
-        known = validation.known[:, k]
+        label_mask = validation.label_mask[:, k]
         peer = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
-        peer.fit(validation.logit[known, k : k + 1], validation.label[known, k])
+        peer.fit(validation.logit[label_mask, k : k + 1], validation.label[label_mask, k])
         assert 1 / value == pytest.approx(peer.coef_[0, 0], rel=1e-5)
     assert found.reasons == ("", "", "")
     np.testing.assert_allclose(found.values, [0.4, 1, 3], rtol=0.15)
@@ -44,8 +44,8 @@ def test_equals_logistic_regression_without_intercept():
 
 def test_is_the_minimum_of_the_loss():
     validation = simulated(500, (2.0,), seed=1)
-    known = validation.known[:, 0]
-    signed = np.where(validation.label[known, 0] > 0, 1, -1) * validation.logit[known, 0]
+    label_mask = validation.label_mask[:, 0]
+    signed = np.where(validation.label[label_mask, 0] > 0, 1, -1) * validation.logit[label_mask, 0]
     least = minimize_scalar(lambda t: -log_expit(signed / t).mean(), bounds=(0.01, 100), method="bounded")
     assert fit(validation).values[0] == pytest.approx(least.x, rel=1e-4)
 
@@ -57,8 +57,10 @@ def test_calibration_on_other_images_gets_better_and_ranking_stays():
     assert after[1]["ece_width"] < 0.25 * before[1]["ece_width"]
     assert after[1]["brier"] < before[1]["brier"]
     for k in range(2):
-        known = test.known[:, k]
-        assert auroc(scaled.logit[:, k], test.label[:, k], known) == auroc(test.logit[:, k], test.label[:, k], known)
+        label_mask = test.label_mask[:, k]
+        assert auroc(scaled.logit[:, k], test.label[:, k], label_mask) == auroc(
+            test.logit[:, k], test.label[:, k], label_mask
+        )
 
 
 def test_findings_are_matched_by_name():

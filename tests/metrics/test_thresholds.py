@@ -13,11 +13,11 @@ from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.thresholds import Counts, OperatingPoints, accuracy, choose
 
 
-def table(score, label, known=None, findings=None):
+def table(score, label, label_mask=None, findings=None):
     score, label = (np.array(x, float).reshape(len(score), -1) for x in (score, label))
-    known = np.ones(label.shape, bool) if known is None else np.array(known, bool).reshape(label.shape)
+    label_mask = np.ones(label.shape, bool) if label_mask is None else np.array(label_mask, bool).reshape(label.shape)
     ids = np.arange(len(score))
-    return Predictions(ids, ids, findings or tuple("ABCDE"[: label.shape[1]]), score, label, known)
+    return Predictions(ids, ids, findings or tuple("ABCDE"[: label.shape[1]]), score, label, label_mask)
 
 
 def simulated(n=400, seed=0):
@@ -58,8 +58,8 @@ def test_rates_on_other_images_are_sklearns():
     for rule in ("youden", "sensitivity", "specificity"):
         points = choose(validation, rule, 0.8)
         for k, row in enumerate(points.apply(test)):
-            known = test.known[:, k]
-            actual, called = test.label[known, k] > 0, test.logit[known, k] >= points.threshold[k]
+            label_mask = test.label_mask[:, k]
+            actual, called = test.label[label_mask, k] > 0, test.logit[label_mask, k] >= points.threshold[k]
             tn, fp, fn, tp = metrics.confusion_matrix(actual, called).ravel()
             assert (row["tp"], row["fp"], row["fn"], row["tn"]) == (tp, fp, fn, tn)
             assert row["sensitivity"] == pytest.approx(metrics.recall_score(actual, called))
@@ -107,10 +107,10 @@ def test_findings_are_matched_by_name():
 
 def test_accuracy_over_all_labels():
     predictions = simulated()
-    known = predictions.known
-    expected = metrics.accuracy_score(predictions.label[known] > 0, predictions.probability[known] >= 0.5)
+    label_mask = predictions.label_mask
+    expected = metrics.accuracy_score(predictions.label[label_mask] > 0, predictions.probability[label_mask] >= 0.5)
     assert accuracy(predictions) == pytest.approx(expected)
-    expected = metrics.accuracy_score(predictions.label[known] > 0, predictions.probability[known] >= 0.2)
+    expected = metrics.accuracy_score(predictions.label[label_mask] > 0, predictions.probability[label_mask] >= 0.2)
     assert accuracy(predictions, 0.2) == pytest.approx(expected)
     assert accuracy(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1  # a probability of just 0.5 is a yes
     assert math.isnan(accuracy(table([0.0], [1], [0])))

@@ -149,8 +149,8 @@ def test_calibration_and_threshold_are_those_of_validation(run, folder, tmp_path
     calibrated, everywhere = column(result, "calibrated"), []
     odds = np.log(column(result, "probability") / (1 - column(result, "probability")))
     for k in range(len(validation.findings)):
-        known = validation.known[:, k]
-        signed = np.where(validation.label[known, k] > 0, 1, -1) * validation.logit[known, k]
+        label_mask = validation.label_mask[:, k]
+        signed = np.where(validation.label[label_mask, k] > 0, 1, -1) * validation.logit[label_mask, k]
         best = minimize_scalar(lambda s, z=signed: -log_expit(s * z).mean(), bounds=(0.01, 100), method="bounded",
                                options={"xatol": 1e-9}).x  # fmt: skip
         np.testing.assert_allclose(calibrated[:, k], expit(best * odds[:, k]), atol=1e-4)

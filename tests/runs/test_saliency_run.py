@@ -24,7 +24,9 @@ def experiment(*boxes_of_images):
     records = Records.of(made, FINDINGS, dataset="drawn")
     count = len(made)
     part = SimpleNamespace(
-        row=np.arange(count, dtype=np.int32), label=np.tile([1.0, 0.0], (count, 1)), known=np.ones((count, 2), bool)
+        row=np.arange(count, dtype=np.int32),
+        label=np.tile([1.0, 0.0], (count, 1)),
+        label_mask=np.ones((count, 2), bool),
     )
     return SimpleNamespace(records=records, findings=FINDINGS, part=lambda name: part)
 
@@ -48,7 +50,9 @@ def test_masks_count_by_the_boxes_of_their_regions(phantom_data):
     records = open_records(phantom_data, "cxr_phantom", "32")
     k = records.findings.index("Nodule")
     rows = np.flatnonzero(records.labels[:, k] == 1).astype(np.int32)
-    part = SimpleNamespace(row=rows, label=(records.labels[rows] == 1).astype(float), known=records.labels[rows] >= 0)
+    part = SimpleNamespace(
+        row=rows, label=(records.labels[rows] == 1).astype(float), label_mask=records.labels[rows] >= 0
+    )
     phantom = SimpleNamespace(records=records, findings=records.findings, part=lambda name: part)
     found = _positives(phantom, "test", "Nodule", 8)
     assert len(found.row) > 3

@@ -71,8 +71,8 @@ def test_a_packed_state_makes_the_same_steps(shape):
         batch = Batch(
             image=rng.integers(0, 256, (4, 32, 32, 1), np.uint8),
             label=(rng.random((4, 3)) < 0.5).astype(np.float32),
-            known=np.ones((4, 3), bool),
-            valid=np.ones(4, bool),
+            label_mask=np.ones((4, 3), bool),
+            example_mask=np.ones(4, bool),
             record=np.arange(4, dtype=np.int32),
         )
         network, optimizer = small(dtype="float64"), as_one_vector(optax.scale_by_adam())

@@ -42,11 +42,11 @@ def loss_named(name, **options):
 def test_values_and_gradients_are_pytorchs(case):
     options, value, norm = PYTORCH[case]
     loss = loss_named(case.split()[0], **options)
-    logits, label, known = examples()
-    assert loss.mean(logits, label, known) == pytest.approx(value / known.sum(), rel=1e-12)  # float64
+    logits, label, label_mask = examples()
+    assert loss.mean(logits, label, label_mask) == pytest.approx(value / label_mask.sum(), rel=1e-12)  # float64
 
     single = [jnp.asarray(x, jnp.float32) for x in (logits, label)]
-    total, gradient = jax.value_and_grad(lambda z: loss(z, single[1], jnp.asarray(known), jnp.ones(4, bool))[0])(
+    total, gradient = jax.value_and_grad(lambda z: loss(z, single[1], jnp.asarray(label_mask), jnp.ones(4, bool))[0])(
         single[0]
     )
     assert float(total) == pytest.approx(value, rel=1e-6)
@@ -54,12 +54,12 @@ def test_values_and_gradients_are_pytorchs(case):
 
 
 def test_cross_entropy_is_pytorchs():
-    logits, classes, known = examples()[0] * [1, -0.5, 0.25], [2, 0, 1, 1], np.ones((4, 3), bool)
-    known[2, 1] = False  # the third image has no class
+    logits, classes, label_mask = examples()[0] * [1, -0.5, 0.25], [2, 0, 1, 1], np.ones((4, 3), bool)
+    label_mask[2, 1] = False  # the third image has no class
     loss = make_loss("cross_entropy")
 
     def total(z):
-        return loss(z, jnp.eye(3)[jnp.asarray(classes)], jnp.asarray(known), jnp.ones(4, bool))
+        return loss(z, jnp.eye(3)[jnp.asarray(classes)], jnp.asarray(label_mask), jnp.ones(4, bool))
 
     (value, count), back = jax.vjp(total, jnp.asarray(logits, jnp.float32))
     gradient = back((jnp.ones(()), jnp.zeros(())))[0] * jnp.asarray([1, -0.5, 0.25])[None]
@@ -68,19 +68,21 @@ def test_cross_entropy_is_pytorchs():
     assert float(jnp.linalg.norm(gradient)) == pytest.approx(1.567671654813804, rel=1e-6)
     one_hot = np.eye(3)[classes]
     expected = log_loss(one_hot[[0, 1, 3]], np.exp(log_softmax(logits, axis=1))[[0, 1, 3]])
-    assert loss.mean(logits, one_hot, known) == pytest.approx(expected, rel=1e-10)
+    assert loss.mean(logits, one_hot, label_mask) == pytest.approx(expected, rel=1e-10)
 
 
 @settings(deadline=None, max_examples=30)
 @given(
     logits=hnp.arrays(np.float32, (4, 3), elements=st.floats(-20, 20, width=32)),
     label=hnp.arrays(np.bool_, (4, 3)),
-    known=hnp.arrays(np.bool_, (4, 3)),
-    valid=hnp.arrays(np.bool_, (4,)),
+    label_mask=hnp.arrays(np.bool_, (4, 3)),
+    example_mask=hnp.arrays(np.bool_, (4,)),
 )
-def test_mean_equals_sklearn_over_what_is_known(logits, label, known, valid):
-    total, count = masked_bce(jnp.array(logits), jnp.array(label, jnp.float32), jnp.array(known), jnp.array(valid))
-    mask = known & valid[:, None]
+def test_mean_equals_sklearn_over_what_is_known(logits, label, label_mask, example_mask):
+    total, count = masked_bce(
+        jnp.array(logits), jnp.array(label, jnp.float32), jnp.array(label_mask), jnp.array(example_mask)
+    )
+    mask = label_mask & example_mask[:, None]
     assert float(count) == mask.sum()
     if mask.any():
         probability = 1 / (1 + np.exp(-logits[mask].astype(np.float64)))
@@ -131,60 +133,64 @@ def test_extreme_logits_of_exclusive_classes(dtype):
 
 
 def test_many_images_are_counted_exactly_in_bfloat16():
-    logits, known = jnp.zeros((1000, 3), jnp.bfloat16), jnp.ones((1000, 3), bool)
-    assert float(masked_bce(logits, jnp.ones((1000, 3)), known, known[:, 0])[1]) == 3000
+    logits, label_mask = jnp.zeros((1000, 3), jnp.bfloat16), jnp.ones((1000, 3), bool)
+    assert float(masked_bce(logits, jnp.ones((1000, 3)), label_mask, label_mask[:, 0])[1]) == 3000
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_unknown_and_padding_have_no_gradient(name):
-    loss, known, valid = loss_named(name), jnp.ones((3, 3), bool).at[0, 1].set(False), jnp.array([True, False, True])
+    loss, label_mask, example_mask = (
+        loss_named(name),
+        jnp.ones((3, 3), bool).at[0, 1].set(False),
+        jnp.array([True, False, True]),
+    )
 
     def total(z):
-        return loss(z, jnp.eye(3), known, valid)[0]
+        return loss(z, jnp.eye(3), label_mask, example_mask)[0]
 
     gradient = np.asarray(jax.grad(total)(jnp.ones((3, 3))))
-    counts = np.broadcast_to(loss.counts(known, valid), (3, 3))
+    counts = np.broadcast_to(loss.counts(label_mask, example_mask), (3, 3))
     np.testing.assert_array_equal(gradient != 0, counts)
     assert counts.sum() == (3 if name in SOFTMAX else 5)
 
 
 def test_parts_of_a_batch_add_up():
-    logits, label, known = (
+    logits, label, label_mask = (
         jnp.asarray(x, t) for x, t in zip(examples(), (jnp.float32, jnp.float32, bool), strict=True)
     )
     for name in LOSSES:
         loss = loss_named(name)
-        parts = [loss(*(x[i : i + 2] for x in (logits, label, known)), jnp.ones(2, bool)) for i in (0, 2)]
-        whole = loss(logits, label, known, jnp.ones(4, bool))
+        parts = [loss(*(x[i : i + 2] for x in (logits, label, label_mask)), jnp.ones(2, bool)) for i in (0, 2)]
+        whole = loss(logits, label, label_mask, jnp.ones(4, bool))
         np.testing.assert_allclose(np.sum(parts, axis=0), np.array(whole), rtol=1e-6)
-        assert int(whole[1]) == np.asarray(loss.counts(known, jnp.ones(4, bool))).sum()
+        assert int(whole[1]) == np.asarray(loss.counts(label_mask, jnp.ones(4, bool))).sum()
 
 
 def test_soft_labels_are_expectations_of_hard_ones():
-    known = np.ones((1, 3), bool)
+    label_mask = np.ones((1, 3), bool)
     for name in ("bce", "weighted_bce"):
         loss, logits = loss_named(name), np.array([[1.0, -2.0, 0.5]])
-        hard = [loss.mean(logits, np.full((1, 3), y), known) for y in (0, 1)]
-        assert loss.mean(logits, np.full((1, 3), 0.3), known) == pytest.approx(0.7 * hard[0] + 0.3 * hard[1])
+        hard = [loss.mean(logits, np.full((1, 3), y), label_mask) for y in (0, 1)]
+        assert loss.mean(logits, np.full((1, 3), 0.3), label_mask) == pytest.approx(0.7 * hard[0] + 0.3 * hard[1])
 
 
 def test_counter_weights_balance_both_classes():
     rng = np.random.default_rng(0)
-    label, known = (rng.random((500, 3)) < [0.05, 0.5, 0.3]) * 1.0, rng.random((500, 3)) < 0.8
-    prevalence = prevalence_of(label, known)
-    np.testing.assert_allclose(prevalence, [label[known[:, k], k].mean() for k in range(3)])
+    label, label_mask = (rng.random((500, 3)) < [0.05, 0.5, 0.3]) * 1.0, rng.random((500, 3)) < 0.8
+    prevalence = prevalence_of(label, label_mask)
+    np.testing.assert_allclose(prevalence, [label[label_mask[:, k], k].mean() for k in range(3)])
     zero = np.zeros((500, 3))  # every label costs log 2 times its weight
     for k in range(3):
         sums = [
             make_loss("weighted_bce", prevalence=prevalence).mean(zero, label, mask) * mask.sum()
-            for mask in (known & (label == y) & (np.arange(3) == k) for y in (0, 1))
+            for mask in (label_mask & (label == y) & (np.arange(3) == k) for y in (0, 1))
         ]
         assert sums[0] == pytest.approx(sums[1])
 
 
 def test_prevalence_of_what_nobody_knows_favours_neither_side():
-    known = np.array([[True, False, True], [True, False, True]])
-    np.testing.assert_array_equal(prevalence_of(np.array([[1, 1, 0], [0, 1, 0]]), known), [0.5, 0.5, 0])
+    label_mask = np.array([[True, False, True], [True, False, True]])
+    np.testing.assert_array_equal(prevalence_of(np.array([[1, 1, 0], [0, 1, 0]]), label_mask), [0.5, 0.5, 0])
 
 
 @pytest.mark.parametrize(
@@ -210,14 +216,14 @@ def test_bad_options_say_what_is_wrong(name, options, message):
 
 def test_softmax_of_findings_that_are_not_exclusive():
     logits, label = np.random.default_rng(0).normal(0, 3, (20, 4)), np.eye(4)[np.arange(20) % 4]
-    loss, known = make_loss("softmax"), np.ones((20, 4), bool)
-    assert loss.mean(logits, label, known) == pytest.approx(log_loss(label, softmax(logits, axis=1)))
+    loss, label_mask = make_loss("softmax"), np.ones((20, 4), bool)
+    assert loss.mean(logits, label, label_mask) == pytest.approx(log_loss(label, softmax(logits, axis=1)))
     label[:10, 0], label[15:] = 1, 0  # two findings, and none
     expected = -(label * log_softmax(logits, axis=1)).sum(1)
-    assert loss.mean(logits, label, known) == pytest.approx(expected.mean())
-    known[3, 1] = False
-    assert loss.mean(logits, label, known) == pytest.approx(np.delete(expected, 3).mean())
-    assert loss.accuracy(logits, label, known) == ((softmax(logits, axis=1) > 0.5) == label)[known].mean()
+    assert loss.mean(logits, label, label_mask) == pytest.approx(expected.mean())
+    label_mask[3, 1] = False
+    assert loss.mean(logits, label, label_mask) == pytest.approx(np.delete(expected, 3).mean())
+    assert loss.accuracy(logits, label, label_mask) == ((softmax(logits, axis=1) > 0.5) == label)[label_mask].mean()
     np.testing.assert_allclose(expit(log_odds(logits, "softmax")), softmax(logits, axis=1), rtol=1e-12)
 
 
@@ -230,12 +236,12 @@ def test_log_odds_of_exclusive_classes_give_their_softmax():
 def test_accuracy_of_findings_and_of_classes():
     logits = np.array([[1.0, -1.0, 2.0], [-1.0, -2.0, -3.0], [0.5, 3.0, 1.0]])
     label = np.array([[1, 1, 0], [0, 0, 0], [0, 1, 0]], float)
-    known = np.ones((3, 3), bool)
-    known[0, 2] = False
-    assert make_loss("bce").accuracy(logits, label, known) == 5 / 8  # wrong are [0, 1], [2, 0] and [2, 2]
+    label_mask = np.ones((3, 3), bool)
+    label_mask[0, 2] = False
+    assert make_loss("bce").accuracy(logits, label, label_mask) == 5 / 8  # wrong are [0, 1], [2, 0] and [2, 2]
     classes = np.eye(3)[[2, 1, 1]]
-    known[0, 2] = True
-    assert make_loss("cross_entropy").accuracy(logits, classes, known) == 2 / 3
-    known[2, 0] = False
-    assert make_loss("cross_entropy").accuracy(logits, classes, known) == 1 / 2
+    label_mask[0, 2] = True
+    assert make_loss("cross_entropy").accuracy(logits, classes, label_mask) == 2 / 3
+    label_mask[2, 0] = False
+    assert make_loss("cross_entropy").accuracy(logits, classes, label_mask) == 1 / 2
     assert np.isnan(make_loss("bce").accuracy(logits, label, np.zeros((3, 3), bool)))

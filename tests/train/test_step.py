@@ -27,8 +27,8 @@ def make_batch(seed=0, n=8, size=32):
     return Batch(
         image=rng.integers(0, 256, (n, size, size, 1), np.uint8),
         label=rng.integers(0, 2, (n, 3)).astype(np.float32),
-        known=rng.random((n, 3)) < 0.8,
-        valid=np.ones(n, bool),
+        label_mask=rng.random((n, 3)) < 0.8,
+        example_mask=np.ones(n, bool),
         record=np.arange(n, dtype=np.int32),
     )
 
@@ -57,7 +57,9 @@ def test_one_step_is_plain_gradient_descent():
 
     def loss(params):
         logits, stats = dataclasses.replace(net, params=params).apply(jnp.asarray(batch.image), train=True)
-        total, count = masked_bce(logits, *(jnp.asarray(x) for x in (batch.label, batch.known, batch.valid)))
+        total, count = masked_bce(
+            logits, *(jnp.asarray(x) for x in (batch.label, batch.label_mask, batch.example_mask))
+        )
         return total / count, stats
 
     (value, stats), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(net.params)
@@ -89,10 +91,10 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 
 def test_padding_and_unknown_labels_change_nothing():
-    net, batch = network(), make_batch()._replace(valid=np.arange(8) < 6)
-    counts = batch.known & batch.valid[:, None]
+    net, batch = network(), make_batch()._replace(example_mask=np.arange(8) < 6)
+    counts = batch.label_mask & batch.example_mask[:, None]
     other = batch._replace(
-        label=np.where(counts, batch.label, 1 - batch.label), known=batch.known | ~batch.valid[:, None]
+        label=np.where(counts, batch.label, 1 - batch.label), label_mask=batch.label_mask | ~batch.example_mask[:, None]
     )
     first, second = run(net, batch, make_mesh(1, 1)), run(net, other, make_mesh(1, 1))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):

@@ -35,7 +35,7 @@ def train(network, learning, accumulate=1, name="sgd", steps=2):
     rng = np.random.default_rng(0)
     batch = Batch(
         image=rng.integers(0, 256, (8, 32, 32, 1), np.uint8), label=rng.integers(0, 2, (8, 3)).astype(np.float32),
-        known=np.ones((8, 3), bool), valid=np.ones(8, bool), record=np.arange(8, dtype=np.int32),
+        label_mask=np.ones((8, 3), bool), example_mask=np.ones(8, bool), record=np.arange(8, dtype=np.int32),
     )  # fmt: skip
     mesh = make_mesh(1, 1)
     optimizer = make_optimizer(configs.load("demo", [f"optimizer.name={name}", "optimizer.clip=0"]).optimizer)

@@ -60,7 +60,7 @@ def _cams(study: Study) -> dict[str, dict[str, Cam]]:
     stacked, experiment = study.tables[STACKED][0], study.first[0].experiment
     rows = {}
     for k, finding in enumerate(stacked.findings):
-        shows = np.flatnonzero((stacked.label[:, k] > 0.5) & stacked.known[:, k])
+        shows = np.flatnonzero((stacked.label[:, k] > 0.5) & stacked.label_mask[:, k])
         if len(shows):
             rows[finding] = int(experiment.part("test").row[shows[stacked.logit[shows, k].argmax()]])
     chosen = np.unique(list(rows.values()))

@@ -158,11 +158,11 @@ def _weights_beside(study: Study, paper: Paper) -> Table:
     rows: list[list[Any]] = []
     for k, finding in enumerate(study.findings):
         row: list[Any] = [finding]
-        known = paper.auc_of(ENSEMBLE, finding) is not None
+        label_mask = paper.auc_of(ENSEMBLE, finding) is not None
         for s, size in enumerate(study.sizes):
             row.append(float(mean[k, s]))
             if size in printed:
-                row.append(_of_finding(printed[size], finding) if known else None)
+                row.append(_of_finding(printed[size], finding) if label_mask else None)
         rows.append(row)
     return Table("Weights in the stacked ensemble, ours and the paper's.", columns, rows)
 

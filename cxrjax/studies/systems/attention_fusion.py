@@ -79,7 +79,7 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
     wide = found.entropy.shape[1] > 1
     rows = []
     for k, name in enumerate(test.findings):
-        cells = (test.label[:, k], test.known[:, k])
+        cells = (test.label[:, k], test.label_mask[:, k])
         rows.append(
             [name, float(found.mean[:, k].mean()), float(found.deviation[:, k].mean()),
              float(found.entropy[:, k].mean()) if wide else None,
@@ -122,7 +122,7 @@ def _passes(member: Member, passes: int) -> np.ndarray:
 
 def _example(found: Uncertainty, member: Member) -> tuple[int, int]:
     """The test image and finding about which the passes differ most, among findings that are there."""
-    there = (member.test.label > 0) & member.test.known
+    there = (member.test.label > 0) & member.test.label_mask
     spread = np.where(there, found.deviation, -1) if there.any() else found.deviation
     image, k = np.unravel_index(spread.argmax(), spread.shape)
     return int(image), int(k)

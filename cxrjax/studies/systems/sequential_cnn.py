@@ -41,7 +41,7 @@ def add(study: ArmStudy) -> Extra:
 
 def _loss(table: Predictions) -> float:
     """Mean categorical cross-entropy: the tables hold log p / (1 - p) of the softmax."""
-    rows = table.known.all(1)
+    rows = table.label_mask.all(1)
     return float(-log_expit(table.logit)[rows][table.label[rows] > 0].mean()) if rows.any() else float("nan")
 
 
@@ -55,8 +55,8 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict]:
         numbers[member.name] = {}
         for part, table in tables.items():
             right = np.take_along_axis(table.label, table.logit.argmax(1)[:, None], axis=1)  # 1 at the true class
-            known = np.all(table.known, axis=1)[:, None]
-            value, spread = mean_by_patient(right, known, table.patient, **study.drawing)
+            label_mask = np.all(table.label_mask, axis=1)[:, None]
+            value, spread = mean_by_patient(right, label_mask, table.patient, **study.drawing)
             loss = _loss(table)
             numbers[member.name][part] = {"images": len(table), "accuracy": value, "loss": number(loss)}
             rows.append(
@@ -119,7 +119,7 @@ def _sources(study: ArmStudy, first: Member) -> tuple[Section, list[Claim], dict
     train = experiment.part("train")
     guess = accuracy_from_source(records.source[train.row], train.label.argmax(1), source, test.label.argmax(1))
     title, crossed = "Could it have learnt the source?", _crossed(test, source)
-    known = (
+    label_mask = (
         f"Naming each source's commonest class, without a look at the image, gets {guess:.1%} of the test part right."
     )
     pooled = pooled_sources(source, patient)
@@ -135,7 +135,7 @@ def _sources(study: ArmStudy, first: Member) -> tuple[Section, list[Claim], dict
             for name, values in inputs.items()
         }
     except CxrError as error:
-        text = (f"The source cannot be told apart here: {error}.", known)
+        text = (f"The source cannot be told apart here: {error}.", label_mask)
         numbers = {"reason": str(error), "accuracy from source": guess}
         return Section(title, text, tables=[crossed]), [], numbers
     names = [row["finding"] for row in next(iter(found.values())).rows()]
@@ -150,7 +150,7 @@ def _sources(study: ArmStudy, first: Member) -> tuple[Section, list[Claim], dict
         "near 1), and sources and classes go together, then a network can reach the accuracies above without seeing "
         "any disease, and they are no evidence that it does; if it cannot (near 0.5), this way out is closed, though "
         "there may be others. Features that tell the source say that the network keeps what it would need for that.",
-        known,
+        label_mask,
     )
     mean = {name: each.mean for name, each in found.items()}
     edge = next(iter(mean.values()))

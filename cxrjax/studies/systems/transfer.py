@@ -46,8 +46,8 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict[str, dict[str, float | N
     rows, numbers = [], {}
     for member in study.members:
         train, test = predict(member.experiment, member.network, "train"), member.test
-        value, spread = mean_by_patient(_right(test), test.known, test.patient, **study.drawing)
-        never = float((test.label <= 0)[test.known].mean())
+        value, spread = mean_by_patient(_right(test), test.label_mask, test.patient, **study.drawing)
+        never = float((test.label <= 0)[test.label_mask].mean())
         paper = study.paper.of_arm("accuracy", member.name) or {}
         numbers[member.name] = {"train": number(accuracy(train)), "test": value, "nothing called": never}
         rows.append(
@@ -65,7 +65,7 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict[str, dict[str, float | N
 def _more_accurate(study: ArmStudy, first: str, second: str, statement: str) -> Claim:
     tables = [study.arm(name).test for name in (first, second)]
     difference = _right(tables[0]) - _right(tables[1])
-    value, spread = mean_by_patient(difference, tables[0].known, tables[0].patient, **study.drawing)
+    value, spread = mean_by_patient(difference, tables[0].label_mask, tables[0].patient, **study.drawing)
     return Claim(
         statement,
         verdict(spread.low > 0, spread.high < 0),
@@ -117,7 +117,7 @@ def _panels(study: ArmStudy) -> tuple[dict[str, dict[str, Cam]], dict[str, str]]
     """Every arm's maps of one test image, the one with most findings, for what the best arm thinks likeliest."""
     best: Member = study.best
     table = best.test
-    positives = ((table.label > 0) & table.known).sum(1)
+    positives = ((table.label > 0) & table.label_mask).sum(1)
     index = int(positives.argmax())
     top = np.argsort(-table.logit[index], kind="stable")[:SHOWN]
     findings = [table.findings[k] for k in top]
@@ -127,6 +127,6 @@ def _panels(study: ArmStudy) -> tuple[dict[str, dict[str, Cam]], dict[str, str]]
         cams = compute_cams(member.experiment, member.network, np.array([row]), findings)
         for finding in findings:
             grid[finding][member.name] = cam_of(member.experiment, cams, finding, row)
-    there = [f for f, label, known in zip(table.findings, table.label[index], table.known[index], strict=True)
-             if label > 0 and known]  # fmt: skip
+    there = [f for f, label, label_mask in zip(table.findings, table.label[index], table.label_mask[index], strict=True)
+             if label > 0 and label_mask]  # fmt: skip
     return grid, {"id": str(table.id[index]), "truth": listed(there) if there else "no finding"}

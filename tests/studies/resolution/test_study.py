@@ -70,8 +70,8 @@ def table(directory, run, part="test"):
 
 
 def auroc(predictions, k):
-    known = predictions.known[:, k]
-    return metrics.roc_auc_score(predictions.label[known, k], predictions.logit[known, k])
+    label_mask = predictions.label_mask[:, k]
+    return metrics.roc_auc_score(predictions.label[label_mask, k], predictions.logit[label_mask, k])
 
 
 def test_scores_are_means_over_folds_of_disjoint_patients(whole):
@@ -97,7 +97,7 @@ def test_each_fold_has_its_own_ensembles_learnt_on_its_validation_images(whole):
         validation, test = (
             [table(whole, f"{size}px-fold{fold}", part) for size in (16, 32)] for part in ("validation", "test")
         )
-        learnt_from = np.stack([each.logit for each in validation]), validation[0].label, validation[0].known
+        learnt_from = np.stack([each.logit for each in validation]), validation[0].label, validation[0].label_mask
         weights, regressions = fit_weights(*learnt_from).weights, fit_logistic(*learnt_from)
         for k, (finding, of) in enumerate(group["weights"].items()):
             assert list(of.values()) == pytest.approx(weights[k].tolist())

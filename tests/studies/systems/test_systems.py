@@ -41,23 +41,23 @@ def test_a_study_says_what_its_tables_say(transfer):
     for name, arm in zip(TRANSFER, result["scores"], strict=True):
         predictions = table(transfer, name)
         for k, row in enumerate(result["scores"][arm]["scores"][:-1]):
-            known = predictions.known[:, k]
-            expected = metrics.roc_auc_score(predictions.label[known, k], predictions.logit[known, k])
+            label_mask = predictions.label_mask[:, k]
+            expected = metrics.roc_auc_score(predictions.label[label_mask, k], predictions.logit[label_mask, k])
             assert row["auroc"] == pytest.approx(expected)
         right = (predictions.probability >= 0.5) == (predictions.label > 0)
-        assert result["accuracy"][arm]["test"] == pytest.approx(right[predictions.known].mean())
+        assert result["accuracy"][arm]["test"] == pytest.approx(right[predictions.label_mask].mean())
     same(
         result["comparison"]["resnet_augmented"]["findings"],
         by_finding(table(transfer, TRANSFER[2]), table(transfer, TRANSFER[0])),
     )
     validation, test = table(transfer, TRANSFER[1], "validation"), table(transfer, TRANSFER[1])
     for k, row in enumerate(result["operating"]["densenet_augmented"]):
-        known = validation.known[:, k]
-        fpr, tpr, thresholds = metrics.roc_curve(validation.label[known, k], validation.logit[known, k])
+        label_mask = validation.label_mask[:, k]
+        fpr, tpr, thresholds = metrics.roc_curve(validation.label[label_mask, k], validation.logit[label_mask, k])
         best = thresholds[np.argmax(tpr - fpr)]
         assert row["threshold"] == pytest.approx(1 / (1 + np.exp(-best)), rel=1e-6)
-        called, there, known = test.logit[:, k] >= best, test.label[:, k] > 0, test.known[:, k]
-        assert (row["tp"], row["fp"]) == ((called & there & known).sum(), (called & ~there & known).sum())
+        called, there, label_mask = test.logit[:, k] >= best, test.label[:, k] > 0, test.label_mask[:, k]
+        assert (row["tp"], row["fp"]) == ((called & there & label_mask).sum(), (called & ~there & label_mask).sum())
 
 
 def test_the_page_has_every_chapter_and_says_what_it_cannot_prove(transfer):
@@ -97,8 +97,8 @@ def test_stages_of_one_training_are_arms(make):
     places = {"global": "stages/stages/1", "local": "stages/stages/2", "fusion": "stages"}
     for name, place in places.items():
         predictions = table(run, place)
-        known = predictions.known[:, 0]
-        expected = metrics.roc_auc_score(predictions.label[known, 0], predictions.logit[known, 0])
+        label_mask = predictions.label_mask[:, 0]
+        expected = metrics.roc_auc_score(predictions.label[label_mask, 0], predictions.logit[label_mask, 0])
         assert run.result["scores"][name]["scores"][0]["auroc"] == pytest.approx(expected)
     branches = [table(run, places[name]).probability for name in ("global", "local")]
     fusion = table(run, places["fusion"]).logit
