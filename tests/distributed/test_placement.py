@@ -116,7 +116,7 @@ from cxrjax.distributed.placement import place, process_shard
 whole = Batch(
     image=np.random.default_rng(0).integers(0, 256, (8, 16, 4, 1), np.uint8),
     label=np.arange(24, dtype=np.float32).reshape(8, 3),
-    known=np.ones((8, 3), bool),
+    label_mask=np.ones((8, 3), bool),
     valid=np.ones(8, bool),
     record=np.arange(8, dtype=np.int32),
 )

@@ -92,7 +92,7 @@ def test_known_values():
 
 
 @pytest.mark.parametrize(
-    ("label", "known", "reason"),
+    ("label", "label_mask", "reason"),
     [
         ([0, 0, 0], [1, 1, 1], "no positive example"),
         ([1, 1, 1], [1, 1, 1], "no negative example"),

@@ -104,7 +104,7 @@ def test_predictions_are_of_the_highest_logit_and_unlabelled_images_are_left_out
 
 
 @pytest.mark.parametrize(
-    ("label", "known", "words"),
+    ("label", "label_mask", "words"),
     [
         ([1, 1, 0], [True] * 3, "row 2 .id 1. is labelled a and b"),
         ([0, 0, 0], [True] * 3, "is labelled nothing"),
