@@ -20,7 +20,7 @@ from scipy import optimize
 from cxrjax.errors import CxrError
 from cxrjax.explain.inputs import batches, checked, feature_map, on, shares, spread
 from cxrjax.models.input_spec import prepare
-from cxrjax.models.layers import storage
+from cxrjax.models.layers import param_dtype
 from cxrjax.models.network import Network
 
 Estimator = Literal["exact", "probe", "sum"]
@@ -190,7 +190,7 @@ def _moments(
     A loop over all passes within the compiled function would spare the forward pass of each call, but the CPU runs
     convolutions in compiled loops many times slower.
     """
-    wide = storage(network.dtype)
+    wide = param_dtype(network.dtype)
     prepared = prepare(images, network.inputs, network.dtype)
     black, white = prepare(jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1), network.inputs, wide)
     contrast = (white - black)[None]  # what one unit of grey is in each channel

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from cxrjax.errors import CxrError
 from cxrjax.explain.inputs import batches, checked, feature_map, on, shares, spread
 from cxrjax.models.input_spec import prepare
-from cxrjax.models.layers import storage
+from cxrjax.models.layers import param_dtype
 from cxrjax.models.network import Network
 
 Method = Literal["gradcam", "gradcam++", "layercam", "integrated"]
@@ -130,7 +130,7 @@ def _activation(
 
     if not _reads(head, features[layer]):
         raise CxrError(f"the head does not read the feature map {layer!r}: choose the last one, {list(features)[-1]!r}")
-    maps = features[layer].astype(storage(network.dtype))
+    maps = features[layer].astype(param_dtype(network.dtype))
 
     def weighted(slope: Float[Array, "B h w C"]) -> Float[Array, "B h w"]:
         weights = _WEIGHTS[method](maps, slope.astype(maps.dtype))
@@ -189,7 +189,7 @@ def _step(
     findings: Int[Array, " F"],
 ) -> Float[Array, "B F H W"]:
     """(x - x') dS/dx at one point of the line from the baseline, 0, to the image, 1."""
-    model, wide = network.model(), storage(network.dtype)
+    model, wide = network.model(), param_dtype(network.dtype)
     end, begin = (prepare(ends, network.inputs, wide) for ends in (images, start))
     way = end - begin
 

@@ -54,7 +54,7 @@ def open_run(
     like = jax.device_put({"params": network.params, "stats": network.stats}, replicated(experiment.mesh))
     with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
         best, about = checkpoints.restore_best(like)
-    return experiment, Network(best["params"], best["stats"], network.skeleton), about
+    return experiment, Network(best["params"], best["stats"], network.definition), about
 
 
 def predict(experiment: Experiment, network: Network, part: str) -> Predictions:

@@ -22,8 +22,8 @@ from cxrjax.models.densenet import DenseNet
 from cxrjax.models.efficientnet import B0, EfficientNet
 from cxrjax.models.heads import Classifier
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import Maker, Maps, storage
-from cxrjax.models.spatial import doubled, passed_on, shared
+from cxrjax.models.layers import LayerFactory, Maps, param_dtype
+from cxrjax.models.spatial import doubled, ring_shift, shared
 
 _DENSE = {"last_norm": False}
 # EfficientNetB3 up to stage 5, and the first expansion of stage 6 in place of its last convolution. Of its 26 blocks 18
@@ -82,13 +82,13 @@ class AttentionFusion(Backbone):
             check_options(what, changes, family)
         self.dense = DenseNet(**common, seed=seed, **dense)
         self.efficient = EfficientNet(**common, seed=seed + 1, **efficient)
-        make = Maker(dtype, seed + 2)
+        make = LayerFactory(dtype, seed + 2)
         both = 2 * positive("channels", channels)
         self.dense_reduction = make.conv(self.dense.channels, channels, 1, bias=True)
         self.efficient_reduction = make.conv(self.efficient.channels, channels, 1, bias=True)
         directions, width = (2, channels) if self.crossed else (1, both)
         self.attention = nnx.List([Attention(make, width) for _ in range(directions)])
-        self.gate = nnx.Param(jax.device_put(np.zeros(directions, storage(dtype))))
+        self.gate = nnx.Param(jax.device_put(np.zeros(directions, param_dtype(dtype))))
         self.classifier = Classifier(make, both, classes, pooling=pooling, hidden=hidden, dropout=dropout)
         for trunk in (self.dense, self.efficient):
             del trunk.classifier
@@ -135,7 +135,7 @@ def _resized(maps: Maps, size: tuple[int, ...]) -> Maps:
     if maps.shape[1:3] == size:
         return maps
     if tuple(2 * side for side in maps.shape[1:3]) == size:
-        return doubled(maps.astype(storage(maps.dtype))).astype(maps.dtype)
+        return doubled(maps.astype(param_dtype(maps.dtype))).astype(maps.dtype)
     return jax.image.resize(maps, (len(maps), *size, maps.shape[-1]), "bilinear")
 
 
@@ -169,7 +169,7 @@ class Attention(nnx.Module):
       channels: C, of both maps and of the result.
     """
 
-    def __init__(self, make: Maker, channels: int):
+    def __init__(self, make: LayerFactory, channels: int):
         self.query = make.linear(channels, channels)
         self.key = make.linear(channels, channels)
         self.value = make.linear(channels, channels)
@@ -179,7 +179,7 @@ class Attention(nnx.Module):
 
         It computes in float32 at least.
         """
-        tokens, others = (maps.astype(storage(maps.dtype)) for maps in (asking, asked))
+        tokens, others = (maps.astype(param_dtype(maps.dtype)) for maps in (asking, asked))
         return _rows(self.query(tokens), self.key(others), self.value(others)).astype(asking.dtype)
 
 
@@ -226,7 +226,7 @@ def _forward(query: Array, key: Array, value: Array, block: int, shares: int) ->
     kept, none = (query, key, value), 0 * query[..., :1]
     seen = (none - jnp.inf, none, jnp.broadcast_to(none, (*query.shape[:2], value.shape[-1])))
     for share in range(1, shares + 1):
-        following = passed_on((key, value), shares) if share < shares else (key, value)
+        following = ring_shift((key, value), shares) if share < shares else (key, value)
         seen = _with_share(seen, query, key, value, block)
         (key, value), seen = jax.lax.optimization_barrier((following, seen))  # else all shares' weights at once
     top, total, result = seen
@@ -257,10 +257,10 @@ def _backward(block: int, shares: int, kept: tuple[Array, ...], change: Float[Ar
     asking = query, total, change, (change * result).sum(-1, keepdims=True)
     of_query, of_key, of_value = 0 * query, 0 * key, 0 * value
     for share in range(1, shares + 1):
-        following = passed_on((key, value), shares) if share < shares else (key, value)
+        following = ring_shift((key, value), shares) if share < shares else (key, value)
         of_query, *others = _gradients((of_query, of_key, of_value), asking, key, value, block)
         (key, value), of_query, (of_key, of_value) = jax.lax.optimization_barrier(
-            (following, of_query, passed_on(others, shares))
+            (following, of_query, ring_shift(others, shares))
         )
     return of_query, of_key, of_value
 

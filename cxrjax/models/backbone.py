@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.heads import Classifier
 from cxrjax.models.input_spec import InputSpec
-from cxrjax.models.layers import REMATS, Maps, recomputed
+from cxrjax.models.layers import REMATS, Maps, maybe_remat
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -73,7 +73,7 @@ class Backbone(nnx.Module):
         Of a network of several, each is recomputed by itself, so that only one's maps are in memory at a time.
         """
         remat = "none" if self.members else self.remat
-        return recomputed(_features, remat, "full")(self, images, train, key)
+        return maybe_remat(_features, remat, "full")(self, images, train, key)
 
     def head(
         self, features: Mapping[str, Maps], *, train: bool = False, key: PRNGKeyArray | None = None

@@ -16,7 +16,7 @@ from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import BatchNorm, Maker, Maps, Moments, recomputed, summed_at_once
+from cxrjax.models.layers import BatchNorm, LayerFactory, Maps, Moments, maybe_remat, sum_gradients_early
 from cxrjax.models.pooling import STEM_POOLS, average_pool
 
 
@@ -71,7 +71,7 @@ class DenseNet(Backbone):
         dropout: float = 0.0,
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = Maker(dtype, seed)
+        make = LayerFactory(dtype, seed)
         width = positive("bottleneck", bottleneck) * positive("growth", growth)
         if isinstance(blocks, str) or not isinstance(blocks, Sequence):
             raise CxrError(f"blocks must be a sequence of layer numbers such as (6, 12, 24, 16), not {blocks!r}")
@@ -97,10 +97,10 @@ class DenseNet(Backbone):
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Maps after the stem, of each block ("block1", ... before any norm), and "final" (after the last norm)."""
         self.check(images)
-        maps = recomputed(DenseNet._stem, self.remat)(self, images, train)
+        maps = maybe_remat(DenseNet._stem, self.remat)(self, images, train)
         named = OrderedDict(stem=maps)
         for number in range(1, self.blocks + 1):
-            stage = recomputed(DenseNet._stage, self.remat, "block", static=(2, 3))
+            stage = maybe_remat(DenseNet._stage, self.remat, "block", static=(2, 3))
             named[f"block{number}"], maps = stage(self, maps, train, number)
         named["final"] = maps
         return named
@@ -115,11 +115,11 @@ class DenseNet(Backbone):
         if number < self.blocks:
             transition = getattr(self, f"transition{number}")
             moments = _with_those_of_last(moments, grown, transition.norm, train)
-            return whole, recomputed(Transition.__call__, self.remat, static=(3,))(transition, grown, moments, train)
+            return whole, maybe_remat(Transition.__call__, self.remat, static=(3,))(transition, grown, moments, train)
         if self.norm5 is None:
             return whole, whole
         moments = _with_those_of_last(moments, grown, self.norm5, train)
-        return whole, recomputed(DenseNet._last_norm, self.remat, static=(3,))(self, grown, moments, train)
+        return whole, maybe_remat(DenseNet._last_norm, self.remat, static=(3,))(self, grown, moments, train)
 
     def _last_norm(self, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
         assert self.norm5 is not None
@@ -129,7 +129,7 @@ class DenseNet(Backbone):
 class DenseBlock(nnx.Module):
     """Dense layers in a row: each adds its maps to the list."""
 
-    def __init__(self, make: Maker, channels: int, layers: int, growth: int, width: int, remat: str):
+    def __init__(self, make: LayerFactory, channels: int, layers: int, growth: int, width: int, remat: str):
         self.layers = layers
         self.remat = remat
         for number in range(1, layers + 1):
@@ -141,9 +141,9 @@ class DenseBlock(nnx.Module):
         moments = None
         for number in range(1, self.layers + 1):
             layer = getattr(self, f"denselayer{number}")
-            maps = summed_at_once(maps) if self.remat != "none" else maps
+            maps = sum_gradients_early(maps) if self.remat != "none" else maps
             moments = _with_those_of_last(moments, maps, layer.norm1, train)
-            own = recomputed(DenseLayer.__call__, self.remat, static=(3,))(layer, maps, moments, train)
+            own = maybe_remat(DenseLayer.__call__, self.remat, static=(3,))(layer, maps, moments, train)
             maps = _fewer([*maps, own])
         return maps, moments
 
@@ -151,7 +151,7 @@ class DenseBlock(nnx.Module):
 class DenseLayer(nnx.Module):
     """Norm, ReLU and 1x1 convolution of all earlier maps, then norm, ReLU and 3x3 convolution."""
 
-    def __init__(self, make: Maker, channels: int, growth: int, width: int):
+    def __init__(self, make: LayerFactory, channels: int, growth: int, width: int):
         self.norm1 = make.norm(channels)
         self.conv1 = make.conv(channels, width, 1)
         self.norm2 = make.norm(width)
@@ -169,7 +169,7 @@ class Transition(nnx.Module):
     The mean comes before the convolution here: both are linear and commute, and a quarter of the work is left.
     """
 
-    def __init__(self, make: Maker, channels: int, outputs: int):
+    def __init__(self, make: LayerFactory, channels: int, outputs: int):
         self.norm = make.norm(channels)
         self.conv = make.conv(channels, outputs, 1)
 

@@ -17,7 +17,7 @@ from cxrjax.errors import CxrError, positive, share
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier, drop
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import ConvNorm, Maker, Maps, recomputed
+from cxrjax.models.layers import ConvNorm, LayerFactory, Maps, maybe_remat
 
 # Per stage: expansion, kernel, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
 B0 = (
@@ -79,7 +79,7 @@ class EfficientNet(Backbone):
         if width <= 0 or depth <= 0:
             raise CxrError(f"width and depth of an EfficientNet must be above 0, not {width!r} and {depth!r}")
         self.stochastic_depth = share("stochastic_depth", stochastic_depth)
-        make = Maker(dtype, seed, fan="out")
+        make = LayerFactory(dtype, seed, fan="out")
         rows = [_row(row) for row in _sequence(blocks)]
         channels = _divisible(positive("stem_channels", stem_channels) * width)
         stem = ConvNormSiLU(make, inputs.channels, channels, 3, stride=2)
@@ -102,10 +102,10 @@ class EfficientNet(Backbone):
         """
         self.check(images)
         stem, *stages, last = self.stages
-        active = recomputed(ConvNormSiLU.active, self.remat)
+        active = maybe_remat(ConvNormSiLU.active, self.remat)
         maps = active(stem, images, train)
         named, total, done = OrderedDict(stem=maps), sum(map(len, stages)), 0
-        in_turn = recomputed(_in_turn, self.remat, "block", static=(2, 4))
+        in_turn = maybe_remat(_in_turn, self.remat, "block", static=(2, 4))
         for stage, blocks in enumerate(stages, start=1):
             survivals = []
             for number in range(done, done + len(blocks)):
@@ -123,7 +123,7 @@ class EfficientNet(Backbone):
 
 def _in_turn(blocks: nnx.List, maps: Maps, train: bool, survivals: list[Maps | None], remat: str) -> tuple[Maps, Maps]:
     """What the first of a stage's blocks expands, and what all of them make."""
-    block_of = recomputed(MBConv.__call__, remat)
+    block_of = maybe_remat(MBConv.__call__, remat)
     first, *others = zip(blocks, survivals, strict=True)
     expansion, maps = block_of(first[0], maps, train, first[1])
     for block, survival in others:
@@ -143,7 +143,7 @@ class ConvNormSiLU(ConvNorm):
 class SqueezeExcitation(nnx.Module):
     """Each channel times a factor of 0..1, which two small layers make of all channels' means (arXiv:1709.01507)."""
 
-    def __init__(self, make: Maker, channels: int, squeezed: int):
+    def __init__(self, make: LayerFactory, channels: int, squeezed: int):
         self.fc1 = make.conv(channels, squeezed, 1, bias=True)
         self.fc2 = make.conv(squeezed, channels, 1, bias=True)
 
@@ -165,7 +165,7 @@ class MBConv(nnx.Module):
       stride: its stride.
     """
 
-    def __init__(self, make: Maker, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
+    def __init__(self, make: LayerFactory, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
         wide = _divisible(inputs * expansion)
         self.expands = wide != inputs
         self.adds = stride == 1 and inputs == outputs

@@ -19,7 +19,7 @@ from cxrjax.models.heads import Classifier
 from cxrjax.models.hrnet import ARCHITECTURES as HRNETS
 from cxrjax.models.hrnet import HRNet
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import Maker, Maps, storage
+from cxrjax.models.layers import LayerFactory, Maps, param_dtype
 from cxrjax.models.roi import bounding_box, crop, heat_map, largest_component
 
 STAGES = ("global", "local", "fusion", "joint")
@@ -101,11 +101,11 @@ class FHRNet(Backbone):
         common = {"classes": classes, "inputs": inputs, "dtype": dtype, "remat": remat}
         self.global_branch = HRNet(**common, **settings, seed=seed)
         self.local_branch = HRNet(**common, **settings, seed=seed + 1)
-        make = Maker(dtype, seed + 2)
+        make = LayerFactory(dtype, seed + 2)
         channels = self.global_branch.classifier.output.in_features
         self.fusion_weights = nnx.data(None)
         if self.fusion == "weighted":
-            self.fusion_weights = nnx.Param(jnp.full(2, 0.5, storage(dtype)))
+            self.fusion_weights = nnx.Param(jnp.full(2, 0.5, param_dtype(dtype)))
         else:
             channels *= 2
         self.classifier = Classifier(make, channels, classes, dropout=dropout)
@@ -164,7 +164,7 @@ class FHRNet(Backbone):
         return (self.global_branch if self.shared else branch).classifier(maps, train=train, key=key)
 
     def _fused(self, seen: Maps, local: Maps, train: bool, key: PRNGKeyArray | None) -> Float[Array, "B K"]:
-        vectors = [maps.astype(storage(maps.dtype)).mean((1, 2), keepdims=True) for maps in (seen, local)]
+        vectors = [maps.astype(param_dtype(maps.dtype)).mean((1, 2), keepdims=True) for maps in (seen, local)]
         if self.fusion_weights is None:
             return self.classifier(jnp.concatenate(vectors, axis=-1), train=train, key=key)
         weights = self.fusion_weights[...]

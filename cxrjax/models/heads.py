@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cxrjax.errors import CxrError, one_of, positive, share
-from cxrjax.models.layers import Maker, Maps, storage
+from cxrjax.models.layers import LayerFactory, Maps, param_dtype
 
 SHARPNESS = 10.0  # of log-sum-exp pooling: towards 0 it is the mean, towards infinity the maximum
 
@@ -70,7 +70,7 @@ class Classifier(nnx.Module):
 
     def __init__(
         self,
-        make: Maker,
+        make: LayerFactory,
         channels: int,
         classes: int,
         *,
@@ -95,7 +95,7 @@ class Classifier(nnx.Module):
         """
         if train and self.dropout and key is None:
             raise CxrError("training with dropout needs a random key: pass key=")
-        vector = POOLINGS[self.pooling](maps.astype(storage(maps.dtype)))
+        vector = POOLINGS[self.pooling](maps.astype(param_dtype(maps.dtype)))
         vector = drop(vector, self.dropout, key, 0)
         if self.hidden is not None:
             vector = drop(nnx.relu(self.hidden(vector)), self.dropout, key, 1)

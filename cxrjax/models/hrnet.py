@@ -20,7 +20,7 @@ from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import ConvNorm, Maker, Maps, recomputed
+from cxrjax.models.layers import ConvNorm, LayerFactory, Maps, maybe_remat
 from cxrjax.models.resnet import BasicBlock, Bottleneck, in_turn, one_by_one
 
 # Of the neck's first bottleneck: it makes 4 times as many maps of the finest branch, and the neck ends with 64 times.
@@ -77,7 +77,7 @@ class HRNet(Backbone):
         dropout: float = 0.0,
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = Maker(dtype, seed, fan="out")
+        make = LayerFactory(dtype, seed, fan="out")
         if isinstance(modules, str) or not isinstance(modules, Sequence) or not modules:
             raise CxrError(f"modules must be a sequence of numbers, one per stage, such as (1, 4, 3), not {modules!r}")
         self.branches = len(modules) + 1
@@ -110,13 +110,13 @@ class HRNet(Backbone):
         """
         self.check(images)
         check_size(*images.shape[1:-1], multiple=2 ** (self.branches + 1))
-        named = OrderedDict(stem=recomputed(HRNet._stem, self.remat)(self, images, train))
+        named = OrderedDict(stem=maybe_remat(HRNet._stem, self.remat)(self, images, train))
         named["layer1"] = in_turn(self.layer1, named["stem"], train, self.remat)
         branches = [named["layer1"]]
         for stage in range(2, self.branches + 1):
             branches = self._one_more(getattr(self, f"transition{stage - 1}"), branches, train)
             for module in getattr(self, f"stage{stage}"):
-                branches = recomputed(HighResolutionModule.__call__, self.remat, "block")(module, branches, train)
+                branches = maybe_remat(HighResolutionModule.__call__, self.remat, "block")(module, branches, train)
             named.update({f"stage{stage}_branch{number}": maps for number, maps in enumerate(branches, start=1)})
         named["final"] = self._neck(branches, train)
         return named
@@ -128,13 +128,13 @@ class HRNet(Backbone):
     def _one_more(self, transition: nnx.List, branches: list[Maps], train: bool) -> list[Maps]:
         """The branches in the next stage's widths, and a new one, made from the coarsest."""
         *adapt, (halve,) = transition
-        active = recomputed(ConvNorm.active, self.remat)
+        active = maybe_remat(ConvNorm.active, self.remat)
         kept = [active(step, maps, train) if step else maps for step, maps in zip(adapt, branches, strict=True)]
         return [*kept, active(halve, branches[-1], train)]
 
     def _neck(self, branches: list[Maps], train: bool) -> Maps:
         """From the finest branch to the coarsest: halve what there is and add the next."""
-        active = recomputed(ConvNorm.active, self.remat)
+        active = maybe_remat(ConvNorm.active, self.remat)
         rows = zip(self.incre_modules, branches, strict=True)
         total, *others = [one_by_one(row, maps, train, self.remat) for row, maps in rows]
         for halve, maps in zip(self.downsamp_modules, others, strict=True):
@@ -142,13 +142,13 @@ class HRNet(Backbone):
         return active(self.final_layer, total, train)
 
 
-def _bottlenecks(make: Maker, channels: int, width: int, count: int) -> nnx.List:
+def _bottlenecks(make: LayerFactory, channels: int, width: int, count: int) -> nnx.List:
     """Bottlenecks in a row, with 3x3 convolutions of `width` channels."""
     inputs = [channels, *[width * Bottleneck.expansion] * (count - 1)]
     return nnx.List(Bottleneck(make, each, width, stride=1) for each in inputs)
 
 
-def _transition(make: Maker, before: Sequence[int], after: Sequence[int]) -> nnx.List:
+def _transition(make: LayerFactory, before: Sequence[int], after: Sequence[int]) -> nnx.List:
     """Between stages: a convolution per branch whose channels change, and one that makes the new branch."""
     adapt = [nnx.List() if old == new else ConvNorm(make, old, new, 3) for old, new in zip(before, after, strict=False)]
     return nnx.List([*adapt, nnx.List([ConvNorm(make, before[-1], after[-1], 3, stride=2)])])
@@ -177,7 +177,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 class HighResolutionModule(nnx.Module):
     """Residual blocks on each branch, then the exchange between all branches."""
 
-    def __init__(self, make: Maker, channels: Sequence[int], blocks: int, remat: str):
+    def __init__(self, make: LayerFactory, channels: Sequence[int], blocks: int, remat: str):
         self.remat = remat
         rows = [
             [BasicBlock(make, each, each, stride=1) for _ in range(positive("blocks", blocks))] for each in channels
@@ -189,13 +189,13 @@ class HighResolutionModule(nnx.Module):
         """New maps of every branch, of the same shapes."""
         rows = zip(self.branches, branches, strict=True)
         branches = [one_by_one(row, maps, train, self.remat) for row, maps in rows]
-        return [recomputed(Fusion.__call__, self.remat)(fusion, branches, train) for fusion in self.fuse_layers]
+        return [maybe_remat(Fusion.__call__, self.remat)(fusion, branches, train) for fusion in self.fuse_layers]
 
 
 class Fusion(nnx.List):
     """The sum of all branches, each brought to one branch's size and channels; ReLU."""
 
-    def __init__(self, make: Maker, channels: Sequence[int], target: int):
+    def __init__(self, make: LayerFactory, channels: Sequence[int], target: int):
         own, coarser = channels[target], channels[target + 1 :]
         halved = [Halvings(make, each, own, target - source) for source, each in enumerate(channels[: target + 1])]
         super().__init__([*halved, *(Doublings(make, each, own, times) for times, each in enumerate(coarser, start=1))])
@@ -208,7 +208,7 @@ class Fusion(nnx.List):
 class Halvings(nnx.List):
     """Strided 3x3 convolutions with ReLU between them, the last into the new channels; no convolution for 0 times."""
 
-    def __init__(self, make: Maker, inputs: int, outputs: int, times: int):
+    def __init__(self, make: LayerFactory, inputs: int, outputs: int, times: int):
         super().__init__(ConvNorm(make, *pair, 3, stride=2) for pair in pairwise([*[inputs] * times, outputs]))
 
     def __call__(self, maps: Maps, train: bool) -> Maps:
@@ -221,7 +221,7 @@ class Halvings(nnx.List):
 class Doublings(ConvNorm):
     """A 1x1 convolution into the new channels, then nearest-neighbour enlargement."""
 
-    def __init__(self, make: Maker, inputs: int, outputs: int, times: int):
+    def __init__(self, make: LayerFactory, inputs: int, outputs: int, times: int):
         super().__init__(make, inputs, outputs, 1)
         self.factor = 2**times
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cxrjax.errors import CxrError
-from cxrjax.models.layers import storage
+from cxrjax.models.layers import param_dtype
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def prepare(images: UInt8[Array, "B H W 1"], spec: InputSpec, dtype) -> Float[Ar
         )
     if images.ndim != 4 or images.shape[-1] != 1:
         raise CxrError(f"a network takes grey images of shape B x H x W x 1, not {' x '.join(map(str, images.shape))}")
-    wide = storage(dtype)
+    wide = param_dtype(dtype)
     scale = [(spec.high - spec.low) / 255 / std for std in spec.std]
     shift = [(spec.low - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True)]
     per_channel = (1, 1, 1, spec.channels)

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float
 
 from cxrjax.errors import CxrError
 from cxrjax.models.convolution import depthwise, folds, halving
-from cxrjax.models.spatial import evenly
+from cxrjax.models.spatial import constrain_rows
 
 Maps = Float[Array, "B H W C"]
 
 
-def storage(dtype) -> np.dtype:
+def param_dtype(dtype) -> np.dtype:
     """The type of parameters and batch statistics, and of norm arithmetic, for a compute type: float32 at least."""
     return np.promote_types(dtype, np.float32)
 
@@ -29,7 +29,7 @@ _drawing = ContextVar("drawing", default=True)
 
 
 @contextmanager
-def undrawn() -> Iterator[None]:
+def skip_init() -> Iterator[None]:
     """Initial values are 0 inside: drawing hundreds of millions takes seconds, and sometimes only shapes matter."""
     token = _drawing.set(False)
     try:
@@ -45,13 +45,13 @@ class _NoKeys:
         """No key."""
 
 
-@evenly
+@constrain_rows
 def _convolution(maps: Maps, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Maps:
     convolve: Callable = halving if folds(maps, strides) else jax.lax.conv_general_dilated
     return convolve(*_kernel_first(maps, kernel), strides, padding, **options)
 
 
-@evenly
+@constrain_rows
 def _depthwise(maps: Maps, kernel: Array, *args: Any, **options: Any) -> Maps:
     return depthwise(*_kernel_first(maps, kernel), *args, **options)
 
@@ -84,7 +84,7 @@ def _both_or_one(both: tuple[()] | None, gradients: tuple[Any, Any]) -> tuple[An
 _kernel_first.defvjp(_whether_both, _both_or_one, symbolic_zeros=True)
 
 
-class Maker:
+class LayerFactory:
     """Makes the layers of one network: it holds what they have in common.
 
     Initial values are drawn with NumPy, so that they depend on the seed alone (not on devices), and that
@@ -100,7 +100,7 @@ class Maker:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise CxrError(f"seed must be a whole number, 0 or above, not {seed!r}")
         self.dtype = np.dtype(dtype)
-        self.param_dtype = storage(dtype)
+        self.param_dtype = param_dtype(dtype)
         self._fan = fan
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._unused: Any = _NoKeys()
@@ -178,7 +178,7 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(self, channels: int, *, dtype, momentum: float = 0.1, epsilon: float = 1e-5):
-        wide = storage(dtype)
+        wide = param_dtype(dtype)
         zeros, ones = np.zeros(channels, wide), np.ones(channels, wide)  # NumPy's: those of JAX are compiled
         self.scale, self.bias = nnx.Param(jax.device_put(ones)), nnx.Param(jax.device_put(zeros))
         self.mean, self.var = nnx.BatchStat(jax.device_put(zeros)), nnx.BatchStat(jax.device_put(ones))
@@ -191,7 +191,7 @@ class BatchNorm(nnx.Module):
 
         `moments` are those statistics where they are known: `self.moments(maps)` is what they would be.
         """
-        wide = maps.astype(storage(self.dtype))
+        wide = maps.astype(param_dtype(self.dtype))
         if train:
             mean, var = moments or self.moments(wide)
             self._enter(mean, var, maps.size // maps.shape[-1])
@@ -252,7 +252,7 @@ class ConvNorm(nnx.List):
 
     def __init__(
         self,
-        make: Maker,
+        make: LayerFactory,
         inputs: int,
         outputs: int,
         kernel: int,
@@ -284,7 +284,7 @@ REMATS = ("none", "layer", "block", "full")
 
 
 @cache
-def recomputed(method: Callable, remat: str, level: str = "layer", static: tuple[int, ...] = (2,)) -> Callable:
+def maybe_remat(method: Callable, remat: str, level: str = "layer", static: tuple[int, ...] = (2,)) -> Callable:
     """An unbound method of a layer, a block or a network as a function of (module, inputs, train, ...).
 
     Where `remat` covers the method's level, the backward pass recomputes what the method computes instead of keeping
@@ -302,7 +302,7 @@ def recomputed(method: Callable, remat: str, level: str = "layer", static: tuple
 
 
 @jax.custom_vjp
-def summed_at_once(maps: Any) -> Any:
+def sum_gradients_early(maps: Any) -> Any:
     """The same maps; in the backward pass what has come together of their gradients is summed before anything else.
 
     XLA would rather keep the gradients of all readers and sum them when the sum is needed: in a dense block that is
@@ -311,4 +311,4 @@ def summed_at_once(maps: Any) -> Any:
     return maps
 
 
-summed_at_once.defvjp(lambda maps: (maps, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
+sum_gradients_early.defvjp(lambda maps: (maps, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))

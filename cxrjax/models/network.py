@@ -16,7 +16,7 @@ from cxrjax.models.input_spec import InputSpec, prepare
 
 
 @dataclass(frozen=True, eq=False)
-class Skeleton:
+class NetworkDef:
     """What of a network is no array. Equal networks share one, so comparing two, at each call, is one `is`."""
 
     graph: nnx.GraphDef
@@ -25,12 +25,12 @@ class Skeleton:
     dtype: np.dtype
 
     def __reduce__(self):
-        return _skeleton, (self.graph, self.classes, self.inputs, self.dtype)
+        return _network_def, (self.graph, self.classes, self.inputs, self.dtype)
 
 
 @cache
-def _skeleton(graph: nnx.GraphDef, classes: int, inputs: InputSpec, dtype: np.dtype) -> Skeleton:
-    return Skeleton(graph, classes, inputs, dtype)
+def _network_def(graph: nnx.GraphDef, classes: int, inputs: InputSpec, dtype: np.dtype) -> NetworkDef:
+    return NetworkDef(graph, classes, inputs, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -45,33 +45,33 @@ class Network:
 
     params: dict[str, Any]
     stats: dict[str, Any]
-    skeleton: Skeleton = field(metadata={"static": True})
+    definition: NetworkDef = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, model: Backbone) -> "Network":
+    def from_model(cls, model: Backbone) -> "Network":
         """The network that a module holds; the module's later changes do not show in it."""
         graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-        skeleton = _skeleton(graph, model.classes, model.inputs, model.dtype)
-        return cls(nnx.to_pure_dict(params), nnx.to_pure_dict(stats), skeleton)
+        definition = _network_def(graph, model.classes, model.inputs, model.dtype)
+        return cls(nnx.to_pure_dict(params), nnx.to_pure_dict(stats), definition)
 
     @property
     def classes(self) -> int:
         """Number of findings K."""
-        return self.skeleton.classes
+        return self.definition.classes
 
     @property
     def inputs(self) -> InputSpec:
         """What the network expects of its images."""
-        return self.skeleton.inputs
+        return self.definition.inputs
 
     @property
     def dtype(self) -> np.dtype:
         """The compute type."""
-        return self.skeleton.dtype
+        return self.definition.dtype
 
     def model(self) -> Backbone:
         """The module; build it inside the function that is traced, never outside."""
-        return nnx.merge(self.skeleton.graph, self.params, self.stats)
+        return nnx.merge(self.definition.graph, self.params, self.stats)
 
     def apply(
         self,
@@ -115,7 +115,7 @@ def parameter_count(of: Any) -> int:
     from clu.parameter_overview import count_parameters  # not where only a step is measured
 
     if isinstance(of, Backbone):
-        of = Network.of(of)
+        of = Network.from_model(of)
     return int(count_parameters(of.params if isinstance(of, Network) else of))
 
 

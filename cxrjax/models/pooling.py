@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array
 
 from cxrjax.errors import CxrError
-from cxrjax.models.layers import Maps, storage
-from cxrjax.models.spatial import evenly
+from cxrjax.models.layers import Maps, param_dtype
+from cxrjax.models.spatial import constrain_rows
 
 
-@evenly
+@constrain_rows
 def max_pool(maps: Maps, window: int, stride: int, padding: int = 0) -> Maps:
     """Maximum over square windows, as `torch.nn.MaxPool2d`: what does not fill a window is left out.
 
@@ -56,7 +56,7 @@ def _to_the_maxima(window: int, stride: int, padding: int, kept: Any, gradient: 
     Only then are the sets put between each other, which no longer adds: no maps of full size are there in float32.
     """
     place, (_, *sides, _) = kept
-    wide, zero = gradient.astype(storage(gradient.dtype)), jnp.zeros((), storage(gradient.dtype))
+    wide, zero = gradient.astype(param_dtype(gradient.dtype)), jnp.zeros((), param_dtype(gradient.dtype))
     sets: dict[tuple[int, ...], Array] = {}
     for number, offsets in enumerate(np.ndindex(window, window)):
         moves, first = zip(*(divmod(offset - padding, stride) for offset in offsets), strict=True)
@@ -90,7 +90,7 @@ STEM_POOLS = {
 }
 
 
-@evenly
+@constrain_rows
 def average_pool(maps: Maps, window: int, stride: int) -> Maps:
     """Mean over square windows, as `torch.nn.AvgPool2d`."""
     _check_fits(maps, window, 0)

@@ -9,7 +9,7 @@ from cxrjax.errors import check_options, one_of
 from cxrjax.models import attention_fusion, densenet, efficientnet, fhrnet, hrnet, resnet, sequential
 from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.input_spec import InputSpec
-from cxrjax.models.layers import undrawn
+from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network
 
 ARCHITECTURES = (
@@ -67,5 +67,5 @@ def create(
 
 def abstract(name: str, *, classes: int, **how: Any) -> Network:
     """What `create` would build, as shapes and types alone (`jax.ShapeDtypeStruct`); no value is drawn or kept."""
-    with undrawn():
-        return jax.eval_shape(lambda: Network.of(create(name, classes=classes, **how)))
+    with skip_init():
+        return jax.eval_shape(lambda: Network.from_model(create(name, classes=classes, **how)))

@@ -16,7 +16,7 @@ from cxrjax.errors import CxrError, one_of, positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
-from cxrjax.models.layers import Maker, Maps, recomputed
+from cxrjax.models.layers import LayerFactory, Maps, maybe_remat
 from cxrjax.models.pooling import STEM_POOLS
 
 
@@ -62,7 +62,7 @@ class ResNet(Backbone):
         dropout: float = 0.0,
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = Maker(dtype, seed, fan="out")
+        make = LayerFactory(dtype, seed, fan="out")
         block_type = BLOCKS[one_of("block", block, BLOCKS)]
         if isinstance(layers, str) or not isinstance(layers, Sequence):
             raise CxrError(f"layers must be a sequence of block numbers such as (3, 4, 6, 3), not {layers!r}")
@@ -87,7 +87,7 @@ class ResNet(Backbone):
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Maps after the stem and each stage: "stem", "layer1", ..., "final"."""
         self.check(images)
-        maps = recomputed(ResNet._stem, self.remat)(self, images, train)
+        maps = maybe_remat(ResNet._stem, self.remat)(self, images, train)
         named = OrderedDict(stem=maps)
         for stage in range(1, self.stages + 1):
             maps = in_turn(getattr(self, f"layer{stage}"), maps, train, self.remat)
@@ -100,13 +100,13 @@ class ResNet(Backbone):
 
 def in_turn(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
     """What residual blocks in a row make of the maps; the row is a block to recompute, each of them a layer."""
-    return recomputed(one_by_one, remat, "block", static=(2, 3))(blocks, maps, train, remat)
+    return maybe_remat(one_by_one, remat, "block", static=(2, 3))(blocks, maps, train, remat)
 
 
 def one_by_one(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
     """The same within a larger block."""
     for block in blocks:
-        maps = recomputed(type(block).__call__, remat)(block, maps, train)
+        maps = maybe_remat(type(block).__call__, remat)(block, maps, train)
     return maps
 
 
@@ -118,7 +118,7 @@ class Block(nnx.Module):
 
     expansion: ClassVar[int]
 
-    def __init__(self, make: Maker, channels: int, width: int, stride: int):
+    def __init__(self, make: LayerFactory, channels: int, width: int, stride: int):
         outputs = width * self.expansion
         self.downsample: nnx.List[Any] = nnx.List()
         if stride > 1 or channels != outputs:
@@ -142,7 +142,7 @@ class BasicBlock(Block):
 
     expansion: ClassVar = 1
 
-    def __init__(self, make: Maker, channels: int, width: int, stride: int):
+    def __init__(self, make: LayerFactory, channels: int, width: int, stride: int):
         self.conv1 = make.conv(channels, width, 3, stride=stride, padding=1)
         self.bn1 = make.norm(width)
         self.conv2 = make.conv(width, width, 3, padding=1)
@@ -160,7 +160,7 @@ class Bottleneck(Block):
 
     expansion: ClassVar = 4
 
-    def __init__(self, make: Maker, channels: int, width: int, stride: int):
+    def __init__(self, make: LayerFactory, channels: int, width: int, stride: int):
         self.conv1 = make.conv(channels, width, 1)
         self.bn1 = make.norm(width)
         self.conv2 = make.conv(width, width, 3, stride=stride, padding=1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from cxrjax.models.layers import Maps, storage
+from cxrjax.models.layers import Maps, param_dtype
 from cxrjax.models.spatial import summed_rows
 
 
@@ -67,7 +67,7 @@ def crop(images: Maps, boxes: Float[Array, "#B 4"], size: int) -> Maps:
       boxes: top, left, bottom, right, as fractions; bottom > top and right > left; one for each image, or for all.
       size: side of the result in px.
     """
-    wide = images.astype(storage(images.dtype))
+    wide = images.astype(param_dtype(images.dtype))
     top, left, bottom, right = jnp.broadcast_to(boxes, (len(images), 4)).astype(wide.dtype).T
     columns = _weights(images.shape[2], size, left, right)
     narrow = jnp.einsum("bhwc,bsw->bhsc", wide, columns, precision="highest")

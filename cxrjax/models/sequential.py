@@ -17,7 +17,7 @@ from cxrjax.errors import CxrError, positive, share
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier, drop
 from cxrjax.models.input_spec import UNIT, InputSpec
-from cxrjax.models.layers import BatchNorm, Maker, Maps, recomputed, storage
+from cxrjax.models.layers import BatchNorm, LayerFactory, Maps, maybe_remat, param_dtype
 from cxrjax.models.pooling import max_pool
 
 
@@ -63,7 +63,7 @@ class SequentialCNN(Backbone):
         dropout: float = 0.25,
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = Maker(dtype, seed)
+        make = LayerFactory(dtype, seed)
         for what, numbers in (("widths", widths), ("units", units)):
             if isinstance(numbers, str) or not isinstance(numbers, Sequence) or not numbers:
                 raise CxrError(f"{what} must be a sequence of at least one number such as (32, 32), not {numbers!r}")
@@ -90,7 +90,7 @@ class SequentialCNN(Backbone):
         named, maps = OrderedDict(), images
         for number in range(1, self.stages + 1):
             maps = drop(maps, self.dropout, key, number) if number > 1 else maps
-            maps = recomputed(Stage.__call__, self.remat)(getattr(self, f"stage{number}"), maps, train)
+            maps = maybe_remat(Stage.__call__, self.remat)(getattr(self, f"stage{number}"), maps, train)
             named[f"stage{number}" if number < self.stages else "final"] = maps
         return named
 
@@ -110,7 +110,7 @@ class SequentialCNN(Backbone):
             )
         if train and self.dropout and key is None:
             raise CxrError("training with dropout needs a random key: pass key=")
-        vector = drop(maps.astype(storage(maps.dtype)).reshape(len(maps), -1), self.dropout, key, 0)
+        vector = drop(maps.astype(param_dtype(maps.dtype)).reshape(len(maps), -1), self.dropout, key, 0)
         for dense in self.dense:
             vector = dense(vector, train)
         return self.classifier(vector[:, None, None], train=train)
@@ -119,7 +119,7 @@ class SequentialCNN(Backbone):
 class Stage(nnx.Module):
     """3x3 convolution, ReLU, batch norm or none, 2x2 max pooling or none."""
 
-    def __init__(self, make: Maker, channels: int, width: int, pool: bool, norm: bool):
+    def __init__(self, make: LayerFactory, channels: int, width: int, pool: bool, norm: bool):
         self.pool = pool
         self.conv = make.conv(channels, width, 3, padding=0 if pool else 1, bias=True)
         self.norm = nnx.data(make.norm(width) if norm else None)
@@ -135,7 +135,7 @@ class Stage(nnx.Module):
 class Dense(nnx.Module):
     """Fully connected layer, ReLU, batch norm or none; in the type of its parameters."""
 
-    def __init__(self, make: Maker, inputs: int, units: int, norm: bool):
+    def __init__(self, make: LayerFactory, inputs: int, units: int, norm: bool):
         self.linear = make.linear(inputs, units)
         self.norm = nnx.data(BatchNorm(units, dtype=make.param_dtype) if norm else None)
 
@@ -188,7 +188,7 @@ class SimpleCNN(Backbone):
         dropout: float = 0.0,
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = Maker(dtype, seed)
+        make = LayerFactory(dtype, seed)
         channels = inputs.channels
         for number, width in enumerate(WIDTHS, start=1):
             setattr(self, f"stage{number}", SimpleStage(make, channels, width))
@@ -200,7 +200,7 @@ class SimpleCNN(Backbone):
         self.check(images)
         named, maps = OrderedDict(), images
         for number in range(1, len(WIDTHS) + 1):
-            maps = recomputed(SimpleStage.__call__, self.remat)(getattr(self, f"stage{number}"), maps, train)
+            maps = maybe_remat(SimpleStage.__call__, self.remat)(getattr(self, f"stage{number}"), maps, train)
             named[f"stage{number}" if number < len(WIDTHS) else "final"] = maps
         return named
 
@@ -208,7 +208,7 @@ class SimpleCNN(Backbone):
 class SimpleStage(nnx.Module):
     """3x3 convolution without padding, 2x2 max pooling, ReLU."""
 
-    def __init__(self, make: Maker, channels: int, width: int):
+    def __init__(self, make: LayerFactory, channels: int, width: int):
         self.conv = make.conv(channels, width, 3, bias=True)
 
     def __call__(self, maps: Maps, train: bool) -> Maps:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 Maps = Float[Array, "B H W C"]
 
 
-def evenly(operation: Callable[..., Maps]) -> Callable[..., Maps]:
+def constrain_rows(operation: Callable[..., Maps]) -> Callable[..., Maps]:
     """An operation that changes the rows of maps, its first argument, laid out on the mesh it is traced for.
 
     Where `space` divides the rows that it takes and those that it gives, each device holds its share of both. Else each
@@ -40,7 +40,7 @@ def evenly(operation: Callable[..., Maps]) -> Callable[..., Maps]:
 def shared(operation: Callable[..., Maps]) -> Callable[..., Maps]:
     """An operation on several maps that works on shares of their rows, `operation(*maps, shares=devices)`.
 
-    Where `space` divides all their rows, each device calls it on its own shares, and `passed_on` brings it those of
+    Where `space` divides all their rows, each device calls it on its own shares, and `ring_shift` brings it those of
     the others; else each calls it on whole maps, with `shares=1`.
     """
 
@@ -55,7 +55,7 @@ def shared(operation: Callable[..., Maps]) -> Callable[..., Maps]:
     return on_each_device
 
 
-def passed_on(arrays: Any, shares: int, *, back: bool = False) -> Any:
+def ring_shift(arrays: Any, shares: int, *, back: bool = False) -> Any:
     """The arrays of the device that has the rows before, or those after; of the first and the last it is the other."""
     if shares == 1:
         return arrays
@@ -70,8 +70,8 @@ def doubled(maps: Maps, *, shares: int) -> Maps:
     above, below = first, last
     if shares > 1:
         device = jax.lax.axis_index("space")
-        above = jnp.where(device == 0, first, passed_on(last, shares))
-        below = jnp.where(device == shares - 1, last, passed_on(first, shares, back=True))
+        above = jnp.where(device == 0, first, ring_shift(last, shares))
+        below = jnp.where(device == shares - 1, last, ring_shift(first, shares, back=True))
     rows = _halfway(jnp.concatenate([above, maps, below], axis=1), 1)
     return _halfway(jnp.concatenate([rows[:, :, :1], rows, rows[:, :, -1:]], axis=2), 2)
 

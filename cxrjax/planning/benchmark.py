@@ -229,7 +229,7 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     check_divides(f"a batch of {count} images", count, "data", mesh.shape["data"])
     check_divides(f"{side} rows", side, "space", case.space)
     placed = place(host, batch_shardings(mesh))
-    network = Network.of(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options))
+    network = Network.from_model(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options))
     if case.inference:
         arguments = pack_for(jax.device_put(network, replicated(mesh)), mesh), placed.image
         return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices, turn)

@@ -17,7 +17,7 @@ from cxrjax.train.checkpoint import Checkpoints
 def network_of(config: Config, classes: int) -> Network:
     """The network that a config describes, with random initial values."""
     model = config.model
-    return Network.of(
+    return Network.from_model(
         create(
             model.name,
             classes=classes,
@@ -42,7 +42,7 @@ def best_network(directory: Path) -> tuple[Config, tuple[str, ...], Network, dic
     network = network_of(config, len(findings))
     with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
         best, about = checkpoints.restore_best({"params": network.params, "stats": network.stats})
-    return config, findings, Network(best["params"], best["stats"], network.skeleton), about
+    return config, findings, Network(best["params"], best["stats"], network.definition), about
 
 
 def findings_of(directory: Path) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def _fill_member(
         known = ", ".join(model.members) or "none"
         raise CxrError(f"config key model.init_from names {module}; the networks that this one is made of: {known}")
     card, arrays = source
-    member = Network.of(getattr(model, module))
+    member = Network.from_model(getattr(model, module))
     filled, notes = start_from(member, model.members[module], (card, model.adapt(module, arrays)), findings)
     params, stats = {**network.params, module: filled.params}, {**network.stats, module: filled.stats}
     return dataclasses.replace(network, params=params, stats=stats), notes

@@ -201,7 +201,7 @@ def load_converted(
         inputs=card.inputs,
         **card.options,
     )
-    network = Network.of(model)
+    network = Network.from_model(model)
     left = () if card.classes else model.replaceable
     filled, faults = _fill(network, arrays, left)
     if faults:

@@ -12,7 +12,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.backbone import Backbone
 from cxrjax.models.input_spec import NAMED
-from cxrjax.models.layers import undrawn
+from cxrjax.models.layers import skip_init
 from cxrjax.models.registry import ARCHITECTURES
 from cxrjax.weights.published import published_module, published_name, published_names, published_shapes
 
@@ -109,7 +109,7 @@ def shapes_of(architecture: str, **options: Any) -> Backbone:
       CxrError: as `create`; or options are of a wrong type, or too large.
     """
     try:
-        with undrawn():
+        with skip_init():
             return nnx.eval_shape(lambda: create(architecture, **options))
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, AssertionError, MemoryError) as error:
         given = ", ".join(f"{name}={value!r:.40}" for name, value in options.items())

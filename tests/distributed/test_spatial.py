@@ -80,7 +80,7 @@ def relative(found, expected):
 
 def compare(name, options, shape, meshes, dtype):
     """The largest relative errors of gradients, statistics and loss, and what was sent."""
-    network = Network.of(create(name, classes=3, dtype=dtype, **options))
+    network = Network.from_model(create(name, classes=3, dtype=dtype, **options))
     alone, _ = after_a_step(network, shape, make_mesh(1, 1))
     assert np.isfinite(relative(jax.tree.map(np.zeros_like, alone[0]), alone[0]))
     errors, calls = [], []
@@ -126,7 +126,7 @@ def test_rounding(name, options, shape, bound):
     """
 
     def results(dtype, *mesh):
-        network = Network.of(create(name, classes=3, dtype=dtype, **options, pooling="average"))
+        network = Network.from_model(create(name, classes=3, dtype=dtype, **options, pooling="average"))
         return after_a_step(network, shape, make_mesh(*mesh))[0]
 
     def errors(of):

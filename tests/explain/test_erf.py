@@ -57,12 +57,12 @@ def some_images(count: int, side: int = SIDE) -> np.ndarray:
 @pytest.fixture(scope="module")
 def linear():
     with jax.enable_x64(True):
-        return Network.of(TwoConvolutions(3, 5))
+        return Network.from_model(TwoConvolutions(3, 5))
 
 
 @pytest.fixture(scope="module")
 def network():
-    return Network.of(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4))
+    return Network.from_model(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4))
 
 
 def test_estimators_of_a_linear_network_are_convolved_kernels(linear):
@@ -108,7 +108,7 @@ def test_the_sum_differs_by_the_products_of_different_channels(linear):
 def test_random_signs_are_unbiased_for_a_network_with_kinks_and_norms():
     """The mean over seeds is within five of its own standard errors at every pixel; the plain sum is not."""
     with jax.enable_x64(True):
-        network = Network.of(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4, dtype="float64"))
+        network = Network.from_model(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4, dtype="float64"))
         images, options = some_images(2, 32), {"translate": 0.0, "batch_size": 2, "parallel": 8}
         exact, plain = (erf.measure(network, images, estimator=e, **options).map for e in ("exact", "sum"))
         seeds = [erf.measure(network, images, probes=8, seed=seed, **options).map for seed in range(40)]
@@ -122,7 +122,7 @@ def test_random_signs_are_unbiased_for_a_network_with_kinks_and_norms():
 
 def test_one_channel_leaves_one_estimate():
     with jax.enable_x64(True):
-        network, images = Network.of(TwoConvolutions(2, 1)), some_images(2)
+        network, images = Network.from_model(TwoConvolutions(2, 1)), some_images(2)
         exact, probe, plain = (
             erf.measure(network, images, estimator=e, probes=2).map for e in ("exact", "probe", "sum")
         )
@@ -132,7 +132,7 @@ def test_one_channel_leaves_one_estimate():
 
 def test_a_trained_kind_of_network_against_its_jacobian():
     with jax.enable_x64(True):
-        network = Network.of(create("simple_cnn", classes=2, dtype="float64", inputs=IMAGENET))
+        network = Network.from_model(create("simple_cnn", classes=2, dtype="float64", inputs=IMAGENET))
         images = some_images(2, 24)
         measured = erf.measure(network, images, estimator="exact", translate=0, layer="stage2", parallel=32)
 
@@ -162,7 +162,7 @@ def test_batches_and_chunks_change_nothing(network, estimator):
 
 def test_bfloat16_measures_the_same_field(network):
     images = some_images(4, 64)
-    half = Network.of(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4, dtype="bfloat16"))
+    half = Network.from_model(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4, dtype="bfloat16"))
     fields = [erf.measure(n, images, estimator="exact", parallel=32) for n in (network, half)]
     assert fields[1].map.sum() == pytest.approx(fields[0].map.sum(), rel=0.05)
     assert fields[1].diameter == pytest.approx(fields[0].diameter, rel=0.05)

@@ -207,7 +207,7 @@ def test_a_map_without_the_image_is_an_error():
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_densenet121_has_the_papers_field(remat):
-    fields = receptive_fields(Network.of(create("densenet121", classes=2, remat=remat)))
+    fields = receptive_fields(Network.from_model(create("densenet121", classes=2, remat=remat)))
     # stem 7x7/2 and 3x3/2; 3x3 per layer at strides 4, 8, 16, 32; 2x2/2 in each transition
     sizes = {"stem": 1 + 6 + 2 * 2, "block1": 11 + 6 * 8, "block2": 59 + 4 + 12 * 16, "block3": 255 + 8 + 24 * 32}
     assert {name: fields[name].size for name in sizes} == sizes
@@ -217,9 +217,9 @@ def test_densenet121_has_the_papers_field(remat):
 def test_a_real_networks_field_is_the_support_of_its_gradient():
     with jax.enable_x64(True):
         model = create("densenet_small", classes=2, dtype="float64", stem_pool="none", blocks=(1, 1), growth=4)
-        network = Network.of(model)
+        network = Network.from_model(model)
         positive = jax.tree.map(lambda p: jnp.abs(p) + 0.1, network.params)
-        network = Network(positive, network.stats, network.skeleton)
+        network = Network(positive, network.stats, network.definition)
         field = theoretical(network, image_size=64)
         (top, bottom), columns = support(lambda x: network.model().features(x)["final"], (8, 8), side=64)
         assert field.rows.at(8) == (top, bottom)

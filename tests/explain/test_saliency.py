@@ -28,7 +28,7 @@ def features(network: Network, images: np.ndarray) -> np.ndarray:
 
 
 def test_a_linear_head_gives_class_activation_maps():
-    network = Network.of(create("densenet_small", classes=4, pooling="average"))
+    network = Network.from_model(create("densenet_small", classes=4, pooling="average"))
     images, findings = some_images(5), [2, 0, 3]
     maps = saliency(network, images, findings, batch_size=2)
     weights = np.asarray(network.params["classifier"]["output"]["kernel"])[:, findings]
@@ -42,7 +42,7 @@ def test_a_linear_head_gives_class_activation_maps():
 
 def test_a_nonlinear_head_against_finite_differences():
     with jax.enable_x64(True):
-        network = Network.of(create("densenet_small", classes=3, hidden=5, dtype="float64", seed=2))
+        network = Network.from_model(create("densenet_small", classes=3, hidden=5, dtype="float64", seed=2))
         images = some_images(1)
         maps = saliency(network, images, [0, 1, 2])[0]
         activations = features(network, images)
@@ -58,7 +58,7 @@ def test_a_nonlinear_head_against_finite_differences():
 
 def sharp_network() -> Network:
     """A head whose gradient differs from place to place, and has both signs."""
-    return Network.of(create("simple_cnn", classes=3, dtype="float64", seed=3, pooling="log-sum-exp", hidden=0))
+    return Network.from_model(create("simple_cnn", classes=3, dtype="float64", seed=3, pooling="log-sum-exp", hidden=0))
 
 
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "layercam"])
@@ -113,7 +113,7 @@ class Powers(Backbone):
 @pytest.mark.parametrize("baseline", ["black", "mean"])
 def test_integrated_gradients_of_a_quadratic_network_are_its_gradient_half_way(baseline):
     with jax.enable_x64(True):
-        network, images = Network.of(Powers(2)), some_images(2, 12)
+        network, images = Network.from_model(Powers(2)), some_images(2, 12)
         maps = saliency(network, images, [1, 0], method="integrated", baseline=baseline, steps=3, signed=True)
         kernel, output = (np.asarray(network.params[name]) for name in ("kernel", "output"))
         start = baselines(images, baseline)
@@ -142,7 +142,7 @@ def test_integrated_gradients_of_a_quadratic_network_are_its_gradient_half_way(b
 def test_the_error_of_completeness_falls_as_midpoints_do():
     """Twice the steps, a quarter of the error; of a third power that is exact."""
     with jax.enable_x64(True):
-        network, images = Network.of(Powers(3)), some_images(2, 12)
+        network, images = Network.from_model(Powers(3)), some_images(2, 12)
         gained = logits(network, images) - logits(network, np.zeros_like(images))
         errors = [
             saliency(network, images, [0, 1], method="integrated", steps=steps, signed=True).sum((2, 3), np.float64)
@@ -154,7 +154,10 @@ def test_the_error_of_completeness_falls_as_midpoints_do():
 
 
 def test_attributions_of_a_network_with_kinks_add_up_to_the_logits_difference():
-    network, images = Network.of(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)), some_images(3)
+    network, images = (
+        Network.from_model(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)),
+        some_images(3),
+    )
     gained = logits(network, images) - logits(network, np.zeros_like(images))
     maps = saliency(network, images, [2, 1], method="integrated", steps=200, signed=True)
     assert maps.shape == (3, 2, 64, 64)
@@ -165,7 +168,10 @@ def test_attributions_of_a_network_with_kinks_add_up_to_the_logits_difference():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_neither_batches_nor_the_company_of_findings_change_a_map(method):
-    network, images = Network.of(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)), some_images(5)
+    network, images = (
+        Network.from_model(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)),
+        some_images(5),
+    )
     done = []
     whole = saliency(network, images, [2, 0, 1], method=method, steps=4, advance=done.append)
     assert whole.dtype == np.float32
@@ -179,7 +185,10 @@ def test_neither_batches_nor_the_company_of_findings_change_a_map(method):
 
 
 def test_findings_pass_in_groups_where_images_are_large(monkeypatch):
-    network, images = Network.of(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)), some_images(2)
+    network, images = (
+        Network.from_model(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)),
+        some_images(2),
+    )
     together = saliency(network, images, [2, 0, 1], method="integrated", steps=2)
     monkeypatch.setattr("cxrjax.explain.saliency._AT_ONCE", 2 * images.size)
     np.testing.assert_allclose(
@@ -190,7 +199,7 @@ def test_findings_pass_in_groups_where_images_are_large(monkeypatch):
 def test_bfloat16_gives_nearly_the_same_maps():
     images = some_images(2)
     maps = [
-        saliency(Network.of(create("densenet_small", classes=2, dtype=dtype)), images, [1])
+        saliency(Network.from_model(create("densenet_small", classes=2, dtype=dtype)), images, [1])
         for dtype in ("float32", "bfloat16")
     ]
     assert maps[1].dtype == np.float32
@@ -198,7 +207,7 @@ def test_bfloat16_gives_nearly_the_same_maps():
 
 
 def test_what_cannot_be_mapped_says_so():
-    network, images = Network.of(create("densenet_small", classes=2)), some_images(1)
+    network, images = Network.from_model(create("densenet_small", classes=2)), some_images(1)
     for findings in ([2], [-1], []):
         with pytest.raises(CxrError, match="positions 0 to 1"):
             saliency(network, images, findings)
@@ -219,7 +228,7 @@ def test_what_cannot_be_mapped_says_so():
 
 
 def test_networks_that_differ_in_parameters_share_one_compilation():
-    network, images = Network.of(create("densenet_small", classes=2)), some_images(1)
+    network, images = Network.from_model(create("densenet_small", classes=2)), some_images(1)
     first, compiled = saliency(network, images, [0]), _activation._cache_size()
     doubled = dataclasses.replace(network, params=jax.tree.map(lambda p: 2 * p, network.params))
     assert not np.allclose(saliency(doubled, images, [0]), first)

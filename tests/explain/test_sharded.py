@@ -16,7 +16,7 @@ from cxrjax.planning.collectives import collectives
 def network():
     with jax.enable_x64(True):
         options = {"blocks": (1, 1), "growth": 4, "stem_channels": 4, "pooling": "average", "dtype": "float64"}
-        return Network.of(create("densenet_small", classes=2, seed=1, **options))
+        return Network.from_model(create("densenet_small", classes=2, seed=1, **options))
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), np.uint8)

@@ -27,7 +27,7 @@ def examples(phantom_data):
 
 def network(hidden, dropout=RATE):
     options = {"growth": 4, "blocks": (1,), "stem_channels": 4, "hidden": hidden, "dropout": dropout}
-    return Network.of(create("densenet_small", classes=3, **options))
+    return Network.from_model(create("densenet_small", classes=3, **options))
 
 
 def run(net, examples, passes=PASSES, devices=1, **options):
@@ -105,7 +105,7 @@ def test_a_head_without_dropout_is_refused(examples):
     ],
 )
 def test_whether_a_head_has_dropout_is_known_without_computing(name, options, expected):
-    assert has_dropout(Network.of(create(name, classes=2, **options)), (64, 64)) == expected
+    assert has_dropout(Network.from_model(create(name, classes=2, **options)), (64, 64)) == expected
 
 
 def test_pooled_features_are_the_mean_of_the_last_maps(examples):

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.attention_fusion import WEIGHTS, Attention, attend
-from cxrjax.models.layers import Maker
+from cxrjax.models.layers import LayerFactory
 from cxrjax.models.network import Network, parameter_count
 
 
@@ -63,7 +63,7 @@ def test_the_more_positions_there_are_the_fewer_ask_at_once():
 
 def test_the_module_is_linear_maps_and_attention():
     rng = np.random.default_rng(1)
-    module = Attention(Maker(np.dtype("float32"), 0), 6)
+    module = Attention(LayerFactory(np.dtype("float32"), 0), 6)
     asking, asked = (rng.normal(size=(2, *size, 6)).astype(np.float32) for size in ((3, 4), (5, 2)))
     linear = lambda layer, x: x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])  # noqa: E731
     query, key, value = (
@@ -76,14 +76,14 @@ def test_the_module_is_linear_maps_and_attention():
 
 def test_it_has_the_papers_parameters():
     """10,638,528 in the paper, of which 117,255 are statistics: Keras counts 7 weights of its input normalisation."""
-    network = Network.of(create("attention_fusion", classes=14))
+    network = Network.from_model(create("attention_fusion", classes=14))
     assert parameter_count(network) == 10_521_273
     assert parameter_count(network.stats) == 117_255 - 7
 
 
 def test_the_baselines_have_the_papers_parameters():
     def total(name):
-        network = Network.of(create(name, classes=14, hidden=512))
+        network = Network.from_model(create(name, classes=14, hidden=512))
         return parameter_count(network) + parameter_count(network.stats)
 
     assert total("densenet121") == 7_569_486
@@ -131,7 +131,7 @@ def test_whole_networks_fill_its_trunks():
 
 
 def flat(model) -> dict[str, np.ndarray]:
-    network = Network.of(model)
+    network = Network.from_model(model)
     leaves, _ = jax.tree_util.tree_flatten_with_path((network.params, network.stats))
     return {".".join(str(entry.key) for entry in path[1:]): np.asarray(leaf) for path, leaf in leaves}
 

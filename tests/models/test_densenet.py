@@ -16,12 +16,12 @@ TINY = {"growth": 4, "blocks": (2, 1), "stem_channels": 4}
 def test_parameter_counts():
     assert parameter_count(create("densenet121", classes=14)) == 6_968_206
     # 7,569,486 in the paper, whose tool adds the batch statistics.
-    network = Network.of(create("densenet121", classes=14, hidden=512))
+    network = Network.from_model(create("densenet121", classes=14, hidden=512))
     assert parameter_count(network) + parameter_count(network.stats) == 7_569_486
 
 
 def test_stages_halve_and_odd_sizes_round_as_in_torch():
-    network = Network.of(create("densenet121", classes=3, growth=4, blocks=(1, 1, 1, 1), stem_channels=4))
+    network = Network.from_model(create("densenet121", classes=3, growth=4, blocks=(1, 1, 1, 1), stem_channels=4))
     images = jax.ShapeDtypeStruct((2, 131, 97, 3), jnp.float32)
     features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
     # (n + 1) // 2 for the stem's padded convolution and pooling, n // 2 for the transitions.
@@ -36,7 +36,7 @@ def test_recomputing_keeps_memory_linear_in_depth(remat, linear):
     def kept(depth: int) -> int:
         """Bytes that the forward pass hands to the backward pass, parameters included."""
         options = {"growth": 4, "blocks": (depth,), "pooling": "average"}
-        network = Network.of(create("densenet_small", classes=2, remat=remat, **options))
+        network = Network.from_model(create("densenet_small", classes=2, remat=remat, **options))
 
         def backward(network, images):
             def run(params):
@@ -56,7 +56,7 @@ def test_recomputing_keeps_memory_linear_in_depth(remat, linear):
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_a_training_step_moves_the_statistics_once(remat):
-    network = Network.of(create("densenet_small", classes=2, remat=remat, **TINY))
+    network = Network.from_model(create("densenet_small", classes=2, remat=remat, **TINY))
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), np.uint8)
 
     @jax.jit
@@ -77,7 +77,7 @@ def test_a_training_step_moves_the_statistics_once(remat):
 
 
 def test_inference_leaves_the_statistics_alone():
-    network = Network.of(create("densenet_small", classes=2, **TINY))
+    network = Network.from_model(create("densenet_small", classes=2, **TINY))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
     _, stats = jax.jit(lambda network: network.apply(images))(network)
     jax.tree.map(np.testing.assert_array_equal, stats, network.stats)
@@ -87,7 +87,7 @@ def test_bfloat16_is_close_to_float32():
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), np.uint8)
     logits = {}
     for dtype in ("bfloat16", "float32"):
-        network = Network.of(create("densenet_small", classes=5, dtype=dtype, seed=2))
+        network = Network.from_model(create("densenet_small", classes=5, dtype=dtype, seed=2))
         assert {leaf.dtype for leaf in jax.tree.leaves((network.params, network.stats))} == {np.dtype("float32")}
         logits[dtype], stats = jax.jit(lambda network: network.apply(images, train=True))(network)
         assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {np.dtype("float32")}
@@ -96,7 +96,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_statistics_are_of_the_global_batch_on_any_mesh():
-    network = Network.of(create("densenet_small", classes=2, **TINY))
+    network = Network.from_model(create("densenet_small", classes=2, **TINY))
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 1), np.uint8)
     apply = jax.jit(lambda network, images: network.apply(images, train=True))
     alone = apply(network, images)
@@ -108,13 +108,13 @@ def test_statistics_are_of_the_global_batch_on_any_mesh():
 
 
 def test_too_small_images_are_refused():
-    network = Network.of(create("densenet121", classes=2, growth=2, blocks=(1, 1, 1, 1), stem_channels=2))
+    network = Network.from_model(create("densenet121", classes=2, growth=2, blocks=(1, 1, 1, 1), stem_channels=2))
     with pytest.raises(CxrError, match="too small"):
         jax.eval_shape(lambda n, i: n.apply(i)[0], network, jax.ShapeDtypeStruct((1, 16, 16, 1), jnp.uint8))
 
 
 def test_one_value_per_channel_cannot_train():
-    network = Network.of(create("densenet_small", classes=2, **TINY))
+    network = Network.from_model(create("densenet_small", classes=2, **TINY))
     images = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8)
     with pytest.raises(CxrError, match="larger batch"):
         jax.eval_shape(lambda n, i: n.apply(i, train=True)[0], network, images)

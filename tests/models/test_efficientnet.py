@@ -13,7 +13,7 @@ from cxrjax.errors import CxrError
 from cxrjax.explain.receptive_field import receptive_fields
 from cxrjax.models import create
 from cxrjax.models.efficientnet import B0, MBConv
-from cxrjax.models.layers import undrawn
+from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network, parameter_count
 
 TINY = {"stem_channels": 8, "blocks": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "pooling": "average"}
@@ -21,8 +21,8 @@ TINY = {"stem_channels": 8, "blocks": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "pooli
 
 def whole(name: str, **options) -> Network:
     """A network whose initial values are zero, where only shapes matter."""
-    with undrawn():
-        return Network.of(create(name, **{"classes": 3, **options}))
+    with skip_init():
+        return Network.from_model(create(name, **{"classes": 3, **options}))
 
 
 def grey(*shape: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def grey(*shape: int) -> np.ndarray:
     [(0, 5_288_548, 0.2), (1, 7_794_184, 0.2), (2, 9_109_994, 0.3), (3, 12_233_232, 0.3), (4, 19_341_616, 0.4)],
 )
 def test_parameters_and_dropout_are_torchvisions(variant, parameters, dropout):
-    with undrawn():
+    with skip_init():
         model = create(f"efficientnet_b{variant}", classes=1000)
     assert parameter_count(model) == parameters
     assert model.classifier.dropout == dropout
@@ -93,7 +93,7 @@ def test_an_expansion_is_what_its_convolution_norm_and_silu_make():
         conv, norm = model.stages[2][0].block[0]
         return features["stage2_expansion"], jax.nn.silu(norm(conv(features["stage1"]), train=False))
 
-    ours, again = run(Network.of(create("efficientnet_small", classes=2, **TINY)))
+    ours, again = run(Network.from_model(create("efficientnet_small", classes=2, **TINY)))
     np.testing.assert_allclose(ours, again, rtol=1e-5)
     assert relative_error(ours, 0 * ours + 1) > 0.1
 
@@ -101,7 +101,7 @@ def test_an_expansion_is_what_its_convolution_norm_and_silu_make():
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_expansions_cost_nothing_where_nobody_reads_them(remat, monkeypatch):
     def cost() -> tuple[float, int]:
-        network = Network.of(create("efficientnet_small", classes=2, remat=remat, **TINY))
+        network = Network.from_model(create("efficientnet_small", classes=2, remat=remat, **TINY))
 
         def loss(params, images):
             return dataclasses.replace(network, params=params).apply(images, train=True)[0].sum()
@@ -147,7 +147,7 @@ def survivals(monkeypatch, *, key, **options) -> list[np.ndarray]:
         return got
 
     monkeypatch.setattr(MBConv, "__call__", watched)
-    result = watch(Network.of(create("efficientnet_small", classes=2, **{**TINY, **options})), key)
+    result = watch(Network.from_model(create("efficientnet_small", classes=2, **{**TINY, **options})), key)
     monkeypatch.undo()
     return [None if survival is None else np.asarray(survival) for survival in result]
 
@@ -186,7 +186,7 @@ def test_an_image_keeps_its_input_or_gets_more_of_the_residual():
         before = model.stages[1][0](plain["stem"], False)[1][0]
         return before, plain["stage1"][0] - before, model.features(images, key=key)["stage1"]
 
-    network = Network.of(create("efficientnet_small", classes=2, **options))
+    network = Network.from_model(create("efficientnet_small", classes=2, **options))
     before, residual, drawn = jax.device_get(run(network, jax.random.key(3)))
     left_out = np.array([np.allclose(maps, before, atol=1e-5) for maps in drawn])
     assert 0.2 < left_out.mean() < 0.6  # 0.4 of them
@@ -195,7 +195,7 @@ def test_an_image_keeps_its_input_or_gets_more_of_the_residual():
 
 
 def test_only_training_draws():
-    network = Network.of(create("efficientnet_small", classes=2, stochastic_depth=0.9, **TINY))
+    network = Network.from_model(create("efficientnet_small", classes=2, stochastic_depth=0.9, **TINY))
     images, key = grey(8, 16, 16), jax.random.key(0)
     apply = jax.jit(lambda key, train: network.apply(images, train=train, key=key)[0], static_argnums=1)
     np.testing.assert_array_equal(apply(key, False), apply(None, False))
@@ -205,7 +205,7 @@ def test_only_training_draws():
 def test_recomputing_keeps_little_of_a_block():
     def kept(remat: str) -> int:
         """Bytes that the forward pass hands to the backward pass."""
-        network = Network.of(create("efficientnet_small", classes=2, remat=remat, blocks=((6, 3, 1, 8, 6),)))
+        network = Network.from_model(create("efficientnet_small", classes=2, remat=remat, blocks=((6, 3, 1, 8, 6),)))
 
         def backward(network, images):
             def run(params):
@@ -222,7 +222,7 @@ def test_recomputing_keeps_little_of_a_block():
 def test_bfloat16_is_close_to_float32():
     logits = {}
     for dtype in ("bfloat16", "float32"):
-        network = Network.of(create("efficientnet_small", classes=5, dtype=dtype, seed=2))
+        network = Network.from_model(create("efficientnet_small", classes=5, dtype=dtype, seed=2))
         run = jax.jit(lambda network: network.apply(grey(4, 64, 64), train=True), compiler_options=FAST_COMPILE)
         logits[dtype], stats = run(network)
         assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {np.dtype("float32")}

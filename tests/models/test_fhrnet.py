@@ -111,7 +111,7 @@ def test_a_box_in_the_cut_out_lies_where_it_should_in_the_image():
     ],
 )  # fmt: skip
 def test_each_stage_trains_its_part(stage, heads, learn, statistics):
-    network = Network.of(small(stage=stage))
+    network = Network.from_model(small(stage=stage))
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), np.uint8)
 
     def loss(params):

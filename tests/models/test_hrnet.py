@@ -31,7 +31,7 @@ def test_parameter_counts():
 
 
 def test_maps_of_each_branch():
-    found = shapes(Network.of(create("hrnet_small", classes=3)), 93, 64)
+    found = shapes(Network.from_model(create("hrnet_small", classes=3)), 93, 64)
     assert found == {
         "stem": (24, 16, 8), "layer1": (24, 16, 32),
         "stage2_branch1": (24, 16, 8), "stage2_branch2": (12, 8, 16),
@@ -50,7 +50,7 @@ def test_half_a_neck_is_fhrnets_and_the_rest_fits_public_weights():
 
     def kept(model) -> dict[str, tuple[int, ...]]:
         """Published name and shape of what does not belong to the task."""
-        params = jax.tree_util.tree_leaves_with_path(Network.of(model).params)
+        params = jax.tree_util.tree_leaves_with_path(Network.from_model(model).params)
         names, paths = published_names(model), ((tuple(str(key.key) for key in path), leaf) for path, leaf in params)
         return {names[path]: leaf.shape for path, leaf in paths if path[0] not in model.replaceable}
 
@@ -78,7 +78,7 @@ def test_sizes_that_work_are_those_of_timm():
 
 
 def test_branches_fit_at_sizes_that_work():
-    network = Network.of(create("hrnet_small", classes=2, **TINY))
+    network = Network.from_model(create("hrnet_small", classes=2, **TINY))
     for height, width in ((13, 16), (29, 30), (63, 45)):
         found = shapes(network, height, width)
         assert found["final"][:2] == (math.ceil(height / 16), math.ceil(width / 16))
@@ -113,7 +113,7 @@ def test_bfloat16_is_close_to_float32():
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), np.uint8)
     logits = {}
     for dtype in ("bfloat16", "float32"):
-        network = Network.of(create("hrnet_small", classes=5, dtype=dtype, seed=2))
+        network = Network.from_model(create("hrnet_small", classes=5, dtype=dtype, seed=2))
         run = jax.jit(lambda network: network.apply(images, train=True), compiler_options=FAST_COMPILE)
         logits[dtype], stats = run(network)
         assert {leaf.dtype for leaf in jax.tree.leaves((network.params, stats))} == {np.dtype("float32")}
@@ -123,7 +123,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_the_receptive_field_is_an_upper_bound_within_a_stride():
     """The pixels that really count: those with a gradient, when all weights are positive."""
-    network = Network.of(create("hrnet_small", classes=2, inputs=None, **TINY))
+    network = Network.from_model(create("hrnet_small", classes=2, inputs=None, **TINY))
     network = dataclasses.replace(network, params=jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), network.params))
 
     def middle(image):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cxrjax.errors import CxrError
 from cxrjax.models.heads import Classifier
-from cxrjax.models.layers import BatchNorm, Maker
+from cxrjax.models.layers import BatchNorm, LayerFactory
 from cxrjax.models.pooling import average_pool, max_pool
 
 
@@ -123,7 +123,7 @@ def test_max_poolings_gradient_is_rounded_once_and_goes_to_the_first_of_equals()
 
 
 def test_a_convolution_pads_and_strides_as_torch_says():
-    make = Maker(jnp.float32, 0)
+    make = LayerFactory(jnp.float32, 0)
     images = np.random.default_rng(6).normal(size=(1, 7, 6, 2)).astype(np.float32)
     conv = make.conv(2, 3, 3, stride=2, padding=1)
     padded, kernel = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))), np.asarray(conv.kernel[...])
@@ -137,7 +137,7 @@ def test_a_convolution_pads_and_strides_as_torch_says():
 @pytest.mark.parametrize(("pooling", "width"), [("average", 5), ("max", 5), ("average+max", 10)])
 def test_the_head_pools_as_told(pooling, width):
     maps = np.random.default_rng(7).normal(size=(2, 3, 4, 5)).astype(np.float32)
-    head = Classifier(Maker(jnp.float32, 0), 5, 3, pooling=pooling)
+    head = Classifier(LayerFactory(jnp.float32, 0), 5, 3, pooling=pooling)
     pooled = {"average": [maps.mean((1, 2))], "max": [maps.max((1, 2))]}
     pooled["average+max"] = pooled["average"] + pooled["max"]
     vector = np.concatenate(pooled[pooling], -1)
@@ -147,7 +147,7 @@ def test_the_head_pools_as_told(pooling, width):
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key_in_training():
-    head = Classifier(Maker(jnp.float32, 0), 2000, 1, dropout=0.4)
+    head = Classifier(LayerFactory(jnp.float32, 0), 2000, 1, dropout=0.4)
     head.output.kernel[...] = jnp.ones((2000, 1)) / 2000
     maps = jnp.ones((3, 1, 1, 2000))
     np.testing.assert_allclose(head(maps, train=False), 1.0, rtol=1e-5)
@@ -162,7 +162,7 @@ def test_dropout_keeps_the_mean_and_needs_a_key_in_training():
 @pytest.mark.parametrize(("wanted", "products"), [((0,), 2), ((1,), 2), ((0, 1), 3)])
 def test_a_kernels_gradient_comes_first_where_both_are_wanted_and_is_not_made_where_it_is_not(wanted, products):
     """Forward, and one convolution for each gradient that is wanted."""
-    layer = Maker("float32", 0).conv(3, 4, 3, padding=1)
+    layer = LayerFactory("float32", 0).conv(3, 4, 3, padding=1)
     graph, kernel = nnx.split(layer)
 
     def cost(maps, kernel):

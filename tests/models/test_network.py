@@ -15,13 +15,13 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
 
 
 def tiny(**changes) -> Network:
-    return Network.of(create("densenet_small", **{"classes": 2, **TINY, **changes}))
+    return Network.from_model(create("densenet_small", **{"classes": 2, **TINY, **changes}))
 
 
 def test_there_and_back_is_the_same_network():
     model = create("densenet_small", classes=2, **TINY)
-    network = Network.of(model)
-    again = Network.of(network.model())
+    network = Network.from_model(model)
+    again = Network.from_model(network.model())
     assert jax.tree.structure(network) == jax.tree.structure(again)
     jax.tree.map(np.testing.assert_array_equal, network, again)
     expected = model(prepare(jnp.asarray(IMAGES), GREY, jnp.float32))
@@ -70,7 +70,7 @@ def test_weights_depend_on_the_seed_alone():
 
 
 def test_initial_weights_are_distributed_as_torchvision_draws_them():
-    network = Network.of(create("densenet121", classes=14))
+    network = Network.from_model(create("densenet121", classes=14))
     kernel = np.asarray(network.params["denseblock4"]["denselayer16"]["conv1"]["kernel"])  # 992 inputs
     assert abs(kernel.mean()) < 3e-4
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 992), rtol=0.01)
@@ -90,7 +90,7 @@ def test_features_keep_their_order_through_jit():
 
 def test_parameter_count_takes_modules_networks_and_trees():
     model = create("densenet_small", classes=2, **TINY)
-    network = Network.of(model)
+    network = Network.from_model(model)
     assert parameter_count(model) == parameter_count(network) == parameter_count(network.params)
     assert parameter_count({"a": np.zeros((2, 3)), "b": np.zeros(())}) == 7
     assert parameter_count(jax.eval_shape(lambda: network.params)) == parameter_count(network)

@@ -13,7 +13,7 @@ from flax import nnx
 from parity import Parity, relative_error
 
 from cxrjax.models import create, hrnet, resnet
-from cxrjax.models.layers import undrawn
+from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.weights.published import load_published, published_names
 
@@ -108,7 +108,7 @@ def compiled(parity, monkeypatch) -> Callable[[Callable], Callable]:
         return nnx.jit(method, static_argnums=static, graph=False) if level == "layer" else method
 
     for module in (hrnet, resnet):
-        monkeypatch.setattr(module, "recomputed", by_layer)
+        monkeypatch.setattr(module, "maybe_remat", by_layer)
     return lambda run: run
 
 
@@ -118,10 +118,10 @@ def name_of(parity: Parity) -> str:
 
 def reference(parity: Parity, dtype: str, mode: str) -> Network:
     """The fixture's network, nudged for "inference" or "training"."""
-    with undrawn():
+    with skip_init():
         model = create(name_of(parity), classes=1000, dtype=dtype, dropout=0.0)
     load_published(model, parity.state_dict())
-    network = Network.of(model)
+    network = Network.from_model(model)
     for path, channel, by in NUDGES.get((parity.name, mode), ()):
         *modules, bias = path.split(".")
         norm = at(network.params, tuple(modules))
@@ -145,7 +145,7 @@ def at(tree: Any, path: tuple[str, ...]) -> Any:
 @cache
 def paths(name: str) -> dict[str, tuple[str, ...]]:
     """Our paths of a network's arrays by the published names."""
-    with undrawn():
+    with skip_init():
         return {published: path for path, published in published_names(create(name, classes=1000)).items()}
 
 
@@ -199,7 +199,7 @@ def test_training_agrees(parity, compiled, dtype):
         def loss(params):
             model = dataclasses.replace(network, params=params).model()
             logits = model(images, train=True)
-            return logits[0, 3] - 0.5 * logits[1, 3], (logits, Network.of(model).stats)
+            return logits[0, 3] - 0.5 * logits[1, 3], (logits, Network.from_model(model).stats)
 
         gradient, (logits, stats) = differentiated(loss, network.params, gradients)
         first, row = at(gradient, at_path["first_conv"]), at(gradient, at_path["classifier"])[:, 3]

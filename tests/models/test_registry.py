@@ -4,7 +4,7 @@ import pytest
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.layers import undrawn
+from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.registry import abstract
 
@@ -60,7 +60,7 @@ def test_building_a_network_compiles_nothing(name, options):
     jax.monitoring.register_event_duration_secs_listener(notice)
     try:
         create(name, classes=17, **options)
-        with undrawn():
+        with skip_init():
             create(name, classes=17, **options)
         built, compiled = compiled, []
         jax.jit(lambda x: x + 1)(np.float32(1))
@@ -101,8 +101,8 @@ def test_a_dict_changes_single_entries_of_an_option():
 
 def test_an_abstract_network_is_the_real_one_without_values():
     outline = abstract("densenet_small", classes=3, dtype="bfloat16", growth=4)
-    network = Network.of(create("densenet_small", classes=3, dtype="bfloat16", growth=4))
-    assert outline.skeleton == network.skeleton
+    network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth=4))
+    assert outline.definition == network.definition
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), outline) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), network
     )

@@ -35,7 +35,7 @@ CASES = {
 def step_of(case: str, remat: str, dtype: str, **compiler):
     """The jitted gradient of a loss, and the network."""
     name, options = CASES[case]
-    network = Network.of(create(name, classes=3, dtype=dtype, remat=remat, seed=1, **options))
+    network = Network.from_model(create(name, classes=3, dtype=dtype, remat=remat, seed=1, **options))
     images = jnp.asarray(np.random.default_rng(5).integers(0, 256, (3, 32, 32, 1), np.uint8))
 
     def loss(params):
@@ -83,7 +83,7 @@ def test_in_bfloat16_every_bit_is_the_same():
 def test_what_is_kept(remat, kept):
     """Images, then maps (side, channels) that the forward pass hands to the backward pass; the head needs none."""
     options = {"growth": 4, "blocks": (3, 3), "stem_channels": 8}
-    network = Network.of(create("densenet_small", classes=2, remat=remat, **options))
+    network = Network.from_model(create("densenet_small", classes=2, remat=remat, **options))
 
     def backward(network, images):
         def logits(params):

@@ -11,7 +11,7 @@ from parity import relative_error
 from cxrjax.errors import CxrError
 from cxrjax.explain.receptive_field import receptive_fields, theoretical
 from cxrjax.models import create
-from cxrjax.models.layers import Maker
+from cxrjax.models.layers import LayerFactory
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.resnet import Bottleneck
 
@@ -46,7 +46,7 @@ def test_the_small_resnet_is_the_one_described():
 
 
 def test_stages_halve_and_odd_sizes_round_up():
-    network = Network.of(create("resnet50", classes=3, width=4))
+    network = Network.from_model(create("resnet50", classes=3, width=4))
     images = jax.ShapeDtypeStruct((2, 131, 97, 3), jnp.float32)
     features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
     assert list(features) == ["stem", "layer1", "layer2", "layer3", "final"]
@@ -59,7 +59,7 @@ def test_bfloat16_is_close_to_float32():
     images = grey(4, 32, 32)
     logits = {}
     for dtype in ("bfloat16", "float32"):
-        network = Network.of(create("resnet_small", classes=5, dtype=dtype, seed=2))
+        network = Network.from_model(create("resnet_small", classes=5, dtype=dtype, seed=2))
         assert {leaf.dtype for leaf in jax.tree.leaves((network.params, network.stats))} == {np.dtype("float32")}
         logits[dtype], stats = jax.jit(lambda network: network.apply(images, train=True))(network)
         assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {np.dtype("float32")}
@@ -89,7 +89,7 @@ def test_initial_values_are_drawn_as_torchvision_draws_them():
     ],
 )
 def test_receptive_fields(name, sizes):
-    fields = receptive_fields(Network.of(built(name)))
+    fields = receptive_fields(Network.from_model(built(name)))
     assert tuple(field.size for field in fields.values()) == sizes
     assert [field.stride for field in fields.values()] == [4, 4, 8, 16, 32]
     assert not any(field.whole for field in fields.values())
@@ -102,7 +102,7 @@ def test_receptive_fields_are_the_published_ones_where_strides_come_last(name, p
     torchvision's first block of a stage has it, so its fields are smaller: 427 and 971 px.
     """
     model = create(name, classes=2)
-    make, channels = Maker(jnp.float32, 0), 64
+    make, channels = LayerFactory(jnp.float32, 0), 64
     for stage, width in ((1, 64), (2, 128), (3, 256), (4, 512)):
         blocks = nnx.List()
         last = len(getattr(model, f"layer{stage}")) - 1
@@ -110,12 +110,12 @@ def test_receptive_fields_are_the_published_ones_where_strides_come_last(name, p
             blocks.append(Bottleneck(make, channels, width, stride=2 if number == last and stage < 4 else 1))
             channels = 4 * width
         setattr(model, f"layer{stage}", blocks)
-    assert theoretical(Network.of(model)).size == published
+    assert theoretical(Network.from_model(model)).size == published
 
 
 def test_the_smallest_images_leave_one_position():
     """As in torchvision: all convolutions are padded."""
-    network = Network.of(create("resnet50", classes=2, width=4))
+    network = Network.from_model(create("resnet50", classes=2, width=4))
     image = jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.float32)
     features = jax.eval_shape(lambda network, images: network.model().features(images), network, image)
     assert features["final"].shape == (1, 1, 1, 128)

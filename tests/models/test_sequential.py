@@ -30,7 +30,7 @@ def test_they_have_as_many_parameters_as_published():
 
 
 def test_version_3_is_the_papers_summary_line_by_line():
-    network = Network.of(create("sequential_cnn", classes=6))
+    network = Network.from_model(create("sequential_cnn", classes=6))
     paths = [("stage1",), ("stage2",), ("stage3",), ("dense",), ("classifier",)]
     assert [parameter_count(network.params[path]) for (path,) in paths] == [896, 9248, 9248, 147_584, 774]
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
@@ -85,7 +85,7 @@ def test_they_compute_what_scipy_computes(name, train):
     images = rng.random((4, size, size, 3))
     with jax.enable_x64(True):
         options = {"image_size": size, "dropout": 0.0}
-        network = Network.of(create(name, classes=6, dtype="float64", seed=3, **options))
+        network = Network.from_model(create(name, classes=6, dtype="float64", seed=3, **options))
         random = lambda leaf: jnp.asarray(leaf + rng.uniform(0, 0.3, leaf.shape))  # noqa: E731
         network = dataclasses.replace(
             network, params=jax.tree.map(random, network.params), stats=jax.tree.map(random, network.stats)
@@ -94,7 +94,7 @@ def test_they_compute_what_scipy_computes(name, train):
         @jax.jit
         def run(network, images):
             model = network.model()
-            return model(images, train=train), Network.of(model).stats
+            return model(images, train=train), Network.from_model(model).stats
 
         logits, stats = jax.device_get(run(network, images))
     expected, statistics = by_scipy(name, network, images, train)
@@ -135,7 +135,7 @@ def test_the_heads_dropout_drops_the_stated_share_of_the_flattened_maps():
 
 
 def test_version_1_draws_nothing():
-    network = Network.of(create("sequential_cnn_v1", classes=6))
+    network = Network.from_model(create("sequential_cnn_v1", classes=6))
     images = grey(2, 64)
     without, _ = network.apply(images, train=True)
     np.testing.assert_array_equal(network.apply(images, train=True, key=jax.random.key(0))[0], without)
@@ -147,7 +147,7 @@ def test_bfloat16_is_close_to_float32(name):
     images = grey(4, size)
     logits = {}
     for dtype in ("bfloat16", "float32"):
-        network = Network.of(create(name, classes=6, dtype=dtype, image_size=size))
+        network = Network.from_model(create(name, classes=6, dtype=dtype, image_size=size))
         logits[dtype], stats = jax.jit(lambda n: n.apply(images, train=True, key=jax.random.key(0)))(network)
         assert {leaf.dtype for leaf in jax.tree.leaves(stats)} <= {np.dtype("float32")}
         assert logits[dtype].dtype == jnp.float32
@@ -155,11 +155,11 @@ def test_bfloat16_is_close_to_float32(name):
 
 
 def test_receptive_fields_and_grad_cam():
-    network = Network.of(create("sequential_cnn", classes=6))
+    network = Network.from_model(create("sequential_cnn", classes=6))
     field = theoretical(network, image_size=64)
     # 3, 2x2/2, 3 at stride 2, 2x2/2, 3 at stride 4, 2x2/2
     assert (field.size, field.stride, field.whole) == (1 + 2 + 1 + 4 + 2 + 8 + 4, 8, False)
-    field = theoretical(Network.of(create("sequential_cnn_v2", classes=6, image_size=8)), image_size=64)
+    field = theoretical(Network.from_model(create("sequential_cnn_v2", classes=6, image_size=8)), image_size=64)
     assert (field.size, field.stride, field.whole) == (7, 1, False)
     maps = saliency(network, np.asarray(grey(2, 64)), [0, 5])
     assert maps.shape == (2, 2, 6, 6)
@@ -167,18 +167,18 @@ def test_receptive_fields_and_grad_cam():
 
 
 def test_other_sizes_are_refused():
-    network = Network.of(create("sequential_cnn", classes=6))
+    network = Network.from_model(create("sequential_cnn", classes=6))
     for shape in ((2, 72, 72, 1), (2, 64, 96, 1)):
         with pytest.raises(CxrError, match=r"64 x 64 px, .* option image_size"):
             jax.eval_shape(lambda n, i: n.apply(i)[0], network, jax.ShapeDtypeStruct(shape, jnp.uint8))
-    larger = Network.of(create("sequential_cnn", classes=6, image_size=72))
+    larger = Network.from_model(create("sequential_cnn", classes=6, image_size=72))
     assert jax.eval_shape(
         lambda n, i: n.apply(i)[0], larger, jax.ShapeDtypeStruct((2, 72, 72, 1), jnp.uint8)
     ).shape == (2, 6)
 
 
 def test_training_with_dropout_needs_a_key():
-    network = Network.of(create("sequential_cnn", classes=6))
+    network = Network.from_model(create("sequential_cnn", classes=6))
     with pytest.raises(CxrError, match="needs a random key"):
         jax.eval_shape(lambda n, i: n.apply(i, train=True)[0], network, jax.ShapeDtypeStruct((2, 64, 64, 1), jnp.uint8))
 

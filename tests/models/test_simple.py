@@ -13,7 +13,7 @@ def test_it_has_as_many_parameters_as_published():
 
 
 def test_its_maps_have_the_sizes_of_valid_convolutions():
-    network = Network.of(create("simple_cnn", classes=14))
+    network = Network.from_model(create("simple_cnn", classes=14))
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
     assert {name: maps.shape for name, maps in features.items()} == {
@@ -29,7 +29,7 @@ def test_pooling_and_relu_may_change_places():
 
 
 def test_too_small_images_are_refused():
-    network = Network.of(create("simple_cnn", classes=2))
+    network = Network.from_model(create("simple_cnn", classes=2))
     for size in (8, 18):
         with pytest.raises(CxrError, match="too small"):
             jax.eval_shape(lambda n, i: n.apply(i)[0], network, jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrjax.models.convolution import folds, halving, on_folded
-from cxrjax.models.layers import Maker
+from cxrjax.models.layers import LayerFactory
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -62,7 +62,7 @@ def test_odd_sides_many_channels_and_other_strides_are_left_as_they_are():
     ("platform", "kernel"), [("cpu", "7x7x3"), ("rocm", "7x7x3"), ("cuda", "4x4x12"), ("tpu", "4x4x12")]
 )
 def test_tpus_and_cuda_get_it_also_in_the_first_layer_of_a_network(platform, kernel):
-    layer = Maker(np.dtype("float32"), 0).conv(3, 8, 7, stride=2, padding=3)
+    layer = LayerFactory(np.dtype("float32"), 0).conv(3, 8, 7, stride=2, padding=3)
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     for convolve in (layer, lambda maps: halving(maps, layer.kernel[...], (2, 2), ((3, 3), (3, 3)),
                                                  dimension_numbers=NHWC)):  # fmt: skip

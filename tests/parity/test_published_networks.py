@@ -78,14 +78,14 @@ def both_modes(name: str, state_dict: dict[str, Any], pixels: np.ndarray, weight
     """What our network computes, in evaluation and in training, with published weights."""
     model = create(name, classes=weights.shape[1], dtype=pixels.dtype, dropout=0.0)
     load_published(model, {key: tensor.numpy() for key, tensor in state_dict.items()})
-    names, network = published_names(model), Network.of(model)
+    names, network = published_names(model), Network.from_model(model)
 
     def mode(network: Network, pixels: jax.Array, train: bool) -> Any:
         def weighted(params: Any, pixels: jax.Array) -> Any:
             model = dataclasses.replace(network, params=params).model()
             features = model.features(pixels, train=train)
             logits = model.head(features, train=train)
-            return jnp.sum(logits * weights), (features, logits, Network.of(model).stats)
+            return jnp.sum(logits * weights), (features, logits, Network.from_model(model).stats)
 
         return jax.grad(weighted, argnums=(0, 1), has_aux=True)(network.params, pixels)
 

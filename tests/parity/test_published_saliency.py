@@ -48,7 +48,7 @@ def ours(name: str, original: Any, images: np.ndarray, method: str, **options: A
     with jax.enable_x64(True):
         model = create(name, classes=1000, dtype="float64", inputs=UNIT, dropout=0.0)
         load_published(model, {key: tensor.numpy() for key, tensor in original.state_dict().items()})
-        return saliency(Network.of(model), images, FINDINGS, method=method, steps=STEPS, **options)
+        return saliency(Network.from_model(model), images, FINDINGS, method=method, steps=STEPS, **options)
 
 
 def halves(original: Any) -> tuple[Any, Any]:

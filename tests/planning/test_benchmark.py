@@ -28,7 +28,7 @@ def test_the_verb_measures_training_and_inference(tmp_path, capsys):
     for what in ("train", "infer"):
         assert good[f"{what}_images_per_s"] == pytest.approx(4 / good[f"{what}_s"])
         assert 0 < good[f"{what}_dispatch_ms"] / 1e3 <= good[f"{what}_s"]
-    parameters = 4 * parameter_count(Network.of(create("simple_cnn", classes=benchmark.FINDINGS)))
+    parameters = 4 * parameter_count(Network.from_model(create("simple_cnn", classes=benchmark.FINDINGS)))
     assert good["train_planned_bytes"] > 3 * parameters  # themselves and two moments
     assert 0.3 < good["loss"] < 1.2
     assert "batch norm cannot train on one value" in bad["error"]

@@ -87,7 +87,7 @@ def test_multiply_adds_of_small_programs_are_those_counted_by_hand():
 
 def test_an_entry_says_what_the_network_does():
     found = entry("densenet_small", size=96, classes=3)
-    network = Network.of(create("densenet_small", classes=3))
+    network = Network.from_model(create("densenet_small", classes=3))
     features = network.model().features(np.zeros((1, 96, 96, 1), np.float32))
     assert [(maps.name, maps.height, maps.width, maps.channels) for maps in found.maps] == [
         (name, *maps.shape[1:]) for name, maps in features.items()

@@ -48,7 +48,7 @@ def config():
 
 def test_one_device(config):
     made = plan.plan(config, here())
-    network = Network.of(create("densenet_small", classes=7, **config.model.options.to_dict()))
+    network = Network.from_model(create("densenet_small", classes=7, **config.model.options.to_dict()))
     numbers = parameter_count(network)
     assert made.optimizer == 8 * numbers + 4  # two moments, a count
     assert made.parameters == 4 * (numbers + sum(np.size(leaf) for leaf in jax.tree.leaves(network.stats)))

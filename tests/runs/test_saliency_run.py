@@ -74,7 +74,7 @@ def test_an_untrained_network_has_other_initial_values_and_leaves_the_config_alo
     seed = config.seed
     first, other = network_of(config, 3), fresh(config, 3)
     assert config.seed == seed
-    assert other.skeleton is first.skeleton
+    assert other.definition is first.definition
     kernels = [np.asarray(network.params["classifier"]["output"]["kernel"]) for network in (first, other)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
 

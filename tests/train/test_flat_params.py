@@ -44,7 +44,7 @@ def test_any_tree_comes_back(tree):
 
 def small(seed=0, **options):
     options = {"growth": 4, "blocks": (1, 1), "stem_channels": 4} | options
-    return Network.of(create("densenet_small", classes=3, seed=seed, **options))
+    return Network.from_model(create("densenet_small", classes=3, seed=seed, **options))
 
 
 def test_networks_of_one_shape_have_one_layout():
@@ -104,7 +104,7 @@ def test_what_is_not_packed_stays():
 
 def test_densenet121_is_handed_over_as_few_arrays():
     optimizer = as_one_vector(optax.scale_by_adam())
-    network = Network.of(create("densenet121", classes=14))
+    network = Network.from_model(create("densenet121", classes=14))
     state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0))
     few = jax.eval_shape(pack, state)
     assert len(jax.tree.leaves(state)) == 612

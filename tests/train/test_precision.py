@@ -33,7 +33,7 @@ def equations(jaxpr):
 
 
 def test_state_norms_loss_and_optimizer_of_a_bfloat16_run_are_float32(tiny):
-    network = Network.of(create("densenet_small", classes=3, dtype="bfloat16", growth=4, blocks=(1, 1)))
+    network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth=4, blocks=(1, 1)))
     optimizer = make_optimizer(tiny().optimizer)
     state = TrainState.create(network, optimizer, 0)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.stats))} == {jnp.dtype("float32")}

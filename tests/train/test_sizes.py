@@ -21,7 +21,7 @@ SMALL = {
 
 
 def network(name):
-    return Network.of(create(name, classes=2, **SMALL[name]))
+    return Network.from_model(create(name, classes=2, **SMALL[name]))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def make_batch(seed=0, n=8, size=32):
 
 
 def network(dtype="float32", **options):
-    return Network.of(create("densenet_small", classes=3, dtype=dtype, **TINY, **options))
+    return Network.from_model(create("densenet_small", classes=3, dtype=dtype, **TINY, **options))
 
 
 def run(net, batch, mesh, accumulate=1, steps=2, name="sgd"):

@@ -24,7 +24,7 @@ from cxrjax.train.trainable import Learning
 
 @pytest.fixture
 def network() -> Network:
-    return Network.of(create("densenet_small", classes=3, growth=4, blocks=(1, 1), stem_channels=4, hidden=5))
+    return Network.from_model(create("densenet_small", classes=3, growth=4, blocks=(1, 1), stem_channels=4, hidden=5))
 
 
 def learning(network, *overrides) -> Learning:

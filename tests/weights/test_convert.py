@@ -38,7 +38,7 @@ def test_every_format_and_key_style_gives_the_same_weights(tmp_path, small_weigh
     report = convert_small(FORMATS[form](tmp_path, arrays), tmp_path / "out")
     model = create("densenet_small", classes=5, inputs=IMAGENET, **SMALL)
     load_published(model, small_weights)
-    jax.tree.map(np.testing.assert_array_equal, load_converted(tmp_path / "out"), Network.of(model))
+    jax.tree.map(np.testing.assert_array_equal, load_converted(tmp_path / "out"), Network.from_model(model))
     counters = {name for name in arrays if name.endswith("num_batches_tracked")}
     assert report.used.keys() == arrays.keys() - counters
     around = {"epoch", "arch", "optimizer"} if form == "tar" else set()
@@ -139,7 +139,7 @@ def test_torchxrayvision_states_its_inputs_and_labels(tmp_path, grey_weights):
         fill(ours, plain)
     ours = create("densenet_small", classes=5, inputs=XRV, **SMALL)
     assert fill(ours, plain).arrays == len(report.used)
-    jax.tree.map(np.testing.assert_array_equal, Network.of(ours), load_converted(tmp_path / "plain"))
+    jax.tree.map(np.testing.assert_array_equal, Network.from_model(ours), load_converted(tmp_path / "plain"))
 
 
 def test_one_channel_needs_its_inputs_named(tmp_path, grey_weights):

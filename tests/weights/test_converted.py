@@ -19,7 +19,7 @@ LABELS = ("Atelectasis", "Mass", "Pleural_Thickening", "", "Edema")
 
 
 def network(classes: int = 2, **how) -> Network:
-    return Network.of(create("densenet_small", classes=classes, **{"inputs": XRV, "seed": 3} | SMALL | how))
+    return Network.from_model(create("densenet_small", classes=classes, **{"inputs": XRV, "seed": 3} | SMALL | how))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_outputs_are_taken_by_name_and_in_order(converted):
         taken, given = (of.params["classifier"]["output"][part] for of in (after, whole))
         np.testing.assert_array_equal(taken, given[..., np.array([4, 2])])
     assert notes == ("the outputs for Edema, Pleural_Thickening are those of the weights",)
-    assert after.skeleton is before.skeleton
+    assert after.definition is before.definition
 
 
 def test_a_finding_without_an_output_gets_a_fresh_head(converted):
@@ -73,7 +73,7 @@ def test_another_head_is_fresh(converted):
 def test_weights_that_name_no_outputs_give_the_rest(tmp_path, grey_weights, how, note):
     file = FORMATS["safetensors"](tmp_path, grey_weights)
     convert(file, "densenet_small", tmp_path / "out", options=SMALL, **how)
-    before = Network.of(create("densenet_small", classes=5, **SMALL))
+    before = Network.from_model(create("densenet_small", classes=5, **SMALL))
     after, notes = start_from(before, "densenet_small", tmp_path / "out", ["A", "B", "C", "D", "E"])
     assert notes == (note, "classifier starts from initial values")
     assert equal(after.params["classifier"], before.params["classifier"])
@@ -122,7 +122,7 @@ def test_a_replaceable_module_that_does_not_fit_is_dropped_and_said(tmp_path):
     assert any("module incre_modules was dropped" in note for note in report.notes)
     assert {path.split(".")[0] for path in report.missing} >= {"classifier", "incre_modules"}
     assert len(report.used) + len(report.dropped) == len(weights)
-    before = Network.of(create("hrnet_small", classes=2, neck="eighth", seed=5))
+    before = Network.from_model(create("hrnet_small", classes=2, neck="eighth", seed=5))
     after, notes = start_from(before, "hrnet_small", tmp_path / "out", ["Edema", "Mass"])
     assert "incre_modules starts from initial values" in notes
     assert equal(after.params["incre_modules"], before.params["incre_modules"])
@@ -189,7 +189,9 @@ def test_the_card_keeps_any_inputs_exactly(tmp_path, small_weights):
     convert(file, "densenet_small", tmp_path / "out", inputs="imagenet", channels=1, options=SMALL)
     inputs = load_converted(tmp_path / "out").inputs
     assert isinstance(inputs, InputSpec)
-    before = Network.of(create("densenet_small", classes=2, inputs=inputs, **SMALL))
+    before = Network.from_model(create("densenet_small", classes=2, inputs=inputs, **SMALL))
     start_from(before, "densenet_small", tmp_path / "out", ["A", "B"])
     with pytest.raises(CxrError, match=r"model\.inputs=imagenet-grey"):
-        start_from(Network.of(create("densenet_small", classes=2, **SMALL)), "densenet_small", tmp_path / "out", "AB")
+        start_from(
+            Network.from_model(create("densenet_small", classes=2, **SMALL)), "densenet_small", tmp_path / "out", "AB"
+        )

@@ -35,7 +35,7 @@ def both(tmp_path, weights, inputs: str) -> tuple[Network, Network, list[str]]:
     file = FORMATS["safetensors"](tmp_path, weights)
     how = {"inputs": inputs, "channels": 1, "options": SMALL}
     report = convert(file, "densenet_small", tmp_path / "out", **how)
-    return Network.of(original), load_converted(tmp_path / "out"), list(report.notes)
+    return Network.from_model(original), load_converted(tmp_path / "out"), list(report.notes)
 
 
 @jax.jit
@@ -70,7 +70,7 @@ def test_filters_alike_in_all_channels_fold_exactly_with_imagenet_too(tmp_path, 
 def test_what_is_measured_is_right(small_weights):
     model = create("densenet_small", classes=5, inputs=IMAGENET, **SMALL)
     load_published(model, small_weights)
-    network = Network.of(model)
+    network = Network.from_model(model)
     arrays = {("conv0", "kernel"): np.asarray(network.params["conv0"]["kernel"]),
               ("norm0", "mean"): np.asarray(network.stats["norm0"]["mean"])}  # fmt: skip
     folded = fold(model, arrays)
@@ -88,7 +88,7 @@ def test_a_convolution_without_padding_folds_exactly_into_its_bias(tmp_path):
     load_published(original, weights)
     file = FORMATS["zip"](tmp_path, weights)
     report = convert(file, "simple_cnn", tmp_path / "out", inputs="imagenet", channels=1)
-    assert relative_error(logits(load_converted(tmp_path / "out")), logits(Network.of(original))) < 1e-5
+    assert relative_error(logits(load_converted(tmp_path / "out")), logits(Network.from_model(original))) < 1e-5
     assert any("folded to 1, exact;" in note for note in report.notes)
 
 

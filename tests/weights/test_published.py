@@ -37,7 +37,7 @@ def weights() -> dict[str, np.ndarray]:
 def test_every_array_is_filled_in_our_layout(weights):
     model = small()
     report = load_published(model, weights)
-    network = Network.of(model)
+    network = Network.from_model(model)
     layer = network.params["denseblock1"]["denselayer1"]
     np.testing.assert_array_equal(layer["conv2"]["kernel"][1, 2, 5, 3], weights[CONV][3, 5, 1, 2])
     np.testing.assert_array_equal(
@@ -80,10 +80,10 @@ def test_densenet121_uses_every_published_key(shared):
 def test_what_does_not_fit_is_named_and_nothing_is_changed(weights, change, message):
     change(weights)
     model = small()
-    before = Network.of(model)
+    before = Network.from_model(model)
     with pytest.raises(CxrError, match=message):
         load_published(model, weights)
-    jax.tree.map(np.testing.assert_array_equal, before, Network.of(model))
+    jax.tree.map(np.testing.assert_array_equal, before, Network.from_model(model))
 
 
 def test_all_faults_are_listed_at_once(weights):

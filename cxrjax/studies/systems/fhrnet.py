@@ -82,7 +82,7 @@ def _open_head(name: str, run: Path) -> tuple[Experiment, Network, dict[str, Any
     whole, network, about = open_run(run)
     changes = ["model.options.prediction=fusion", f"model.options.stage={name}"]
     experiment = replace(whole, config=with_overrides(whole.config, changes))
-    return experiment, replace(network, skeleton=experiment.network.skeleton), about
+    return experiment, replace(network, definition=experiment.network.definition), about
 
 
 def add(study: ArmStudy) -> Extra:
