@@ -1,4 +1,4 @@
-"""Progress bars for long work: on standard error, with rate and time left; silent where nobody looks."""
+"""Terminal output: results on stdout, log lines and progress bars on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,45 +6,59 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import ProgressColumn as _Column
-from rich.progress import Task as _Task
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names are printed as they are
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # print names unchanged
 stderr = Console(stderr=True, **_PLAIN)
-stdout = Console(**_PLAIN, width=None if sys.stdout.isatty() else 120)  # files are as wide as tables need
+stdout = Console(**_PLAIN, width=None if sys.stdout.isatty() else 120)  # tables in files need a fixed width
 
 
-def say(text: str) -> None:
-    """Print text as it is, whatever names are in it, in lines as long as they are."""
+def print_text(text: str) -> None:
+    """Print a result to stdout, without wrapping or markup."""
     stdout.print(text, soft_wrap=True)
 
 
-class _Rate(_Column):
+def log(text: str, style: str | None = None) -> None:
+    """Print a log line to stderr, without wrapping or markup."""
+    stderr.print(text, style=style, soft_wrap=True)
+
+
+class _RateColumn(ProgressColumn):
     """Units per second of a task, as `231 images/s`."""
 
-    def render(self, task: _Task) -> Text:
-        """The rate over the task's last seconds."""
+    def render(self, task: Task) -> Text:
+        """Return the rate over the last seconds."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.{1 if speed < 10 else 0}f} {task.fields['unit']}/s")
 
 
 @contextmanager
-def bar(description: str, total: int | None, *, unit: str = "images", start: int = 0) -> Iterator[Callable[..., None]]:
-    """Show a progress bar; the value is `advance(n=1, description=None)`.
+def progress_bar(
+    description: str, total: int | None, *, unit: str = "images", start: int = 0
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr, if it is a terminal; yields `advance(n=1, description=None)`.
 
     Args:
-      description: what is being done, in a few words.
-      total: how many units there are; None where that is unknown.
+      description: the task, in a few words.
+      total: number of units; None if unknown.
       unit: what is counted.
-      start: how many are done already.
+      start: number of units already done.
     """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(24),
         MofNCompleteColumn(),
-        _Rate(),
+        _RateColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, then renamed."""
+"""Atomic file writes: a file is written under a temporary name and then renamed."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import Any
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` when the block ends well, deleted when it does not."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success and delete it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
@@ -21,11 +21,11 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    with beside(path) as temporary:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON; NaN is refused, since JSON has none."""
+    """Write a value as indented JSON; raise a `ValueError` for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -16,7 +16,7 @@ def terminal(monkeypatch):
 
 
 def test_a_bar_says_how_much_is_done_and_how_long_it_takes(terminal):
-    with console.bar("making", 3, start=1) as advance:
+    with console.progress_bar("making", 3, start=1) as advance:
         advance()
     assert "making" in terminal.getvalue()
     assert "2/3" in terminal.getvalue()
@@ -24,6 +24,6 @@ def test_a_bar_says_how_much_is_done_and_how_long_it_takes(terminal):
 
 
 def test_nothing_to_do_has_no_bar(terminal):
-    with console.bar("checking", 0):
+    with console.progress_bar("checking", 0):
         pass
     assert "checking" not in terminal.getvalue()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cxrjax.config import load
-from cxrjax.console import say
+from cxrjax.console import print_text
 from cxrjax.studies.resolution.study import resolution
 from tfds_builders.prepare import prepare
 
@@ -28,5 +28,5 @@ def demo(directory: Path, *, recipe: str = "demo", patients: int | None = None) 
     prepare(config.data.dataset, data_dir=data, size=int(config.data.stored), **options)
     result = resolution(recipe, [f"data.dir={data}"], directory) or {}  # it is alone, and so the first
     seconds = time.perf_counter() - started
-    say(f"the whole demo took {seconds / 60:.1f} minutes")
+    print_text(f"the whole demo took {seconds / 60:.1f} minutes")
     return result | {"seconds": round(seconds, 1)}

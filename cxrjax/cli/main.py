@@ -16,7 +16,7 @@ from cxrjax.cli import explain as explaining
 from cxrjax.cli.arguments import parser
 from cxrjax.cli.prepare import options
 from cxrjax.config import load
-from cxrjax.console import bar, say, stderr, stdout
+from cxrjax.console import progress_bar, print_text, stderr, stdout
 from cxrjax.errors import CxrError, out_of_memory
 from cxrjax.files import write_text
 
@@ -166,7 +166,7 @@ def _prepare(arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
     for prepared in made:
         done = "was prepared before" if prepared.reused else f"prepared in {prepared.seconds:.0f} s"
-        say(
+        print_text(
             f"{prepared.images:,} images of {prepared.patients:,} patients, {prepared.bytes / 1e6:,.0f} MB, {done}: "
             f"{prepared.directory}\nfingerprint {prepared.fingerprint}"
         )
@@ -190,7 +190,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     )
     early = ", stopped early" if progress.stopped_early else ""
     waiting = "" if progress.data_wait is None else f", {progress.data_wait:.1%} of the time waiting for data"
-    say(f"trained {progress.step} steps{early}{best}{waiting}: {arguments.workdir}")
+    print_text(f"trained {progress.step} steps{early}{best}{waiting}: {arguments.workdir}")
     result = {"directory": str(arguments.workdir), **vars(progress), "data_wait": progress.data_wait}
     return result if first() else None
 
@@ -286,13 +286,13 @@ def _bench(arguments: argparse.Namespace) -> Any:
     if not wanted:
         raise CxrError("nothing to measure: name ARCH:SIZE:BATCH, such as densenet121:1024:8, or --config F")
     measured = []
-    with bar("measuring", len(wanted), unit="cases") as advance:
+    with progress_bar("measuring", len(wanted), unit="cases") as advance:
         for row in benchmark.rows(wanted, inference=arguments.inference):
             measured.append(row)
             advance()
     failed = benchmark.failures(measured)
     for case, error in failed.items():
-        say(f"{case}: {error}")
+        print_text(f"{case}: {error}")
     if all("error" in row for row in measured):
         raise CxrError("nothing could be measured")
     stdout.print(benchmark.table(measured))
@@ -307,7 +307,7 @@ def _weights(arguments: argparse.Namespace) -> Any:
         inputs=arguments.inputs, channels=arguments.channels, options=dict(arguments.option),
     )  # fmt: skip
     for line in report.lines():
-        say(line)
+        print_text(line)
     return report.as_dict()
 
 

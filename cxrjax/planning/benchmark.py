@@ -90,7 +90,7 @@ def cases(
     if not words and (dtypes or remats or mesh):
         raise CxrError("--dtypes, --remats and --mesh are for ARCH:SIZE:BATCH; of --config change its keys instead")
     from cxrjax.distributed.mesh import mesh_of
-    from cxrjax.errors import one_of
+    from cxrjax.errors import check_choice
     from cxrjax.models.registry import ARCHITECTURES
 
     made, shape = [], mesh_of(mesh) if mesh else (1, 1)
@@ -98,7 +98,7 @@ def cases(
         matched = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", word)
         if matched is None:
             raise CxrError(f"{word!r} is no case: write ARCH:SIZE:BATCH, such as densenet121:1024:8")
-        one_of("network", matched[1], ARCHITECTURES)
+        check_choice("network", matched[1], ARCHITECTURES)
         made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, False, steps, *shape))
     return made
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from cxrjax.errors import asked_bytes
+from cxrjax.errors import requested_bytes
 from cxrjax.files import write_json
 from cxrjax.planning.accelerators import Target
 from cxrjax.planning.collectives import Collective, bytes_of, collectives
@@ -72,7 +72,7 @@ def needs(traced: Any, target: Target, options: dict[str, Any], rounds: int = 1)
     try:
         found = _of(lowered.compile(compiler_options=options), target, rounds)
     except jax.errors.JaxRuntimeError as error:  # of TPUs: XLA says what does not fit before it makes any code
-        if not (asked := asked_bytes(error)):
+        if not (asked := requested_bytes(error)):
             raise
         found = Needs(held=0, temporary=asked, program=0, calls=(), moved=0.0, refused=True)
     with suppress(OSError):  # then it is found again the next time

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from cxrjax.config import Config, load, with_overrides
-from cxrjax.console import bar, stderr
+from cxrjax.console import progress_bar, stderr
 from cxrjax.distributed.runtime import HEARTBEAT, several
 from cxrjax.errors import CxrError
 from cxrjax.models.layers import REMATS
@@ -44,7 +44,7 @@ def advise(arguments: argparse.Namespace) -> None:
     settings = [[], *less(config)]
     stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.")
     made: list[tuple[str, Plan]] = []
-    with bar("planning", len(settings), unit="settings") as advance, suppress(KeyboardInterrupt):
+    with progress_bar("planning", len(settings), unit="settings") as advance, suppress(KeyboardInterrupt):
         for changes in settings:
             if time.monotonic() > end:
                 break

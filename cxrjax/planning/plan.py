@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cxrjax.config import Config
-from cxrjax.console import bar
+from cxrjax.console import progress_bar
 from cxrjax.data.batch import Batch
 from cxrjax.distributed.mesh import batch_shardings, check_divides, instead_of_rows, make_mesh, replicated
 from cxrjax.errors import CxrError
@@ -199,7 +199,7 @@ def largest_batch(
     made: dict[int, Plan] = {}
     room = USABLE * target.memory
     low, high, guess = 0, MOST // data + 1, 1  # of the images on each data device
-    with bar("planning", None, unit="plans") as advance:
+    with progress_bar("planning", None, unit="plans") as advance:
         while high - low > 1:
             made[guess] = make(config, target, data=data, space=space, batch=guess * data)
             low, high = (guess, high) if made[guess].fits else (low, guess)

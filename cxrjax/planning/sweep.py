@@ -10,9 +10,9 @@ from rich import box
 from rich.table import Table
 
 from cxrjax.config import Config, load
-from cxrjax.console import bar, say, stderr, stdout
+from cxrjax.console import progress_bar, print_text, stderr, stdout
 from cxrjax.distributed.mesh import mesh_of
-from cxrjax.errors import CxrError, one_of
+from cxrjax.errors import CxrError, check_choice
 from cxrjax.planning.accelerators import TARGETS, Target
 from cxrjax.planning.plan import USABLE, Plan, estimate, largest_batch, plan
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> Any:
       CxrError: as of `plan`, or a mesh that cannot be read.
     """
     config = load(arguments.config, arguments.overrides)
-    target = TARGETS[one_of("--device", arguments.device, TARGETS)]
+    target = TARGETS[check_choice("--device", arguments.device, TARGETS)]
     _check(arguments)
     data, space = mesh_of(arguments.mesh) if arguments.mesh else (config.mesh.data or 1, config.mesh.space)
     make = estimate if arguments.estimate or not _installed(target) else plan
@@ -38,14 +38,14 @@ def run(arguments: argparse.Namespace) -> Any:
     elif arguments.largest:
         batch, plans = largest_batch(config, target, make, data=data, space=space)
         estimated = ", by an estimate" if make is estimate else ""
-        say(f"the largest batch that fits: {batch} images over {data} x {space} {target.kind}{estimated}")
+        print_text(f"the largest batch that fits: {batch} images over {data} x {space} {target.kind}{estimated}")
         stdout.print(table(plans))
         return {"largest": batch, "plans": [each.as_dict() for each in plans]}
     else:
         plans = [make(config, target, data=data, space=space, batch=arguments.batch or 0)]
     stdout.print(table(plans))
     if len(plans) == 1:
-        say(_sentences(plans[0], target))
+        print_text(_sentences(plans[0], target))
     return {"plans": [each.as_dict() for each in plans]}
 
 
@@ -79,7 +79,7 @@ def _sweep(
     remats: Sequence[str],
 ) -> list[Plan]:  # fmt: skip
     plans, refused = [], []
-    with bar("compiling", len(sizes) * len(meshes) * len(remats), unit="steps") as advance:
+    with progress_bar("compiling", len(sizes) * len(meshes) * len(remats), unit="steps") as advance:
         for size, (data, space), remat in product(sizes, meshes, remats):
             changed = config.copy_and_resolve_references()
             changed.data.size, changed.model.remat = size, remat
@@ -91,7 +91,7 @@ def _sweep(
     if not plans:
         raise CxrError(refused[0])
     for line in refused:
-        say(line)
+        print_text(line)
     return plans
 
 
