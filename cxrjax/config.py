@@ -81,7 +81,7 @@ def default() -> Config:
     config.split.name = "random"  # official | random | stratified | folds | small | files, always by patient
     config.split.seed = 0
     config.split.fractions = (0.7, 0.1, 0.2)  # of patients: train, validation, test
-    config.split.files = ()  # one CSV `id,part`, or the three lists of train, validation, test
+    config.split.files = ()  # one CSV `id,split`, or the three lists of train, validation, test
     config.split.sizes = ()  # images per part, for `small`
     config.split.folds = 5  # for `folds`: how many, ...
     config.split.fold = 0  # ... and which of them, from 0, is for testing

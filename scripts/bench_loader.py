@@ -185,13 +185,13 @@ def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> G
     import numpy as np
 
     from cxrjax.data.images import Augment
-    from cxrjax.data.pipeline import examples, training_batches
+    from cxrjax.data.pipeline import make_examples, training_batches
     from cxrjax.data.records import open_records
     from cxrjax.findings import LabelPolicy
 
     records = open_records(data, "bench", stored)
     augment = Augment(flip=0.5, rotation=ROTATION) if augmented else Augment()
-    some = examples(records, np.tile(np.arange(len(records)), 4096), records.findings, LabelPolicy())
+    some = make_examples(records, np.tile(np.arange(len(records)), 4096), records.findings, LabelPolicy())
     for batch in training_batches(some, size=size, batch_size=BATCH, augment=augment, seed=0, threads=threads):
         yield len(batch.image)
 

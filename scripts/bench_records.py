@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxrjax.data.pipeline import evaluation_batches, examples
+from cxrjax.data.pipeline import evaluation_batches, make_examples
 from cxrjax.data.records import Record, open_records, write_table
 from cxrjax.findings import CHEXPERT14, LabelPolicy
 from tfds_builders.prepare import prepare
@@ -67,7 +67,7 @@ def end_to_end(data_dir: Path, images: int, side: int, threads: int) -> dict[str
     prepare("cxr_phantom", data_dir=data_dir, size=side, patients=round(images / 1.55))
     prepared = time.perf_counter() - start
     records = open_records(data_dir, "cxr_phantom", str(side))
-    some = examples(records, range(len(records)), records.findings, LabelPolicy())
+    some = make_examples(records, range(len(records)), records.findings, LabelPolicy())
     count, start, cpu = 0, time.perf_counter(), time.process_time()
     for batch in evaluation_batches(some, size=side, batch_size=64, threads=threads):
         count += int(batch.example_mask.sum())

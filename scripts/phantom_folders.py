@@ -15,7 +15,7 @@ import numpy as np
 
 from cxrjax.data.images import encode
 from cxrjax.data.phantom import population, render, with_findings
-from cxrjax.files import beside
+from cxrjax.files import atomic_path
 from cxrjax.findings import SIX_CLASS
 
 SHOWN = {
@@ -57,10 +57,10 @@ def draw(out: Path, patients: int, size: int, seed: int) -> None:
         folder = out / part / name
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{radiograph.id}.png"
-        with beside(file) as temporary:
+        with atomic_path(file) as temporary:
             temporary.write_bytes(encode(image))
         rows.append((file.name, radiograph.patient, radiograph.view, radiograph.age, radiograph.sex, source))
-    with beside(out / "metadata.csv") as temporary, temporary.open("w", newline="") as stream:
+    with atomic_path(out / "metadata.csv") as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(("filename", "patient", "view", "age", "sex", "source"))
         writer.writerows(sorted(rows))

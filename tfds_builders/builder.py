@@ -16,9 +16,9 @@ from etils import epath
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.utils.py_utils import classproperty
 
-from cxrjax.data.images import decode, encode, is_plain, pad, resize
-from cxrjax.data.records import Record, Records, as_table
-from cxrjax.data.splits import OFFICIAL, check_leakage
+from cxrjax.data.images import decode, encode, is_plain_grey, pad_to_square, resize
+from cxrjax.data.records import Record, Records, records_to_table
+from cxrjax.data.splits import OFFICIAL_SPLITS, check_leakage
 from cxrjax.errors import CxrError
 from tfds_builders import shards
 
@@ -205,12 +205,12 @@ def stored_file(path: Path, sides: Sequence[int | None], encoding: str, aspect: 
     digest = hashlib.sha256(data).hexdigest()
     image = decode(data, str(path))
     height, width = image.shape
-    whole = pad(image) if aspect == "pad" and any(sides) else image
+    whole = pad_to_square(image) if aspect == "pad" and any(sides) else image
 
     def kept(side: int | None) -> bytes:
         if side is not None:
             return encode(resize(whole, side), encoding)
-        return data if is_plain(data) else encode(image, "png")
+        return data if is_plain_grey(data) else encode(image, "png")
 
     return [Stored(kept(side), digest, width=width, height=height) for side in sides]
 
@@ -239,5 +239,5 @@ def check_parts(records: Sequence[Record], findings: Sequence[str]) -> None:
     Raises:
       CxrError: names the patients that are.
     """
-    table = Records(None, "source", "table", tuple(findings), "", as_table(records, findings))
-    check_leakage(table, {part: np.flatnonzero(table.official == part) for part in sorted(OFFICIAL, reverse=True)})
+    table = Records(None, "source", "table", tuple(findings), "", records_to_table(records, findings))
+    check_leakage(table, {part: np.flatnonzero(table.official == part) for part in sorted(OFFICIAL_SPLITS, reverse=True)})

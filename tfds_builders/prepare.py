@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from cxrjax import console
-from cxrjax.data.manifest import MANIFEST, damaged, list_damage, read_manifest, sha256
-from cxrjax.data.records import TABLE, Record, Records, as_table, read_directory
+from cxrjax.data.manifest import MANIFEST, find_damage, describe_damage, read_manifest, file_sha256
+from cxrjax.data.records import TABLE, Record, Records, records_to_table, read_directory
 from cxrjax.errors import CxrError
 from tfds_builders import shards
 from tfds_builders.builder import Radiographs
@@ -269,21 +269,21 @@ def _whole(builder: Radiographs, records: Records, repair_from: Sequence[Record]
             f"{directory} was prepared before checksums were kept ({MANIFEST} is absent), so it was not checked for "
             "damage; delete it and prepare it again to have them"
         ]
-    if sha256(directory / TABLE) != manifest.table:
+    if file_sha256(directory / TABLE) != manifest.table:
         raise CxrError(f"{directory / TABLE} is damaged (checksum differs); delete {directory} and prepare it again")
-    with console.bar(
+    with console.progress_bar(
         f"checking {builder.name}/{builder.builder_config_name}", len(manifest.shards), unit="shards"
     ) as on:
-        wrong = damaged(directory, manifest, workers=builder.workers, advance=on)
+        wrong = find_damage(directory, manifest, workers=builder.workers, advance=on)
     if not wrong:
         shutil.rmtree(folder_of(directory), ignore_errors=True)  # of a run that was killed in its last moment
         return []
     if repair_from is None:
         raise CxrError(
-            f"damaged in {directory}: {list_damage(wrong)}; the same command with --repair makes only these shards anew"
+            f"damaged in {directory}: {describe_damage(wrong)}; the same command with --repair makes only these shards anew"
         )
     shards.repair(builder, repair_from, [digest.hex() for digest in records.digests.tolist()], list(wrong))
-    return [f"repaired in {directory}: {list_damage(wrong)}"]
+    return [f"repaired in {directory}: {describe_damage(wrong)}"]
 
 
 def _same_options(builder: Radiographs, records: Records) -> None:
@@ -308,7 +308,7 @@ def _same_source(builder: FromFiles, records: Records, selected: Sequence[Record
         raise CxrError(
             f"{records.directory} was prepared with findings {', '.join(records.findings)}; {_mend(records)}"
         )
-    now = as_table(selected, builder.FINDINGS)
+    now = records_to_table(selected, builder.FINDINGS)
     for name in (*_FIXED, *(f"label_{finding}" for finding in records.findings)):
         if not _equal(now[name], records.table[name]):
             raise CxrError(

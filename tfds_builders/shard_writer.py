@@ -23,8 +23,8 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from cxrjax import console
-from cxrjax.data.manifest import Entry, Manifest, read_manifest, sha256, write_manifest
-from cxrjax.data.records import TABLE, Record, fingerprint, read_directory, write_table
+from cxrjax.data.manifest import ShardEntry, Manifest, read_manifest, file_sha256, write_manifest
+from cxrjax.data.records import TABLE, Record, compute_fingerprint, read_directory, write_table
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json, write_text
 
@@ -54,7 +54,7 @@ class Finished:
     """
 
     source: str
-    entry: Entry
+    entry: ShardEntry
     images: list[tuple[str, int, int]]
 
 
@@ -118,7 +118,7 @@ class Draft:
         notes = {path.name: path for path in self._notes.glob("*.json")}
         noted = [k for k in sorted(self.wanted) if _note(k) in notes]
         title = f"checking {self.builder.name}/{self.builder.builder_config_name}"
-        with console.bar(title, len(noted), unit="shards") as advance, ThreadPoolExecutor(self.builder.workers) as pool:
+        with console.progress_bar(title, len(noted), unit="shards") as advance, ThreadPoolExecutor(self.builder.workers) as pool:
             for k, found in zip(noted, pool.map(self._read, noted), strict=True):
                 if found:
                     self.finished[k] = found
@@ -153,7 +153,7 @@ class Draft:
         images.append((stored.sha256, stored.width, stored.height))
         if row + 1 == shard.stop:
             writer.close()
-            entry = Entry(shard.file, len(images), path.stat().st_size, sha256(path))
+            entry = ShardEntry(shard.file, len(images), path.stat().st_size, file_sha256(path))
             os.replace(path, self.directory / shard.file)
             self.finished[k] = Finished(source, entry, images)
             write_text(self._notes / _note(k), json.dumps(asdict(self.finished[k])))
@@ -178,7 +178,7 @@ class Draft:
             records += [builder.as_stored(record, *image) for record, image in rows]
         about = {"dataset": builder.name, "config": str(builder.builder_config_name), "version": str(builder.version)}
         write_table(self.directory, records, builder.FINDINGS, options=builder.options, **about)
-        write_manifest(self.directory, Manifest(sha256(self.directory / TABLE), tuple(entries)))
+        write_manifest(self.directory, Manifest(file_sha256(self.directory / TABLE), tuple(entries)))
         split = SplitInfo(
             name=SPLIT,
             shard_lengths=[entry.records for entry in entries],
@@ -240,14 +240,14 @@ class Draft:
         except (ValueError, KeyError, TypeError):
             return None
         same = (found.entry.file, found.source) == (shard.file, self._source(shard))
-        return found if same and sha256(self.directory / shard.file) == found.entry.sha256 else None
+        return found if same and file_sha256(self.directory / shard.file) == found.entry.sha256 else None
 
     def _source(self, shard: Shard) -> str:
         """Digest of all that a shard is made from, with the sizes and times of the files instead of their content."""
         builder, records = self.builder, self.records[shard.start : shard.stop]
         about = [builder.name, str(builder.builder_config_name), str(builder.version), *builder.FINDINGS]
         about += [json.dumps(builder.options, sort_keys=True), builder.ENCODING, cv2.__version__]
-        return fingerprint(records, *about, *(builder.stamp(record) for record in records))
+        return compute_fingerprint(records, *about, *(builder.stamp(record) for record in records))
 
 
 def folder_of(final: Path) -> Path:
@@ -257,7 +257,7 @@ def folder_of(final: Path) -> Path:
 
 def _parse(note: Path) -> Finished:
     read = json.loads(note.read_text(encoding="utf-8"))
-    return Finished(read["source"], Entry(**read["entry"]), [(str(s), int(w), int(h)) for s, w, h in read["images"]])
+    return Finished(read["source"], ShardEntry(**read["entry"]), [(str(s), int(w), int(h)) for s, w, h in read["images"]])
 
 
 def _note(k: int) -> str:

@@ -148,7 +148,7 @@ def _here(drafts: Sequence[Draft]) -> None:
     sizes = "+".join(str(draft.builder.builder_config_name) for draft in drafts)
     rows = sorted(set().union(*(draft.rows for draft in drafts)))
     done = len(first.records) - len(rows)
-    with console.bar(f"{first.builder.name}/{sizes}", len(first.records), start=done) as advance:
+    with console.progress_bar(f"{first.builder.name}/{sizes}", len(first.records), start=done) as advance:
         write(drafts, rows, workers=first.builder.workers, advance=advance)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import tensorflow_datasets as tfds
 
-from cxrjax.data.images import margins
+from cxrjax.data.images import square_margins
 from cxrjax.data.records import Box, Record
 from cxrjax.errors import CxrError
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, POSITIVE, UNCERTAIN
@@ -168,7 +168,7 @@ class FromFiles(Radiographs, skip_registration=True):
 
 def _on_square(box: Box, width: int, height: int) -> Box:
     """A box of an image that was padded to a square."""
-    side, top, left = margins(height, width)
+    side, top, left = square_margins(height, width)
     x, y = (box.x * width + left) / side, (box.y * height + top) / side
     return replace(box, x=x, y=y, w=box.w * width / side, h=box.h * height / side)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cxrjax.data.records import Record
-from cxrjax.data.splits import SPELLINGS
+from cxrjax.data.splits import SPLIT_ALIASES
 from cxrjax.errors import CxrError
 from cxrjax.findings import POSITIVE
 from tfds_builders.builder import check_parts, sizes
@@ -105,9 +105,9 @@ def details(record: Record, row: Mapping[str, str], where: str) -> Record:
     if source := said.get("source", said.get("url")):
         changes["source"] = source
     if part := said.get("official", said.get("part")):
-        if part.lower() not in SPELLINGS:
+        if part.lower() not in SPLIT_ALIASES:
             raise CxrError(f"{where}: unknown part {part!r}; parts are train, validation and test")
-        changes["official"] = SPELLINGS[part.lower()]
+        changes["official"] = SPLIT_ALIASES[part.lower()]
     return replace(record, **changes)
 
 

@@ -78,7 +78,7 @@ def decode(data: bytes, name: str) -> Grey:
     return image if image.ndim == 2 else _luminance(image, name)
 
 
-def is_plain(data: bytes) -> bool:
+def is_plain_grey(data: bytes) -> bool:
     """Whether a file that `decode` takes is just its grey pixels: 8-bit grey PNG, or grey JPEG as it is to be seen."""
     if data.startswith(PNG_SIGNATURE):
         return data[24:26] == b"\x08\x00"  # the header's depth and colour type
@@ -120,16 +120,16 @@ def resize(image: Grey, size: int | tuple[int, int]) -> Grey:
     return image
 
 
-def pad(image: Grey) -> UInt8[np.ndarray, "side side"]:
+def pad_to_square(image: Grey) -> UInt8[np.ndarray, "side side"]:
     """The image in the middle of a black square, as `margins` says."""
     rows, columns = image.shape
-    side, top, left = margins(rows, columns)
+    side, top, left = square_margins(rows, columns)
     return np.asarray(
         cv2.copyMakeBorder(image, top, side - rows - top, left, side - columns - left, cv2.BORDER_CONSTANT, value=0)
     )
 
 
-def margins(rows: int, columns: int) -> tuple[int, int, int]:
+def square_margins(rows: int, columns: int) -> tuple[int, int, int]:
     """Side of the square that `pad` makes, and how many pixels above and left of the image; an odd one goes after."""
     side = max(rows, columns)
     return side, (side - rows) // 2, (side - columns) // 2
@@ -343,7 +343,7 @@ FACTOR = 1.6
 """From which on three taps are too far from the mean over areas."""
 
 
-def decode_at(data: bytes, name: str, size: int) -> Grey:
+def decode_resized(data: bytes, name: str, size: int) -> Grey:
     """The image at size x size px: `resize(decode(data, name), size)`, but faster for a large JPEG.
 
     Of a grey JPEG a half, a quarter or an eighth is decoded, the smallest that is still 1.2 times as large as wanted,
@@ -355,7 +355,7 @@ def decode_at(data: bytes, name: str, size: int) -> Grey:
     """
     if simplejpeg and data.startswith(JPEG_SIGNATURE):
         try:
-            if is_plain(data):
+            if is_plain_grey(data):
                 least = math.ceil(MARGIN * size)
                 image = simplejpeg.decode_jpeg(data, "GRAY", min_height=least, min_width=least, min_factor=2)
                 return _shrink(image[..., 0], size)

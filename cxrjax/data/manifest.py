@@ -15,7 +15,7 @@ MANIFEST = "shards.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """A shard as it was written.
 
     Attributes:
@@ -28,7 +28,7 @@ class Entry:
     file: str
     records: int
     bytes: int
-    sha256: str
+    file_sha256: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Manifest:
     """The shards of a prepared data set in their order, and the hex digest of its table of records."""
 
     table: str
-    shards: tuple[Entry, ...]
+    shards: tuple[ShardEntry, ...]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -53,14 +53,14 @@ def read_manifest(directory: Path) -> Manifest | None:
     path = directory / MANIFEST
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(read["table"], tuple(Entry(**entry) for entry in read["shards"]))
+        return Manifest(read["table"], tuple(ShardEntry(**entry) for entry in read["shards"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CxrError(f"{path} cannot be read ({error}); delete {directory} and prepare it again") from error
 
 
-def cut_off(directory: Path, manifest: Manifest) -> dict[str, str]:
+def find_truncated(directory: Path, manifest: Manifest) -> dict[str, str]:
     """The shards whose size is another than was written, and what is wrong with each; cheap."""
     wrong = {}
     for entry in manifest.shards:
@@ -74,14 +74,14 @@ def cut_off(directory: Path, manifest: Manifest) -> dict[str, str]:
     return wrong
 
 
-def damaged(
+def find_damage(
     directory: Path, manifest: Manifest, *, workers: int | None = None, advance: Callable[[], None] = lambda: None
 ) -> dict[str, str]:
     """The shards that are not as they were written, and what is wrong with each; reads all of every shard."""
-    wrong = cut_off(directory, manifest)
+    wrong = find_truncated(directory, manifest)
 
-    def check(entry: Entry) -> bool:
-        whole = entry.file not in wrong and sha256(directory / entry.file) == entry.sha256
+    def check(entry: ShardEntry) -> bool:
+        whole = entry.file not in wrong and file_sha256(directory / entry.file) == entry.sha256
         advance()
         return whole
 
@@ -93,13 +93,13 @@ def damaged(
     return wrong
 
 
-def list_damage(wrong: dict[str, str], most: int = 5) -> str:
+def describe_damage(wrong: dict[str, str], most: int = 5) -> str:
     """What is wrong with the first few shards, and how many more there are."""
     shown: Sequence[str] = [f"{file} ({what})" for file, what in sorted(wrong.items())]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most:,} more" if len(shown) > most else "")
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Hex digest of a file; "" if it cannot be read."""
     try:
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int32
 from cxrjax.config import Config, with_overrides
 from cxrjax.console import stderr
 from cxrjax.data.records import Box, Records, open_records
-from cxrjax.data.splits import Parts, Split, fingerprint_of, make_split, shared_images
+from cxrjax.data.splits import SplitRows, DataSplit, compute_split_fingerprint, make_split, find_shared_images
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, LabelPolicy, name_in, positions, translate
 
@@ -113,23 +113,23 @@ def pool(sources: Sequence[Records], findings: Sequence[str]) -> Pooled:
     )
 
 
-def pool_splits(records: Pooled, splits: Sequence[Split]) -> Split:
+def pool_splits(records: Pooled, splits: Sequence[DataSplit]) -> DataSplit:
     """Each part is that part of every data set; the same image in different parts of two data sets is named.
 
     Args:
       records: the data sets, pooled.
       splits: of each.
     """
-    names = dict.fromkeys(part for split in splits for part in split.parts)
+    names = dict.fromkeys(part for split in splits for part in split.rows)
     parts = {
         name: np.concatenate(
-            [s.parts[name] + start for s, start in zip(splits, records.starts, strict=True) if name in s.parts]
+            [s.rows[name] + start for s, start in zip(splits, records.starts, strict=True) if name in s.rows]
         ).astype(np.int32)
         for name in names
     }
     _say_shared(records, parts)
     kinds = dict.fromkeys(split.name for split in splits)
-    return Split("+".join(kinds), parts, fingerprint_of(records, parts))
+    return DataSplit("+".join(kinds), parts, compute_split_fingerprint(records, parts))
 
 
 def own_policy(policy: LabelPolicy, records: Records, findings: Sequence[str]) -> LabelPolicy:
@@ -162,10 +162,10 @@ def _table(source: Records, findings: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def _say_shared(records: Pooled, parts: Parts) -> None:
+def _say_shared(records: Pooled, parts: SplitRows) -> None:
     """Tell of images that two data sets have in different parts; of those of one data set its own split tells."""
     between = [
-        text for text in shared_images(records, parts) if len({name.split("/")[0] for name in text.split(" = ")}) > 1
+        text for text in find_shared_images(records, parts) if len({name.split("/")[0] for name in text.split(" = ")}) > 1
     ]
     if between:
         more = f" and {len(between) - 5:,} more" if len(between) > 5 else ""
@@ -193,7 +193,7 @@ class Source:
 
     config: Config
     records: Records
-    split: Split
+    split: DataSplit
 
     @classmethod
     def open(cls, config: Config) -> Source:
@@ -218,7 +218,7 @@ class Source:
             sizes=split.sizes or None,
             folds=split.folds,
             fold=split.fold,
-            share=split.share,
+            subset_fraction=split.share,
             by=split.by,
         )
         return cls(config, records, made)
@@ -237,7 +237,7 @@ class Source:
                 f"config key data.views: no image of {self.records.dataset} has view {unknown[0]}; there are "
                 f"{', '.join(sorted(views))}"
             )
-        parts = self.split.parts
+        parts = self.split.rows
         return {
             name: rows[np.isin(self.records.view[rows], wanted)] if wanted else rows for name, rows in parts.items()
         }

@@ -43,7 +43,7 @@ class Examples:
         return len(self.row)
 
 
-def examples(
+def make_examples(
     records: Records, rows: Sequence[int] | np.ndarray, findings: Sequence[str], policy: LabelPolicy
 ) -> Examples:
     """The given rows of a data set with the wanted findings' targets.

@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float32, Int8, Int32, UInt8
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from cxrjax.data.images import decode, decode_at
-from cxrjax.data.manifest import cut_off, list_damage, read_manifest
+from cxrjax.data.images import decode, decode_resized
+from cxrjax.data.manifest import find_truncated, describe_damage, read_manifest
 from cxrjax.errors import CxrError
 from cxrjax.findings import positions
 
@@ -117,7 +117,7 @@ class Records:
     dataset: str
     config: str
     findings: tuple[str, ...]
-    fingerprint: str
+    compute_fingerprint: str
     table: pa.Table = field(repr=False, compare=False)
     options: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -151,8 +151,8 @@ class Records:
         cls, records: Sequence[Record], findings: Sequence[str], *, dataset: str, config: str = "table"
     ) -> "Records":
         """Make the table of records that have no stored images."""
-        mark = fingerprint(records, dataset, config, "", *findings)
-        return cls(None, dataset, config, tuple(findings), mark, as_table(records, findings))
+        mark = compute_fingerprint(records, dataset, config, "", *findings)
+        return cls(None, dataset, config, tuple(findings), mark, records_to_table(records, findings))
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -161,7 +161,7 @@ class Records:
         return table["sha256"].to_numpy().astype(bytes)
 
     @cached_property
-    def people(self) -> Int32[np.ndarray, " N"]:
+    def patient_groups(self) -> Int32[np.ndarray, " N"]:
         """Whose image each is, by number: the patient's, but patients who share an identical image count as one."""
         _, patient = np.unique(self.patient, return_inverse=True)
         _, image = np.unique(self.digests, return_inverse=True)
@@ -194,7 +194,7 @@ class Records:
         """The grey image, 0 black; as it is stored, or at size x size px, for which less of it may be decoded."""
         name = f"{self.id[row]} of {self.dataset}/{self.config}"
         data = self.image_bytes(row)
-        return decode(data, name) if size is None else decode_at(data, name, size)
+        return decode(data, name) if size is None else decode_resized(data, name, size)
 
     def mask(self, row: int, finding: str, size: int) -> Bool[np.ndarray, "size size"] | None:
         """Where the finding is, on a grid of size x size over the whole image.
@@ -207,7 +207,7 @@ class Records:
         """
         [position] = positions([finding], self.findings)
         if not self.options.get("masks"):
-            return _draw([box for box in self.boxes(row) if box.finding == finding], size)
+            return _draw_boxes([box for box in self.boxes(row) if box.finding == finding], size)
         stored = decode(self._features(row)["mask"].bytes_list.value[0], f"mask of {self.id[row]}")
         present = (stored >> position & 1).astype(np.float32)
         if not present.any():
@@ -253,18 +253,18 @@ class Records:
 
         if self.directory is None:
             raise CxrError(f"this table of {self.dataset} has no images; prepare the data set first")
-        source = ArrayRecordDataSource(shards(self.directory))
+        source = ArrayRecordDataSource(shard_paths(self.directory))
         if len(source) != len(self):
             raise CxrError(f"{self.directory} holds {len(source):,} images, its table {len(self):,}: {_MEND}")
         return source
 
 
-def shards(directory: Path) -> list[Path]:
+def shard_paths(directory: Path) -> list[Path]:
     """The ArrayRecord files of a prepared data set, in order."""
     return sorted(directory.glob("*.array_record-*"))
 
 
-def _draw(boxes: Sequence[Box], size: int) -> Bool[np.ndarray, "size size"] | None:
+def _draw_boxes(boxes: Sequence[Box], size: int) -> Bool[np.ndarray, "size size"] | None:
     """The union of boxes: pixels whose centre is in one, at least one pixel each."""
     if not boxes:
         return None
@@ -276,7 +276,7 @@ def _draw(boxes: Sequence[Box], size: int) -> Bool[np.ndarray, "size size"] | No
     return mask
 
 
-def as_table(records: Sequence[Record], findings: Sequence[str]) -> pa.Table:
+def records_to_table(records: Sequence[Record], findings: Sequence[str]) -> pa.Table:
     """The records as Arrow columns: text, `age`, a `label_<finding>` each, `boxes`, `sha256`, `width`, `height`."""
     columns: dict[str, Any] = {
         name: pa.array([getattr(record, name) for record in records], pa.string()) for name in _TEXT
@@ -292,7 +292,7 @@ def as_table(records: Sequence[Record], findings: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def fingerprint(records: Sequence[Record], *about: str) -> str:
+def compute_fingerprint(records: Sequence[Record], *about: str) -> str:
     """The sha256 of the records with their images' digests, and of whatever else tells these data from others."""
     digest = hashlib.sha256(json.dumps([FORMAT, *about]).encode())
     for r in records:
@@ -316,8 +316,8 @@ def write_table(
     """Put the table beside the shards, with its fingerprint and what else `open_records` says."""
     header = {"format": FORMAT, "dataset": dataset, "config": config, "findings": findings, "options": options or {}}
     more = [f"{name}={header['options'][name]}" for name in ("aspect",) if name in header["options"]]
-    header["fingerprint"] = fingerprint(records, dataset, config, version, *findings, *more)
-    table = as_table(records, findings).replace_schema_metadata({"cxrjax": json.dumps(header)})
+    header["fingerprint"] = compute_fingerprint(records, dataset, config, version, *findings, *more)
+    table = records_to_table(records, findings).replace_schema_metadata({"cxrjax": json.dumps(header)})
     pq.write_table(table, directory / TABLE, compression="zstd")
 
 
@@ -366,8 +366,8 @@ def read_directory(directory: Path, *, check: bool = True) -> Records:
             f"delete {directory} and prepare it again"
         )
     manifest = read_manifest(directory) if check else None
-    if manifest and (wrong := cut_off(directory, manifest)):
-        raise CxrError(f"damaged in {directory}: {list_damage(wrong)}; {_REPAIR}")
+    if manifest and (wrong := find_truncated(directory, manifest)):
+        raise CxrError(f"damaged in {directory}: {describe_damage(wrong)}; {_REPAIR}")
     about = {name: header[name] for name in ("dataset", "config", "fingerprint", "options")}
     return Records(directory, findings=tuple(header["findings"]), table=table, **about)
 

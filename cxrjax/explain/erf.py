@@ -101,7 +101,7 @@ def measure(
         many as make 2^20 pixels: 16 for one image of 256 x 256, and 1 from 1024 x 1024 on.
       mesh: devices among which images and their rows are split, where the network lies; default one device.
       advance: told how many backward passes were done, each time some were; there are `passes` per image in all
-        (`console.bar` gives one).
+        (see `console.progress_bar`).
 
     Raises:
       CxrError: an option out of range, no such feature map, wrong images, or a gradient that is zero everywhere.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cxrjax.console import bar
+from cxrjax.console import progress_bar
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 from cxrjax.inference.mc_dropout import has_dropout, stochastic_logits
@@ -94,7 +94,7 @@ def fit_run(experiment: Experiment, network: Network, checkpoint: dict[str, Any]
 
 def _passes(experiment: Experiment, network: Network, passes: int) -> Uncertainty:
     config, examples = experiment.config, experiment.part("validation")
-    with bar(f"{passes} stochastic passes over validation", len(examples)) as advance:
+    with progress_bar(f"{passes} stochastic passes over validation", len(examples)) as advance:
         logits = stochastic_logits(
             network, examples, experiment.mesh, size=config.data.size, batch=config.evaluate.batch, passes=passes,
             seed=config.seed, threads=config.data.threads, advance=advance,

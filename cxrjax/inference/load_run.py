@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from cxrjax.config import read
-from cxrjax.console import bar
+from cxrjax.console import progress_bar
 from cxrjax.distributed.mesh import replicated
 from cxrjax.distributed.runtime import devices, told_to_stop
 from cxrjax.errors import CxrError, InterruptedRunError
@@ -64,7 +64,7 @@ def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
       InterruptedRunError: one of several processes was told to stop.
     """
     config, examples = experiment.config, experiment.part(part)
-    with bar(f"predicting {part} at {config.data.size} px", len(examples.row)) as show:
+    with progress_bar(f"predicting {part} at {config.data.size} px", len(examples.row)) as show:
 
         def advance(images: int) -> None:
             show(images)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64
 from scipy.special import expit
 
 from cxrjax.distributed.mesh import batch_shardings, make_mesh
-from cxrjax.errors import CxrError, positive
+from cxrjax.errors import CxrError, check_positive
 from cxrjax.inference.calibration_file import Fitted
 from cxrjax.inference.image_files import is_prepared, read_prepared, resized, shape_of_prepared
 from cxrjax.inference.load_run import Trained
@@ -154,7 +154,7 @@ def decide(
     Raises:
       CxrError: a number is out of range, or no size is known.
     """
-    positive("batch", batch)
+    check_positive("batch", batch)
     if size < 0:
         raise CxrError(f"size must be a whole number above 0, not {size}")
     if passes is not None and (passes < 0 or passes == 1):

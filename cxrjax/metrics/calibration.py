@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float64, Int, Int64, Shaped
 from scipy.optimize import root_scalar
 from scipy.special import expit, log_expit, softmax
 
-from cxrjax.errors import CxrError, one_of, positive
+from cxrjax.errors import CxrError, check_choice, check_positive
 from cxrjax.metrics.auc import mean_defined, undefined
 from cxrjax.metrics.predictions import Predictions, log_odds
 
@@ -62,8 +62,8 @@ def reliability(
     Raises:
       CxrError: no such spacing, fewer than one bin, or a probability out of range.
     """
-    positive("bins of a reliability diagram", bins)
-    one_of("spacing of bins", spacing, SPACINGS)
+    check_positive("bins of a reliability diagram", bins)
+    check_choice("spacing of bins", spacing, SPACINGS)
     label_mask = np.ones(len(probability), bool) if label_mask is None else np.asarray(label_mask, bool)
     p, there = np.asarray(probability, np.float64)[label_mask], np.asarray(label)[label_mask] > 0
     if not ((p >= 0) & (p <= 1)).all():

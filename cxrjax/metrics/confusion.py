@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int64
 
-from cxrjax.errors import CxrError, one_of
+from cxrjax.errors import CxrError, check_choice
 from cxrjax.metrics.auc import mean_defined
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.thresholds import Counts
@@ -79,7 +79,7 @@ class Confusion:
         """
         return (
             self.matrix
-            if one_of("rows of a confusion matrix", rows, ("actual", "predicted")) == "actual"
+            if check_choice("rows of a confusion matrix", rows, ("actual", "predicted")) == "actual"
             else self.matrix.T
         )
 

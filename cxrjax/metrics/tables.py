@@ -12,7 +12,7 @@ import pyarrow.parquet
 from jaxtyping import Float64, Int8
 
 from cxrjax.errors import CxrError
-from cxrjax.files import beside
+from cxrjax.files import atomic_path
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, POSITIVE, UNCERTAIN
 
 ID = ("id", "Image Index", "dicom_id")
@@ -167,7 +167,7 @@ def write(path: Path, table: pa.Table) -> None:
       CxrError: the name ends otherwise.
     """
     kind = kind_of(path)
-    with beside(path) as temporary:
+    with atomic_path(path) as temporary:
         if kind == ".parquet":
             pyarrow.parquet.write_table(table, temporary)
         else:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Shaped
 from scipy.special import expit, logit
 
-from cxrjax.errors import CxrError, one_of
+from cxrjax.errors import CxrError, check_choice
 from cxrjax.metrics.auc import Ranking, roc_curve
 from cxrjax.metrics.predictions import Predictions
 
@@ -162,7 +162,7 @@ def choose(validation: Predictions, rule: str = "youden", target: float = 0.9) -
     Raises:
       CxrError: no such rule, or a target out of range.
     """
-    one_of("rule for operating points", rule, RULES)
+    check_choice("rule for operating points", rule, RULES)
     if not 0 < target <= 1:
         raise CxrError(f"target={target}: give a fraction above 0 up to 1, such as 0.9")
     p, thresholds, reasons = validation, [], []

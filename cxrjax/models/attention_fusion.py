@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError, check_options, one_of, positive
+from cxrjax.errors import CxrError, check_options, check_choice, check_positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.densenet import DenseNet
 from cxrjax.models.efficientnet import B0, EfficientNet
@@ -73,8 +73,8 @@ class AttentionFusion(Backbone):
         efficient: Mapping[str, Any] = _EFFICIENT,
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        self.match = one_of("match", match, ("up", "down"))
-        self.crossed = one_of("attention", attention, ("self", "cross")) == "cross"
+        self.match = check_choice("match", match, ("up", "down"))
+        self.crossed = check_choice("attention", attention, ("self", "cross")) == "cross"
         common: dict[str, Any] = {"classes": 1, "inputs": inputs, "dtype": dtype, "remat": remat}
         for what, changes, family in (("dense", dense, DenseNet), ("efficient", efficient, EfficientNet)):
             if not isinstance(changes, Mapping):
@@ -83,7 +83,7 @@ class AttentionFusion(Backbone):
         self.dense = DenseNet(**common, seed=seed, **dense)
         self.efficient = EfficientNet(**common, seed=seed + 1, **efficient)
         make = LayerFactory(dtype, seed + 2)
-        both = 2 * positive("channels", channels)
+        both = 2 * check_positive("channels", channels)
         self.dense_reduction = make.conv(self.dense.channels, channels, 1, bias=True)
         self.efficient_reduction = make.conv(self.efficient.channels, channels, 1, bias=True)
         directions, width = (2, channels) if self.crossed else (1, both)

@@ -1,7 +1,4 @@
-"""DenseNet: every layer of a block sees the maps of all layers before it.
-
-Huang et al. 2017, arXiv:1608.06993. Module names are torchvision's, so that its weights fit by name.
-"""
+"""DenseNet (Huang et al. 2017, arXiv:1608.06993), with torchvision's module names, so that its weights fit by name."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,55 +9,45 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from cxrjax.errors import CxrError, one_of, positive
-from cxrjax.models.backbone import Architecture, Backbone
-from cxrjax.models.heads import Classifier
+from cxrjax.errors import CxrError, check_choice, check_positive
+from cxrjax.models.backbone import Architecture, Backbone, Classifier
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import BatchNorm, LayerFactory, Maps, Moments, maybe_remat, sum_gradients_early
 from cxrjax.models.pooling import STEM_POOLS, average_pool
 
 
 class DenseNet(Backbone):
-    """DenseNet as torchvision defines it; the defaults are DenseNet121.
+    """DenseNet as in torchvision; the defaults are DenseNet121.
 
-    The maps of a block stay a list, one entry per layer: with `remat="layer"` each layer concatenates and normalises
-    them again in the backward pass, so the memory for maps grows linearly with depth, not quadratically
-    (Pleiss et al. 2017, arXiv:1707.06990). The batch's mean and variance of a map are the same for all norms that see
-    it: the first of them finds them.
+    The maps of a block stay a list with one entry per layer. With `remat="layer"` each layer concatenates and
+    normalises them again in the backward pass, so memory for maps grows linearly with depth, not quadratically (Pleiss
+    et al. 2017, arXiv:1707.06990). All norms that read a map share its batch moments; the first one computes them.
 
-    Args:
-      classes: number of findings.
-      inputs: what the network expects of its images.
-      dtype: compute type.
-      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      seed: of the initial values.
-      growth: channels that each layer adds.
-      blocks: layers per dense block.
-      bottleneck: channels of a layer's 1x1 convolution, in units of `growth`.
-      stem_channels: outputs of the first convolution.
-      stem_kernel: its size, odd.
+    Args (the common ones: see `Backbone`):
+      growth_rate: channels that each layer adds.
+      block_config: number of layers of each dense block.
+      bn_size: channels of a layer's 1x1 convolution, in units of `growth_rate`.
+      stem_channels: output channels of the first convolution.
+      stem_kernel: its kernel size, odd.
       stem_stride: its stride.
       stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
-      last_norm: whether the last block's maps are normalised and rectified.
-      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
-      hidden: units of a hidden layer in the head; 0 for none.
-      dropout: in the head.
+      last_norm: whether norm and ReLU follow the last block.
     """
 
-    published: ClassVar = (("classifier.output", "classifier"), ("", "features"))
+    published_prefixes: ClassVar = (("classifier.output", "classifier"), ("", "features"))
     stem: ClassVar = ("conv0", "norm0")
 
     def __init__(
         self,
         *,
         classes: int,
-        inputs: InputSpec,
+        input_spec: InputSpec,
         dtype: np.dtype,
         remat: str,
         seed: int,
-        growth: int = 32,
-        blocks: Sequence[int] = (6, 12, 24, 16),
-        bottleneck: int = 4,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        bn_size: int = 4,
         stem_channels: int = 64,
         stem_kernel: int = 7,
         stem_stride: int = 2,
@@ -70,36 +57,41 @@ class DenseNet(Backbone):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = LayerFactory(dtype, seed)
-        width = positive("bottleneck", bottleneck) * positive("growth", growth)
-        if isinstance(blocks, str) or not isinstance(blocks, Sequence):
-            raise CxrError(f"blocks must be a sequence of layer numbers such as (6, 12, 24, 16), not {blocks!r}")
-        self.blocks = len(blocks)
-        self.stem_pool = one_of("stem_pool", stem_pool, STEM_POOLS)
-        if self.blocks == 0 or positive("stem_kernel", stem_kernel) % 2 == 0:
-            raise CxrError(f"a DenseNet needs at least one block and an odd stem_kernel, not {blocks!r}, {stem_kernel}")
-        stride = positive("stem_stride", stem_stride)
-        channels = positive("stem_channels", stem_channels)
-        self.conv0 = make.conv(inputs.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
-        self.norm0 = make.norm(channels)
-        for number, layers in enumerate(blocks, start=1):
-            block = DenseBlock(make, channels, positive("layers of a block", layers), growth, width, remat)
+        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
+        factory = LayerFactory(dtype, seed)
+        width = check_positive("bn_size", bn_size) * check_positive("growth_rate", growth_rate)
+        if isinstance(block_config, str) or not isinstance(block_config, Sequence):
+            raise CxrError(f"block_config must be a sequence of layer counts such as (6, 12), not {block_config!r}")
+        self.num_blocks = len(block_config)
+        self.stem_pool = check_choice("stem_pool", stem_pool, STEM_POOLS)
+        if self.num_blocks == 0 or check_positive("stem_kernel", stem_kernel) % 2 == 0:
+            raise CxrError(
+                f"a DenseNet needs at least one block and an odd stem_kernel, not block_config={block_config!r} and "
+                f"stem_kernel={stem_kernel}"
+            )
+        stride = check_positive("stem_stride", stem_stride)
+        channels = check_positive("stem_channels", stem_channels)
+        self.conv0 = factory.conv(
+            input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2
+        )
+        self.norm0 = factory.norm(channels)
+        for number, layers in enumerate(block_config, start=1):
+            block = DenseBlock(factory, channels, check_positive("layers of a block", layers), growth_rate, width, remat)
             setattr(self, f"denseblock{number}", block)
-            channels += layers * growth
-            if number < self.blocks:
-                setattr(self, f"transition{number}", Transition(make, channels, channels // 2))
+            channels += layers * growth_rate
+            if number < self.num_blocks:
+                setattr(self, f"transition{number}", Transition(factory, channels, channels // 2))
                 channels //= 2
         self.channels = channels
-        self.norm5 = make.norm(channels) if last_norm else nnx.data(None)
-        self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.norm5 = factory.norm(channels) if last_norm else nnx.data(None)
+        self.classifier = Classifier(factory, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
-        """Maps after the stem, of each block ("block1", ... before any norm), and "final" (after the last norm)."""
-        self.check(images)
+        """Return the maps "stem", of each block ("block1", ... before any norm), and "final" (after the last norm)."""
+        self.check_images(images)
         maps = maybe_remat(DenseNet._stem, self.remat)(self, images, train)
         named = OrderedDict(stem=maps)
-        for number in range(1, self.blocks + 1):
+        for number in range(1, self.num_blocks + 1):
             stage = maybe_remat(DenseNet._stage, self.remat, "block", static=(2, 3))
             named[f"block{number}"], maps = stage(self, maps, train, number)
         named["final"] = maps
@@ -109,17 +101,18 @@ class DenseNet(Backbone):
         return STEM_POOLS[self.stem_pool](nnx.relu(self.norm0(self.conv0(images), train=train)))
 
     def _stage(self, maps: Maps, train: bool, number: int) -> tuple[Maps, Maps]:
-        """A block's maps, which cost nothing where nobody reads them, and what follows makes of them."""
-        grown, moments = getattr(self, f"denseblock{number}")([maps], train)
-        whole = jnp.concatenate(grown, axis=-1)
-        if number < self.blocks:
+        """Return a block's maps (XLA drops them where they are not used), and those of the transition or last norm."""
+        layer_maps, moments = getattr(self, f"denseblock{number}")([maps], train)
+        block_maps = jnp.concatenate(layer_maps, axis=-1)
+        if number < self.num_blocks:
             transition = getattr(self, f"transition{number}")
-            moments = _with_those_of_last(moments, grown, transition.norm, train)
-            return whole, maybe_remat(Transition.__call__, self.remat, static=(3,))(transition, grown, moments, train)
+            moments = _append_moments(moments, layer_maps, transition.norm, train)
+            apply = maybe_remat(Transition.__call__, self.remat, static=(3,))
+            return block_maps, apply(transition, layer_maps, moments, train)
         if self.norm5 is None:
-            return whole, whole
-        moments = _with_those_of_last(moments, grown, self.norm5, train)
-        return whole, maybe_remat(DenseNet._last_norm, self.remat, static=(3,))(self, grown, moments, train)
+            return block_maps, block_maps
+        moments = _append_moments(moments, layer_maps, self.norm5, train)
+        return block_maps, maybe_remat(DenseNet._last_norm, self.remat, static=(3,))(self, layer_maps, moments, train)
 
     def _last_norm(self, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
         assert self.norm5 is not None
@@ -127,54 +120,56 @@ class DenseNet(Backbone):
 
 
 class DenseBlock(nnx.Module):
-    """Dense layers in a row: each adds its maps to the list."""
+    """Dense layers, each of which appends its maps to the list."""
 
-    def __init__(self, make: LayerFactory, channels: int, layers: int, growth: int, width: int, remat: str):
-        self.layers = layers
+    def __init__(
+        self, factory: LayerFactory, channels: int, num_layers: int, growth_rate: int, width: int, remat: str
+    ):
+        self.num_layers = num_layers
         self.remat = remat
-        for number in range(1, layers + 1):
-            setattr(self, f"denselayer{number}", DenseLayer(make, channels, growth, width))
-            channels += growth
+        for number in range(1, num_layers + 1):
+            setattr(self, f"denselayer{number}", DenseLayer(factory, channels, growth_rate, width))
+            channels += growth_rate
 
     def __call__(self, maps: list[Maps], train: bool) -> tuple[list[Maps], Moments | None]:
-        """The list of maps, with those of each layer in turn, and the moments of all but the last entry."""
+        """Return the list of maps with those of each layer appended, and the moments of all but the last entry."""
         moments = None
-        for number in range(1, self.layers + 1):
+        for number in range(1, self.num_layers + 1):
             layer = getattr(self, f"denselayer{number}")
             maps = sum_gradients_early(maps) if self.remat != "none" else maps
-            moments = _with_those_of_last(moments, maps, layer.norm1, train)
-            own = maybe_remat(DenseLayer.__call__, self.remat, static=(3,))(layer, maps, moments, train)
-            maps = _fewer([*maps, own])
+            moments = _append_moments(moments, maps, layer.norm1, train)
+            new_maps = maybe_remat(DenseLayer.__call__, self.remat, static=(3,))(layer, maps, moments, train)
+            maps = _merge_entries([*maps, new_maps])
         return maps, moments
 
 
 class DenseLayer(nnx.Module):
     """Norm, ReLU and 1x1 convolution of all earlier maps, then norm, ReLU and 3x3 convolution."""
 
-    def __init__(self, make: LayerFactory, channels: int, growth: int, width: int):
-        self.norm1 = make.norm(channels)
-        self.conv1 = make.conv(channels, width, 1)
-        self.norm2 = make.norm(width)
-        self.conv2 = make.conv(width, growth, 3, padding=1)
+    def __init__(self, factory: LayerFactory, channels: int, growth_rate: int, width: int):
+        self.norm1 = factory.norm(channels)
+        self.conv1 = factory.conv(channels, width, 1)
+        self.norm2 = factory.norm(width)
+        self.conv2 = factory.conv(width, growth_rate, 3, padding=1)
 
     def __call__(self, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
-        """This layer's own maps, from all earlier ones, whose moments are needed in training."""
-        narrow = self.conv1(_norm_relu(self.norm1, maps, moments, train))
-        return self.conv2(nnx.relu(self.norm2(narrow, train=train)))
+        """Return this layer's `growth_rate` new maps; in training `moments` are those of all earlier maps."""
+        bottleneck = self.conv1(_norm_relu(self.norm1, maps, moments, train))
+        return self.conv2(nnx.relu(self.norm2(bottleneck, train=train)))
 
 
 class Transition(nnx.Module):
-    """Norm, ReLU, 1x1 convolution and 2x2 mean between two blocks.
+    """Norm, ReLU, 1x1 convolution and 2x2 average pooling between two blocks.
 
-    The mean comes before the convolution here: both are linear and commute, and a quarter of the work is left.
+    Pooling comes before the convolution here: both are linear and commute, and a quarter of the work is left.
     """
 
-    def __init__(self, make: LayerFactory, channels: int, outputs: int):
-        self.norm = make.norm(channels)
-        self.conv = make.conv(channels, outputs, 1)
+    def __init__(self, factory: LayerFactory, in_channels: int, out_channels: int):
+        self.norm = factory.norm(in_channels)
+        self.conv = factory.conv(in_channels, out_channels, 1)
 
     def __call__(self, maps: list[Maps], moments: Moments | None, train: bool) -> Maps:
-        """Maps of half the height and width, from all of a block's, whose moments are needed in training."""
+        """Return maps of half the height and width; in training `moments` are those of the block's maps."""
         return self.conv(average_pool(_norm_relu(self.norm, maps, moments, train), 2, 2))
 
 
@@ -182,41 +177,41 @@ def _norm_relu(norm: BatchNorm, maps: list[Maps], moments: Moments | None, train
     return nnx.relu(norm(jnp.concatenate(maps, axis=-1), train=train, moments=moments))
 
 
-def _with_those_of_last(moments: Moments | None, maps: list[Maps], norm: BatchNorm, train: bool) -> Moments | None:
-    """In training, the moments of all maps: those given, of all but the last, and what `norm` finds for the last.
+def _append_moments(moments: Moments | None, maps: list[Maps], norm: BatchNorm, train: bool) -> Moments | None:
+    """Return, in training, the moments of all maps from those of all but the last, and compute the last's.
 
-    Never inside what is recomputed: gradients would be added up in another order there.
+    Call this outside recomputed functions: inside, gradients would be summed in another order.
     """
     if not train:
         return None
-    last = norm.moments(maps[-1], first=sum(each.shape[-1] for each in maps[:-1]))
+    last = norm.moments(maps[-1], first_channel=sum(entry.shape[-1] for entry in maps[:-1]))
     if moments is None:
         return last
     return jnp.concatenate([moments[0], last[0]]), jnp.concatenate([moments[1], last[1]])
 
 
-_READ_AT_ONCE = 10
+_MAX_ENTRIES = 10
 
 
-def _fewer(maps: list[Maps]) -> list[Maps]:
-    """The same channels in ten entries or fewer: of four in a row that are as wide one is made, but not of the last.
+def _merge_entries(maps: list[Maps]) -> list[Maps]:
+    """Merge entries, four neighbours of equal width at a time but never the last, until at most ten are left.
 
     XLA for GPUs reads up to ten operands of a concatenation with wide loads, and more of them value by value.
     """
-    widths = [each.shape[-1] for each in maps[:-1]]
-    if len(maps) <= _READ_AT_ONCE:
+    widths = [entry.shape[-1] for entry in maps[:-1]]
+    if len(maps) <= _MAX_ENTRIES:
         return maps
     for start in range(len(widths) - 3):
         if len(set(widths[start : start + 4])) == 1:
-            whole = jnp.concatenate(maps[start : start + 4], axis=-1)
-            return _fewer([*maps[:start], whole, *maps[start + 4 :]])
+            merged = jnp.concatenate(maps[start : start + 4], axis=-1)
+            return _merge_entries([*maps[:start], merged, *maps[start + 4 :]])
     return maps
 
 
 _SMALL = {
-    "growth": 8,
-    "blocks": (2, 2, 2),
-    "bottleneck": 2,
+    "growth_rate": 8,
+    "block_config": (2, 2, 2),
+    "bn_size": 2,
     "stem_channels": 16,
     "stem_kernel": 5,
     "stem_pool": "2x2",
@@ -225,7 +220,7 @@ _SMALL = {
 
 ARCHITECTURES = {
     "densenet121": Architecture(DenseNet, IMAGENET, {}, "torchvision densenet121"),
-    "densenet169": Architecture(DenseNet, IMAGENET, {"blocks": (6, 12, 32, 32)}, "torchvision densenet169"),
-    "densenet201": Architecture(DenseNet, IMAGENET, {"blocks": (6, 12, 48, 32)}, "torchvision densenet201"),
+    "densenet169": Architecture(DenseNet, IMAGENET, {"block_config": (6, 12, 32, 32)}, "torchvision densenet169"),
+    "densenet201": Architecture(DenseNet, IMAGENET, {"block_config": (6, 12, 48, 32)}, "torchvision densenet201"),
     "densenet_small": Architecture(DenseNet, GREY, _SMALL, "ours, for CPUs"),
 }

@@ -1,6 +1,6 @@
-"""EfficientNet: inverted bottlenecks with squeeze-and-excitation, widened and deepened together.
+"""EfficientNet (Tan and Le 2019, arXiv:1905.11946): inverted bottlenecks with squeeze-and-excitation, scaled jointly.
 
-Tan and Le 2019, arXiv:1905.11946. Module names are torchvision's, so that its weights fit by name.
+Module names are torchvision's, so that its weights fit by name.
 """
 
 import math
@@ -13,14 +13,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError, positive, share
-from cxrjax.models.backbone import Architecture, Backbone
-from cxrjax.models.heads import Classifier, drop
+from cxrjax.errors import CxrError, check_positive, check_fraction
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, apply_dropout
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import ConvNorm, LayerFactory, Maps, maybe_remat
 
-# Per stage: expansion, kernel, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
-B0 = (
+# Per stage: expansion ratio, kernel size, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
+B0_CONFIG = (
     (1, 3, 1, 16, 1),
     (6, 3, 2, 24, 2),
     (6, 5, 2, 40, 2),
@@ -30,199 +29,200 @@ B0 = (
     (6, 3, 1, 320, 1),
 )
 
-HEAD_DRAWS = 2  # the head folds 0 and 1 into the same key
+NUM_HEAD_DROPOUTS = 2  # the head folds 0 and 1 into the same key
 
 
 class EfficientNet(Backbone):
-    """EfficientNet as torchvision defines it; the defaults are EfficientNetB0 without dropout.
+    """EfficientNet as in torchvision; the defaults are EfficientNetB0 without dropout.
 
-    Args:
-      classes: number of findings.
-      inputs: what the network expects of its images.
-      dtype: compute type.
-      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      seed: of the initial values.
-      width: what all numbers of channels are multiplied by, and rounded to multiples of 8.
-      depth: what the stages' numbers of blocks are multiplied by, and rounded up.
-      stem_channels: outputs of the first convolution, of stride 2.
-      blocks: per stage (expansion, kernel, stride, channels, blocks), kernels odd; the first one strides.
-      last: channels of the last convolution, in units of the last stage's.
-      stochastic_depth: share of images for which the last block would leave out its residual; the share grows linearly
-        from 0 at the first block (Huang et al. 2016, arXiv:1603.09382).
-      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
-      hidden: units of a hidden layer in the head; 0 for none.
-      dropout: in the head.
+    Args (the common ones: see `Backbone`):
+      width_mult: multiplies all numbers of channels, which are rounded to multiples of 8.
+      depth_mult: multiplies the stages' numbers of blocks, which are rounded up.
+      stem_channels: output channels of the first convolution, of stride 2.
+      block_config: per stage (expansion ratio, kernel size, stride, channels, blocks), kernel sizes odd; the first
+        block has the stride.
+      last_channels_mult: channels of the last convolution, in units of the last stage's.
+      stochastic_depth: probability with which the last block drops its residual for an image; it grows linearly from 0
+        at the first block (Huang et al. 2016, arXiv:1603.09382).
     """
 
-    published: ClassVar = (("classifier.output", "classifier.1"), ("stages", "features"))
+    published_prefixes: ClassVar = (("classifier.output", "classifier.1"), ("stages", "features"))
     stem: ClassVar = ("stages.0.0", "stages.0.1")
 
     def __init__(
         self,
         *,
         classes: int,
-        inputs: InputSpec,
+        input_spec: InputSpec,
         dtype: np.dtype,
         remat: str,
         seed: int,
-        width: float = 1.0,
-        depth: float = 1.0,
+        width_mult: float = 1.0,
+        depth_mult: float = 1.0,
         stem_channels: int = 32,
-        blocks: Sequence[Sequence[int]] = B0,
-        last: int = 4,
+        block_config: Sequence[Sequence[int]] = B0_CONFIG,
+        last_channels_mult: int = 4,
         stochastic_depth: float = 0.2,
         pooling: str = "average",
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        if width <= 0 or depth <= 0:
-            raise CxrError(f"width and depth of an EfficientNet must be above 0, not {width!r} and {depth!r}")
-        self.stochastic_depth = share("stochastic_depth", stochastic_depth)
-        make = LayerFactory(dtype, seed, fan="out")
-        rows = [_row(row) for row in _sequence(blocks)]
-        channels = _divisible(positive("stem_channels", stem_channels) * width)
-        stem = ConvNormSiLU(make, inputs.channels, channels, 3, stride=2)
-        self.stages: nnx.List[Any] = nnx.List([stem])  # by their numbers; the stem's is 0
-        for expansion, kernel, stride, outputs, count in rows:
-            stage = nnx.List()
-            for _ in range(math.ceil(count * depth)):
-                stage.append(MBConv(make, channels, _divisible(outputs * width), expansion, kernel, stride))
-                channels, stride = _divisible(outputs * width), 1
+        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
+        if width_mult <= 0 or depth_mult <= 0:
+            raise CxrError(f"width_mult and depth_mult must be above 0, not {width_mult!r} and {depth_mult!r}")
+        self.stochastic_depth = check_fraction("stochastic_depth", stochastic_depth)
+        factory = LayerFactory(dtype, seed, fan_mode="out")
+        _check_block_config(block_config)
+        channels = _make_divisible(check_positive("stem_channels", stem_channels) * width_mult)
+        stem = ConvNormSiLU(factory, input_spec.channels, channels, 3, stride=2)
+        self.stages: nnx.List[Any] = nnx.List([stem])  # the stem is stage 0
+        for expand_ratio, kernel_size, stride, base_channels, num_blocks in block_config:
+            out_channels, stage = _make_divisible(base_channels * width_mult), nnx.List()
+            for _ in range(math.ceil(num_blocks * depth_mult)):
+                stage.append(MBConv(factory, channels, out_channels, expand_ratio, kernel_size, stride))
+                channels, stride = out_channels, 1
             self.stages.append(stage)
-        self.channels = positive("last", last) * channels
-        self.stages.append(ConvNormSiLU(make, channels, self.channels, 1))
-        self.classifier = Classifier(make, self.channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.channels = check_positive("last_channels_mult", last_channels_mult) * channels
+        self.stages.append(ConvNormSiLU(factory, channels, self.channels, 1))
+        self.classifier = Classifier(factory, self.channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
-        """Maps after the stem and each stage: "stem", "stage1", ..., "final".
+        """Return the maps after the stem and each stage: "stem", "stage1", ..., "final".
 
-        Before each stage whose first block expands comes what that makes, at the size of the stage before:
+        Before each stage whose first block expands come that block's expanded maps, at the size of the stage before:
         "stage2_expansion", ... (Keras' `block2a_expand_activation`).
         """
-        self.check(images)
+        self.check_images(images)
         stem, *stages, last = self.stages
-        active = maybe_remat(ConvNormSiLU.active, self.remat)
-        maps = active(stem, images, train)
-        named, total, done = OrderedDict(stem=maps), sum(map(len, stages)), 0
-        in_turn = maybe_remat(_in_turn, self.remat, "block", static=(2, 4))
-        for stage, blocks in enumerate(stages, start=1):
+        conv_of = maybe_remat(ConvNormSiLU.activated, self.remat)
+        maps = conv_of(stem, images, train)
+        named, num_blocks, block = OrderedDict(stem=maps), sum(map(len, stages)), 0
+        stage_of = maybe_remat(_apply_stage, self.remat, "block", static=(2, 4))
+        for number, stage in enumerate(stages, start=1):
             survivals = []
-            for number in range(done, done + len(blocks)):
-                each = jnp.ones((len(maps), 1, 1, 1), maps.dtype)
-                rate = self.stochastic_depth * number / total
-                survivals.append(None if key is None else drop(each, rate, key, HEAD_DRAWS + number))
-            expansion, maps = in_turn(blocks, maps, train, survivals, self.remat)
-            if blocks[0].expands:
-                named[f"stage{stage}_expansion"] = expansion  # costs nothing where nobody reads it
-            named[f"stage{stage}"] = maps
-            done += len(blocks)
-        named["final"] = active(last, maps, train)
+            for index in range(block, block + len(stage)):
+                ones = jnp.ones((len(maps), 1, 1, 1), maps.dtype)
+                rate = self.stochastic_depth * index / num_blocks
+                survivals.append(None if key is None else apply_dropout(ones, rate, key, NUM_HEAD_DROPOUTS + index))
+            expanded, maps = stage_of(stage, maps, train, survivals, self.remat)
+            if stage[0].has_expansion:
+                named[f"stage{number}_expansion"] = expanded  # XLA drops it where it is not used
+            named[f"stage{number}"] = maps
+            block += len(stage)
+        named["final"] = conv_of(last, maps, train)
         return named
 
 
-def _in_turn(blocks: nnx.List, maps: Maps, train: bool, survivals: list[Maps | None], remat: str) -> tuple[Maps, Maps]:
-    """What the first of a stage's blocks expands, and what all of them make."""
+def _apply_stage(
+    blocks: nnx.List, maps: Maps, train: bool, survivals: list[Maps | None], remat: str
+) -> tuple[Maps, Maps]:
+    """Return the first block's expanded maps, and the maps after all blocks."""
     block_of = maybe_remat(MBConv.__call__, remat)
-    first, *others = zip(blocks, survivals, strict=True)
-    expansion, maps = block_of(first[0], maps, train, first[1])
+    (first, first_survival), *others = zip(blocks, survivals, strict=True)
+    expanded, maps = block_of(first, maps, train, first_survival)
     for block, survival in others:
         _, maps = block_of(block, maps, train, survival)
-    return expansion, maps
+    return expanded, maps
 
 
 class ConvNormSiLU(ConvNorm):
-    """A convolution and its norm, whose activation is SiLU."""
+    """A convolution and its norm, with SiLU as the activation."""
 
     @staticmethod
     def activation(maps: Maps) -> Maps:
-        """SiLU."""
+        """Apply SiLU."""
         return nnx.silu(maps)
 
 
 class SqueezeExcitation(nnx.Module):
-    """Each channel times a factor of 0..1, which two small layers make of all channels' means (arXiv:1709.01507)."""
+    """Scale each channel by a factor in 0..1 computed from all channels' means (Hu et al. 2018, arXiv:1709.01507)."""
 
-    def __init__(self, make: LayerFactory, channels: int, squeezed: int):
-        self.fc1 = make.conv(channels, squeezed, 1, bias=True)
-        self.fc2 = make.conv(squeezed, channels, 1, bias=True)
+    def __init__(self, factory: LayerFactory, channels: int, squeezed_channels: int):
+        self.fc1 = factory.conv(channels, squeezed_channels, 1, bias=True)
+        self.fc2 = factory.conv(squeezed_channels, channels, 1, bias=True)
 
     def __call__(self, maps: Maps) -> Maps:
-        """The maps, rescaled image by image."""
+        """Return the maps, scaled image by image."""
         means = maps.mean((1, 2), keepdims=True)
         return maps * nnx.sigmoid(self.fc2(nnx.silu(self.fc1(means))))
 
 
 class MBConv(nnx.Module):
-    """Expansion (1x1), depthwise convolution, squeeze-and-excitation, projection (1x1); added to the input if it fits.
+    """Expansion (1x1), depthwise convolution, squeeze-and-excitation, projection (1x1); a residual if shapes fit.
 
     Args:
-      make: maker of the network's layers.
-      inputs: channels of the input.
-      outputs: channels of the result.
-      expansion: channels in between, in units of `inputs`; there is no first convolution where that changes nothing.
-      kernel: size of the depthwise convolution, odd.
+      factory: makes the layers.
+      in_channels: channels of the input.
+      out_channels: channels of the result.
+      expand_ratio: channels in between, in units of `in_channels`; without an expansion if that changes nothing.
+      kernel_size: size of the depthwise convolution, odd.
       stride: its stride.
     """
 
-    def __init__(self, make: LayerFactory, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
-        wide = _divisible(inputs * expansion)
-        self.expands = wide != inputs
-        self.adds = stride == 1 and inputs == outputs
-        self.block: nnx.List[Any] = nnx.List([ConvNormSiLU(make, inputs, wide, 1)] if self.expands else [])
-        self.block.append(ConvNormSiLU(make, wide, wide, kernel, stride=stride, groups=wide))
-        self.block.append(SqueezeExcitation(make, wide, max(1, inputs // 4)))
-        self.block.append(ConvNormSiLU(make, wide, outputs, 1))
+    def __init__(
+        self,
+        factory: LayerFactory,
+        in_channels: int,
+        out_channels: int,
+        expand_ratio: int,
+        kernel_size: int,
+        stride: int,
+    ):
+        expanded = _make_divisible(in_channels * expand_ratio)
+        self.has_expansion = expanded != in_channels
+        self.has_residual = stride == 1 and in_channels == out_channels
+        expansion = [ConvNormSiLU(factory, in_channels, expanded, 1)] if self.has_expansion else []
+        self.block: nnx.List[Any] = nnx.List(expansion)
+        self.block.append(ConvNormSiLU(factory, expanded, expanded, kernel_size, stride=stride, groups=expanded))
+        self.block.append(SqueezeExcitation(factory, expanded, max(1, in_channels // 4)))
+        self.block.append(ConvNormSiLU(factory, expanded, out_channels, 1))
 
     def __call__(self, maps: Maps, train: bool, survival: Float[Array, "B 1 1 1"] | None = None) -> tuple[Maps, Maps]:
-        """The expanded maps, and the block's; `survival` is what each image's part of the sum is multiplied by."""
-        *expand, depthwise, excite, project = self.block
-        wide = expand[0].active(maps, train) if expand else maps
-        result = project(excite(depthwise.active(wide, train)), train)
-        if not self.adds:
-            return wide, result
-        return wide, maps + (result if survival is None else result * survival)
+        """Return the expanded maps and the block's; `survival` scales each image's residual (stochastic depth)."""
+        *expand, depthwise, squeeze_excite, project = self.block
+        expanded = expand[0].activated(maps, train) if expand else maps
+        result = project(squeeze_excite(depthwise.activated(expanded, train)), train)
+        if not self.has_residual:
+            return expanded, result
+        return expanded, maps + (result if survival is None else result * survival)
 
 
-def _divisible(channels: float) -> int:
-    """The nearest multiple of 8, or the next one where that is more than a tenth too small."""
+def _make_divisible(channels: float) -> int:
+    """Return the nearest multiple of 8, or the next one where that is more than 10 % too small."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels else nearest + 8
 
 
-def _sequence(blocks: Any) -> Sequence:
-    if isinstance(blocks, str) or not isinstance(blocks, Sequence) or not blocks:
-        raise CxrError(f"blocks must be a sequence of (expansion, kernel, stride, channels, blocks), not {blocks!r}")
-    return blocks
-
-
-def _row(row: Any) -> Sequence[int]:
-    if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 5:
-        raise CxrError(f"a stage of an EfficientNet is (expansion, kernel, stride, channels, blocks), not {row!r}")
-    for what, value in zip(("expansion", "kernel", "stride", "channels", "blocks"), row, strict=True):
-        positive(f"{what} of a stage", value)
-    if row[1] % 2 == 0:
-        raise CxrError(f"the kernels of an EfficientNet must be odd, not {row[1]}")
-    return row
+def _check_block_config(block_config: Any) -> None:
+    fields = ("expansion", "kernel", "stride", "channels", "blocks")
+    if isinstance(block_config, str) or not isinstance(block_config, Sequence) or not block_config:
+        raise CxrError(f"block_config must be a sequence of ({', '.join(fields)}), not {block_config!r}")
+    for stage in block_config:
+        if isinstance(stage, str) or not isinstance(stage, Sequence) or len(stage) != 5:
+            raise CxrError(f"a stage of an EfficientNet is ({', '.join(fields)}), not {stage!r}")
+        for field, value in zip(fields, stage, strict=True):
+            check_positive(f"{field} of a stage", value)
+        if stage[1] % 2 == 0:
+            raise CxrError(f"the kernels of an EfficientNet must be odd, not {stage[1]}")
 
 
 _SMALL = {
     "stem_channels": 8,
-    "blocks": ((1, 3, 1, 8, 1), (4, 3, 2, 16, 2), (4, 5, 2, 24, 2)),
+    "block_config": ((1, 3, 1, 8, 1), (4, 3, 2, 16, 2), (4, 5, 2, 24, 2)),
     "pooling": "average+max",
 }
 
 
-def _scaled(name: str, width: float, depth: float, dropout: float) -> Architecture:
-    settings = {"width": width, "depth": depth, "dropout": dropout}
-    return Architecture(EfficientNet, IMAGENET, settings, f"torchvision {name}")
+def _torchvision(name: str, width_mult: float, depth_mult: float, dropout: float) -> Architecture:
+    options = {"width_mult": width_mult, "depth_mult": depth_mult, "dropout": dropout}
+    return Architecture(EfficientNet, IMAGENET, options, f"torchvision {name}")
 
 
 ARCHITECTURES = {
-    "efficientnet_b0": _scaled("efficientnet_b0", 1.0, 1.0, 0.2),
-    "efficientnet_b1": _scaled("efficientnet_b1", 1.0, 1.1, 0.2),
-    "efficientnet_b2": _scaled("efficientnet_b2", 1.1, 1.2, 0.3),
-    "efficientnet_b3": _scaled("efficientnet_b3", 1.2, 1.4, 0.3),
-    "efficientnet_b4": _scaled("efficientnet_b4", 1.4, 1.8, 0.4),
+    "efficientnet_b0": _torchvision("efficientnet_b0", 1.0, 1.0, 0.2),
+    "efficientnet_b1": _torchvision("efficientnet_b1", 1.0, 1.1, 0.2),
+    "efficientnet_b2": _torchvision("efficientnet_b2", 1.1, 1.2, 0.3),
+    "efficientnet_b3": _torchvision("efficientnet_b3", 1.2, 1.4, 0.3),
+    "efficientnet_b4": _torchvision("efficientnet_b4", 1.4, 1.8, 0.4),
     "efficientnet_small": Architecture(EfficientNet, GREY, _SMALL, "ours, for CPUs"),
 }

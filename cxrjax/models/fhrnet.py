@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError, one_of, positive
+from cxrjax.errors import CxrError, check_choice, check_positive
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier
 from cxrjax.models.hrnet import ARCHITECTURES as HRNETS
@@ -83,12 +83,12 @@ class FHRNet(Backbone):
     ):
         super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
         self.backbone = backbone
-        self.stage = one_of("stage", stage, STAGES)
-        self.resize, self.crop = resize and positive("resize", resize), crop and positive("crop", crop)
-        self.region = one_of("region", region, ("crop", "mask"))
-        self.region_size = positive("region_size", region_size)
-        self.fusion = one_of("fusion", fusion, ("concatenate", "weighted"))
-        self.shared = one_of("heads", heads, ("separate", "shared")) == "shared"
+        self.stage = check_choice("stage", stage, STAGES)
+        self.resize, self.crop = resize and check_positive("resize", resize), crop and check_positive("crop", crop)
+        self.region = check_choice("region", region, ("crop", "mask"))
+        self.region_size = check_positive("region_size", region_size)
+        self.fusion = check_choice("fusion", fusion, ("concatenate", "weighted"))
+        self.shared = check_choice("heads", heads, ("separate", "shared")) == "shared"
         if not 0 < threshold < 1:
             raise CxrError(f"threshold must be between 0 and 1, not {threshold!r}")
         if resize and crop > resize:
@@ -96,8 +96,8 @@ class FHRNet(Backbone):
         if self.shared and fusion != "weighted":
             raise CxrError("heads='shared' is one matrix for vectors of one length: it needs fusion='weighted'")
         self.threshold = float(threshold)
-        self.prediction = one_of("prediction", prediction, ("fusion", "geometric-mean"))
-        settings = {**HRNETS[one_of("backbone", backbone, HRNETS)].settings, "neck": neck, "pooling": "average"}
+        self.prediction = check_choice("prediction", prediction, ("fusion", "geometric-mean"))
+        settings = {**HRNETS[check_choice("backbone", backbone, HRNETS)].settings, "neck": neck, "pooling": "average"}
         common = {"classes": classes, "inputs": inputs, "dtype": dtype, "remat": remat}
         self.global_branch = HRNet(**common, **settings, seed=seed)
         self.local_branch = HRNet(**common, **settings, seed=seed + 1)

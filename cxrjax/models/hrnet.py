@@ -1,7 +1,6 @@
-"""HRNet: branches of several resolutions side by side, the finest kept to the end.
+"""HRNet (Wang et al. 2020, arXiv:1908.07919): parallel branches of several resolutions, the finest kept to the end.
 
-Wang et al. 2020, "Deep high-resolution representation learning for visual recognition", arXiv:1908.07919. Module names
-are timm's, so that its weights fit by name.
+Module names are timm's, so that its weights fit by name.
 """
 
 from collections import OrderedDict
@@ -16,45 +15,35 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from cxrjax.errors import CxrError, one_of, positive
-from cxrjax.models.backbone import Architecture, Backbone
-from cxrjax.models.heads import Classifier
+from cxrjax.errors import CxrError, check_choice, check_positive
+from cxrjax.models.backbone import Architecture, Backbone, Classifier
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import ConvNorm, LayerFactory, Maps, maybe_remat
-from cxrjax.models.resnet import BasicBlock, Bottleneck, in_turn, one_by_one
+from cxrjax.models.resnet import BasicBlock, Bottleneck, apply_blocks, apply_stage
 
-# Of the neck's first bottleneck: it makes 4 times as many maps of the finest branch, and the neck ends with 64 times.
+# Width of the neck's first bottleneck, whose maps have 4 times as many channels; the neck ends with 64 times as many.
 NECKS = {"public": 32, "half": 16, "eighth": 4}
 
 
 class HRNet(Backbone):
-    """HRNet for classification as timm defines it; the defaults are HRNet-W18.
+    """HRNet for classification as in timm; the defaults are HRNet-W18.
 
-    A stem and four bottlenecks at a quarter of the image's size, then stages: each adds a branch of half the size and
-    twice the channels, and its modules exchange maps between all branches. The neck brings the branches together at
-    the coarsest size.
+    A stem and bottlenecks at a quarter of the image's size, then stages: each adds a branch of half the size and twice
+    the channels, and its modules exchange maps between all branches. The neck joins the branches at the coarsest size.
 
     Height and width must be such that each branch is exactly half as large as the one before: with four branches a
     multiple of 32, or up to three pixels less.
 
-    Args:
-      classes: number of findings.
-      inputs: what the network expects of its images.
-      dtype: compute type.
-      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      seed: of the initial values.
+    Args (the common ones: see `Backbone`):
       width: channels of the finest branch.
-      modules: of each stage; a network has one branch more than stages.
-      blocks: residual blocks per branch and module.
-      stem_channels: outputs of both convolutions of the stem, and of the 3x3 convolutions of the first bottlenecks.
-      stem_blocks: number of these bottlenecks.
-      neck: "public" (128, 256, 512, 1024 maps of the branches, 2048 in the end), "half" of that (FHRNet) or "eighth".
-      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
-      hidden: units of a hidden layer in the head; 0 for none.
-      dropout: in the head.
+      num_modules: number of modules of each stage; a network has one branch more than stages.
+      num_blocks: residual blocks per branch and module.
+      stem_channels: output channels of both stem convolutions, and of the 3x3 convolutions of the first bottlenecks.
+      stem_blocks: number of the first bottlenecks.
+      neck: "public" (128, 256, 512, 1024 maps from the branches, 2048 at the end), "half" of that (FHRNet) or "eighth".
     """
 
-    published: ClassVar = (("classifier.output", "classifier"),)
+    published_prefixes: ClassVar = (("classifier.output", "classifier"),)
     stem: ClassVar = ("conv1", "bn1")
     replaceable: ClassVar = ("classifier", "incre_modules", "downsamp_modules", "final_layer")
 
@@ -62,13 +51,13 @@ class HRNet(Backbone):
         self,
         *,
         classes: int,
-        inputs: InputSpec,
+        input_spec: InputSpec,
         dtype: np.dtype,
         remat: str,
         seed: int,
         width: int = 18,
-        modules: Sequence[int] = (1, 4, 3),
-        blocks: int = 4,
+        num_modules: Sequence[int] = (1, 4, 3),
+        num_blocks: int = 4,
         stem_channels: int = 64,
         stem_blocks: int = 4,
         neck: str = "public",
@@ -76,45 +65,51 @@ class HRNet(Backbone):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = LayerFactory(dtype, seed, fan="out")
-        if isinstance(modules, str) or not isinstance(modules, Sequence) or not modules:
-            raise CxrError(f"modules must be a sequence of numbers, one per stage, such as (1, 4, 3), not {modules!r}")
-        self.branches = len(modules) + 1
-        channels = positive("stem_channels", stem_channels)
-        self.conv1 = make.conv(inputs.channels, channels, 3, stride=2, padding=1)
-        self.bn1 = make.norm(channels)
-        self.conv2 = make.conv(channels, channels, 3, stride=2, padding=1)
-        self.bn2 = make.norm(channels)
-        self.layer1 = _bottlenecks(make, channels, channels, positive("stem_blocks", stem_blocks))
+        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
+        factory = LayerFactory(dtype, seed, fan_mode="out")
+        if isinstance(num_modules, str) or not isinstance(num_modules, Sequence) or not num_modules:
+            raise CxrError(f"num_modules must be a sequence, one per stage, such as (1, 4, 3), not {num_modules!r}")
+        self.num_branches = len(num_modules) + 1
+        channels = check_positive("stem_channels", stem_channels)
+        self.conv1 = factory.conv(input_spec.channels, channels, 3, stride=2, padding=1)
+        self.bn1 = factory.norm(channels)
+        self.conv2 = factory.conv(channels, channels, 3, stride=2, padding=1)
+        self.bn2 = factory.norm(channels)
+        self.layer1 = _bottlenecks(factory, channels, channels, check_positive("stem_blocks", stem_blocks))
         before = [channels * Bottleneck.expansion]
-        widths = [positive("width", width) * 2**branch for branch in range(self.branches)]
-        for stage, count in enumerate(modules, start=2):
+        widths = [check_positive("width", width) * 2**branch for branch in range(self.num_branches)]
+        for stage, count in enumerate(num_modules, start=2):
             after = widths[:stage]
-            setattr(self, f"transition{stage - 1}", _transition(make, before, after))
-            row = [HighResolutionModule(make, after, blocks, remat) for _ in range(positive("modules", count))]
-            setattr(self, f"stage{stage}", nnx.List(row))
+            setattr(self, f"transition{stage - 1}", _transition(factory, before, after))
+            count = check_positive("num_modules", count)
+            modules = [HighResolutionModule(factory, after, num_blocks, remat) for _ in range(count)]
+            setattr(self, f"stage{stage}", nnx.List(modules))
             before = after
-        planes = [NECKS[one_of("neck", neck, NECKS)] * 2**branch for branch in range(self.branches)]
-        wide = [each * Bottleneck.expansion for each in planes]
-        self.incre_modules = nnx.List(_bottlenecks(make, *pair, 1) for pair in zip(widths, planes, strict=True))
-        self.downsamp_modules = nnx.List(ConvNorm(make, *pair, 3, stride=2, bias=True) for pair in pairwise(wide))
-        self.final_layer = ConvNorm(make, wide[-1], 2 * wide[-1], 1, bias=True)
-        self.classifier = Classifier(make, 2 * wide[-1], classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        neck_widths = [NECKS[check_choice("neck", neck, NECKS)] * 2**branch for branch in range(self.num_branches)]
+        neck_channels = [neck_width * Bottleneck.expansion for neck_width in neck_widths]
+        self.incre_modules = nnx.List(
+            _bottlenecks(factory, *pair, 1) for pair in zip(widths, neck_widths, strict=True)
+        )
+        self.downsamp_modules = nnx.List(
+            ConvNorm(factory, *pair, 3, stride=2, bias=True) for pair in pairwise(neck_channels)
+        )
+        out_channels = 2 * neck_channels[-1]
+        self.final_layer = ConvNorm(factory, neck_channels[-1], out_channels, 1, bias=True)
+        self.classifier = Classifier(factory, out_channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
-        """Maps after the stem, "layer1", of each branch after each stage ("stage2_branch1", finest first), and "final".
+        """Return the maps "stem", "layer1", of each branch after each stage ("stage2_branch1", finest first), "final".
 
         Raises:
           CxrError: as in `Backbone`, and for sizes at which the branches do not fit each other.
         """
-        self.check(images)
-        check_size(*images.shape[1:-1], multiple=2 ** (self.branches + 1))
+        self.check_images(images)
+        check_branch_sizes(*images.shape[1:-1], multiple=2 ** (self.num_branches + 1))
         named = OrderedDict(stem=maybe_remat(HRNet._stem, self.remat)(self, images, train))
-        named["layer1"] = in_turn(self.layer1, named["stem"], train, self.remat)
+        named["layer1"] = apply_stage(self.layer1, named["stem"], train, self.remat)
         branches = [named["layer1"]]
-        for stage in range(2, self.branches + 1):
-            branches = self._one_more(getattr(self, f"transition{stage - 1}"), branches, train)
+        for stage in range(2, self.num_branches + 1):
+            branches = self._add_branch(getattr(self, f"transition{stage - 1}"), branches, train)
             for module in getattr(self, f"stage{stage}"):
                 branches = maybe_remat(HighResolutionModule.__call__, self.remat, "block")(module, branches, train)
             named.update({f"stage{stage}_branch{number}": maps for number, maps in enumerate(branches, start=1)})
@@ -125,43 +120,45 @@ class HRNet(Backbone):
         maps = nnx.relu(self.bn1(self.conv1(images), train=train))
         return nnx.relu(self.bn2(self.conv2(maps), train=train))
 
-    def _one_more(self, transition: nnx.List, branches: list[Maps], train: bool) -> list[Maps]:
-        """The branches in the next stage's widths, and a new one, made from the coarsest."""
-        *adapt, (halve,) = transition
-        active = maybe_remat(ConvNorm.active, self.remat)
-        kept = [active(step, maps, train) if step else maps for step, maps in zip(adapt, branches, strict=True)]
-        return [*kept, active(halve, branches[-1], train)]
+    def _add_branch(self, transition: nnx.List, branches: list[Maps], train: bool) -> list[Maps]:
+        """Return the branches at the next stage's widths, and a new one from the coarsest."""
+        *adapt, (downsample,) = transition
+        conv_of = maybe_remat(ConvNorm.activated, self.remat)
+        adapted = [conv_of(conv, maps, train) if conv else maps for conv, maps in zip(adapt, branches, strict=True)]
+        return [*adapted, conv_of(downsample, branches[-1], train)]
 
     def _neck(self, branches: list[Maps], train: bool) -> Maps:
-        """From the finest branch to the coarsest: halve what there is and add the next."""
-        active = maybe_remat(ConvNorm.active, self.remat)
+        """Join the branches from fine to coarse: downsample the sum so far and add the next."""
+        conv_of = maybe_remat(ConvNorm.activated, self.remat)
         rows = zip(self.incre_modules, branches, strict=True)
-        total, *others = [one_by_one(row, maps, train, self.remat) for row, maps in rows]
-        for halve, maps in zip(self.downsamp_modules, others, strict=True):
-            total = maps + active(halve, total, train)
-        return active(self.final_layer, total, train)
+        total, *coarser = [apply_blocks(blocks, maps, train, self.remat) for blocks, maps in rows]
+        for downsample, maps in zip(self.downsamp_modules, coarser, strict=True):
+            total = maps + conv_of(downsample, total, train)
+        return conv_of(self.final_layer, total, train)
 
 
-def _bottlenecks(make: LayerFactory, channels: int, width: int, count: int) -> nnx.List:
-    """Bottlenecks in a row, with 3x3 convolutions of `width` channels."""
-    inputs = [channels, *[width * Bottleneck.expansion] * (count - 1)]
-    return nnx.List(Bottleneck(make, each, width, stride=1) for each in inputs)
+def _bottlenecks(factory: LayerFactory, channels: int, width: int, count: int) -> nnx.List:
+    """Make bottlenecks in sequence, with 3x3 convolutions of `width` channels."""
+    in_channels = [channels, *[width * Bottleneck.expansion] * (count - 1)]
+    return nnx.List(Bottleneck(factory, each, width, stride=1) for each in in_channels)
 
 
-def _transition(make: LayerFactory, before: Sequence[int], after: Sequence[int]) -> nnx.List:
-    """Between stages: a convolution per branch whose channels change, and one that makes the new branch."""
-    adapt = [nnx.List() if old == new else ConvNorm(make, old, new, 3) for old, new in zip(before, after, strict=False)]
-    return nnx.List([*adapt, nnx.List([ConvNorm(make, before[-1], after[-1], 3, stride=2)])])
+def _transition(factory: LayerFactory, before: Sequence[int], after: Sequence[int]) -> nnx.List:
+    """Make the convolutions between stages: one per branch whose channels change, and one for the new branch."""
+    adapt = [
+        nnx.List() if old == new else ConvNorm(factory, old, new, 3) for old, new in zip(before, after, strict=False)
+    ]
+    return nnx.List([*adapt, nnx.List([ConvNorm(factory, before[-1], after[-1], 3, stride=2)])])
 
 
-def check_size(height: int, width: int, multiple: int) -> None:
-    """Raise a `CxrError` unless each branch is exactly half as large as the one before, as timm needs it too.
+def check_branch_sizes(height: int, width: int, multiple: int) -> None:
+    """Raise a `CxrError` unless each branch is exactly half as large as the one before, which timm needs too.
 
     The stem makes ceil(size / 4) rows, which must halve evenly: sizes from 3 px below a multiple up to it do.
 
     Args:
-      height: of the images, px.
-      width: of the images, px.
+      height: height of the images, px.
+      width: width of the images, px.
       multiple: px per position of the coarsest branch.
     """
     for side, size in (("height", height), ("width", width)):
@@ -175,63 +172,64 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 class HighResolutionModule(nnx.Module):
-    """Residual blocks on each branch, then the exchange between all branches."""
+    """Residual blocks on each branch, then fusion of all branches into each of them."""
 
-    def __init__(self, make: LayerFactory, channels: Sequence[int], blocks: int, remat: str):
+    def __init__(self, factory: LayerFactory, channels: Sequence[int], num_blocks: int, remat: str):
         self.remat = remat
-        rows = [
-            [BasicBlock(make, each, each, stride=1) for _ in range(positive("blocks", blocks))] for each in channels
-        ]
-        self.branches = nnx.List(nnx.List(row) for row in rows)
-        self.fuse_layers = nnx.List(Fusion(make, channels, target) for target in range(len(channels)))
+        check_positive("num_blocks", num_blocks)
+        branches = [[BasicBlock(factory, width, width, stride=1) for _ in range(num_blocks)] for width in channels]
+        self.branches = nnx.List(nnx.List(blocks) for blocks in branches)
+        self.fuse_layers = nnx.List(FuseLayer(factory, channels, target) for target in range(len(channels)))
 
     def __call__(self, branches: list[Maps], train: bool) -> list[Maps]:
-        """New maps of every branch, of the same shapes."""
+        """Return new maps of every branch, of the same shapes."""
         rows = zip(self.branches, branches, strict=True)
-        branches = [one_by_one(row, maps, train, self.remat) for row, maps in rows]
-        return [maybe_remat(Fusion.__call__, self.remat)(fusion, branches, train) for fusion in self.fuse_layers]
+        branches = [apply_blocks(blocks, maps, train, self.remat) for blocks, maps in rows]
+        return [maybe_remat(FuseLayer.__call__, self.remat)(fuse, branches, train) for fuse in self.fuse_layers]
 
 
-class Fusion(nnx.List):
-    """The sum of all branches, each brought to one branch's size and channels; ReLU."""
+class FuseLayer(nnx.List):
+    """The sum of all branches, each resized to the target branch's size and channels; ReLU."""
 
-    def __init__(self, make: LayerFactory, channels: Sequence[int], target: int):
-        own, coarser = channels[target], channels[target + 1 :]
-        halved = [Halvings(make, each, own, target - source) for source, each in enumerate(channels[: target + 1])]
-        super().__init__([*halved, *(Doublings(make, each, own, times) for times, each in enumerate(coarser, start=1))])
+    def __init__(self, factory: LayerFactory, channels: Sequence[int], target: int):
+        width, finer, coarser = channels[target], channels[: target + 1], channels[target + 1 :]
+        down = [Downsample(factory, each, width, target - source) for source, each in enumerate(finer)]
+        up = [Upsample(factory, each, width, times) for times, each in enumerate(coarser, start=1)]
+        super().__init__([*down, *up])
 
     def __call__(self, branches: list[Maps], train: bool) -> Maps:
-        """Maps of the target branch's shape."""
+        """Return maps of the target branch's shape."""
         return nnx.relu(reduce(add, [path(maps, train) for path, maps in zip(self, branches, strict=True)]))
 
 
-class Halvings(nnx.List):
-    """Strided 3x3 convolutions with ReLU between them, the last into the new channels; no convolution for 0 times."""
+class Downsample(nnx.List):
+    """`times` strided 3x3 convolutions with ReLU between them, the last to `out_channels`; none for 0 times."""
 
-    def __init__(self, make: LayerFactory, inputs: int, outputs: int, times: int):
-        super().__init__(ConvNorm(make, *pair, 3, stride=2) for pair in pairwise([*[inputs] * times, outputs]))
+    def __init__(self, factory: LayerFactory, in_channels: int, out_channels: int, times: int):
+        channels = [*[in_channels] * times, out_channels]
+        super().__init__(ConvNorm(factory, *pair, 3, stride=2) for pair in pairwise(channels))
 
     def __call__(self, maps: Maps, train: bool) -> Maps:
-        """Maps of a half, a quarter, ... of the size."""
-        for number, step in enumerate(self):
-            maps = step(nnx.relu(maps) if number else maps, train)
+        """Return maps of 1 / 2**times of the size."""
+        for number, conv in enumerate(self):
+            maps = conv(nnx.relu(maps) if number else maps, train)
         return maps
 
 
-class Doublings(ConvNorm):
-    """A 1x1 convolution into the new channels, then nearest-neighbour enlargement."""
+class Upsample(ConvNorm):
+    """A 1x1 convolution to `out_channels`, then nearest-neighbour upsampling."""
 
-    def __init__(self, make: LayerFactory, inputs: int, outputs: int, times: int):
-        super().__init__(make, inputs, outputs, 1)
+    def __init__(self, factory: LayerFactory, in_channels: int, out_channels: int, times: int):
+        super().__init__(factory, in_channels, out_channels, 1)
         self.factor = 2**times
 
     def __call__(self, maps: Maps, train: bool) -> Maps:
-        """Maps of two, four, ... times the size."""
-        return repeated(super().__call__(maps, train), self.factor)
+        """Return maps of 2**times of the size."""
+        return upsample_nearest(super().__call__(maps, train), self.factor)
 
 
-def repeated(maps: Maps, factor: int) -> Maps:
-    """Nearest-neighbour enlargement: each value fills a square of side `factor`; gradients are summed over it."""
+def upsample_nearest(maps: Maps, factor: int) -> Maps:
+    """Repeat each value over a square of side `factor`; the backward pass sums gradients over it."""
     B, H, W, C = maps.shape
     squares = jnp.broadcast_to(maps[:, :, None, :, None, :], (B, H, factor, W, factor, C))
     return squares.reshape(B, H * factor, W * factor, C)
@@ -239,8 +237,8 @@ def repeated(maps: Maps, factor: int) -> Maps:
 
 _SMALL = {
     "width": 8,
-    "modules": (1, 1, 1),
-    "blocks": 1,
+    "num_modules": (1, 1, 1),
+    "num_blocks": 1,
     "stem_channels": 8,
     "stem_blocks": 1,
     "neck": "eighth",

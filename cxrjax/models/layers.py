@@ -1,6 +1,6 @@
-"""The parts every family is made of: convolution, batch norm, and recomputation by layer."""
+"""Layers that every family uses: convolution, linear layer, batch norm, and recomputation (remat)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -10,133 +10,93 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from cxrjax.errors import CxrError
-from cxrjax.models.convolution import depthwise, folds, halving
-from cxrjax.models.spatial import constrain_rows
-
-Maps = Float[Array, "B H W C"]
+from cxrjax.models.convolution import conv2d, depthwise_conv2d, dot_general
+from cxrjax.models.spatial import Maps
 
 
 def param_dtype(dtype) -> np.dtype:
-    """The type of parameters and batch statistics, and of norm arithmetic, for a compute type: float32 at least."""
+    """Return the type of parameters, batch statistics and norm arithmetic for a compute type: float32 or wider."""
     return np.promote_types(dtype, np.float32)
 
 
-_drawing = ContextVar("drawing", default=True)
+_init_skipped = ContextVar("init_skipped", default=False)
 
 
 @contextmanager
 def skip_init() -> Iterator[None]:
-    """Initial values are 0 inside: drawing hundreds of millions takes seconds, and sometimes only shapes matter."""
-    token = _drawing.set(False)
+    """Set the parameters of networks built inside to zero, where only shapes matter: drawing values takes seconds."""
+    token = _init_skipped.set(True)
     try:
         yield
     finally:
-        _drawing.reset(token)
+        _init_skipped.reset(token)
 
 
-class _NoKeys:
-    """What nnx layers get for the random keys that they ask for; our initialisers do without."""
+class _NoRngs:
+    """Stands in for `nnx.Rngs`: our initializers need no JAX keys."""
 
     def params(self) -> None:
-        """No key."""
-
-
-@constrain_rows
-def _convolution(maps: Maps, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Maps:
-    convolve: Callable = halving if folds(maps, strides) else jax.lax.conv_general_dilated
-    return convolve(*_kernel_first(maps, kernel), strides, padding, **options)
-
-
-@constrain_rows
-def _depthwise(maps: Maps, kernel: Array, *args: Any, **options: Any) -> Maps:
-    return depthwise(*_kernel_first(maps, kernel), *args, **options)
-
-
-def _product(maps: Array, kernel: Array, *args: Any, **options: Any) -> Array:
-    return jax.lax.dot_general(*_kernel_first(maps, kernel), *args, **options)
-
-
-@jax.custom_vjp
-def _kernel_first(maps: Maps, kernel: Array) -> tuple[Maps, Array]:
-    """The same; the backward pass computes the kernel's gradient before it goes on with that of the maps.
-
-    XLA would rather leave kernels' gradients, and all maps that they are made of, for the end, where several devices
-    add them up: twice the memory. Where only one of the two is wanted it is not held up.
-    """
-    return maps, kernel
-
-
-def _whether_both(maps: Any, kernel: Any) -> tuple[tuple[Maps, Array], tuple[()] | None]:
-    return (maps.value, kernel.value), () if maps.perturbed and kernel.perturbed else None
-
-
-def _both_or_one(both: tuple[()] | None, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
-    if any(isinstance(each, SymbolicZero) for each in gradients):
-        maps, kernel = (None if isinstance(each, SymbolicZero) else each for each in gradients)
-        return maps, kernel
-    return gradients if both is None else jax.lax.optimization_barrier(gradients)
-
-
-_kernel_first.defvjp(_whether_both, _both_or_one, symbolic_zeros=True)
+        """Return no key."""
 
 
 class LayerFactory:
-    """Makes the layers of one network: it holds what they have in common.
+    """Makes the layers of one network.
 
-    Initial values are drawn with NumPy, so that they depend on the seed alone (not on devices), and that
-    building a network compiles nothing.
+    Initial values are drawn with NumPy: they depend on the seed alone (not on devices), and building a network
+    compiles nothing.
 
     Args:
       dtype: compute type.
-      seed: of the initial values.
-      fan: what the deviation of a convolution's initial values goes by: its connections "in" or "out".
+      seed: seed of the initial values.
+      fan_mode: whether the deviation of a convolution's initial values follows its fan "in" or fan "out"
+        (He et al. 2015, arXiv:1502.01852).
     """
 
-    def __init__(self, dtype, seed: int, *, fan: Literal["in", "out"] = "in"):
+    def __init__(self, dtype, seed: int, *, fan_mode: Literal["in", "out"] = "in"):
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise CxrError(f"seed must be a whole number, 0 or above, not {seed!r}")
         self.dtype = np.dtype(dtype)
         self.param_dtype = param_dtype(dtype)
-        self._fan = fan
+        self._fan_mode = fan_mode
         self._generator = np.random.Generator(np.random.PCG64(seed))
-        self._unused: Any = _NoKeys()
+        self._rngs: Any = _NoRngs()
 
     def _zeros(self, _key, shape, dtype) -> jax.Array:
-        return jax.device_put(np.broadcast_to(np.zeros((), dtype), shape))  # shapes alone need no memory
+        return jax.device_put(np.broadcast_to(np.zeros((), dtype), shape))  # takes no host memory
 
     def _kaiming_normal(self, _key, shape, dtype) -> jax.Array:
-        if not _drawing.get():
+        if _init_skipped.get():
             return self._zeros(_key, shape, dtype)
-        height, width, inputs, outputs = shape
-        deviation = np.sqrt(2 / (height * width * (inputs if self._fan == "in" else outputs)))  # arXiv:1502.01852
+        height, width, in_channels, out_channels = shape
+        deviation = np.sqrt(2 / (height * width * (in_channels if self._fan_mode == "in" else out_channels)))
         return jax.device_put((self._generator.standard_normal(shape) * deviation).astype(dtype))
 
     def _torch_uniform(self, _key, shape, dtype) -> jax.Array:
-        if not _drawing.get():
+        if _init_skipped.get():
             return self._zeros(_key, shape, dtype)
-        bound = 1 / np.sqrt(shape[0])  # what torch.nn.Linear does
+        bound = 1 / np.sqrt(shape[0])  # as torch.nn.Linear
         return jax.device_put(self._generator.uniform(-bound, bound, shape).astype(dtype))
 
     def conv(
         self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
         *,
         stride: int = 1,
         padding: int = 0,
         groups: int = 1,
         bias: bool = False,
     ) -> nnx.Conv:
-        """A square convolution with PyTorch's padding: `padding` zeros on each side."""
+        """Make a square convolution with PyTorch's padding: `padding` zeros on each side."""
+        is_depthwise = groups == in_channels == out_channels > 1
         return nnx.Conv(
-            inputs,
-            outputs,
-            (kernel, kernel),
+            in_channels,
+            out_channels,
+            (kernel_size, kernel_size),
             strides=(stride, stride),
             padding=((padding, padding), (padding, padding)),
             feature_group_count=groups,
@@ -145,170 +105,179 @@ class LayerFactory:
             param_dtype=self.param_dtype,
             kernel_init=self._kaiming_normal,
             bias_init=self._zeros,
-            conv_general_dilated=_depthwise if groups == inputs == outputs > 1 else _convolution,
-            rngs=self._unused,
+            conv_general_dilated=depthwise_conv2d if is_depthwise else conv2d,
+            rngs=self._rngs,
         )
 
-    def linear(self, inputs: int, outputs: int) -> nnx.Linear:
-        """A fully connected layer, its bias zero at first; it computes in the type of its parameters."""
+    def linear(self, in_features: int, out_features: int) -> nnx.Linear:
+        """Make a fully connected layer with a bias of zero; it computes in the type of its parameters."""
         return nnx.Linear(
-            inputs,
-            outputs,
+            in_features,
+            out_features,
             dtype=self.param_dtype,
             param_dtype=self.param_dtype,
             kernel_init=self._torch_uniform,
             bias_init=self._zeros,
-            dot_general=_product,
-            rngs=self._unused,
+            dot_general=dot_general,
+            rngs=self._rngs,
         )
 
     def norm(self, channels: int) -> "BatchNorm":
-        """Batch norm as PyTorch has it by default."""
+        """Make a batch norm with PyTorch's defaults."""
         return BatchNorm(channels, dtype=self.dtype)
-
-
-class BatchNorm(nnx.Module):
-    """Batch norm over B, H and W that keeps PyTorch's running statistics.
-
-    Two things differ from `nnx.BatchNorm`: the running variance is the unbiased one, and the result has the
-    compute type. Statistics and arithmetic are float32 (float64 for float64). Under a sharded `jax.jit` the means
-    are those of the global batch, whatever the mesh: batch norm is synchronised.
-
-    Ioffe and Szegedy 2015, arXiv:1502.03167.
-    """
-
-    def __init__(self, channels: int, *, dtype, momentum: float = 0.1, epsilon: float = 1e-5):
-        wide = param_dtype(dtype)
-        zeros, ones = np.zeros(channels, wide), np.ones(channels, wide)  # NumPy's: those of JAX are compiled
-        self.scale, self.bias = nnx.Param(jax.device_put(ones)), nnx.Param(jax.device_put(zeros))
-        self.mean, self.var = nnx.BatchStat(jax.device_put(zeros)), nnx.BatchStat(jax.device_put(ones))
-        self.dtype = np.dtype(dtype)
-        self.momentum = momentum
-        self.epsilon = epsilon
-
-    def __call__(self, maps: Maps, *, train: bool, moments: "Moments | None" = None) -> Maps:
-        """Normalise; in training by the batch's statistics, which also enter the running ones.
-
-        `moments` are those statistics where they are known: `self.moments(maps)` is what they would be.
-        """
-        wide = maps.astype(param_dtype(self.dtype))
-        if train:
-            mean, var = moments or self.moments(wide)
-            self._enter(mean, var, maps.size // maps.shape[-1])
-        else:
-            mean, var = self.mean[...], self.var[...]
-        scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
-        offset = self.bias[...] - mean * scale  # one multiplication and addition per value, as PyTorch does
-        return (wide * _spread(scale) + _spread(offset)).astype(self.dtype)
-
-    def moments(self, maps: Maps, first: int = 0) -> "Moments":
-        """Mean and biased variance of the batch, for the channels of this norm from `first` on that `maps` has."""
-        if maps.size // maps.shape[-1] < 2:
-            raise CxrError("batch norm cannot train on one value per channel: use a larger batch or larger images")
-        return _moments(maps, jax.lax.stop_gradient(self.mean[...][first : first + maps.shape[-1]]))
-
-    def _enter(self, mean: Float[Array, " C"], var: Float[Array, " C"], values: int) -> None:
-        """Move the running statistics towards those of a batch of so many values per channel."""
-        for running, batch in ((self.mean, mean), (self.var, var * (values / (values - 1)))):
-            moved = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(batch)
-            running.set_value(moved)  # `running[...] = moved` walks all that is traced so far: quadratic in depth
 
 
 Moments = tuple[Float[Array, " C"], Float[Array, " C"]]
 """Mean and biased variance over a batch, per channel."""
 
 
-@jax.custom_vjp
-def _moments(maps: Maps, about: Float[Array, " C"]) -> Moments:
-    """In the type of `about`, the running mean: in one pass, E[x^2] - E[x]^2 does not cancel about it.
+class BatchNorm(nnx.Module):
+    """Batch norm over B, H and W with PyTorch's running statistics (Ioffe and Szegedy 2015, arXiv:1502.03167).
 
-    The backward pass needs the maps alone, as they are, and no shifted ones of a wider type.
+    It differs from `nnx.BatchNorm` in two ways: the running variance is the unbiased one, and the result has the
+    compute type. Statistics and arithmetic are float32 (float64 for float64). Under a sharded `jax.jit` the moments
+    are those of the global batch on any mesh: batch norm is synchronised.
     """
-    shifted = maps.astype(about.dtype) - _spread(about)
+
+    def __init__(self, channels: int, *, dtype, momentum: float = 0.1, epsilon: float = 1e-5):
+        wide = param_dtype(dtype)
+        zeros, ones = np.zeros(channels, wide), np.ones(channels, wide)  # NumPy: making JAX's would compile
+        self.scale, self.bias = nnx.Param(jax.device_put(ones)), nnx.Param(jax.device_put(zeros))
+        self.mean, self.var = nnx.BatchStat(jax.device_put(zeros)), nnx.BatchStat(jax.device_put(ones))
+        self.dtype = np.dtype(dtype)
+        self.momentum = momentum
+        self.epsilon = epsilon
+
+    def __call__(self, maps: Maps, *, train: bool, moments: Moments | None = None) -> Maps:
+        """Normalise the maps; in training by the batch's moments, which also update the running statistics.
+
+        Args:
+          maps: feature maps.
+          train: whether to use the batch's moments.
+          moments: `self.moments(maps)`, where it is already computed.
+        """
+        wide = maps.astype(param_dtype(self.dtype))
+        if train:
+            mean, var = moments or self.moments(wide)
+            self._update_running(mean, var, maps.size // maps.shape[-1])
+        else:
+            mean, var = self.mean[...], self.var[...]
+        scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
+        offset = self.bias[...] - mean * scale  # one multiplication and addition per value, as PyTorch does
+        return (wide * _per_channel(scale) + _per_channel(offset)).astype(self.dtype)
+
+    def moments(self, maps: Maps, first_channel: int = 0) -> Moments:
+        """Return the batch's mean and biased variance of maps that are this norm's channels from `first_channel` on."""
+        if maps.size // maps.shape[-1] < 2:
+            raise CxrError("batch norm cannot train on one value per channel: use a larger batch or larger images")
+        running_mean = self.mean[...][first_channel : first_channel + maps.shape[-1]]
+        return _moments(maps, jax.lax.stop_gradient(running_mean))
+
+    def _update_running(self, mean: Float[Array, " C"], var: Float[Array, " C"], count: int) -> None:
+        """Move the running statistics towards the moments of a batch with `count` values per channel."""
+        for running, batch in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
+            updated = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(batch)
+            running.set_value(updated)  # `running[...] = updated` walks all traced code: quadratic in depth
+
+
+@jax.custom_vjp
+def _moments(maps: Maps, shift: Float[Array, " C"]) -> Moments:
+    """Compute moments in the type of `shift`, in one pass as E[x^2] - E[x]^2 of the shifted maps.
+
+    `shift` is the running mean, near which this does not cancel. The backward pass keeps the maps as they are, not
+    shifted ones of a wider type.
+    """
+    shifted = maps.astype(shift.dtype) - _per_channel(shift)
     offset = shifted.mean((0, 1, 2))
-    return about + offset, jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
+    return shift + offset, jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
 
 
-def _moments_and_maps(maps: Maps, about: Float[Array, " C"]) -> tuple[Moments, tuple[Maps, Float[Array, " C"]]]:
-    mean, var = _moments(maps, about)
+def _moments_fwd(maps: Maps, shift: Float[Array, " C"]) -> tuple[Moments, tuple[Maps, Float[Array, " C"]]]:
+    mean, var = _moments(maps, shift)
     return (mean, var), (maps, mean)
 
 
-def _gradient_of_moments(kept: tuple[Maps, Float[Array, " C"]], gradients: Moments) -> tuple[Maps, Any]:
-    maps, mean = kept
-    of_mean, of_var = (_spread(each) * (maps.shape[-1] / maps.size) for each in gradients)
-    return (of_mean + 2 * of_var * (maps.astype(mean.dtype) - _spread(mean))).astype(maps.dtype), jnp.zeros_like(mean)
+def _moments_bwd(residuals: tuple[Maps, Float[Array, " C"]], cotangents: Moments) -> tuple[Maps, Any]:
+    maps, mean = residuals
+    d_mean, d_var = (_per_channel(cotangent) * (maps.shape[-1] / maps.size) for cotangent in cotangents)
+    d_maps = d_mean + 2 * d_var * (maps.astype(mean.dtype) - _per_channel(mean))
+    return d_maps.astype(maps.dtype), jnp.zeros_like(mean)
 
 
-_moments.defvjp(_moments_and_maps, _gradient_of_moments)
+_moments.defvjp(_moments_fwd, _moments_bwd)
 
 
-def _spread(per_channel: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
-    return per_channel.reshape(1, 1, 1, -1)
+def _per_channel(values: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
+    return values.reshape(1, 1, 1, -1)
 
 
 class ConvNorm(nnx.List):
-    """A convolution, padded by half its kernel, and its norm: "0" and "1" in published names."""
+    """A convolution, padded by half its kernel, and its batch norm: "0" and "1" in published names."""
 
     def __init__(
         self,
-        make: LayerFactory,
-        inputs: int,
-        outputs: int,
-        kernel: int,
+        factory: LayerFactory,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
         *,
         stride: int = 1,
         groups: int = 1,
         bias: bool = False,
     ):
-        conv = make.conv(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias)
-        super().__init__([conv, make.norm(outputs)])
+        padding = kernel_size // 2
+        conv = factory.conv(
+            in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups, bias=bias
+        )
+        super().__init__([conv, factory.norm(out_channels)])
 
     def __call__(self, maps: Maps, train: bool) -> Maps:
-        """Both, without an activation."""
+        """Apply convolution and norm."""
         conv, norm = self
         return norm(conv(maps), train=train)
 
-    def active(self, maps: Maps, train: bool) -> Maps:
-        """Both, and the activation."""
+    def activated(self, maps: Maps, train: bool) -> Maps:
+        """Apply convolution, norm and activation."""
         return self.activation(self(maps, train))
 
     @staticmethod
     def activation(maps: Maps) -> Maps:
-        """ReLU."""
+        """Apply ReLU."""
         return nnx.relu(maps)
 
 
 REMATS = ("none", "layer", "block", "full")
-"""What the backward pass recomputes instead of keeping it: each names all that those before it do, and more."""
+"""What the backward pass recomputes instead of storing; each level includes those before it."""
 
 
 @cache
 def maybe_remat(method: Callable, remat: str, level: str = "layer", static: tuple[int, ...] = (2,)) -> Callable:
-    """An unbound method of a layer, a block or a network as a function of (module, inputs, train, ...).
+    """Return an unbound method of a module as a function of (module, inputs, train, ...), rematerialised if asked.
 
-    Where `remat` covers the method's level, the backward pass recomputes what the method computes instead of keeping
-    it, so only its inputs stay in memory; results and running statistics are the same, and statistics move once.
-    (`jax.checkpoint` on a method would lose them.) Levels nest: what a block recomputes its layers recompute again.
+    If `remat` includes `level`, the backward pass recomputes the method's intermediate values and only its inputs stay
+    in memory. Results and running statistics are the same, and statistics are updated once (plain `jax.checkpoint` on
+    a method would lose them). Levels nest: layers inside a recomputed block are recomputed again.
 
     Args:
-      method: the function.
+      method: the method.
       remat: one of `REMATS`.
-      level: what the method is: "layer", "block" or "full" (a whole network).
-      static: positions of arguments that are no arrays.
+      level: what the method computes: a "layer", a "block", or a whole network ("full").
+      static: positions of the arguments that are not arrays.
     """
-    covered = REMATS.index(remat) >= REMATS.index(level)
-    return nnx.remat(method, static_argnums=static, graph=False) if covered else method
+    recomputes = REMATS.index(remat) >= REMATS.index(level)
+    return nnx.remat(method, static_argnums=static, graph=False) if recomputes else method
 
 
 @jax.custom_vjp
 def sum_gradients_early(maps: Any) -> Any:
-    """The same maps; in the backward pass what has come together of their gradients is summed before anything else.
+    """Return the same maps; the backward pass sums their gradients from later layers before it goes further back.
 
-    XLA would rather keep the gradients of all readers and sum them when the sum is needed: in a dense block that is
-    one gradient of all maps for each layer, all alive at once.
+    XLA would keep the gradients from all readers until the sum is needed: in a dense block that is one gradient of all
+    maps per layer, all alive at once.
     """
     return maps
 
 
-sum_gradients_early.defvjp(lambda maps: (maps, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
+sum_gradients_early.defvjp(
+    lambda maps: (maps, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
+)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cxrjax.errors import check_options, one_of
+from cxrjax.errors import check_options, check_choice
 from cxrjax.models import attention_fusion, densenet, efficientnet, fhrnet, hrnet, resnet, sequential
 from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.input_spec import InputSpec
@@ -48,7 +48,7 @@ def create(
     Raises:
       CxrError: unknown name or option (the message names the nearest), or a value out of range.
     """
-    architecture = ARCHITECTURES[one_of("network", name, ARCHITECTURES)]
+    architecture = ARCHITECTURES[check_choice("network", name, ARCHITECTURES)]
     check_options(name, options, architecture.family)
     nested = {
         option: {**architecture.settings.get(option, {}), **changes}

@@ -1,7 +1,6 @@
-"""ResNet: every block adds to its input.
+"""ResNet (He et al. 2016, arXiv:1512.03385), with torchvision's module names, so that its weights fit by name.
 
-He et al. 2016, arXiv:1512.03385. Module names are torchvision's, so that its weights fit by name, and as there the
-3x3 convolution of a bottleneck has the stride ("version 1.5"; the paper gives it to the first 1x1).
+As in torchvision, the 3x3 convolution of a bottleneck has the stride ("version 1.5"); in the paper the first 1x1 has it.
 """
 
 from collections import OrderedDict
@@ -12,42 +11,33 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from cxrjax.errors import CxrError, one_of, positive
-from cxrjax.models.backbone import Architecture, Backbone
-from cxrjax.models.heads import Classifier
+from cxrjax.errors import CxrError, check_choice, check_positive
+from cxrjax.models.backbone import Architecture, Backbone, Classifier
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import LayerFactory, Maps, maybe_remat
 from cxrjax.models.pooling import STEM_POOLS
 
 
 class ResNet(Backbone):
-    """ResNet as torchvision defines it; the defaults are ResNet50.
+    """ResNet as in torchvision; the defaults are ResNet50.
 
-    Args:
-      classes: number of findings.
-      inputs: what the network expects of its images.
-      dtype: compute type.
-      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      seed: of the initial values.
+    Args (the common ones: see `Backbone`):
       block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
-      layers: blocks per stage; each stage but the first halves height and width.
+      layers: number of blocks of each stage; each stage but the first halves height and width.
       width: channels of the stem and of the first stage's 3x3 convolutions; each stage doubles them.
-      stem_kernel: size of the first convolution, odd.
+      stem_kernel: kernel size of the first convolution, odd.
       stem_stride: its stride.
       stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
-      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
-      hidden: units of a hidden layer in the head; 0 for none.
-      dropout: in the head.
     """
 
-    published: ClassVar = (("classifier.output", "fc"),)
+    published_prefixes: ClassVar = (("classifier.output", "fc"),)
     stem: ClassVar = ("conv1", "bn1")
 
     def __init__(
         self,
         *,
         classes: int,
-        inputs: InputSpec,
+        input_spec: InputSpec,
         dtype: np.dtype,
         remat: str,
         seed: int,
@@ -61,71 +51,77 @@ class ResNet(Backbone):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
-        make = LayerFactory(dtype, seed, fan="out")
-        block_type = BLOCKS[one_of("block", block, BLOCKS)]
+        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
+        factory = LayerFactory(dtype, seed, fan_mode="out")
+        block_type = BLOCKS[check_choice("block", block, BLOCKS)]
         if isinstance(layers, str) or not isinstance(layers, Sequence):
-            raise CxrError(f"layers must be a sequence of block numbers such as (3, 4, 6, 3), not {layers!r}")
-        self.stages = len(layers)
-        self.stem_pool = one_of("stem_pool", stem_pool, STEM_POOLS)
-        if self.stages == 0 or positive("stem_kernel", stem_kernel) % 2 == 0:
-            raise CxrError(f"a ResNet needs at least one stage and an odd stem_kernel, not {layers!r}, {stem_kernel}")
-        stride = positive("stem_stride", stem_stride)
-        channels = positive("width", width)
-        self.conv1 = make.conv(inputs.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
-        self.bn1 = make.norm(channels)
+            raise CxrError(f"layers must be a sequence of block counts such as (3, 4, 6, 3), not {layers!r}")
+        self.num_stages = len(layers)
+        self.stem_pool = check_choice("stem_pool", stem_pool, STEM_POOLS)
+        if self.num_stages == 0 or check_positive("stem_kernel", stem_kernel) % 2 == 0:
+            raise CxrError(
+                f"a ResNet needs at least one stage and an odd stem_kernel, not layers={layers!r} and "
+                f"stem_kernel={stem_kernel}"
+            )
+        stride = check_positive("stem_stride", stem_stride)
+        channels = check_positive("width", width)
+        self.conv1 = factory.conv(
+            input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2
+        )
+        self.bn1 = factory.norm(channels)
         for stage, depth in enumerate(layers, start=1):
             blocks = nnx.List()
-            for number in range(positive("blocks of a stage", depth)):
-                halve = stage > 1 and number == 0
-                blocks.append(block_type(make, channels, width, stride=2 if halve else 1))
+            for number in range(check_positive("blocks of a stage", depth)):
+                halves = stage > 1 and number == 0
+                blocks.append(block_type(factory, channels, width, stride=2 if halves else 1))
                 channels = width * block_type.expansion
             setattr(self, f"layer{stage}", blocks)
             width *= 2
-        self.classifier = Classifier(make, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.classifier = Classifier(factory, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
-        """Maps after the stem and each stage: "stem", "layer1", ..., "final"."""
-        self.check(images)
+        """Return the maps after the stem and each stage: "stem", "layer1", ..., "final"."""
+        self.check_images(images)
         maps = maybe_remat(ResNet._stem, self.remat)(self, images, train)
         named = OrderedDict(stem=maps)
-        for stage in range(1, self.stages + 1):
-            maps = in_turn(getattr(self, f"layer{stage}"), maps, train, self.remat)
-            named[f"layer{stage}" if stage < self.stages else "final"] = maps
+        for stage in range(1, self.num_stages + 1):
+            maps = apply_stage(getattr(self, f"layer{stage}"), maps, train, self.remat)
+            named[f"layer{stage}" if stage < self.num_stages else "final"] = maps
         return named
 
     def _stem(self, images: Maps, train: bool) -> Maps:
         return STEM_POOLS[self.stem_pool](nnx.relu(self.bn1(self.conv1(images), train=train)))
 
 
-def in_turn(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
-    """What residual blocks in a row make of the maps; the row is a block to recompute, each of them a layer."""
-    return maybe_remat(one_by_one, remat, "block", static=(2, 3))(blocks, maps, train, remat)
+def apply_stage(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
+    """Apply residual blocks in sequence; for `remat` together they are a "block", and each of them is a "layer"."""
+    return maybe_remat(apply_blocks, remat, "block", static=(2, 3))(blocks, maps, train, remat)
 
 
-def one_by_one(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
-    """The same within a larger block."""
+def apply_blocks(blocks: nnx.List, maps: Maps, train: bool, remat: str) -> Maps:
+    """Apply residual blocks in sequence, each of which is a "layer" for `remat`."""
     for block in blocks:
         maps = maybe_remat(type(block).__call__, remat)(block, maps, train)
     return maps
 
 
-class Block(nnx.Module):
-    """Convolutions, each with a norm, whose result is added to the block's input; ReLU after the sum.
+class ResidualBlock(nnx.Module):
+    """Convolutions with norms, whose result is added to the block's input; ReLU after the sum.
 
-    Where the block changes the shape, a 1x1 convolution and a norm ("downsample") fit the input to it.
+    Where the block changes the shape, a 1x1 convolution and a norm ("downsample") adapt the input.
     """
 
     expansion: ClassVar[int]
 
-    def __init__(self, make: LayerFactory, channels: int, width: int, stride: int):
-        outputs = width * self.expansion
+    def __init__(self, factory: LayerFactory, channels: int, width: int, stride: int):
+        out_channels = width * self.expansion
         self.downsample: nnx.List[Any] = nnx.List()
-        if stride > 1 or channels != outputs:
-            self.downsample = nnx.List([make.conv(channels, outputs, 1, stride=stride), make.norm(outputs)])
+        if stride > 1 or channels != out_channels:
+            conv = factory.conv(channels, out_channels, 1, stride=stride)
+            self.downsample = nnx.List([conv, factory.norm(out_channels)])
 
     def __call__(self, maps: Maps, train: bool) -> Maps:
-        """The block's maps, of `width * expansion` channels."""
+        """Return the block's maps, of `width * expansion` channels."""
         shortcut = maps
         if self.downsample:
             conv, norm = self.downsample
@@ -133,44 +129,44 @@ class Block(nnx.Module):
         return nnx.relu(self.residual(maps, train) + shortcut)
 
     def residual(self, maps: Maps, train: bool) -> Maps:
-        """What is added to the input."""
-        raise TypeError(f"{type(self).__name__} does not say what it adds")
+        """Return what is added to the input."""
+        raise TypeError(f"{type(self).__name__} must override residual")
 
 
-class BasicBlock(Block):
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions; the first has the stride."""
 
     expansion: ClassVar = 1
 
-    def __init__(self, make: LayerFactory, channels: int, width: int, stride: int):
-        self.conv1 = make.conv(channels, width, 3, stride=stride, padding=1)
-        self.bn1 = make.norm(width)
-        self.conv2 = make.conv(width, width, 3, padding=1)
-        self.bn2 = make.norm(width)
-        super().__init__(make, channels, width, stride)
+    def __init__(self, factory: LayerFactory, channels: int, width: int, stride: int):
+        self.conv1 = factory.conv(channels, width, 3, stride=stride, padding=1)
+        self.bn1 = factory.norm(width)
+        self.conv2 = factory.conv(width, width, 3, padding=1)
+        self.bn2 = factory.norm(width)
+        super().__init__(factory, channels, width, stride)
 
     def residual(self, maps: Maps, train: bool) -> Maps:
-        """What is added to the input."""
+        """Return what is added to the input."""
         maps = nnx.relu(self.bn1(self.conv1(maps), train=train))
         return self.bn2(self.conv2(maps), train=train)
 
 
-class Bottleneck(Block):
+class Bottleneck(ResidualBlock):
     """1x1 convolution to `width` channels, 3x3 with the stride, 1x1 to four times as many."""
 
     expansion: ClassVar = 4
 
-    def __init__(self, make: LayerFactory, channels: int, width: int, stride: int):
-        self.conv1 = make.conv(channels, width, 1)
-        self.bn1 = make.norm(width)
-        self.conv2 = make.conv(width, width, 3, stride=stride, padding=1)
-        self.bn2 = make.norm(width)
-        self.conv3 = make.conv(width, width * self.expansion, 1)
-        self.bn3 = make.norm(width * self.expansion)
-        super().__init__(make, channels, width, stride)
+    def __init__(self, factory: LayerFactory, channels: int, width: int, stride: int):
+        self.conv1 = factory.conv(channels, width, 1)
+        self.bn1 = factory.norm(width)
+        self.conv2 = factory.conv(width, width, 3, stride=stride, padding=1)
+        self.bn2 = factory.norm(width)
+        self.conv3 = factory.conv(width, width * self.expansion, 1)
+        self.bn3 = factory.norm(width * self.expansion)
+        super().__init__(factory, channels, width, stride)
 
     def residual(self, maps: Maps, train: bool) -> Maps:
-        """What is added to the input."""
+        """Return what is added to the input."""
         maps = nnx.relu(self.bn1(self.conv1(maps), train=train))
         maps = nnx.relu(self.bn2(self.conv2(maps), train=train))
         return self.bn3(self.conv3(maps), train=train)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError, positive, share
+from cxrjax.errors import CxrError, check_positive, check_fraction
 from cxrjax.models.backbone import Architecture, Backbone
 from cxrjax.models.heads import Classifier, drop
 from cxrjax.models.input_spec import UNIT, InputSpec
@@ -68,11 +68,11 @@ class SequentialCNN(Backbone):
             if isinstance(numbers, str) or not isinstance(numbers, Sequence) or not numbers:
                 raise CxrError(f"{what} must be a sequence of at least one number such as (32, 32), not {numbers!r}")
         self.stages = len(widths)
-        self.dropout = share("dropout", dropout)
-        self.image_size = self.side = positive("image_size", image_size)
+        self.dropout = check_fraction("dropout", dropout)
+        self.image_size = self.side = check_positive("image_size", image_size)
         channels = inputs.channels
         for number, width in enumerate(widths, start=1):
-            setattr(self, f"stage{number}", Stage(make, channels, positive("widths", width), pool, norm))
+            setattr(self, f"stage{number}", Stage(make, channels, check_positive("widths", width), pool, norm))
             channels = width
             self.side = (self.side - 2) // 2 if pool else self.side
         if self.side < 1:
@@ -80,7 +80,7 @@ class SequentialCNN(Backbone):
         values = self.side**2 * channels
         self.dense = nnx.List()
         for number in units:
-            self.dense.append(Dense(make, values, positive("units", number), norm))
+            self.dense.append(Dense(make, values, check_positive("units", number), norm))
             values = number
         self.classifier = Classifier(make, values, classes)
 

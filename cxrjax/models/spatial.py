@@ -1,4 +1,4 @@
-"""Where the rows of feature maps lie on a mesh whose `space` axis shares the rows of an image."""
+"""Operations on feature maps whose rows are sharded over the mesh axis `space`."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -13,71 +13,71 @@ Maps = Float[Array, "B H W C"]
 
 
 def constrain_rows(operation: Callable[..., Maps]) -> Callable[..., Maps]:
-    """An operation that changes the rows of maps, its first argument, laid out on the mesh it is traced for.
+    """Decorate an operation that changes the number of rows of its first argument, so that rows stay evenly sharded.
 
-    Where `space` divides the rows that it takes and those that it gives, each device holds its share of both. Else each
-    holds them whole: XLA's partitioner would split them unevenly, and then the gradients of strided convolutions are
-    wrong, without a word (jaxlib 0.10.2: 72 rows over 8 devices, 64 rows halved four times), although the maps
-    themselves are right. In networks that halve their maps again and again those are the small ones.
+    Where `space` divides the rows of both the input and the result, each device holds an equal shard of both.
+    Otherwise every device holds all rows: XLA's partitioner would shard them unevenly, and the gradients of strided
+    convolutions are then silently wrong (jaxlib 0.10.2: 72 rows over 8 devices, 64 rows halved four times), although
+    the maps are right. This concerns only the small maps late in a network.
 
-    Without a mesh, or with one device for each image, it is the operation.
+    Without a mesh, or with one device per image, the operation is unchanged.
     """
 
     @wraps(operation)
-    def laid_out(maps: Maps, *args: Any, **options: Any) -> Maps:
-        space, images = _space(), _images(maps)
+    def constrained(maps: Maps, *args: Any, **options: Any) -> Maps:
+        space, batch_axis = _space_size(), _batch_axis(maps)
         if space == 1:
             return operation(maps, *args, **options)
         result = jax.eval_shape(lambda maps: operation(maps, *args, **options), maps)
-        even = maps.shape[1] % space == result.shape[1] % space == 0
-        where = P(images or P.UNCONSTRAINED, "space" if even else None)
-        maps = jax.lax.with_sharding_constraint(maps, where)
-        return jax.lax.with_sharding_constraint(operation(maps, *args, **options), where)
+        is_even = maps.shape[1] % space == result.shape[1] % space == 0
+        spec = P(batch_axis or P.UNCONSTRAINED, "space" if is_even else None)
+        maps = jax.lax.with_sharding_constraint(maps, spec)
+        return jax.lax.with_sharding_constraint(operation(maps, *args, **options), spec)
 
-    return laid_out
+    return constrained
 
 
-def shared(operation: Callable[..., Maps]) -> Callable[..., Maps]:
-    """An operation on several maps that works on shares of their rows, `operation(*maps, shares=devices)`.
+def map_row_shards(operation: Callable[..., Maps]) -> Callable[..., Maps]:
+    """Decorate `operation(*maps, num_shards=n)`, so that each device runs it on its own rows.
 
-    Where `space` divides all their rows, each device calls it on its own shares, and `ring_shift` brings it those of
-    the others; else each calls it on whole maps, with `shares=1`.
+    Where `space` divides the rows of all maps, each device passes its shards and gets those of the others with
+    `ring_shift`. Otherwise each device passes whole maps, with `num_shards=1`.
     """
 
     @wraps(operation)
-    def on_each_device(*maps: Maps) -> Maps:
-        space, images = _space(), _images(maps[0])
-        if space == 1 or any(each.shape[1] % space for each in maps):
-            return operation(*maps, shares=1)
-        share = P(images, "space")
-        return jax.shard_map(partial(operation, shares=space), in_specs=share, out_specs=share)(*maps)
+    def mapped(*maps: Maps) -> Maps:
+        space, batch_axis = _space_size(), _batch_axis(maps[0])
+        if space == 1 or any(array.shape[1] % space for array in maps):
+            return operation(*maps, num_shards=1)
+        spec = P(batch_axis, "space")
+        return jax.shard_map(partial(operation, num_shards=space), in_specs=spec, out_specs=spec)(*maps)
 
-    return on_each_device
+    return mapped
 
 
-def ring_shift(arrays: Any, shares: int, *, back: bool = False) -> Any:
-    """The arrays of the device that has the rows before, or those after; of the first and the last it is the other."""
-    if shares == 1:
+def ring_shift(arrays: Any, num_shards: int, *, reverse: bool = False) -> Any:
+    """Return the arrays of the previous device in the ring over `space`, or of the next one if `reverse`."""
+    if num_shards == 1:
         return arrays
-    ring = [(device, (device + (-1 if back else 1)) % shares) for device in range(shares)]
+    ring = [(device, (device + (-1 if reverse else 1)) % num_shards) for device in range(num_shards)]
     return jax.tree.map(lambda array: jax.lax.ppermute(array, "space", ring), arrays)
 
 
-@shared
-def doubled(maps: Maps, *, shares: int) -> Maps:
-    """Twice the rows and columns, bilinear: as `jax.image.resize`, but that would gather the rows."""
+@map_row_shards
+def upsample_bilinear_2x(maps: Maps, *, num_shards: int) -> Maps:
+    """Double height and width, as bilinear `jax.image.resize` does, but exchange only the outermost rows."""
     first, last = maps[:, :1], maps[:, -1:]
     above, below = first, last
-    if shares > 1:
+    if num_shards > 1:
         device = jax.lax.axis_index("space")
-        above = jnp.where(device == 0, first, ring_shift(last, shares))
-        below = jnp.where(device == shares - 1, last, ring_shift(first, shares, back=True))
-    rows = _halfway(jnp.concatenate([above, maps, below], axis=1), 1)
-    return _halfway(jnp.concatenate([rows[:, :, :1], rows, rows[:, :, -1:]], axis=2), 2)
+        above = jnp.where(device == 0, first, ring_shift(last, num_shards))
+        below = jnp.where(device == num_shards - 1, last, ring_shift(first, num_shards, reverse=True))
+    rows = _interpolate_2x(jnp.concatenate([above, maps, below], axis=1), 1)
+    return _interpolate_2x(jnp.concatenate([rows[:, :, :1], rows, rows[:, :, -1:]], axis=2), 2)
 
 
-def _halfway(maps: Maps, axis: int) -> Maps:
-    """Two values for each but the outermost: a quarter of the way to the one before, and to the one after."""
+def _interpolate_2x(maps: Maps, axis: int) -> Maps:
+    """Return two values for each but the outermost: a quarter of the way to the previous, and to the next one."""
     before, here, after = (
         jax.lax.slice_in_dim(maps, start, maps.shape[axis] - 2 + start, axis=axis) for start in range(3)
     )
@@ -85,29 +85,29 @@ def _halfway(maps: Maps, axis: int) -> Maps:
     return pairs.reshape(*here.shape[:axis], 2 * here.shape[axis], *here.shape[axis + 1 :])
 
 
-def summed_rows(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array, "B S W C"]:
-    """Weighted sums over the rows of maps, whole on each device; what they send each other is only sums.
+def weighted_row_sums(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array, "B S W C"]:
+    """Return S weighted sums over the rows of each image, whole on each device.
 
-    (XLA's partitioner would rather bring all rows to all devices.)
+    The devices exchange partial sums only, where XLA's partitioner would gather the rows.
     """
 
     def sums(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array, "B S W C"]:
         return jnp.einsum("bhwc,bsh->bswc", maps, weights, precision="highest")
 
-    space, images = _space(), _images(maps)
+    space, batch_axis = _space_size(), _batch_axis(maps)
     if space == 1 or maps.shape[1] % space:
         return sums(maps, weights)
-    shares = P(images, "space"), P(images, None, "space")
-    return jax.shard_map(lambda *of: jax.lax.psum(sums(*of), "space"), in_specs=shares, out_specs=P(images))(
-        maps, weights
-    )
+    specs = P(batch_axis, "space"), P(batch_axis, None, "space")
+    return jax.shard_map(
+        lambda *shards: jax.lax.psum(sums(*shards), "space"), in_specs=specs, out_specs=P(batch_axis)
+    )(maps, weights)
 
 
-def _space() -> int:
-    """Devices that share an image on the mesh that is traced for."""
+def _space_size() -> int:
+    """Number of devices that share an image on the current mesh."""
     return jax.sharding.get_abstract_mesh().shape.get("space", 1)
 
 
-def _images(maps: Maps) -> str | None:
-    """The axis of that mesh which divides the maps of a batch; none if it cannot."""
+def _batch_axis(maps: Maps) -> str | None:
+    """The axis of the current mesh that divides the batch, or None."""
     return None if len(maps) % jax.sharding.get_abstract_mesh().shape.get("data", 1) else "data"

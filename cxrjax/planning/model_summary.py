@@ -10,8 +10,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from rich import box
 from rich.table import Table
 
-from cxrjax.console import bar
-from cxrjax.errors import CxrError, one_of, positive
+from cxrjax.console import progress_bar
+from cxrjax.errors import CxrError, check_choice, check_positive
 from cxrjax.explain.inputs import named
 from cxrjax.explain.receptive_field import receptive_fields
 from cxrjax.models.input_spec import NAMED, InputSpec
@@ -88,7 +88,7 @@ def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
       CxrError: unknown name, classes or size out of range, or a size that the network does not take.
     """
     network = abstract(name, classes=classes)
-    size = getattr(network.model(), "image_size", positive("size", size))
+    size = getattr(network.model(), "image_size", check_positive("size", size))
     image = jax.ShapeDtypeStruct((1, size, size, network.inputs.channels), network.dtype)
 
     def forward(network: Network, images: jax.Array) -> Any:
@@ -124,8 +124,8 @@ def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
 
 def entries(names: Sequence[str] = (), *, size: int = 224, classes: int = 14) -> list[Entry]:
     """What these networks are, or all of the registry; see `entry`."""
-    chosen = [one_of("network", name, ARCHITECTURES) for name in names] or list(ARCHITECTURES)
-    with bar("tracing", len(chosen), unit="networks") as advance:
+    chosen = [check_choice("network", name, ARCHITECTURES) for name in names] or list(ARCHITECTURES)
+    with progress_bar("tracing", len(chosen), unit="networks") as advance:
         found = []
         for name in chosen:
             try:

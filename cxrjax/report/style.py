@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from cxrjax.errors import CxrError
-from cxrjax.files import beside
+from cxrjax.files import atomic_path
 
 WIDE, NARROW = 7.2, 3.4
 """Figure widths in inches: two columns of a journal (a desktop), one column (a telephone)."""
@@ -136,7 +136,7 @@ def render(figure: Figure, kind: str, dpi: int = 200) -> bytes:
 def write(path: str | Path, data: bytes) -> Path:
     """Write a file whole and return its path."""
     path = Path(path)
-    with beside(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return path
 

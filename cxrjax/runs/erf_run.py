@@ -11,11 +11,11 @@ from rich import box
 from rich.table import Table
 
 from cxrjax.config import Config
-from cxrjax.console import bar, say, stdout
+from cxrjax.console import progress_bar, print_text, stdout
 from cxrjax.errors import CxrError
 from cxrjax.explain import erf
 from cxrjax.explain.receptive_field import receptive_fields
-from cxrjax.files import beside, write_json
+from cxrjax.files import atomic_path, write_json
 from cxrjax.inference.load_run import open_run
 from cxrjax.models.network import Network
 from cxrjax.report import pictures as figures
@@ -135,7 +135,7 @@ def _measured(
     total = None if passes is None else passes * len(loaded)
     what = " ".join(word for word in (state, "receptive field", layer and f"of {layer}", f"at {config.data.size} px")
                     if word)  # fmt: skip
-    with bar(what, total, unit="passes") as advance:
+    with progress_bar(what, total, unit="passes") as advance:
         measured = erf.measure(
             network, loaded, estimator=estimator, probes=PROBES, layer=layer, seed=config.seed, mesh=experiment.mesh,
             advance=advance,
@@ -177,7 +177,7 @@ def _write(folder: Path, found: Fields, result: Mapping[str, Any]) -> None:
     last = {state: dict([list(row.items())[-1]]) for state, row in found.items()}
     arrays = {f"{state}_{name}": field.map for state, row in found.items() for name, field in row.items()}
     [field] = last[TRAINED].values()
-    with beside(folder / "erf.npz") as temporary:
+    with atomic_path(folder / "erf.npz") as temporary:
         np.savez_compressed(temporary, map=field.map, **arrays)  # pyright: ignore
     write_json(folder / "erf.json", dict(result))
     side_by_side = {state: next(iter(row.values())) for state, row in last.items()}
@@ -188,7 +188,7 @@ def _write(folder: Path, found: Fields, result: Mapping[str, Any]) -> None:
         for kind in ("png", "pdf"):
             style.save(figure, folder / f"{name}.{kind}")
     stdout.print(_table(found))
-    say(
+    print_text(
         f"{field.mass:.2%} of the effective receptive field lie in {field.area_fraction:.1%} of the image, an "
         f"equivalent diameter of {field.diameter_px:.1f} px ({field.diameter_fraction:.0%} of the width)\n"
         + "\n".join(str(folder / f"{name}.png") for name in drawn)

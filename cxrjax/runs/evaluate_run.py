@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cxrjax.config import validate
-from cxrjax.console import say, stdout
+from cxrjax.console import print_text, stdout
 from cxrjax.distributed.runtime import agree, in_first
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
@@ -94,7 +94,7 @@ def _written(
         style.save(figure, directory / "figures" / f"{part}-{name}.svg")
     page = write_page(report, directory / "report" / "index.html")
     stdout.print(terminal({part: scores.rows()}, predictions.findings))
-    say(f"report: {page}")
+    print_text(f"report: {page}")
     return result
 
 

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from cxrjax.console import bar, say, stdout
+from cxrjax.console import progress_bar, print_text, stdout
 from cxrjax.data.images import resize
 from cxrjax.errors import CxrError
 from cxrjax.explain.localisation import normalise
 from cxrjax.explain.saliency import saliency
-from cxrjax.files import beside
+from cxrjax.files import atomic_path
 from cxrjax.findings import positions
 from cxrjax.inference.image_files import image_files, is_prepared, read_grey
 from cxrjax.inference.load_run import Trained, open_trained
@@ -68,26 +68,26 @@ def predict_files(
     trained, files = open_trained(directory), image_files(paths)
     wanted = positions(list(findings), trained.findings)
     manner = decide(trained, files, size=size, batch=batch, passes=passes, threshold=threshold)
-    with bar("classifying", len(files)) as advance:
+    with progress_bar("classifying", len(files)) as advance:
         found = classify(trained, files, manner, advance=advance)
     result = found.as_dict()
     if not found.id:
-        say("no image could be used, and nothing is written")
+        print_text("no image could be used, and nothing is written")
         return result
     for note in found.notes:
-        say(note)
-    say(f"uncertainty: {found.measure}" + ("" if found.flag is None else f", flagged above {found.threshold:.4g}"))
+        print_text(note)
+    print_text(f"uncertainty: {found.measure}" + ("" if found.flag is None else f", flagged above {found.threshold:.4g}"))
     stdout.print(highest(found.id, found.findings, found.probability, found.flag))
     if out is not None:
         found.write(out)
-        say(f"table: {out}")
+        print_text(f"table: {out}")
     if overlays is not None:
         chosen = np.isin(np.arange(len(found.findings)), wanted)
         shown = np.broadcast_to(chosen, found.logit.shape) if wanted else found.called
         written = write_overlays(trained, found, manner, shown, overlays)
         for image, of_image in zip(result["images"], written, strict=True):
             image["overlays"] = {finding: str(path) for finding, path in of_image.items()}
-        say(f"{sum(map(len, written))} overlays: {overlays}")
+        print_text(f"{sum(map(len, written))} overlays: {overlays}")
     return result
 
 
@@ -102,7 +102,7 @@ def write_overlays(
     written: list[dict[str, Path]] = [{} for _ in found.id]
     rows = [n for n, file in enumerate(found.file) if shown[n].any() and not is_prepared(file)]
     columns, batch = np.flatnonzero(shown[rows].any(0)).tolist(), min(manner.batch, _AT_ONCE, len(rows))
-    with bar("overlays", len(rows)) as advance:
+    with progress_bar("overlays", len(rows)) as advance:
         for first in range(0, len(rows), batch or 1):
             part = rows[first : first + batch]
             images = [read_grey(found.file[n]) for n in part]
@@ -121,7 +121,7 @@ def write_overlays(
 
 def _write(cam: Cam, path: Path) -> None:
     side = min(max(_SMALLEST, *cam.image.shape), _LARGEST)
-    with beside(path) as temporary:
+    with atomic_path(path) as temporary:
         Image.fromarray(overlay(cam, side)).save(temporary, "PNG")
 
 

@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from scipy.special import expit
 
-from cxrjax.console import bar, say, stdout
+from cxrjax.console import progress_bar, print_text, stdout
 from cxrjax.data.images import resize
 from cxrjax.errors import CxrError
 from cxrjax.explain import boxes
 from cxrjax.explain import saliency as maps
 from cxrjax.explain.localisation import Localisation, localisation, normalise, pooled, resolvable, smooth
-from cxrjax.files import beside, write_json
+from cxrjax.files import atomic_path, write_json
 from cxrjax.findings import positions
 from cxrjax.inference.load_run import open_run
 from cxrjax.metrics.predictions import log_odds
@@ -132,7 +132,7 @@ def saliency_run(
         )
     folder = directory / "explain" / reading.method
     explained = {}
-    with bar(reading.method, sum(len(of.row) for of in shown.values())) as advance:
+    with progress_bar(reading.method, sum(len(of.row) for of in shown.values())) as advance:
         for finding, of in shown.items():
             if len(of.row):
                 explained[finding] = _explain(experiment, network, reading, finding, of, images, folder, advance)
@@ -219,7 +219,7 @@ def _explain(
         steps=reading.steps, signed=whole, advance=advance,
     )  # fmt: skip
     ids = experiment.records.id[positives.row]
-    with beside(folder / "maps.npz") as temporary:
+    with atomic_path(folder / "maps.npz") as temporary:
         np.savez_compressed(temporary, id=ids, map=cams.maps[:, 0], probability=cams.probability[:, 0])
     gained = missed = 0.0
     if whole:
@@ -234,7 +234,7 @@ def _explain(
     pictured = {}
     for row, name, of in list(zip(positives.row, ids, found, strict=True))[:most]:
         cam = pictured[str(name)] = cam_of(experiment, cams, finding, int(row), of)
-        with beside(folder / f"{quote(str(name).removesuffix('.png'), safe=' ')}.png") as temporary:
+        with atomic_path(folder / f"{quote(str(name).removesuffix('.png'), safe=' ')}.png") as temporary:
             Image.fromarray(pictures.overlay(cam, max(320, cam.image.shape[0]))).save(temporary, "PNG")
     points = localisation(cams.maps[:, 0], positives.masks) if positives.masks else None
     return Explained(cams.maps.shape[-2:], found, points, pictured, gained, missed)
@@ -326,8 +326,8 @@ def _write(
     )
     page = write_page(report, folder / "index.html")
     for note in notes:
-        say(note)
-    say(f"maps and pictures: {folder}\nreport: {page}")
+        print_text(note)
+    print_text(f"maps and pictures: {folder}\nreport: {page}")
 
 
 def _notes(reading: Reading, result: Mapping[str, Any]) -> list[str]:

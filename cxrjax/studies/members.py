@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cxrjax.config import Config
-from cxrjax.console import bar
+from cxrjax.console import progress_bar
 from cxrjax.distributed.runtime import decided, in_first, several
 from cxrjax.files import write_json
 from cxrjax.inference.load_run import open_run, predict
@@ -189,7 +189,7 @@ class Study:
     def samples(self) -> dict[str, Sample]:
         """Each model measured on all its tables; there are always draws, for the intervals of differences."""
         resamples = self.config.evaluate.resamples or 1000
-        with bar("drawing patients", len(self.tables), unit="models") as advance:
+        with progress_bar("drawing patients", len(self.tables), unit="models") as advance:
             measured = {}
             for name, tables in self.tables.items():
                 measured[name] = Sample.of(tables, resamples=resamples)

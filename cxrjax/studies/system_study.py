@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cxrjax.config import Config, load
-from cxrjax.console import say, stdout
+from cxrjax.console import print_text, stdout
 from cxrjax.distributed.runtime import in_first
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
@@ -195,8 +195,8 @@ def _write(study: ArmStudy, report: StudyReport, numbers: dict[str, Any], direct
     page = write_page(report, directory / "report" / "index.html")
     stdout.print(terminal(report.scores, report.findings, report.sizes, title=report.title))
     for claim in report.claims:
-        say(f"{claim.supported:>9}  {claim.statement}: {claim.evidence}")
-    say(f"report: {page}")
+        print_text(f"{claim.supported:>9}  {claim.statement}: {claim.evidence}")
+    print_text(f"report: {page}")
     return result | {"report": str(page)}
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from cxrjax.config import Config
 from cxrjax.data.images import Augment
 from cxrjax.data.mixture import Pooled, Source, own_policy, pool, pool_splits, source_configs
-from cxrjax.data.pipeline import Examples, examples
+from cxrjax.data.pipeline import Examples, make_examples
 from cxrjax.data.records import Records
 from cxrjax.data.sampling import Sampling
-from cxrjax.data.splits import Split
+from cxrjax.data.splits import DataSplit
 from cxrjax.distributed.mesh import check_divides, instead_of_rows, make_mesh
 from cxrjax.distributed.runtime import several
 from cxrjax.errors import CxrError
@@ -32,7 +32,7 @@ class Experiment:
 
     config: Config
     records: Records
-    split: Split
+    split: DataSplit
     findings: tuple[str, ...]
     mesh: jax.sharding.Mesh
     directory: Path | None = None
@@ -82,14 +82,14 @@ class Experiment:
         rows = np.asarray(rows, np.int32)
         if not isinstance(self.records, Pooled):
             policy = self.sources[0].policy
-            return examples(self.records, rows, self.findings, policy if learnt else policy.scored)
+            return make_examples(self.records, rows, self.findings, policy if learnt else policy.scored)
         origin = self.records.origin(rows)
         label = np.zeros((len(rows), len(self.findings)), np.float32)
         label_mask = np.zeros(label.shape, bool)
         for number, source in enumerate(self.sources):
             own = origin == number
             policy = own_policy(source.policy, source.records, self.findings)
-            of = examples(self.records, rows[own], self.findings, policy if learnt else policy.scored)
+            of = make_examples(self.records, rows[own], self.findings, policy if learnt else policy.scored)
             label[own], label_mask[own] = of.label, of.label_mask
         return Examples(self.records, rows, label, label_mask, origin)
 

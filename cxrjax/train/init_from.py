@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cxrjax.config import Config, read, with_overrides
-from cxrjax.console import say
+from cxrjax.console import print_text
 from cxrjax.errors import CxrError
 from cxrjax.models.network import Network
 from cxrjax.train.described import best_network
@@ -62,7 +62,7 @@ def vanished_start(network: Network, config: Config, directory: Path) -> Start |
         mark = json.loads((directory / "run.json").read_text())["identity"]["initial weights"]
     except (OSError, ValueError, KeyError):
         return None
-    say(f"{gone[0]}, which this run started from, is not there any more: it goes on from its checkpoint")
+    print_text(f"{gone[0]}, which this run started from, is not there any more: it goes on from its checkpoint")
     return Start(network, mark)
 
 
@@ -85,7 +85,7 @@ def initial_network(network: Network, config: Config, findings: Sequence[str]) -
             options = config.model.options.to_dict()
             network, notes = start_from(network, config.model.name, source, findings, options=options)
         for note in notes:
-            say(f"{directory}: {note}")
+            print_text(f"{directory}: {note}")
     return Start(network, ", ".join(marks), _untouched(initial, network) if marks else ())
 
 

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from cxrjax.config import Config, flatten
-from cxrjax.console import bar, stderr
+from cxrjax.console import progress_bar, stderr
 from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
-from cxrjax.data.splits import save as save_split
+from cxrjax.data.splits import save_split
 from cxrjax.distributed.mesh import batch_shardings, replicated
 from cxrjax.distributed.placement import ahead, place, process_shard
 from cxrjax.distributed.runtime import (
@@ -141,7 +141,7 @@ class _Trainer:
         self._clock = time.perf_counter()
         batches = self._batches()
         total = self.steps * train.batch
-        with bar(self._label(), total, start=progress.step * train.batch) as advance, signals() as received:
+        with progress_bar(self._label(), total, start=progress.step * train.batch) as advance, signals() as received:
             pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
             try:
                 while True:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float64, Shaped
 
-from cxrjax.errors import CxrError, one_of
+from cxrjax.errors import CxrError, check_choice
 from cxrjax.metrics.predictions import softmax_odds
 
 
@@ -103,9 +103,9 @@ def make_loss(name: str, *, prevalence: Shaped[np.ndarray, " K"] | None = None, 
     Raises:
       CxrError: no such loss, no such option, or a value out of range.
     """
-    maker, defaults = _LOSSES[one_of("loss", name, _LOSSES)]
+    maker, defaults = _LOSSES[check_choice("loss", name, _LOSSES)]
     for option in options:
-        one_of(f"option of the loss {name}", option, defaults)
+        check_choice(f"option of the loss {name}", option, defaults)
     if name == "weighted_bce":
         return maker(prevalence=prevalence, **defaults | options)
     return maker(**defaults | options)
@@ -123,7 +123,7 @@ def _bce() -> Loss:
 
 
 def _weighted_bce(prevalence: Shaped[np.ndarray, " K"] | None, weighting: str) -> Loss:
-    one_of("weighting of the loss weighted_bce", weighting, ("counter", "literal"))
+    check_choice("weighting of the loss weighted_bce", weighting, ("counter", "literal"))
     if prevalence is None:
         raise CxrError("the loss weighted_bce takes its weights from the prevalence of each finding: give prevalence")
     positives = np.asarray(prevalence, np.float64)
@@ -139,7 +139,7 @@ def _weighted_bce(prevalence: Shaped[np.ndarray, " K"] | None, weighting: str) -
 
 
 def _focal(alpha: float, gamma: float, weighting: str) -> Loss:
-    one_of("weighting of the loss focal", weighting, ("uniform", "balanced"))
+    check_choice("weighting of the loss focal", weighting, ("uniform", "balanced"))
     numbers = all(isinstance(value, int | float) for value in (alpha, gamma))
     if not (numbers and 0 < alpha <= 1 and 0 <= gamma < np.inf):
         raise CxrError(f"the loss focal takes alpha in (0, 1] and gamma from 0 up, not alpha={alpha}, gamma={gamma}")

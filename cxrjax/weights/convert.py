@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cxrjax.errors import CxrError, one_of
+from cxrjax.errors import CxrError, check_choice
 from cxrjax.files import write_json
 from cxrjax.models.backbone import Backbone
 from cxrjax.models.input_spec import NAMED, XRV, InputSpec
@@ -108,8 +108,8 @@ def convert(
         holds the file itself or another conversion.
     """
     file, out, options = Path(file), Path(out), dict(options or {})
-    one_of("head", head, ("keep", "drop"))
-    one_of("network", architecture, ARCHITECTURES)
+    check_choice("head", head, ("keep", "drop"))
+    check_choice("network", architecture, ARCHITECTURES)
     if channels not in (None, 1):
         raise CxrError(f"channels = {channels}: weights can be folded to 1 channel only")
     check_options(options)
@@ -182,7 +182,7 @@ def _fit(
     outputs = len(bias) if bias is not None and bias.ndim == 1 else 0
     if head == "keep" and not outputs:
         raise CxrError(f"there is no head in it, {name} is missing: --head drop takes the rest")
-    spec = NAMED[one_of("inputs", inputs, NAMED)] if inputs else ARCHITECTURES[architecture].inputs
+    spec = NAMED[check_choice("inputs", inputs, NAMED)] if inputs else ARCHITECTURES[architecture].inputs
     spec = XRV if _of_torchxrayvision(contents, named) and not inputs else spec
     _check_inputs(contents, named, family, spec)
     model = shapes_of(architecture, classes=outputs or 1, inputs=spec, **options)

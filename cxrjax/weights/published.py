@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cxrjax.errors import CxrError, one_of
+from cxrjax.errors import CxrError, check_choice
 from cxrjax.models.backbone import Backbone
 
 _NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -79,7 +79,7 @@ def fit_published(model: Backbone, state_dict: Mapping[str, np.ndarray], *, leav
         or variances are negative; the message lists the first of them and the number of all.
     """
     for module in leave:
-        one_of("replaceable module", module, model.replaceable)
+        check_choice("replaceable module", module, model.replaceable)
     names, variables = published_names(model), _variables(model)
     slots = {names[path]: path for path in variables if path[0] not in leave}
     counters = {name.replace("running_mean", _COUNTER) for name in slots if name.endswith(".running_mean")}

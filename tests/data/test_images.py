@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cxrjax.data.images import Augment, Warp, decode, encode, is_plain, resize
+from cxrjax.data.images import Augment, Warp, decode, encode, is_plain_grey, resize
 from cxrjax.errors import CxrError
 
 
@@ -83,14 +83,14 @@ def test_genuine_jpegs(shared):
     ],
 )
 def test_plain_files_are_8_bit_grey(image, format, plain):
-    assert is_plain(packed(image, format)) == plain
+    assert is_plain_grey(packed(image, format)) == plain
 
 
 def test_a_turned_jpeg_is_not_plain():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert not is_plain(packed(smooth(), "JPEG", exif=exif))
-    assert not is_plain(bytes(200))
+    assert not is_plain_grey(packed(smooth(), "JPEG", exif=exif))
+    assert not is_plain_grey(bytes(200))
 
 
 def test_an_exif_orientation_is_applied():

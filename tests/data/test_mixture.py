@@ -90,9 +90,9 @@ def test_each_keeps_its_own_split(sets):
     splits = [make_split(sets[0], "official"), make_split(sets[1], "random", seed=3, fractions=(0.4, 0.2, 0.4))]
     split = pool_splits(pooled, splits)
     assert split.name == "official+random"
-    for name, rows in split.parts.items():
-        np.testing.assert_array_equal(rows[rows < 12], splits[0].parts[name])
-        np.testing.assert_array_equal(rows[rows >= 12] - 12, splits[1].parts[name])
+    for name, rows in split.rows.items():
+        np.testing.assert_array_equal(rows[rows < 12], splits[0].rows[name])
+        np.testing.assert_array_equal(rows[rows >= 12] - 12, splits[1].rows[name])
     other = pool_splits(pooled, [splits[0], make_split(sets[1], "random", seed=4, fractions=(0.4, 0.2, 0.4))])
     assert len({split.fingerprint, other.fingerprint}) == 2
 

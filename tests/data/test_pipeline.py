@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrjax.data.images import Augment, decode, encode, resize
-from cxrjax.data.pipeline import Examples, evaluation_batches, evaluation_steps, examples, training_batches
+from cxrjax.data.pipeline import Examples, evaluation_batches, evaluation_steps, make_examples, training_batches
 from cxrjax.data.records import open_records
 from cxrjax.errors import CxrError
 from cxrjax.findings import LabelPolicy
@@ -45,7 +45,7 @@ class InMemory:
 
 
 def some(n, **options) -> Examples:
-    return examples(InMemory(n, **options), range(n), ("Effusion", "Mass"), LabelPolicy(uncertain="ignore"))
+    return make_examples(InMemory(n, **options), range(n), ("Effusion", "Mass"), LabelPolicy(uncertain="ignore"))
 
 
 def training(data, **options):
@@ -85,7 +85,7 @@ def no_threads_left(patience=10):
 
 def test_examples_carry_the_wanted_findings_targets():
     records = InMemory(9)
-    data = examples(records, [7, 2, 4], ["Effusion", "Mass"], LabelPolicy(uncertain="ones", not_mentioned="unknown"))
+    data = make_examples(records, [7, 2, 4], ["Effusion", "Mass"], LabelPolicy(uncertain="ones", not_mentioned="unknown"))
     labels = records.labels[[7, 2, 4]][:, [2, 0]]
     np.testing.assert_array_equal(data.label, np.isin(labels, (1, -1)))
     np.testing.assert_array_equal(data.label_mask, labels != -2)
@@ -95,7 +95,7 @@ def test_examples_carry_the_wanted_findings_targets():
 
 def test_an_unknown_finding_is_refused():
     with pytest.raises(CxrError, match="Efusion"):
-        examples(InMemory(2), [0], ["Efusion"], LabelPolicy())
+        make_examples(InMemory(2), [0], ["Efusion"], LabelPolicy())
 
 
 # --- training
@@ -104,19 +104,19 @@ def test_an_unknown_finding_is_refused():
 def test_smoothed_targets_and_a_derived_no_finding():
     records = InMemory(40)
     policy = LabelPolicy("smooth", exceptions={"Nodule": LabelPolicy("ones")})
-    data = examples(records, range(40), ["Nodule", "Mass", "No Finding"], policy)
+    data = make_examples(records, range(40), ["Nodule", "Mass", "No Finding"], policy)
     mass, nodule = records.labels[:, 0], records.labels[:, 1]
     np.testing.assert_array_equal(data.label[:, 0], np.isin(nodule, (1, -1)))
     smoothed = data.label[mass == -1, 1]
     assert len(set(smoothed.tolist())) == len(smoothed) > 3
     assert ((smoothed >= 0.55) & (smoothed <= 0.85)).all()
     np.testing.assert_array_equal(data.label[:, 2] == 1, (records.labels <= 0).all(1) & (records.labels != -1).all(1))
-    alone = examples(records, np.flatnonzero(mass == -1)[::-1], ["Mass"], LabelPolicy("smooth"))
+    alone = make_examples(records, np.flatnonzero(mass == -1)[::-1], ["Mass"], LabelPolicy("smooth"))
     np.testing.assert_array_equal(alone.label[::-1, 0], smoothed)
 
 
 def test_a_batch_holds_the_records_images_and_targets():
-    data = examples(InMemory(10, size=8), [8, 3, 5, 6], ("Effusion", "Mass"), LabelPolicy())
+    data = make_examples(InMemory(10, size=8), [8, 3, 5, 6], ("Effusion", "Mass"), LabelPolicy())
     for batch in first(3, training(data, augment=Augment())):
         assert [field.dtype for field in batch] == [np.uint8, np.float32, bool, bool, np.int32]
         assert [field.shape for field in batch] == [(4, 8, 8, 1), (4, 2), (4, 2), (4,), (4,)]
@@ -258,7 +258,7 @@ def test_only_a_few_batches_are_loaded_ahead():
 @given(st.integers(0, 20), st.integers(1, 6), st.sampled_from([1, 2, 3]))
 @settings(max_examples=40, deadline=None)
 def test_every_record_comes_once_in_order_on_processes_in_step(n, share, parts):
-    data = examples(InMemory(n, size=3), np.arange(n)[::-1], ("Mass",), LabelPolicy())
+    data = make_examples(InMemory(n, size=3), np.arange(n)[::-1], ("Mass",), LabelPolicy())
     batch_size = share * parts
     shares = [
         list(evaluation_batches(data, size=3, batch_size=batch_size, shard=(p, parts), threads=p)) for p in range(parts)
@@ -292,7 +292,7 @@ def prepared(tmp_path_factory):
 
 
 def test_prepared_records_come_as_stored_and_resume(prepared):
-    data = examples(prepared, range(len(prepared)), prepared.findings, LabelPolicy())
+    data = make_examples(prepared, range(len(prepared)), prepared.findings, LabelPolicy())
     for batch in evaluation_batches(data, size=64, batch_size=5, threads=2):
         for image, row in zip(batch.image[batch.example_mask, :, :, 0], batch.record[batch.example_mask], strict=True):
             np.testing.assert_array_equal(image, decode(prepared.image_bytes(row), "stored"))

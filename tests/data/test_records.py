@@ -17,8 +17,8 @@ from cxrjax.data.records import (
     Box,
     Record,
     Records,
-    as_table,
-    fingerprint,
+    records_to_table,
+    compute_fingerprint,
     open_records,
     read_directory,
     write_table,
@@ -125,7 +125,7 @@ def test_a_damaged_or_foreign_table_is_an_error_that_names_it(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(CxrError, match=r"records\.parquet cannot be read .*prepare it again"):
             read_directory(path.parent)
-    table = as_table(some(5), FINDINGS)
+    table = records_to_table(some(5), FINDINGS)
     pq.write_table(table.replace_schema_metadata({"cxrjax": json.dumps({"format": 99})}), path)
     with pytest.raises(CxrError, match="has layout 99 and this program reads 1"):
         read_directory(path.parent)
@@ -147,15 +147,15 @@ def test_every_field_counts_in_the_fingerprint(row, name):
         name, "other"
     )
     changed = [*records[:row], dataclasses.replace(records[row], **{name: other}), *records[row + 1 :]]
-    assert fingerprint(records) == fingerprint(some(50))
-    assert fingerprint(changed) != fingerprint(records)
+    assert compute_fingerprint(records) == compute_fingerprint(some(50))
+    assert compute_fingerprint(changed) != compute_fingerprint(records)
 
 
 def test_original_sizes_are_known_for_all_images_or_not_at_all():
     sized = [dataclasses.replace(record, width=100 + k, height=200 + k) for k, record in enumerate(some(5))]
     assert Records.of(sized, FINDINGS, dataset="d").original_sizes.tolist() == [[100 + k, 200 + k] for k in range(5)]
     assert Records.of([*sized, *some(1)], FINDINGS, dataset="d").original_sizes is None
-    without = as_table(sized, FINDINGS).drop(["width"])
+    without = records_to_table(sized, FINDINGS).drop(["width"])
     before = dataclasses.replace(Records.of(sized, FINDINGS, dataset="d"), table=without)
     assert before.original_sizes is None, "prepared before sizes were kept"
 
@@ -201,5 +201,5 @@ def test_a_box_covers_its_share_of_the_mask(x, y, w, h, size):
 
 
 def test_text_columns_are_small_in_memory():
-    table = as_table(some(50), FINDINGS)
+    table = records_to_table(some(50), FINDINGS)
     assert all(pa.types.is_dictionary(table[name].type) for name in ("view", "sex", "source", "official"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrjax.data.images import _shrink, decode, decode_at, encode, resize
+from cxrjax.data.images import _shrink, decode, decode_resized, encode, resize
 from cxrjax.data.phantom import population, render
 from cxrjax.errors import CxrError
 
@@ -23,7 +23,7 @@ def test_a_large_jpeg_is_what_a_whole_one_averaged_is(radiograph):
     whole = Image.fromarray(decode(data, "x"))
     for size in (50, 100, 112, 113, 200, 225, 300, 450, 512, 900):
         area = resize(np.asarray(whole), size).astype(int)
-        scaled = decode_at(data, "x", size)
+        scaled = decode_resized(data, "x", size)
         assert scaled.dtype == np.uint8
         assert scaled.shape == (size, size)
         assert np.abs(area - scaled).mean() < 1.3
@@ -39,7 +39,7 @@ def test_a_large_jpeg_is_what_a_whole_one_averaged_is(radiograph):
 )  # fmt: skip
 def test_what_is_resized_as_ever(radiograph, format, shape, size):
     data = encode(cv2.resize(radiograph, shape), format)
-    np.testing.assert_array_equal(decode_at(data, "x", size), resize(decode(data, "x"), size))
+    np.testing.assert_array_equal(decode_resized(data, "x", size), resize(decode(data, "x"), size))
 
 
 @pytest.mark.parametrize("side", [66, 80, 90, 101])
@@ -58,13 +58,13 @@ def test_colour_and_turned_files_go_the_long_way(radiograph):
     colour = io.BytesIO()
     Image.fromarray(radiograph).convert("RGB").save(colour, "JPEG", quality=95)
     for data in (turned.getvalue(), colour.getvalue()):
-        np.testing.assert_array_equal(decode_at(data, "x", 100), resize(decode(data, "x"), 100))
+        np.testing.assert_array_equal(decode_resized(data, "x", 100), resize(decode(data, "x"), 100))
     up = resize(radiograph, 100).astype(int)
-    assert np.abs(decode_at(turned.getvalue(), "x", 100) - np.rot90(up, -1)).mean() < 1
+    assert np.abs(decode_resized(turned.getvalue(), "x", 100) - np.rot90(up, -1)).mean() < 1
 
 
 def test_damage_is_named(radiograph):
     data = encode(radiograph, "jpeg")
     for broken in (data[:2000], b"", data[:200] + data[-300:-2]):
         with pytest.raises(CxrError, match=r"^image 7: "):
-            decode_at(broken, "image 7", 100)
+            decode_resized(broken, "image 7", 100)

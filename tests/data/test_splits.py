@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cxrjax.data.records import Record, Records
-from cxrjax.data.splits import PARTS, check_leakage, make_split, save
+from cxrjax.data.splits import SPLITS, check_leakage, make_split, save_split
 from cxrjax.errors import CxrError
 from tfds_builders.chestxray14 import nih
 
@@ -18,8 +18,8 @@ def table(owners, official=None):
     official = official or ["test" if owner % 4 == 0 else "train_val" for owner in owners]
     return Records.of(
         [
-            Record(f"{k:05d}.png", f"p{owner}", f"p{owner}_{k}", "PA", math.nan, "F", "x", (0,), part)
-            for k, (owner, part) in enumerate(zip(owners, official, strict=True))
+            Record(f"{k:05d}.png", f"p{owner}", f"p{owner}_{k}", "PA", math.nan, "F", "x", (0,), split)
+            for k, (owner, split) in enumerate(zip(owners, official, strict=True))
         ],
         ("Mass",),
         dataset="d",
@@ -35,79 +35,79 @@ def patients(records, rows):
 
 
 @given(populations, st.integers(0, 2**32 - 1))
-def test_random_parts_are_disjoint_by_patient_and_complete(owners, seed):
+def test_random_splits_are_disjoint_by_patient_and_complete(owners, seed):
     records = table(owners)
     split = make_split(records, "random", seed=seed)
-    assert tuple(split.parts) == PARTS
-    assert sorted(np.concatenate(list(split.parts.values())).tolist()) == list(range(len(records)))
-    counts = [len(patients(records, rows)) for rows in split.parts.values()]
+    assert tuple(split.rows) == SPLITS
+    assert sorted(np.concatenate(list(split.rows.values())).tolist()) == list(range(len(records)))
+    counts = [len(patients(records, rows)) for rows in split.rows.values()]
     total = len(set(owners))
     assert sum(counts) == total
     np.testing.assert_allclose(counts, np.array([0.7, 0.1, 0.2]) * total, atol=1.001)
-    assert all(rows.dtype == np.int32 and (np.diff(rows) > 0).all() for rows in split.parts.values())
+    assert all(rows.dtype == np.int32 and (np.diff(rows) > 0).all() for rows in split.rows.values())
 
 
 def test_a_split_is_a_function_of_its_seed():
     one, same, other = (make_split(HUNDRED, "random", seed=seed) for seed in (1, 1, 2))
     assert one.fingerprint == same.fingerprint != other.fingerprint
-    assert all((one.parts[part] == same.parts[part]).all() for part in PARTS)
+    assert all((one.rows[name] == same.rows[name]).all() for name in SPLITS)
 
 
 def test_random_without_validation():
     split = make_split(HUNDRED, "random", fractions=(0.5, 0, 0.5))
-    assert {part: len(patients(HUNDRED, rows)) for part, rows in split.parts.items()} == {"train": 50, "test": 50}
+    assert {name: len(patients(HUNDRED, rows)) for name, rows in split.rows.items()} == {"train": 50, "test": 50}
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.2), (0.5, 0.2, 0.2), (1.2, -0.4, 0.2)])
-def test_fractions_must_add_up(fractions):
-    with pytest.raises(CxrError, match="must be three, not negative, and add up to 1"):
+def test_fractions_must_sum_to_one(fractions):
+    with pytest.raises(CxrError, match="must be three non-negative numbers that sum to 1"):
         make_split(HUNDRED, "random", fractions=fractions)
 
 
-def test_official_keeps_the_test_part_and_draws_validation_by_patient():
+def test_official_keeps_the_test_split_and_draws_validation_by_patient():
     split = make_split(HUNDRED, "official", seed=3)
-    np.testing.assert_array_equal(split.parts["test"], np.flatnonzero(HUNDRED.official == "test"))
-    counts = {part: len(patients(HUNDRED, rows)) for part, rows in split.parts.items()}
+    np.testing.assert_array_equal(split.rows["test"], np.flatnonzero(HUNDRED.official == "test"))
+    counts = {name: len(patients(HUNDRED, rows)) for name, rows in split.rows.items()}
     assert counts == {"train": 66, "validation": 9, "test": 25}  # 75 x .7 / .8 is 65.6
 
 
-def test_official_parts_are_taken_as_they_are():
+def test_official_uses_given_splits():
     official = ["train", "train", "validation", "test", "train", "validation"]
     split = make_split(table([1, 1, 2, 3, 4, 5], official), "official", seed=7)
-    assert {part: rows.tolist() for part, rows in split.parts.items()} == {
+    assert {name: rows.tolist() for name, rows in split.rows.items()} == {
         "train": [0, 1, 4], "validation": [2, 5], "test": [3],
     }  # fmt: skip
     with pytest.raises(CxrError, match="the official split leaves no image for test; 3 images"):
         make_split(table([1, 2, 3], ["train", "validation", "train"]), "official")
-    with pytest.raises(CxrError, match=r"patients in two parts \(1\): p1 \(train and test\)"):
+    with pytest.raises(CxrError, match=r"patients in two splits \(1\): p1 \(train and test\)"):
         make_split(table([1, 1, 2], ["train", "test", "validation"]), "official")
 
 
 def test_official_without_validation():
     split = make_split(HUNDRED, "official", fractions=(0.8, 0, 0.2))
-    assert {part: len(patients(HUNDRED, rows)) for part, rows in split.parts.items()} == {"train": 75, "test": 25}
+    assert {name: len(patients(HUNDRED, rows)) for name, rows in split.rows.items()} == {"train": 75, "test": 25}
 
 
-def test_official_needs_official_parts():
-    with pytest.raises(CxrError, match=r"1 images of d are in no official part, the first is 00002\.png"):
+def test_official_requires_official_splits():
+    with pytest.raises(CxrError, match=r"1 images of d are in no official split, such as 00002\.png"):
         make_split(table([1, 2, 3, 4], ["train_val", "test", "", "test"]), "official")
 
 
 @given(populations, st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(1, 4), st.integers(0, 4))
-def test_small_gives_the_sizes_exactly(owners, seed, train, validation, test):
+def test_small_has_the_exact_sizes(owners, seed, train, validation, test):
     records = table(owners)
     sizes = {"train": train, "validation": validation, "test": test}
     assume(sum(sizes.values()) + 2 * max(Counter(owners).values()) <= len(owners))  # a cut patient's rest is not used
     split = make_split(records, "small", seed=seed, sizes=sizes)
-    assert {part: len(rows) for part, rows in split.parts.items()} == {part: n for part, n in sizes.items() if n}
-    check_leakage(records, split.parts)
+    assert {name: len(rows) for name, rows in split.rows.items()} == {name: n for name, n in sizes.items() if n}
+    check_leakage(records, split.rows)
 
 
-def test_small_takes_three_numbers_and_says_what_it_lacks():
-    assert [len(rows) for rows in make_split(HUNDRED, "small", sizes=(40, 4, 7)).parts.values()] == [40, 4, 7]
-    with pytest.raises(CxrError, match="asks for 400 images and 300 are there"):
+def test_small_takes_three_numbers_and_reports_missing_images():
+    assert [len(rows) for rows in make_split(HUNDRED, "small", sizes=(40, 4, 7)).rows.values()] == [40, 4, 7]
+    with pytest.raises(CxrError, match="needs 400 images, but only 300 exist"):
         make_split(HUNDRED, "small", sizes=(200, 100, 100))
-    with pytest.raises(CxrError, match="needs sizes"):
+    with pytest.raises(CxrError, match=r"needs split\.sizes"):
         make_split(HUNDRED, "small")
 
 
@@ -131,34 +131,36 @@ def labelled(patients=2000, seed=0):
 CLUSTERED = labelled()
 
 
-def shares(records, rows):
-    """Of all images, and of each finding's positive ones."""
+def fractions_in(records, rows):
+    """Fraction of each finding's positive images, and of all images."""
     positive = records.labels == 1
     return np.append(positive[rows].sum(0) / positive.sum(0), len(rows) / len(records))
 
 
 @pytest.mark.parametrize("fractions", [(0.7, 0.1, 0.2), (0.5, 0.25, 0.25), (0.9, 0, 0.1)])
-def test_stratified_parts_have_their_share_of_every_finding(fractions):
+def test_stratified_splits_have_their_fraction_of_every_finding(fractions):
     split = make_split(CLUSTERED, "stratified", fractions=fractions)
-    wanted = {part: share for part, share in zip(PARTS, fractions, strict=True) if share}
-    assert sorted(np.concatenate(list(split.parts.values())).tolist()) == list(range(len(CLUSTERED)))
-    for part, share in wanted.items():
-        got = shares(CLUSTERED, split.parts[part])
-        np.testing.assert_allclose(got[[0, 1, 2, 4]], share, atol=0.01)  # whole patients allow no more for the rarest:
-        assert abs(got[3] - share) * (CLUSTERED.labels[:, 3] == 1).sum() < 2.5
-        assert abs(len(patients(CLUSTERED, split.parts[part])) / 2000 - share) < 0.02
-    assert tuple(split.parts) == tuple(wanted)
+    expected = {name: fraction for name, fraction in zip(SPLITS, fractions, strict=True) if fraction}
+    assert sorted(np.concatenate(list(split.rows.values())).tolist()) == list(range(len(CLUSTERED)))
+    for name, fraction in expected.items():
+        actual = fractions_in(CLUSTERED, split.rows[name])
+        np.testing.assert_allclose(
+            actual[[0, 1, 2, 4]], fraction, atol=0.01
+        )  # the rarest: to whole patients
+        assert abs(actual[3] - fraction) * (CLUSTERED.labels[:, 3] == 1).sum() < 2.5
+        assert abs(len(patients(CLUSTERED, split.rows[name])) / 2000 - fraction) < 0.02
+    assert tuple(split.rows) == tuple(expected)
 
 
-def test_folds_are_each_tested_once_and_hold_the_same():
+def test_each_image_is_tested_in_one_fold_and_folds_are_balanced():
     splits = [make_split(CLUSTERED, "folds", folds=5, fold=k, fractions=(0.72, 0.08, 0.2)) for k in range(5)]
-    tested = np.concatenate([split.parts["test"] for split in splits])
+    tested = np.concatenate([split.rows["test"] for split in splits])
     assert sorted(tested.tolist()) == list(range(len(CLUSTERED)))
     assert len({split.fingerprint for split in splits}) == 5
     for split in splits:
-        np.testing.assert_allclose(shares(CLUSTERED, split.parts["test"])[[0, 1, 2, 4]], 0.2, atol=0.01)
-        np.testing.assert_allclose(shares(CLUSTERED, split.parts["validation"])[[0, 1, 2, 4]], 0.08, atol=0.01)
-        assert sum(map(len, split.parts.values())) == len(CLUSTERED)
+        np.testing.assert_allclose(fractions_in(CLUSTERED, split.rows["test"])[[0, 1, 2, 4]], 0.2, atol=0.01)
+        np.testing.assert_allclose(fractions_in(CLUSTERED, split.rows["validation"])[[0, 1, 2, 4]], 0.08, atol=0.01)
+        assert sum(map(len, split.rows.values())) == len(CLUSTERED)
 
 
 @pytest.mark.parametrize("name", ["stratified", "folds"])
@@ -177,8 +179,8 @@ def test_folds_keep_patients_together(owners, seed, folds):
         except CxrError as refused:
             refusal = str(refused)
             break
-        check_leakage(records, split.parts)
-        tested += split.parts["test"].tolist()
+        check_leakage(records, split.rows)
+        tested += split.rows["test"].tolist()
     if refusal:  # one patient has more images than a fold, and is all that is not tested
         assert "leaves no image for" in refusal
         assert max(np.bincount(owners)) * folds > len(owners)
@@ -187,25 +189,25 @@ def test_folds_keep_patients_together(owners, seed, folds):
 
 
 @pytest.mark.parametrize("name", ["random", "stratified", "folds"])
-def test_a_share_of_the_patients(name):
-    half = make_split(CLUSTERED, name, share=0.5, seed=3)
-    used = np.concatenate(list(half.parts.values()))
+def test_subset_fraction_keeps_whole_patients(name):
+    half = make_split(CLUSTERED, name, subset_fraction=0.5, seed=3)
+    used = np.concatenate(list(half.rows.values()))
     assert len(patients(CLUSTERED, used)) == 1000
     assert len(used) == np.isin(CLUSTERED.patient, list(patients(CLUSTERED, used))).sum(), "whole patients"
-    others = make_split(CLUSTERED, name, share=0.5, seed=4)
-    assert patients(CLUSTERED, used) != patients(CLUSTERED, np.concatenate(list(others.parts.values())))
+    others = make_split(CLUSTERED, name, subset_fraction=0.5, seed=4)
+    assert patients(CLUSTERED, used) != patients(CLUSTERED, np.concatenate(list(others.rows.values())))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"name": "folds", "fold": 5}, "no fold 5 of 5; give 2 folds or more, and one of them counted from 0"),
+        ({"name": "folds", "fold": 5}, "no fold 5 of 5; use at least 2 folds and count them from 0"),
         ({"name": "folds", "fold": -1}, "no fold -1 of 5"),
         ({"name": "folds", "folds": 1}, "no fold 0 of 1"),
         ({"name": "folds", "folds": 400}, "the folds split leaves no image for test; 300 images"),
-        ({"name": "random", "share": 0}, "share of the patients is 0; give a number above 0 and up to 1"),
-        ({"name": "stratified", "share": 1.5}, "share of the patients is 1.5"),
-        ({"name": "official", "share": 0.5}, "the official split takes all patients"),
+        ({"name": "random", "subset_fraction": 0}, "subset_fraction is 0; give a number above 0 and up to 1"),
+        ({"name": "stratified", "subset_fraction": 1.5}, "subset_fraction is 1.5"),
+        ({"name": "official", "subset_fraction": 0.5}, "the official split uses all patients"),
     ],
 )
 def test_numbers_out_of_range(call, message):
@@ -214,59 +216,59 @@ def test_numbers_out_of_range(call, message):
 
 
 def test_leaking_patients_are_named():
-    with pytest.raises(CxrError, match=r"patients in two parts \(2\): p0 \(train and test\), p1 \(train and test\);"):
+    with pytest.raises(CxrError, match=r"patients in two splits \(2\): p0 \(train and test\), p1 \(train and test\);"):
         check_leakage(HUNDRED, {"train": np.arange(5), "test": np.array([1, 5, 8])})
-    with pytest.raises(CxrError, match=r"p12 \(a and b\) and 95 more; keep"):
+    with pytest.raises(CxrError, match=r"p12 \(a and b\) and 95 more; put"):
         check_leakage(HUNDRED, {"a": np.arange(0, 300, 3), "b": np.arange(1, 300, 3)})
     check_leakage(HUNDRED, {"train": np.arange(6), "test": np.arange(6, 9)})
 
 
-def test_a_saved_split_is_read_again(tmp_path):
+def test_saved_split_is_read_back(tmp_path):
     split = make_split(HUNDRED, "random", seed=5)
-    save(split, HUNDRED, tmp_path / "split.csv")
+    save_split(split, HUNDRED, tmp_path / "split.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["split.csv"]
     again = make_split(HUNDRED, "files", files=tmp_path / "split.csv")
     assert again.fingerprint == split.fingerprint
-    assert all((again.parts[part] == split.parts[part]).all() for part in PARTS)
+    assert all((again.rows[name] == split.rows[name]).all() for name in SPLITS)
 
 
-def test_a_changed_file_no_longer_carries_the_fingerprint(tmp_path):
+def test_edited_file_is_refused_by_its_fingerprint(tmp_path):
     path = tmp_path / "split.csv"
-    save(make_split(HUNDRED, "random", seed=5), HUNDRED, path)
+    save_split(make_split(HUNDRED, "random", seed=5), HUNDRED, path)
     first, *rows = path.read_text().splitlines(keepends=True)
     path.write_text(first + "".join(rows[:-1]))
-    with pytest.raises(CxrError, match="was changed since it was saved; delete its first line"):
+    with pytest.raises(CxrError, match="was edited after it was saved; delete its first line"):
         make_split(HUNDRED, "files", files=path)
     path.write_text("".join(rows[:-1]))
     split = make_split(HUNDRED, "files", files=path)
-    assert sum(map(len, split.parts.values())) == len(rows) - 2
+    assert sum(map(len, split.rows.values())) == len(rows) - 2
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,part\n00000.png,train\n00001.png,test\n", r"patients in two parts \(1\): p0 \(train and test\)"),
-        ("id,part\n00000.png,train\n00000.png,test\n", "image 00000.png is in train and in test"),
-        ("id,part\n00000.png,train\nx.png,train\n", "image x.png is not among the 300 prepared records"),
+        ("id,split\n00000.png,train\n00001.png,test\n", r"patients in two splits \(1\): p0 \(train and test\)"),
+        ("id,split\n00000.png,train\n00000.png,test\n", "image 00000.png is in train and in test"),
+        ("id,split\n00000.png,train\nx.png,train\n", "image x.png is not among the 300 prepared records"),
         (
-            "id,part\n00000.png,train\n00009.png,holdout\n",
-            "line 3: unknown part 'holdout'; parts are train, validation",
+            "id,split\n00000.png,train\n00009.png,holdout\n",
+            "line 3: unknown split 'holdout'; use train, validation",
         ),
-        ("name,fold\n00000.png,train\n", "needs the columns id and part; it has name, fold"),
-        ("", "needs the columns id and part; it has none"),
+        ("name,fold\n00000.png,train\n", "needs the columns id and split; it has name, fold"),
+        ("", "needs the columns id and split; it has none"),
     ],
 )
-def test_a_wrong_file_is_an_error_that_names_the_row(tmp_path, text, message):
-    (tmp_path / "own.csv").write_text(text)
+def test_invalid_file_is_an_error_that_names_the_row(tmp_path, text, message):
+    (tmp_path / "user.csv").write_text(text)
     with pytest.raises(CxrError, match=message):
-        make_split(HUNDRED, "files", files=tmp_path / "own.csv")
+        make_split(HUNDRED, "files", files=tmp_path / "user.csv")
 
 
-def test_lists_per_part(tmp_path):
+def test_lists_of_ids_per_split(tmp_path):
     (tmp_path / "train.txt").write_text("00000.png\n00001.png\nnot_prepared.png")  # no final newline
     (tmp_path / "test.txt.gz").write_bytes(gzip.compress(b"00009.png 0 1 0\n"))
     split = make_split(HUNDRED, "files", files={"train": tmp_path / "train.txt", "test": tmp_path / "test.txt.gz"})
-    assert {part: rows.tolist() for part, rows in split.parts.items()} == {"train": [0, 1], "test": [9]}
+    assert {name: rows.tolist() for name, rows in split.rows.items()} == {"train": [0, 1], "test": [9]}
     (tmp_path / "test.txt.gz").write_bytes(gzip.compress(b"00009 0 1 0\n"))
     with pytest.raises(CxrError, match="none of the images listed for test is among the 300 prepared"):
         make_split(HUNDRED, "files", files={"train": tmp_path / "train.txt", "test": tmp_path / "test.txt.gz"})
@@ -274,23 +276,23 @@ def test_lists_per_part(tmp_path):
         make_split(HUNDRED, "files", files=[tmp_path / "none.txt"])
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_unknown_strategy_lists_the_choices():
     with pytest.raises(
         CxrError, match="unknown split 'kfold'; choose one of official, random, stratified, folds, small, files"
     ):
         make_split(HUNDRED, "kfold")
-    with pytest.raises(CxrError, match="needs files"):
+    with pytest.raises(CxrError, match=r"needs split\.files"):
         make_split(HUNDRED, "files")
 
 
-def test_stratified_by_image_says_how_many_patients_leak(capsys):
+def test_stratified_by_image_reports_leaking_patients(capsys):
     records = labelled(300)
     split = make_split(records, "stratified", by="image")
-    assert sorted(np.concatenate(list(split.parts.values()))) == list(range(len(records)))
-    part = np.full(len(records), "", object)
-    for name, rows in split.parts.items():
-        part[rows] = name
-    leaking = sum(len(set(part[records.patient == patient])) > 1 for patient in set(records.patient.tolist()))
+    assert sorted(np.concatenate(list(split.rows.values()))) == list(range(len(records)))
+    split_of = np.full(len(records), "", object)
+    for name, rows in split.rows.items():
+        split_of[rows] = name
+    leaking = sum(len(set(split_of[records.patient == patient])) > 1 for patient in set(records.patient.tolist()))
     assert leaking > 0
     assert f"leakage: {leaking:,} of 300 patients" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(CxrError, match="a random split by image does not exist"):
@@ -307,35 +309,35 @@ def test_the_official_split_of_chestxray14(whole):
     assert len(whole) == 112_120
     assert len(np.unique(whole.patient)) == 30_805
     split = make_split(whole, "official")
-    counts = {part: len(rows) for part, rows in split.parts.items()}
+    counts = {name: len(rows) for name, rows in split.rows.items()}
     assert counts["test"] == 25_596
     assert counts["train"] + counts["validation"] == 86_524
     assert counts["validation"] == pytest.approx(86_524 / 8, rel=0.05)
 
 
 def test_the_arnoweng_split_of_chestxray14(whole, shared):
-    lists = [shared / f"data/nih/arnoweng_{part}_list.txt.gz" for part in ("train", "val", "test")]
+    lists = [shared / f"data/nih/arnoweng_{name}_list.txt.gz" for name in ("train", "val", "test")]
     split = make_split(whole, "files", files=lists)
-    assert [len(rows) for rows in split.parts.values()] == [78_468, 11_219, 22_433]
-    assert [len(patients(whole, rows)) for rows in split.parts.values()] == [21_528, 3_090, 6_187]
+    assert [len(rows) for rows in split.rows.values()] == [78_468, 11_219, 22_433]
+    assert [len(patients(whole, rows)) for rows in split.rows.values()] == [21_528, 3_090, 6_187]
     row_of = {id: row for row, id in enumerate(whole.id.tolist())}
     for path in lists:  # the lists carry their authors' labels
         with gzip.open(path, "rt") as file:
             names, labels = zip(*((line.split()[0], line.split()[1:]) for line in file), strict=True)
         ours = whole.labels[[row_of[name] for name in names]]
-        assert np.mean(ours != np.array(labels, int)) < 2e-4, "NIH has mended 0.01 % of the labels since"
+        assert np.mean(ours != np.array(labels, int)) < 2e-4, "NIH has corrected 0.01 % of the labels since"
 
 
 def test_stratified_chestxray14(whole):
     split = make_split(whole, "stratified", seed=1)
-    for part, share in zip(PARTS, (0.7, 0.1, 0.2), strict=True):
-        np.testing.assert_allclose(shares(whole, split.parts[part]), share, atol=0.005)
-        assert abs(len(patients(whole, split.parts[part])) / 30_805 - share) < 0.005
-    half = make_split(whole, "stratified", share=0.5)
-    used = np.concatenate(list(half.parts.values()))
+    for name, fraction in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
+        np.testing.assert_allclose(fractions_in(whole, split.rows[name]), fraction, atol=0.005)
+        assert abs(len(patients(whole, split.rows[name])) / 30_805 - fraction) < 0.005
+    half = make_split(whole, "stratified", subset_fraction=0.5)
+    used = np.concatenate(list(half.rows.values()))
     assert len(patients(whole, used)) == round(30_805 / 2)
     total = (whole.labels[used] == 1).sum(0)
-    np.testing.assert_allclose((whole.labels[half.parts["test"]] == 1).sum(0) / total, 0.2, atol=0.01)
+    np.testing.assert_allclose((whole.labels[half.rows["test"]] == 1).sum(0) / total, 0.2, atol=0.01)
     for fold in (0, 4):
-        test = make_split(whole, "folds", fold=fold).parts["test"]
-        np.testing.assert_allclose(shares(whole, test), 0.2, atol=0.005)
+        test = make_split(whole, "folds", fold=fold).rows["test"]
+        np.testing.assert_allclose(fractions_in(whole, test), 0.2, atol=0.005)

@@ -114,7 +114,7 @@ def test_nothing_known_is_nan():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"bins": 0}, "above 0"), ({"spacing": "size"}, "known are mass, width"), ({"probability": 1.5}, "1.5 is not a")],
+    [({"bins": 0}, "above 0"), ({"spacing": "size"}, "choose from mass, width"), ({"probability": 1.5}, "1.5 is not a")],
 )
 def test_bad_arguments(arguments, message):
     probability = np.array([0.5, arguments.pop("probability", 0.5)])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cxrjax.cli.main import main
-from cxrjax.data.images import margins, pad, resize
+from cxrjax.data.images import square_margins, pad_to_square, resize
 from cxrjax.data.records import Box, open_records
 from cxrjax.errors import CxrError
 from tfds_builders.prepare import prepare, prepare_sizes
@@ -22,8 +22,8 @@ HEADER = (
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_padding_is_what_pil_does(rows, columns):
     image = np.random.default_rng(rows * columns).integers(1, 256, (rows, columns), np.uint8)
-    padded = pad(image)
-    side, top, left = margins(rows, columns)
+    padded = pad_to_square(image)
+    side, top, left = square_margins(rows, columns)
     frame = (left, top, side - columns - left, side - rows - top)
     np.testing.assert_array_equal(padded, np.asarray(ImageOps.expand(Image.fromarray(image), frame, 0)))
     assert padded.shape == (max(rows, columns),) * 2
@@ -37,7 +37,7 @@ def test_a_box_stays_on_what_it_encloses(rows, columns, at):
     image = np.zeros((rows, columns), np.uint8)
     image[top : bottom + 1, left : right + 1] = 255
     box = Box("Mass", left / columns, top / rows, (right + 1 - left) / columns, (bottom + 1 - top) / rows)
-    moved, padded = _on_square(box, columns, rows), pad(image)
+    moved, padded = _on_square(box, columns, rows), pad_to_square(image)
     where = np.argwhere(padded)
     (y, x), (below, beside) = where.min(0), where.max(0) + 1
     np.testing.assert_allclose(
@@ -80,7 +80,7 @@ def test_the_stored_box_is_where_the_finding_is(source, tmp_path, aspect):
     assert mask is not None
     assert (white & mask).sum() / (white | mask).sum() > 0.9
     original = np.asarray(Image.open(source / "00000001_000.png"))
-    expected = resize(pad(original) if aspect == "pad" else original, 256)
+    expected = resize(pad_to_square(original) if aspect == "pad" else original, 256)
     assert np.abs(records.image(0).astype(int) - expected).mean() < 1
     assert (records.image(0)[:30].max() < 8) == (aspect == "pad"), "black above"
 

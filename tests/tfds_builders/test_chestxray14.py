@@ -160,7 +160,7 @@ def test_an_image_in_neither_list_has_no_official_part(source):
 def test_a_patient_in_both_official_lists_is_named(source, tmp_path):
     (source / "train_val_list.txt").write_text("\n".join([NAMES[0], *NAMES[2:4]]))
     (source / "test_list.txt").write_text("\n".join([NAMES[1], NAMES[4]]))
-    with pytest.raises(CxrError, match=r"patients in two parts \(1\): 00000001 \(train_val and test\)"):
+    with pytest.raises(CxrError, match=r"patients in two splits \(1\): 00000001 \(train_val and test\)"):
         run(source, tmp_path)
     assert nothing_is_left(tmp_path)
 

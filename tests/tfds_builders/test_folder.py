@@ -49,21 +49,21 @@ def test_folders_are_parts_and_classes(folders, tmp_path):
     assert said(prepared, "7 images have no known patient, each counts as a patient of its own")
     assert len(prepared.notes) == 1
     split = make_split(records, "official")
-    assert {part: len(rows) for part, rows in split.parts.items()} == {"train": 3, "validation": 2, "test": 2}
+    assert {name: len(rows) for name, rows in split.rows.items()} == {"train": 3, "validation": 2, "test": 2}
 
 
 def test_without_a_validation_folder_it_is_drawn_of_training(tmp_path):
     names = [f"{part}/{kind}/{k}.png" for part in ("train", "test") for kind in ("x", "y") for k in range(6)]
     _, records = run("folder", tmp_path, source=fill(tmp_path / "mine", *names))
     split = make_split(records, "official", fractions=(0.5, 0.25, 0.25))
-    assert {part: len(rows) for part, rows in split.parts.items()} == {"train": 8, "validation": 4, "test": 12}
+    assert {name: len(rows) for name, rows in split.rows.items()} == {"train": 8, "validation": 4, "test": 12}
 
 
 def test_classes_without_parts(tmp_path):
     _, records = run("folder", tmp_path, source=fill(tmp_path / "mine", "sick/a.png", "well/b.png", "well/c.png"))
     assert records.findings == ("sick", "well")
     assert set(records.official.tolist()) == {""}
-    with pytest.raises(CxrError, match="3 images of folder are in no official part"):
+    with pytest.raises(CxrError, match="3 images of folder are in no official split"):
         make_split(records, "official")
 
 
@@ -86,11 +86,11 @@ def test_metadata_beside_the_folders(folders, tmp_path):
     assert math.isnan(records.age[second])
     assert records.source[[first, second, row["Validation/sick/d.JPEG"]]].tolist() == ["Here", "mine", "There"]
     assert said(prepared, "1 images have no known patient")
-    assert said(prepared, "the given parts leak, split.name=official will be refused: patients in two parts (1): 7 (")
-    with pytest.raises(CxrError, match=r"patients in two parts \(1\): 7 \(train and test\)"):
+    assert said(prepared, "the given parts leak, split.name=official will be refused: patients in two splits (1): 7 (")
+    with pytest.raises(CxrError, match=r"patients in two splits \(1\): 7 \(train and test\)"):
         make_split(records, "official")
     split = make_split(records, "random", fractions=(0.5, 0.25, 0.25), seed=2)
-    assert sum(map(len, split.parts.values())) == 7
+    assert sum(map(len, split.rows.values())) == 7
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_six_classes(tmp_path):
     assert said(
         prepared, "every image of Covid-19 comes from https://example.org/covid, not NIH, and no image of another"
     )
-    assert said(prepared, "patients in two parts (1): 00000005 (train and test)")
+    assert said(prepared, "patients in two splits (1): 00000005 (train and test)")
     assert said(prepared, "1 images have no known patient")
 
 

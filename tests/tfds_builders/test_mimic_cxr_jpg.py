@@ -129,7 +129,7 @@ def test_what_the_tables_say(source, tmp_path, capsys):
 def test_the_official_split(source, tmp_path):
     _, records = run(source, tmp_path)
     split = make_split(records, "official", seed=4)
-    assert {part: rows.tolist() for part, rows in split.parts.items()} == {
+    assert {name: rows.tolist() for name, rows in split.rows.items()} == {
         "train": [0, 1, 2, 5], "validation": [3], "test": [4],
     }  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_copies_of_the_tables(source, tmp_path, kind, edit, packed):
             "split",
             "10000980,validate",
             "10000032,validate",
-            r"patients in two parts \(1\): 10000032 \(validation and train",
+            r"patients in two splits \(1\): 10000032 \(validation and train",
         ),
     ],
 )

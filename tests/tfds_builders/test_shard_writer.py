@@ -16,8 +16,8 @@ import tensorflow_datasets as tfds
 from user_images import picture
 
 from cxrjax.cli.main import main
-from cxrjax.data.manifest import MANIFEST, read_manifest, sha256
-from cxrjax.data.records import TABLE, open_records, read_directory, shards
+from cxrjax.data.manifest import MANIFEST, read_manifest, file_sha256
+from cxrjax.data.records import TABLE, open_records, read_directory, shard_paths
 from cxrjax.errors import CxrError
 from tfds_builders import shard_writer
 from tfds_builders.builder import Radiographs
@@ -296,11 +296,11 @@ def test_the_manifest_lists_every_shard(copy):
     directory = copy / "folder/32/1.0.0"
     manifest = read_manifest(directory)
     assert manifest is not None
-    assert [entry.file for entry in manifest.shards] == [path.name for path in shards(directory)]
+    assert [entry.file for entry in manifest.shards] == [path.name for path in shard_paths(directory)]
     assert [entry.records for entry in manifest.shards] == [4, 4, 4, 4, 4, 2]
     for entry in manifest.shards:
-        assert (entry.bytes, entry.sha256) == ((directory / entry.file).stat().st_size, sha256(directory / entry.file))
-    assert manifest.table == sha256(directory / TABLE)
+        assert (entry.bytes, entry.sha256) == ((directory / entry.file).stat().st_size, file_sha256(directory / entry.file))
+    assert manifest.table == file_sha256(directory / TABLE)
     assert tfds.builder_from_directory(directory).info.splits["records"].shard_lengths == [4, 4, 4, 4, 4, 2]
 
 
@@ -322,7 +322,7 @@ def test_damage_is_named_and_only_it_is_repaired(source, whole, copy, monkeypatc
     hurt, text = DAMAGE[damage]
     directory = copy / "folder/32/1.0.0"
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
-    bad = [shards(directory)[k] for k in (1, 5)]
+    bad = [shard_paths(directory)[k] for k in (1, 5)]
     for path in bad:
         hurt(path)
     if damage != "flipped":  # a flipped byte shows only when all is read
@@ -342,7 +342,7 @@ def test_damage_is_named_and_only_it_is_repaired(source, whole, copy, monkeypatc
 
 
 def test_a_repair_of_several_sizes_and_of_what_is_whole(source, whole, copy):
-    flip(shards(copy / "folder/64/1.0.0")[3])
+    flip(shard_paths(copy / "folder/64/1.0.0")[3])
     one, other = run(source, copy, 32, 64, repair=True)
     assert not [note for note in one.notes if "repaired" in note]
     assert [note for note in other.notes if "repaired" in note]
@@ -350,7 +350,7 @@ def test_a_repair_of_several_sizes_and_of_what_is_whole(source, whole, copy):
 
 
 def test_a_damaged_record_is_named_with_its_shard(copy):
-    path = shards(copy / "folder/32/1.0.0")[1]
+    path = shard_paths(copy / "folder/32/1.0.0")[1]
     data = path.read_bytes()
     path.write_bytes(bytes(len(data)))
     records = open_records(copy, "folder", "32")
@@ -361,7 +361,7 @@ def test_a_damaged_record_is_named_with_its_shard(copy):
 def test_a_repair_from_another_source_is_refused(source, copy, tmp_path):
     changing = shutil.copytree(source, tmp_path / source.name)
     (changing / "normal/02.png").write_bytes(picture(77))
-    path = shards(copy / "folder/32/1.0.0")[0]
+    path = shard_paths(copy / "folder/32/1.0.0")[0]
     flip(path)
     damaged = path.read_bytes()
     with pytest.raises(CxrError, match=r"normal/02\.png is not the image that .*1\.0\.0 was prepared from"):
@@ -394,7 +394,7 @@ def test_sizes_and_repair_from_the_command_line(source, tmp_path, capsys):
     assert main([*words, "--size", "native", "32", "64", "--json", "-"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert [Path(result["directory"]).parent.name for result in results] == ["native", "32", "64"]
-    flip(shards(tmp_path / "folder/32/1.0.0")[0])
+    flip(shard_paths(tmp_path / "folder/32/1.0.0")[0])
     assert main([*words, "--size", "32"]) == 1
     assert "00000-of-00006 (checksum differs)" in capsys.readouterr().err
     assert main([*words, "--size", "32", "--repair", "--json", "-"]) == 0

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from cxrjax.data.splits import save as save_split
+from cxrjax.data.splits import save_split
 from cxrjax.errors import CxrError
 from cxrjax.inference.load_run import open_run
 from cxrjax.metrics.auc import mean_auroc
@@ -138,8 +138,8 @@ def test_a_saved_split_is_a_split(tiny, tmp_path):
     first = Experiment.open(tiny())
     save_split(first.split, first.records, tmp_path / "split.csv")
     again = Experiment.open(tiny("split.name=files", f"split.files=('{tmp_path / 'split.csv'}',)"))
-    for part, rows in first.split.parts.items():
-        np.testing.assert_array_equal(again.split.parts[part], rows)
+    for part, rows in first.split.rows.items():
+        np.testing.assert_array_equal(again.split.rows[part], rows)
 
 
 def test_the_best_network_is_on_disk_before_the_state_that_speaks_of_it(tiny, tmp_path, monkeypatch):

@@ -206,7 +206,7 @@ def test_prevalence_of_what_nobody_knows_favours_neither_side():
         ("weighted_bce", {}, "give prevalence"),
         ("weighted_bce", {"prevalence": [0.5, 1.5]}, "one fraction from 0 to 1 per finding"),
         ("weighted_bce", {"prevalence": [float("nan")]}, "one fraction from 0 to 1 per finding"),
-        ("weighted_bce", {"prevalence": [0.5], "weighting": "x"}, "known are counter, literal"),
+        ("weighted_bce", {"prevalence": [0.5], "weighting": "x"}, "choose from counter, literal"),
     ],
 )
 def test_bad_options_say_what_is_wrong(name, options, message):

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from cxrjax.data.records import Record
-from cxrjax.data.splits import SPELLINGS
+from cxrjax.data.splits import SPLIT_ALIASES
 from cxrjax.errors import CxrError
 from tfds_builders.sources import SUFFIXES, Selection, match, read_rows, walk
 from tfds_builders.user_dataset import Own, blank, details, folder_name, with_drawn_validation
@@ -46,7 +46,7 @@ class Builder(Own):
         """The part, the class and the path of each folder of images; the part is "" where there are classes only."""
         if not source.is_dir():
             raise CxrError(f"source folder {source} does not exist")
-        parts = {folder: SPELLINGS.get(folder.name.lower()) for folder in _folders(source)}
+        parts = {folder: SPLIT_ALIASES.get(folder.name.lower()) for folder in _folders(source)}
         if not any(parts.values()):
             yield from (("", self.named(folder), folder) for folder in parts)
             return

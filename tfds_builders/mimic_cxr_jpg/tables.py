@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxrjax.data.records import Record
-from cxrjax.data.splits import SPELLINGS
+from cxrjax.data.splits import SPLIT_ALIASES
 from cxrjax.errors import CxrError
 from cxrjax.findings import CHEXPERT14, NOT_MENTIONED
 from tfds_builders.sources import Files, read_label, read_rows
@@ -55,7 +55,7 @@ def read(files: Files, source: object, labeller: str) -> Tables:
     seen: dict[str, int] = {}
     for line, row in _rows(path, (*_KEY, "split")):
         id, study, patient = (row[column] for column in _KEY)
-        part = SPELLINGS.get(row["split"])
+        part = SPLIT_ALIASES.get(row["split"])
         if part is None:
             raise CxrError(f"{path}, line {line}: unknown part {row['split']!r}; parts are train, validate and test")
         if seen.setdefault(id, line) != line:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cxrjax.console import say, stdout
+from cxrjax.console import print_text, stdout
 from cxrjax.files import write_json
 from cxrjax.metrics.scores import score
 from cxrjax.report import figures, style
@@ -143,8 +143,8 @@ def _write(content: StudyReport, study: Study, fields: Fields, directory: Path) 
     page = write_page(content, directory / "report" / "index.html")
     stdout.print(terminal(content.scores, content.findings, content.sizes, title=content.title))
     for claim in content.claims:
-        say(f"{claim.supported:>9}  {claim.statement}: {claim.evidence}")
-    say(f"report: {page}")
+        print_text(f"{claim.supported:>9}  {claim.statement}: {claim.evidence}")
+    print_text(f"report: {page}")
     return result | {"report": str(page)}
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from cxrjax.config import Config, load
-from cxrjax.console import say
+from cxrjax.console import print_text
 from cxrjax.data.records import Records
 from cxrjax.distributed.runtime import in_first
 from cxrjax.errors import CxrError
-from cxrjax.files import beside
+from cxrjax.files import atomic_path
 from cxrjax.metrics.auc import mean_auroc
 from cxrjax.report.content import Field
 from cxrjax.runs.erf_run import measure_field
@@ -204,7 +204,7 @@ def _alone(planned: Planned, run: Path, config: Config) -> dict[str, Any] | None
         member = Member.of(planned.label, run)
         if not planned.control:
             _field(member, config)
-        say(f"{run.name}: trained {progress.step} steps, predicted and measured: {run}")
+        print_text(f"{run.name}: trained {progress.step} steps, predicted and measured: {run}")
         return {"run": run.name, "directory": str(run), **vars(progress)}
 
     return in_first(open_and_measure)
@@ -228,6 +228,6 @@ def _field(member: Member, config: Config) -> Field:
                 return Field(stored["map"], **json.loads(str(stored["numbers"])))
     field = measure_field(member.experiment, member.network, "test", *options)
     numbers = {each.name: getattr(field, each.name) for each in fields(Field) if each.name != "map"}
-    with beside(file) as temporary:
+    with atomic_path(file) as temporary:
         np.savez_compressed(temporary, map=field.map, numbers=json.dumps(numbers), mark=mark)
     return field

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from cxrjax.console import bar
+from cxrjax.console import progress_bar
 from cxrjax.inference.mc_dropout import stochastic_logits
 from cxrjax.metrics.auc import auroc
 from cxrjax.metrics.predictions import probabilities
@@ -113,7 +113,7 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
 def _passes(member: Member, passes: int) -> np.ndarray:
     experiment, config = member.experiment, member.experiment.config
     examples = experiment.part("test")
-    with bar(f"{passes} stochastic passes", len(examples)) as advance:
+    with progress_bar(f"{passes} stochastic passes", len(examples)) as advance:
         return stochastic_logits(
             member.network, examples, experiment.mesh, size=config.data.size, batch=config.evaluate.batch,
             passes=passes, seed=config.seed, threads=config.data.threads, advance=advance,
