@@ -1,6 +1,6 @@
 """Measures PyTorch's training and inference of the networks that torchvision and timm have, one JSON line per case.
 
-python scripts/bench_torch.py densenet121:1024:8 hrnet_w18:512:16 --variants amp ckpt compile   # uv sync --group peers
+python scripts/bench_torch.py densenet121:1024:8 hrnet_w18:512:16 --variants amp ckpt compile   # uv sync --group parity
 
 The counterpart of `cxrjax bench`, with its names: 14 findings, Adam, a grey batch of bytes that already lies on the
 device. Variants, each what a user of PyTorch would take; all keep maps channels-last, which is its faster layout:

@@ -1,4 +1,4 @@
-"""Comparisons with PyTorch's own networks; they skip where it is not installed (`uv sync --group peers`)."""
+"""Comparisons with PyTorch's own networks; they skip where it is not installed (`uv sync --group parity`)."""
 
 import pytest
 
