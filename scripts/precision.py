@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cxrjax.config import load
-from cxrjax.distributed.runtime import keep_compiled
+from cxrjax.distributed.runtime import enable_compilation_cache
 from cxrjax.metrics.auc import mean_auroc
 from cxrjax.report import plots, style
 from cxrjax.train.monitoring import read_metrics
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two or more")
     arguments, overrides = parser.parse_known_args()
     overrides = [f"data.dir={arguments.data_dir}", *overrides]
-    keep_compiled(arguments.workdir / "cache")
+    enable_compilation_cache(arguments.workdir / "cache")
     curves = {}
     for size in arguments.sizes:
         runs = {

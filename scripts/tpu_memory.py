@@ -23,7 +23,7 @@ from typing import Any
 
 from plan_tables import about, peaks, table
 
-from cxrjax.distributed.mesh import mesh_of
+from cxrjax.distributed.mesh import parse_mesh
 from cxrjax.planning.collectives import KINDS, Collective, collectives
 
 LOGGING = {
@@ -100,7 +100,7 @@ def main() -> None:
 
     def row(case: tuple[str, int, str]) -> dict[str, Any]:
         network, size, mesh = case
-        data, space = mesh_of(mesh)
+        data, space = parse_mesh(mesh)
         words = ["--config=resolution:2048", f"--config.model.name={network}", f"--config.data.size={size}",
                  f"--config.model.remat={options.remat}", f"--device={options.device}", f"--mesh={mesh}",
                  f"--batch={options.images * data}"]  # fmt: skip

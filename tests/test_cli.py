@@ -35,7 +35,7 @@ def _no_tensorflow(monkeypatch):
 
 def run(capsys, *words):
     """Exit code, standard output, and standard error as one line."""
-    code = main.main([str(word) for word in words])
+    code = main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out, " ".join(err.split())
 
@@ -44,7 +44,7 @@ def run(capsys, *words):
 def trained(tiny_overrides, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     words = ["train", "--config", "demo:32", "--workdir", str(directory)]
-    assert main.main([*words, *(f"--config.{word}" for word in tiny_overrides)]) == 0
+    assert main([*words, *(f"--config.{word}" for word in tiny_overrides)]) == 0
     return directory
 
 
@@ -169,7 +169,7 @@ BAD = [
         ("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.data.findings=('Mas',)"),
         "did you mean Mass",
     ),
-    (("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.model.options.grow=3"), "growth"),
+    (("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.model.options.grow=3"), "growth_rate"),
     (("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.data.views=LL"), "AP, PA"),
     (("evaluate", "{tmp}"), "is not the directory of a run"),
     (("explain", "{tmp}", "erf"), "is not the directory of a run"),
@@ -199,7 +199,7 @@ def test_a_mistake_is_one_clear_line_and_code_1(capsys, tmp_path, phantom_data, 
 )
 def test_words_that_are_no_command_exit_with_2(words):
     with pytest.raises(SystemExit) as stopped:
-        main.main(list(words))
+        main(list(words))
     assert stopped.value.code == 2
 
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_model_is_named(capsys, trained, tmp_path, tiny_
     (other / "checkpoints" / "best").symlink_to(trained / "checkpoints" / "best")
     (other / "checkpoints" / "last").symlink_to(trained / "checkpoints" / "last")
     config = json.loads((trained / "config.json").read_text())
-    config["model"]["options"]["growth"] = 6
+    config["model"]["options"]["growth_rate"] = 6
     (other / "config.json").write_text(json.dumps(config))
     code, _, err = run(capsys, "evaluate", other)
     assert code == 1
@@ -254,7 +254,7 @@ def test_the_demo_draws_trains_and_reports(tmp_path):
         "    config.data.stored = '32'\n    config.study.sizes = (16, 32)\n    config.study.control_size = 32\n"
         "    config.train.epochs = 1\n    config.train.steps_per_epoch = 3\n    config.evaluate.resamples = 20\n"
         "    config.study.erf_images = 2\n    options = config.model.options\n"
-        "    options.growth, options.blocks, options.stem_channels = 4, (1, 1), 4\n    return config\n"
+        "    options.growth_rate, options.block_config, options.stem_channels = 4, (1, 1), 4\n    return config\n"
     )
     result = demo(tmp_path / "demo", recipe=str(recipe), patients=60)
     assert Path(result["report"]).is_file()
@@ -311,7 +311,7 @@ def test_a_collective_that_breaks_off_is_blamed_on_another_process_where_there_i
         raise error
 
     monkeypatch.setitem(main.RUN, "models", fail)
-    monkeypatch.setattr("cxrjax.distributed.runtime.several", lambda: several)
+    monkeypatch.setattr("cxrjax.distributed.runtime.is_distributed", lambda: several)
     code, _, said = run(capsys, "models")
     assert code == 1
     assert f"({error})" in said if several else f"{type(error).__name__}: {error}" in said
@@ -324,5 +324,5 @@ def test_a_file_that_cannot_be_read_is_not_blamed_on_another_process(monkeypatch
         raise ValueError('UNKNOWN: Failed to open: "/shared/runs/d/0" [os_error_code=40]')
 
     monkeypatch.setitem(main.RUN, "models", fail)
-    monkeypatch.setattr("cxrjax.distributed.runtime.several", lambda: True)
+    monkeypatch.setattr("cxrjax.distributed.runtime.is_distributed", lambda: True)
     assert "another process" not in run(capsys, "models")[2]

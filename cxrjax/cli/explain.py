@@ -1,83 +1,84 @@
-"""The words of `cxrjax explain`, apart from the work itself, whose libraries take seconds to load."""
+"""Show where a trained network looks: effective receptive field or saliency maps."""
 
 import argparse
 from typing import Any
 
+from cxrjax.cli.arguments import (
+    add_processes, add_run, given, join_processes, mesh_shape, names, positive_int, use_compilation_cache,
+)  # fmt: skip
 from cxrjax.errors import CxrError
 
-FIELD, MAPS = "erf", ("gradcam", "gradcam++", "layercam", "integrated")
-_OF_MAPS = ("findings", "threshold", "regions", "baseline", "steps")
-_OF_FIELD = ("estimator", "layers", "untrained", "width_cm")
+ERF, SALIENCY = "erf", ("gradcam", "gradcam++", "layercam", "integrated")
+_ERF_OPTIONS = ("estimator", "layers", "untrained", "width_cm")
+_SALIENCY_OPTIONS = ("findings", "threshold", "regions", "baseline", "steps")
+_INTEGRATED_OPTIONS = ("baseline", "steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `explain` takes beside a run."""
+    """Add the options of `explain`."""
+    add_run(parser)
     parser.add_argument(
-        "what", choices=(FIELD, *MAPS), metavar="WHAT",
-        help="erf: the effective receptive field; or maps of where findings come from: gradcam, gradcam++, layercam, "
-        "or integrated (gradients)",
+        "what", choices=(ERF, *SALIENCY), metavar="METHOD",
+        help="erf: effective receptive field; gradcam, gradcam++, layercam, integrated (gradients): saliency maps",
     )  # fmt: skip
     parser.add_argument(
-        "--images", type=_positive, help="erf: averaged (default: 32); maps: pictures a finding (default: 8)"
-    )
-    maps = parser.add_argument_group("maps")
-    maps.add_argument("--findings", metavar="A,B,...", help="which (default: all)")
-    maps.add_argument("--threshold", type=float, metavar="T", help="share of its maximum a map marks (default: 0.5)")
+        "--images", type=positive_int,
+        help="images to average (erf, default: 32) or to draw per finding (saliency maps, default: 8)",
+    )  # fmt: skip
+    maps = parser.add_argument_group("saliency maps")
+    maps.add_argument("--findings", type=names, metavar="A,B,...", help="findings to explain (default: all)")
     maps.add_argument(
-        "--regions", choices=("peak", "all"), help="boxes around the region of the maximum, or all (default: peak)"
+        "--threshold", type=float, metavar="T", help="mark pixels above this fraction of the maximum (default: 0.5)"
     )
-    maps.add_argument("--baseline", choices=("black", "mean"), help="of integrated gradients (default: black)")
-    maps.add_argument("--steps", type=_positive, metavar="N", help="of integrated gradients (default: 64)")
-    field = parser.add_argument_group("erf")
-    field.add_argument(
-        "--estimator", choices=("exact", "probe", "sum"), help="how equation 1 is computed (default: probe)"
+    maps.add_argument(
+        "--regions", choices=("peak", "all"),
+        help="draw boxes around the region of the maximum or around all regions (default: peak)",
+    )  # fmt: skip
+    maps.add_argument(
+        "--baseline", choices=("black", "mean"), help="baseline image of integrated gradients (default: black)"
     )
-    field.add_argument("--layers", metavar="A,B,...", help="size against depth: these feature maps too, or all")
-    field.add_argument("--untrained", action="store_true", default=None, help="beside it, the network before training")
-    field.add_argument("--width-cm", type=float, metavar="CM", help="of what an image shows, for the scale bar")
+    maps.add_argument(
+        "--steps", type=positive_int, metavar="N", help="integration steps of integrated gradients (default: 64)"
+    )
+    erf = parser.add_argument_group("erf")
+    erf.add_argument(
+        "--estimator", choices=("exact", "probe", "sum"), help="estimator of the gradient map (default: probe)"
+    )
+    erf.add_argument(
+        "--layers", type=names, metavar="A,B,...", help="also measure these feature maps, or all (default: the last)"
+    )
+    erf.add_argument("--untrained", action="store_true", default=None, help="also measure the untrained network")
+    erf.add_argument("--width-cm", type=float, metavar="CM", help="width of the imaged region, for the scale bar")
+    add_processes(parser, "The first process explains, on its own devices.")
 
 
-def explain(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Do what the words say; the result is ready for JSON."""
-    from cxrjax.distributed.mesh import mesh_of
+def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Explain the run; returns the result in the first process and None in the others."""
+    from cxrjax.distributed.runtime import in_first
 
-    what, run = arguments.what, arguments.run_directory
-    mesh = mesh_of(arguments.mesh) if arguments.mesh else None
-    common: dict[str, Any] = {"part": arguments.split, "data_dir": arguments.data_dir, "mesh": mesh}
-    if what == FIELD:
+    join_processes(arguments)
+    use_compilation_cache(arguments.run_directory)
+    return in_first(lambda: _explain(arguments))
+
+
+def _explain(arguments: argparse.Namespace) -> dict[str, Any]:
+    run, method = arguments.run_directory, arguments.what
+    options: dict[str, Any] = given(arguments, ("images",)) | {
+        "part": arguments.split, "data_dir": arguments.data_dir, "mesh": mesh_shape(arguments.mesh),
+    }  # fmt: skip
+    if method == ERF:
         from cxrjax.runs.erf_run import erf_run
 
-        _unused(arguments, _OF_MAPS)
-        given = _given(arguments, ("images", *_OF_FIELD))
-        given["layers"] = _names(arguments.layers)
-        return erf_run(run, **common, **given)
+        _reject(arguments, _SALIENCY_OPTIONS)
+        return erf_run(run, **options, **given(arguments, _ERF_OPTIONS))
     from cxrjax.runs.saliency_run import Reading, saliency_run
 
-    _unused(arguments, _OF_FIELD + (() if what == "integrated" else ("baseline", "steps")))
-    reading = Reading(what, **_given(arguments, ("threshold", "regions", "baseline", "steps")))
-    return saliency_run(run, reading, findings=_names(arguments.findings), **common, **_given(arguments, ("images",)))
+    _reject(arguments, _ERF_OPTIONS + (() if method == "integrated" else _INTEGRATED_OPTIONS))
+    reading = Reading(method, **given(arguments, ("threshold", "regions", *_INTEGRATED_OPTIONS)))
+    return saliency_run(run, reading, findings=arguments.findings, **options)
 
 
-def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    """Options that were given; the others keep the work's own defaults."""
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
-
-
-def _unused(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
-    """Refuse options that would change nothing."""
-    for name in _given(arguments, names):
-        raise CxrError(f"--{name.replace('_', '-')} changes nothing of {arguments.what}: leave it out")
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in text.split(",")] if text else []
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return value
+def _reject(arguments: argparse.Namespace, options: tuple[str, ...]) -> None:
+    """Raise an error for options that the method does not use."""
+    for name in given(arguments, options):
+        raise CxrError(f"--{name.replace('_', '-')} has no effect on {arguments.what}: leave it out")

@@ -78,7 +78,7 @@ def _shared_evenly(laid_out: np.ndarray, processes: set[int]) -> bool:
     return held.keys() == processes and apart and len({len(rows) for rows in shares}) == 1
 
 
-def mesh_of(text: str) -> tuple[int, int]:
+def parse_mesh(text: str) -> tuple[int, int]:
     """`data=D,space=S` as (D, S); what is left out is 1.
 
     Raises:
@@ -139,7 +139,7 @@ def batch_shardings(mesh: Mesh) -> Any:
     return Batch(image=image, label=rows, label_mask=rows, example_mask=rows, record=rows)
 
 
-def seen_by_layers(mesh: Mesh, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def with_mesh(mesh: Mesh, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function to be jitted for the mesh, whose layers lay their maps out on it (`models.rows`)."""
 
     @wraps(function)

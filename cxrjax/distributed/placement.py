@@ -31,7 +31,7 @@ def process_shard(sharding: NamedSharding, process: int | None = None) -> tuple[
     return parts.index(tuple(sorted(held[process]))), len(parts)
 
 
-def place(batch: Batch, shardings: Batch) -> Batch:
+def put_batch(batch: Batch, shardings: Batch) -> Batch:
     """Puts this process's part of a batch where it belongs; does not wait for the transfer.
 
     Args:
@@ -51,7 +51,7 @@ def place(batch: Batch, shardings: Batch) -> Batch:
     )
 
 
-def ahead(batches: Iterator[Batch], place: Callable[[Batch], Placed], depth: int = 2) -> Generator[Placed, None, None]:
+def prefetch_to_device(batches: Iterator[Batch], place: Callable[[Batch], Placed], depth: int = 2) -> Generator[Placed, None, None]:
     """Keeps `depth` placed batches waiting on the devices, so that transfers hide behind computation.
 
     Ends, and closes `batches`, with them, when it is closed, or when loading fails.

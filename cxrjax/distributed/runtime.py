@@ -25,7 +25,7 @@ from cxrjax.distributed.peers import GRACE, Ending, Watch, listening, meet, reac
 from cxrjax.errors import CxrError
 
 
-def keep_compiled(directory: Path) -> None:
+def enable_compilation_cache(directory: Path) -> None:
     """Keep what is compiled from here on in `directory`, and take from there what was compiled before.
 
     Where JAX_COMPILATION_CACHE_DIR names a place, that one is used; JAX_ENABLE_COMPILATION_CACHE=false switches it off.
@@ -154,11 +154,11 @@ def _watch(host: str) -> None:
     number, processes = jax.process_index(), jax.process_count()
     if processes == 1:
         return
-    server = listening(0) if first() else None
+    server = listening(0) if is_main_process() else None
     sent = np.frombuffer(secrets.token_bytes(32) + (server.getsockname()[1] if server else 0).to_bytes(2), np.uint8)
     heard = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
     key, port = heard[:32], int.from_bytes(heard[32:])
-    told = lambda gone: str(lost(RuntimeError(f"process {gone} of {processes} ended or hangs")))  # noqa: E731
+    told = lambda gone: str(peer_lost_error(RuntimeError(f"process {gone} of {processes} ended or hangs")))  # noqa: E731
     ending = Ending(told, lambda: watch.go(5))
     watch = Watch(number, processes, ending.soon)
     if server:
@@ -172,40 +172,40 @@ def _watch(host: str) -> None:
     multihost_utils.sync_global_devices("watched")  # none ends before all who can have joined
 
 
-def leave() -> None:
+def deregister() -> None:
     """Tell the others that this process has done its part: its end is no loss to them."""
     for watch, _ in _WATCHES:
         watch.leave()
 
 
-def go() -> None:
+def abort() -> None:
     """Before this process ends at once: let the others end by themselves, or go before it if it is process 0."""
     for watch, ending in _WATCHES:
         ending.prevent()
         watch.go(GRACE + 5)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether there are other processes to work with; none within `in_first`."""
-    return jax.process_count() > 1 and not alone()
+    return jax.process_count() > 1 and not main_process_only()
 
 
-def alone() -> bool:
+def main_process_only() -> bool:
     """Whether this is within `in_first`, where other processes wait."""
     return _ALONE.get()
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
 
 
 def devices() -> list[Any]:
     """The devices to work with: those of all processes; within `in_first` those of this one."""
-    return jax.local_devices() if alone() else jax.devices()
+    return jax.local_devices() if main_process_only() else jax.devices()
 
 
-def agree(what: str, value: Any) -> None:
+def check_consistent(what: str, value: Any) -> None:
     """Check that all processes have the same value, before they wait for each other in vain.
 
     Args:
@@ -215,7 +215,7 @@ def agree(what: str, value: Any) -> None:
     Raises:
       CxrError: in every process, with the numbers of those that differ from process 0.
     """
-    if not several():
+    if not is_distributed():
         return
     text = json.dumps(value, sort_keys=True, default=str).encode()
     digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
@@ -248,26 +248,26 @@ def _difference(first: bytes, other: bytes, number: int) -> str:
     return said + (f", and {len(keys) - 1} more)" if keys[1:] else ")")
 
 
-def agree_on_place(directory: Path) -> None:
+def check_shared_directory(directory: Path) -> None:
     """Check that all processes see one directory: each writes its part of a checkpoint there and waits for the rest.
 
     Raises:
       CxrError: in every process, with the numbers of those that look elsewhere.
     """
-    if not several():
+    if not is_distributed():
         return
     sent = np.frombuffer(secrets.token_bytes(8), np.uint8)
     sent = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8)
     sign = directory / f".shared-{sent.tobytes().hex()}"
-    in_first(lambda: _put(sign))
+    on_main_process(lambda: _put(sign))
     end = time.monotonic() + SHARING
     while not (seen := sign.exists()) and time.monotonic() < end:
         time.sleep(0.1)  # network file systems show new files late
     blind = [str(number) for number in np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.bool_(seen))))]
-    if first():
+    if is_main_process():
         sign.unlink()
     if blind:
-        if first():
+        if is_main_process():
             with suppress(OSError):  # it was there before, with something in it
                 directory.rmdir()
         raise CxrError(
@@ -281,16 +281,16 @@ def _put(sign: Path) -> None:
     sign.touch()
 
 
-def in_first(action: Callable[[], Value]) -> Value | None:
+def on_main_process(action: Callable[[], Value]) -> Value | None:
     """Do something in process 0 alone, on its own devices; where it raises CxrError, every process does.
 
     Returns:
       What the action did in process 0, None in the others.
     """
-    if not several():
+    if not is_distributed():
         return action()
     result, message = None, ""
-    if first():
+    if is_main_process():
         mark = _ALONE.set(True)
         try:
             result = action()
@@ -302,18 +302,18 @@ def in_first(action: Callable[[], Value]) -> Value | None:
             _ALONE.reset(mark)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message.encode()))))
     if length:
-        said = np.frombuffer(message.encode(), np.uint8) if first() else np.zeros(length, np.uint8)
+        said = np.frombuffer(message.encode(), np.uint8) if is_main_process() else np.zeros(length, np.uint8)
         raise CxrError(np.asarray(multihost_utils.broadcast_one_to_all(said)).astype(np.uint8).tobytes().decode())
     return result
 
 
-def decided(question: Callable[[], bool]) -> bool:
+def broadcast_from_main(question: Callable[[], bool]) -> bool:
     """What process 0 answers, in all processes: files may look otherwise to each of them."""
-    answer = in_first(question)
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer))) if several() else bool(answer)
+    answer = on_main_process(question)
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer))) if is_distributed() else bool(answer)
 
 
-def lost(error: Exception, then: str = "what is done is kept") -> CxrError:
+def peer_lost_error(error: Exception, then: str = "what is done is kept") -> CxrError:
     """What a process says whose work with the others broke off, with what comes of starting again."""
     reason = " ".join(str(error).split())[:200]
     return CxrError(
@@ -323,7 +323,7 @@ def lost(error: Exception, then: str = "what is done is kept") -> CxrError:
 
 
 @contextmanager
-def interrupted_together() -> Iterator[list[int]]:
+def _preempt_on_interrupt() -> Iterator[list[int]]:
     """In one of several processes the first Ctrl-C is as a SIGTERM, on which all stop; a second one acts at once.
 
     Raises:
@@ -348,22 +348,22 @@ def interrupted_together() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
 
-def told_to_stop() -> list[int]:
+def preemption_requested() -> list[int]:
     """The signal on which all processes stop now, wherever it came; empty to go on.
 
     All processes must ask as often, before each step or batch. JAX's preemption service lets them agree on one of these
     questions.
     """
-    if not several() or not getattr(jax.config, _SERVICE):
+    if not is_distributed() or not getattr(jax.config, _SERVICE):
         return []
     if not multihost_utils.reached_preemption_sync_point(next(_QUESTIONS)):
         return []
     return [*_INTERRUPTS, int(signal.SIGTERM)]
 
 
-def signals() -> AbstractContextManager[list[int]]:
+def collect_signals() -> AbstractContextManager[list[int]]:
     """The signals that came meanwhile; of several processes `told_to_stop` says when all of them stop."""
-    return interrupted_together() if several() else _collected()
+    return _preempt_on_interrupt() if is_distributed() else _collected()
 
 
 @contextmanager

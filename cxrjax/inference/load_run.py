@@ -12,7 +12,7 @@ import numpy as np
 from cxrjax.config import read
 from cxrjax.console import progress_bar
 from cxrjax.distributed.mesh import replicated
-from cxrjax.distributed.runtime import devices, told_to_stop
+from cxrjax.distributed.runtime import devices, preemption_requested
 from cxrjax.errors import CxrError, InterruptedRunError
 from cxrjax.inference.calibration_file import Fitted
 from cxrjax.metrics.predictions import Predictions, log_odds
@@ -68,7 +68,7 @@ def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
 
         def advance(images: int) -> None:
             show(images)
-            if received := told_to_stop():
+            if received := preemption_requested():
                 name = signal.Signals(received[0]).name
                 raise InterruptedRunError(f"stopped by {name}: the same command goes on", received[0])
 

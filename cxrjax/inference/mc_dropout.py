@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray, Shaped, UInt8
 
 from cxrjax.data.pipeline import Examples
-from cxrjax.distributed.mesh import batch_shardings, replicated, seen_by_layers
+from cxrjax.distributed.mesh import batch_shardings, replicated, with_mesh
 from cxrjax.errors import CxrError
 from cxrjax.models.input_spec import prepare
 from cxrjax.models.network import Network
@@ -78,7 +78,7 @@ def make_step(mesh: jax.sharding.Mesh, passes: int) -> Callable[..., tuple[jax.A
     ) -> tuple[Float[Array, "B K"], Float[Array, "B T K"] | None]:
         model = unpack(network).model()
         grey = images.dtype == jnp.uint8
-        features = model.features(prepare(images, network.inputs, network.dtype) if grey else images)
+        features = model.features(prepare(images, network.input_spec, network.dtype) if grey else images)
         logits = model.head(features)
         if not passes:
             return logits, None
@@ -91,7 +91,7 @@ def make_step(mesh: jax.sharding.Mesh, passes: int) -> Callable[..., tuple[jax.A
         return logits, jax.vmap(of_image)(dict(features), numbers)
 
     whole, image = replicated(mesh), batch_shardings(mesh).image
-    return jax.jit(seen_by_layers(mesh, step), in_shardings=(whole, image, whole, whole), out_shardings=whole)
+    return jax.jit(with_mesh(mesh, step), in_shardings=(whole, image, whole, whole), out_shardings=whole)
 
 
 def has_dropout(network: Network, size: tuple[int, int]) -> bool:
@@ -103,7 +103,7 @@ def has_dropout(network: Network, size: tuple[int, int]) -> bool:
     """
     if not all(size):
         return False
-    images = jax.ShapeDtypeStruct((1, *size, network.inputs.channels), network.dtype)
+    images = jax.ShapeDtypeStruct((1, *size, network.input_spec.channels), network.dtype)
     maps = jax.eval_shape(lambda network, images: dict(network.model().features(images)), network, images)
     key = jax.eval_shape(lambda: jax.random.key(0))
     jaxpr = jax.make_jaxpr(lambda key, network, maps: network.model().head(maps, key=key))(key, network, maps).jaxpr
@@ -118,8 +118,8 @@ def make_pooled_step(mesh: jax.sharding.Mesh) -> PredictStep:
     """The jitted step `(network, images uint8[B,H,W,1]) -> f32[B,C]`: the mean over space of the last feature maps."""
 
     def step(network: Network, images: UInt8[Array, "B H W 1"]) -> Float32[Array, "B C"]:
-        maps = unpack(network).model().features(prepare(images, network.inputs, network.dtype))["final"]
+        maps = unpack(network).model().features(prepare(images, network.input_spec, network.dtype))["final"]
         return maps.astype(jnp.float32).mean((1, 2))
 
     whole, image = replicated(mesh), batch_shardings(mesh).image
-    return jax.jit(seen_by_layers(mesh, step), in_shardings=(whole, image), out_shardings=whole)
+    return jax.jit(with_mesh(mesh, step), in_shardings=(whole, image), out_shardings=whole)

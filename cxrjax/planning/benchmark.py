@@ -89,11 +89,11 @@ def cases(
     """
     if not words and (dtypes or remats or mesh):
         raise CxrError("--dtypes, --remats and --mesh are for ARCH:SIZE:BATCH; of --config change its keys instead")
-    from cxrjax.distributed.mesh import mesh_of
+    from cxrjax.distributed.mesh import parse_mesh
     from cxrjax.errors import check_choice
     from cxrjax.models.registry import ARCHITECTURES
 
-    made, shape = [], mesh_of(mesh) if mesh else (1, 1)
+    made, shape = [], parse_mesh(mesh) if mesh else (1, 1)
     for word, dtype, remat in product(words, dtypes or ["bfloat16"], remats or ["none"]):
         matched = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", word)
         if matched is None:
@@ -206,7 +206,7 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
 
     from cxrjax.data.batch import Batch
     from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, replicated
-    from cxrjax.distributed.placement import place
+    from cxrjax.distributed.placement import put_batch
     from cxrjax.models import create
     from cxrjax.models.network import Network
     from cxrjax.train.flat_params import pack_for
@@ -228,7 +228,7 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     mesh = make_mesh(case.data, case.space)
     check_divides(f"a batch of {count} images", count, "data", mesh.shape["data"])
     check_divides(f"{side} rows", side, "space", case.space)
-    placed = place(host, batch_shardings(mesh))
+    placed = put_batch(host, batch_shardings(mesh))
     network = Network.from_model(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options))
     if case.inference:
         arguments = pack_for(jax.device_put(network, replicated(mesh)), mesh), placed.image

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cxrjax.config import Config, load, with_overrides
 from cxrjax.console import progress_bar, stderr
-from cxrjax.distributed.runtime import HEARTBEAT, several
+from cxrjax.distributed.runtime import HEARTBEAT, is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.models.layers import REMATS
 from cxrjax.planning.accelerators import Target, target_of
@@ -39,7 +39,7 @@ def advise(arguments: argparse.Namespace) -> None:
     config = load(arguments.config, arguments.overrides)
     target, make = planned_for(jax.local_devices()[0])
     end = math.inf
-    if several():
+    if is_distributed():
         make, end = estimate, time.monotonic() + HEARTBEAT / 5  # then JAX misses the others, and ends this one
     settings = [[], *less(config)]
     stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.")

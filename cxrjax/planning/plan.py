@@ -40,7 +40,7 @@ TPU_OPTIONS = {
 packs them tightly, and computes in an order that holds less, where it must: as here."""
 
 AHEAD = 4
-"""Batches that a run has on its devices beside that of the step: a next step's, and those of `data.placement.ahead`."""
+"""Batches that a run has on its devices beside that of the step: a next step's, and those of `distributed.placement.prefetch_to_device`."""
 
 MOST = (1 << 31) - 1
 """Images of a batch: JAX counts them in 32 bits."""
@@ -276,7 +276,7 @@ def _traced(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, Tr
     try:
         return step.trace(given, batched), state, batched
     except CxrError:
-        check_size(network, side, images=batch)  # which knows the sizes that the network takes
+        check_size(network, side, batch_size=batch)  # which knows the sizes that the network takes
         raise
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cxrjax.config import Config, load
 from cxrjax.console import progress_bar, print_text, stderr, stdout
-from cxrjax.distributed.mesh import mesh_of
+from cxrjax.distributed.mesh import parse_mesh
 from cxrjax.errors import CxrError, check_choice
 from cxrjax.planning.accelerators import TARGETS, Target
 from cxrjax.planning.plan import USABLE, Plan, estimate, largest_batch, plan
@@ -29,11 +29,11 @@ def run(arguments: argparse.Namespace) -> Any:
     config = load(arguments.config, arguments.overrides)
     target = TARGETS[check_choice("--device", arguments.device, TARGETS)]
     _check(arguments)
-    data, space = mesh_of(arguments.mesh) if arguments.mesh else (config.mesh.data or 1, config.mesh.space)
+    data, space = parse_mesh(arguments.mesh) if arguments.mesh else (config.mesh.data or 1, config.mesh.space)
     make = estimate if arguments.estimate or not _installed(target) else plan
     if arguments.sweep:
         sizes, remats = arguments.sizes or SWEEP_SIZES, arguments.remats or (config.model.remat,)
-        meshes = [mesh_of(mesh) for mesh in arguments.meshes] or SWEEP_MESHES
+        meshes = [parse_mesh(mesh) for mesh in arguments.meshes] or SWEEP_MESHES
         plans = _sweep(config, target, arguments.batch or 1, make, sizes, meshes, remats)
     elif arguments.largest:
         batch, plans = largest_batch(config, target, make, data=data, space=space)

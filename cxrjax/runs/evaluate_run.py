@@ -6,7 +6,7 @@ from typing import Any
 
 from cxrjax.config import validate
 from cxrjax.console import print_text, stdout
-from cxrjax.distributed.runtime import agree, in_first
+from cxrjax.distributed.runtime import check_consistent, on_main_process
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 from cxrjax.inference.calibration_file import fit_run
@@ -53,7 +53,7 @@ def evaluate_run(
         experiment.config.evaluate.batch = batch
         validate(experiment.config)
     shape, batch = dict(experiment.mesh.shape), experiment.config.evaluate.batch
-    agree("run, data, part, mesh and batch", [about, experiment.fingerprints, part, shape, batch])
+    check_consistent("run, data, part, mesh and batch", [about, experiment.fingerprints, part, shape, batch])
     predictions = predict(experiment, network, part)
     validation = predictions if part == "validation" else predict(experiment, network, "validation")
     fitted = fit_run(experiment, network, about, validation)
@@ -62,7 +62,7 @@ def evaluate_run(
         fitted.write(directory)
         return _written(experiment, about, part, predictions, resamples, directory)
 
-    return in_first(written)
+    return on_main_process(written)
 
 
 def _written(

@@ -11,7 +11,7 @@ import numpy as np
 
 from cxrjax.config import Config
 from cxrjax.console import progress_bar
-from cxrjax.distributed.runtime import decided, in_first, several
+from cxrjax.distributed.runtime import broadcast_from_main, on_main_process, is_distributed
 from cxrjax.files import write_json
 from cxrjax.inference.load_run import open_run, predict
 from cxrjax.metrics.bootstrap import Sample
@@ -54,14 +54,14 @@ class Member:
 
 def predict_together(directory: Path) -> None:
     """Where there are several processes, they share the predicting of a trained run; else `Member.of` does it."""
-    if several():
+    if is_distributed():
         keep_predictions(*open_run(directory), directory / "predictions")
 
 
 def keep_predictions(experiment: Experiment, network: Network, about: dict[str, Any], folder: Path) -> None:
     """Predict validation and test, unless both tables of this checkpoint lie in the folder already."""
     made, mark = folder / "made-of.json", experiment.fingerprints | about
-    if decided(lambda: _read(made) == mark and all(_table(folder, part).is_file() for part in _PARTS)):
+    if broadcast_from_main(lambda: _read(made) == mark and all(_table(folder, part).is_file() for part in _PARTS)):
         return
     tables = {part: predict(experiment, network, part) for part in _PARTS}
 
@@ -71,7 +71,7 @@ def keep_predictions(experiment: Experiment, network: Network, about: dict[str, 
             table.write(_table(folder, part))
         write_json(made, mark)
 
-    in_first(write)
+    on_main_process(write)
 
 
 def kept_predictions(folder: Path) -> dict[str, Predictions]:

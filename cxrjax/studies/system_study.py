@@ -13,7 +13,7 @@ import numpy as np
 
 from cxrjax.config import Config, load
 from cxrjax.console import print_text, stdout
-from cxrjax.distributed.runtime import in_first
+from cxrjax.distributed.runtime import on_main_process
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 from cxrjax.metrics.auc import mean_auroc
@@ -85,7 +85,7 @@ def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> d
         study = ArmStudy(system, config, members, phantom)
         return _report(study, SYSTEMS[system](study), directory)
 
-    return in_first(report)
+    return on_main_process(report)
 
 
 def _check(system: str, config: Config, configs: dict[str, Config], directory: Path) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cxrjax.distributed.runtime import alone
+from cxrjax.distributed.runtime import main_process_only
 from cxrjax.errors import CxrError
 
 Shapes = dict[str, list]
@@ -77,7 +77,7 @@ class Checkpoints:
 
 
 def _manager(directory: Path, keep: int, reading: bool) -> ocp.CheckpointManager:
-    only = {"active_processes": {jax.process_index()}, "barrier_sync_key_prefix": "alone"} if alone() else {}
+    only = {"active_processes": {jax.process_index()}, "barrier_sync_key_prefix": "alone"} if main_process_only() else {}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=not reading, create=not reading, read_only=reading,
         multiprocessing_options=ocp.options.MultiprocessingOptions(**only),  # Orbax waits for all others

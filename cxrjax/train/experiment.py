@@ -16,7 +16,7 @@ from cxrjax.data.records import Records
 from cxrjax.data.sampling import Sampling
 from cxrjax.data.splits import DataSplit
 from cxrjax.distributed.mesh import check_divides, instead_of_rows, make_mesh
-from cxrjax.distributed.runtime import several
+from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, positions
 from cxrjax.models.network import Network, check_size
@@ -179,7 +179,7 @@ class Experiment:
         at_once = devices * (self.config.train.per_device or max(batch // devices, 1))
         total, divisors = self.mesh.devices.size, [n for n in range(1, batch + 1) if batch % n == 0]
         whole = max(n for n in divisors if total % n == 0)
-        idle = "" if several() else f"set mesh.data to {max(n for n in divisors if n <= devices)}, or "
+        idle = "" if is_distributed() else f"set mesh.data to {max(n for n in divisors if n <= devices)}, or "
         instead = f", or {idle}share images: mesh.data = {whole}, mesh.space = {total // whole}"
         check_divides(f"config key train.batch = {batch} images", batch, "data", devices, instead)
         if batch % at_once:
@@ -198,7 +198,7 @@ class Experiment:
         """
         images = self.config.train.batch // self.accumulate
         in_training = self.learning.backbone_in_training
-        check_size(self.network, self.config.data.size, images=images, backbone_in_training=in_training)
+        check_size(self.network, self.config.data.size, batch_size=images, backbone_in_training=in_training)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from cxrjax.data.pipeline import Examples, evaluation_batches
 from cxrjax.distributed.mesh import batch_shardings
-from cxrjax.distributed.placement import ahead, place, process_shard
+from cxrjax.distributed.placement import prefetch_to_device, put_batch, process_shard
 from cxrjax.models.network import Network
 from cxrjax.train.flat_params import pack_for
 
@@ -47,7 +47,7 @@ def logits_of(
         examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.example_mask)
     )
     parts, few = [], pack_for(network, mesh)
-    for placed in ahead(batches, lambda b: place(b, shardings)):
+    for placed in prefetch_to_device(batches, lambda b: put_batch(b, shardings)):
         parts.append(step(few, placed.image))  # not read yet: the device runs ahead of the host
         if len(parts) > 2:
             parts[-3] = np.asarray(parts[-3])

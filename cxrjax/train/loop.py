@@ -19,17 +19,17 @@ from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
 from cxrjax.data.splits import save_split
 from cxrjax.distributed.mesh import batch_shardings, replicated
-from cxrjax.distributed.placement import ahead, place, process_shard
+from cxrjax.distributed.placement import prefetch_to_device, put_batch, process_shard
 from cxrjax.distributed.runtime import (
-    agree,
-    agree_on_place,
+    check_consistent,
+    check_shared_directory,
     devices,
-    first,
-    in_first,
-    lost,
-    several,
-    signals,
-    told_to_stop,
+    is_main_process,
+    on_main_process,
+    peer_lost_error,
+    is_distributed,
+    collect_signals,
+    preemption_requested,
 )
 from cxrjax.errors import CxrError, InterruptedRunError, out_of_memory
 from cxrjax.files import write_json
@@ -81,23 +81,23 @@ def train(
     experiment = experiment or Experiment.open(config)
     check_watch(experiment)
     _check_profile(profile, config.train.epochs * experiment.steps_per_epoch)
-    agree("config", {key: value for key, value in flatten(config).items() if key not in LOCAL})
-    agree("data and split", experiment.identity)
-    agree_on_place(directory)
-    with in_first(lambda: Run(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
+    check_consistent("config", {key: value for key, value in flatten(config).items() if key not in LOCAL})
+    check_consistent("data and split", experiment.identity)
+    check_shared_directory(directory)
+    with on_main_process(lambda: Run(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
         trainer = _Trainer(experiment, directory, checkpoints, auroc)
-        in_first(lambda: trainer.begin(profile))
+        on_main_process(lambda: trainer.begin(profile))
         if trainer.finished:
             return trainer.progress
-        writer = MetricWriter(directory, trainer.progress.step) if first() else Unwritten()
+        writer = MetricWriter(directory, trainer.progress.step) if is_main_process() else Unwritten()
         trainer.writer = stack.enter_context(writer)
-        trainer.profile = stack.enter_context(Profile(directory, profile if first() else None))
+        trainer.profile = stack.enter_context(Profile(directory, profile if is_main_process() else None))
         try:
             return trainer.run()
         except jax.errors.JaxRuntimeError as error:
-            if several() and not out_of_memory(error):
-                raise lost(error, f"the run goes on from the newest checkpoint in {directory}") from error
+            if is_distributed() and not out_of_memory(error):
+                raise peer_lost_error(error, f"the run goes on from the newest checkpoint in {directory}") from error
             raise
 
 
@@ -141,19 +141,19 @@ class _Trainer:
         self._clock = time.perf_counter()
         batches = self._batches()
         total = self.steps * train.batch
-        with progress_bar(self._label(), total, start=progress.step * train.batch) as advance, signals() as received:
+        with progress_bar(self._label(), total, start=progress.step * train.batch) as advance, collect_signals() as received:
             pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
             try:
                 while True:
                     if self._at_epoch_end:
                         self._settle(pending, 0)
                         self.waiting.pause()
-                        self._end_epoch(lambda _: self._stop(received or told_to_stop()))
+                        self._end_epoch(lambda _: self._stop(received or preemption_requested()))
                         self._save()
                         self.waiting.go()
                     if self.finished:
                         break
-                    received.extend(told_to_stop())
+                    received.extend(preemption_requested())
                     if received:
                         self._settle(pending, 0)
                         self._stop(received)
@@ -177,7 +177,7 @@ class _Trainer:
             finally:
                 batches.close()
         self.checkpoints.wait()
-        in_first(self.describe)
+        on_main_process(self.describe)
         return progress
 
     @property
@@ -203,7 +203,7 @@ class _Trainer:
             threads=data.threads,
             shard=process_shard(shardings.example_mask),
         )
-        return ahead(stream, lambda batch: (place(batch, shardings), batch.record))
+        return prefetch_to_device(stream, lambda batch: (put_batch(batch, shardings), batch.record))
 
     def _settle(self, pending: deque, allowed: int) -> None:
         """Read the metrics of steps that are done; stop the run if a loss or gradient is not finite."""
@@ -246,7 +246,7 @@ class _Trainer:
             },
         )
         self.writer.flush()
-        if first() and not stderr.is_terminal:  # where no bar is seen, a log has a line an epoch
+        if is_main_process() and not stderr.is_terminal:  # where no bar is seen, a log has a line an epoch
             stderr.print(
                 f"{config.data.size} px, epoch {progress.validated}/{config.train.epochs}, step {progress.step}: "
                 f"val_loss {loss:.4f}, val_auroc {auroc:.4f}, {progress.seconds:.0f} s", soft_wrap=True,

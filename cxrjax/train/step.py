@@ -11,7 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from cxrjax.distributed.mesh import batch_shardings, replicated, seen_by_layers
+from cxrjax.distributed.mesh import batch_shardings, replicated, with_mesh
 from cxrjax.models.network import Network
 from cxrjax.train.flat_params import is_packed, pack, unpack
 from cxrjax.train.losses import Loss, masked_bce
@@ -106,7 +106,7 @@ def make_train_step(
 
     whole = replicated(mesh)
     return jax.jit(
-        seen_by_layers(mesh, step),
+        with_mesh(mesh, step),
         donate_argnums=0,
         in_shardings=(whole, batch_shardings(mesh)),
         out_shardings=(whole, whole),
@@ -126,5 +126,5 @@ def make_predict_step(mesh: Mesh) -> Callable[[Network, Any], jax.Array]:
 
     whole = replicated(mesh)
     return jax.jit(
-        seen_by_layers(mesh, predict), in_shardings=(whole, batch_shardings(mesh).image), out_shardings=whole
+        with_mesh(mesh, predict), in_shardings=(whole, batch_shardings(mesh).image), out_shardings=whole
     )

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from cxrjax.distributed.runtime import keep_compiled
+from cxrjax.distributed.runtime import enable_compilation_cache
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
 
@@ -26,12 +26,12 @@ def unset():
 @pytest.mark.filterwarnings("default")
 def test_what_the_user_says_holds(tmp_path):
     jax.config.update("jax_enable_compilation_cache", False)
-    keep_compiled(tmp_path / "off")
+    enable_compilation_cache(tmp_path / "off")
     assert jax.config.jax_compilation_cache_dir is None
     jax.config.update("jax_enable_compilation_cache", True)
-    keep_compiled(tmp_path / "on")
+    enable_compilation_cache(tmp_path / "on")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "on")
-    keep_compiled(tmp_path / "another")
+    enable_compilation_cache(tmp_path / "another")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "on")
 
 

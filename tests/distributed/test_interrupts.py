@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cxrjax.distributed.runtime import interrupted_together
+from cxrjax.distributed.runtime import _preempt_on_interrupt
 from cxrjax.train.monitoring import read_metrics
 
 
@@ -92,7 +92,7 @@ def test_ctrl_c_in_one_of_several_is_a_sigterm_and_not_lost_where_no_step_is_lef
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def work():
-        with interrupted_together():
+        with _preempt_on_interrupt():
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)  # a second one acts at once
                 steps.append(list(got))
@@ -100,7 +100,7 @@ def test_ctrl_c_in_one_of_several_is_a_sigterm_and_not_lost_where_no_step_is_lef
     try:
         with pytest.raises(KeyboardInterrupt):
             work()
-        with interrupted_together():  # of the next run
+        with _preempt_on_interrupt():  # of the next run
             pass
     finally:
         for number, handler in before.items():

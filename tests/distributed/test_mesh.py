@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from cxrjax.distributed import runtime
-from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, mesh_of
+from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, parse_mesh
 from cxrjax.errors import CxrError
 
 
@@ -67,8 +67,8 @@ def test_rows_of_images_lie_on_the_space_axis():
 
 
 def test_words_of_a_mesh():
-    assert mesh_of("data=4,space=2") == (4, 2)
-    assert mesh_of("space=8") == (1, 8)
+    assert parse_mesh("data=4,space=2") == (4, 2)
+    assert parse_mesh("space=8") == (1, 8)
     for wrong in ("4x2", "data=0", "rows=2"):
         with pytest.raises(CxrError, match="is not data=D or space=S"):
-            mesh_of(wrong)
+            parse_mesh(wrong)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cxrjax.data.batch import Batch
-from cxrjax.distributed.placement import ahead, place, process_shard
+from cxrjax.distributed.placement import prefetch_to_device, put_batch, process_shard
 
 
 def host_batch(rows=8, seed=0) -> Batch:
@@ -35,7 +35,7 @@ def shardings(data, space) -> Batch:
 @pytest.mark.parametrize(("data", "space"), [(8, 1), (4, 2), (2, 4), (1, 8), (1, 1), (2, 1)])
 def test_every_device_gets_its_rows_of_the_batch_and_of_the_images(data, space):
     batch, where = host_batch(), shardings(data, space)
-    placed = place(batch, where)
+    placed = put_batch(batch, where)
     assert isinstance(placed, Batch)
     for array, original, sharding in zip(placed, batch, where, strict=True):
         assert isinstance(array, jax.Array)
@@ -75,7 +75,7 @@ class Streamed:
 def test_depth_batches_wait_on_the_devices(depth):
     source, where = Streamed(9), shardings(4, 2)
     taken = []
-    for k, batch in enumerate(ahead(source.stream, lambda b: place(b, where), depth)):
+    for k, batch in enumerate(prefetch_to_device(source.stream, lambda b: put_batch(b, where), depth)):
         assert batch.record[0] == 100 * k
         taken.append(source.taken)
     assert taken == [min(k + 1 + depth, 9) for k in range(9)]
@@ -84,7 +84,7 @@ def test_depth_batches_wait_on_the_devices(depth):
 
 def test_closing_closes_the_stream_below():
     source = Streamed(9)
-    batches = ahead(source.stream, lambda b: b)
+    batches = prefetch_to_device(source.stream, lambda b: b)
     next(batches)
     assert not source.closed
     batches.close()
@@ -93,7 +93,7 @@ def test_closing_closes_the_stream_below():
 
 def test_a_failure_below_arrives():
     source = Streamed(9, fail_at=4)
-    batches = ahead(source.stream, lambda b: b, depth=2)
+    batches = prefetch_to_device(source.stream, lambda b: b, depth=2)
     with pytest.raises(RuntimeError, match="a bad record"):
         list(batches)
     assert source.closed
@@ -111,13 +111,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cxrjax.data.batch import Batch
-from cxrjax.distributed.placement import place, process_shard
+from cxrjax.distributed.placement import put_batch, process_shard
 
 whole = Batch(
     image=np.random.default_rng(0).integers(0, 256, (8, 16, 4, 1), np.uint8),
     label=np.arange(24, dtype=np.float32).reshape(8, 3),
     label_mask=np.ones((8, 3), bool),
-    valid=np.ones(8, bool),
+    example_mask=np.ones(8, bool),
     record=np.arange(8, dtype=np.int32),
 )
 assert jax.device_count() == 8 and jax.local_device_count() == 4
@@ -128,7 +128,7 @@ for data, parts in ((8, 2), (4, 2), (2, 2), (1, 1)):
     assert (part, count) == (jax.process_index() if parts == 2 else 0, parts), (data, part, count)
     share = 8 // count
     local = Batch(*(field[part * share : (part + 1) * share] for field in whole))
-    placed = place(local, Batch(NamedSharding(mesh, P("data", "space")), rows, rows, rows, rows))
+    placed = put_batch(local, Batch(NamedSharding(mesh, P("data", "space")), rows, rows, rows, rows))
     for array, original in zip(placed, whole, strict=True):
         assert array.shape == original.shape
         for shard in array.addressable_shards:

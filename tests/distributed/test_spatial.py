@@ -7,7 +7,7 @@ import pytest
 
 from cxrjax.data.batch import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
-from cxrjax.distributed.placement import place
+from cxrjax.distributed.placement import put_batch
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network
@@ -18,9 +18,9 @@ from cxrjax.train.step import make_train_step
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-DENSENET = {"growth": 4, "blocks": (1, 1, 1), "stem_channels": 4}
-HRNET = {"modules": (1, 1), "width": 4, "stem_channels": 4, "neck": "eighth"}
-EFFICIENTNET = {"blocks": ((1, 3, 1, 8, 1), (4, 3, 2, 8, 1), (4, 5, 2, 8, 2))}
+DENSENET = {"growth_rate": 4, "block_config": (1, 1, 1), "stem_channels": 4}
+HRNET = {"num_modules": (1, 1), "width": 4, "stem_channels": 4, "neck": "eighth"}
+EFFICIENTNET = {"block_config": ((1, 3, 1, 8, 1), (4, 3, 2, 8, 1), (4, 5, 2, 8, 2))}
 
 # A network, its options, the images' rows and columns, and meshes of data x space devices. Maps of 72 rows become 36,
 # 18 and 9, and those of 64 become 4: fewer than devices, or not divisible among them.
@@ -43,7 +43,7 @@ EVEN = [
     ("resnet_small", {"block": "bottleneck", "width": 4, "stem_pool": "3x3"}, (128, 32), [(1, 8)]),
     ("hrnet_small", HRNET, (64, 64), [(2, 4)]),
     ("efficientnet_small", EFFICIENTNET | {"stochastic_depth": 0.5, "dropout": 0.2}, (64, 32), [(1, 4)]),
-    ("attention_fusion_small", {"match": "up", "dense": {"blocks": (1, 1)}}, (64, 32), [(1, 4)]),
+    ("attention_fusion_small", {"match": "up", "dense": {"block_config": (1, 1)}}, (64, 32), [(1, 4)]),
 ]
 
 
@@ -66,7 +66,7 @@ def after_a_step(network, shape, mesh):
     optimizer = optax.trace(decay=0.0)
     step = make_train_step(network, optimizer, optax.constant_schedule(0.1), mesh)
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
-    batch = place(batch_of(*shape), batch_shardings(mesh))
+    batch = put_batch(batch_of(*shape), batch_shardings(mesh))
     compiled = step.lower(state, batch).compile(compiler_options=QUICK)
     state, metrics = compiled(state, batch)
     return jax.device_get((state.optimizer.trace, state.stats, metrics["loss"])), collectives(compiled.as_text() or "")
@@ -110,11 +110,11 @@ def test_float64_without_gathering(name, options, shape, meshes):
 @pytest.mark.parametrize(
     ("name", "options", "shape", "bound"),
     [
-        ("densenet_small", {"growth": 4, "blocks": (1, 1), "stem_channels": 4}, (64, 32), 0.2),
+        ("densenet_small", {"growth_rate": 4, "block_config": (1, 1), "stem_channels": 4}, (64, 32), 0.2),
         ("resnet_small", {"width": 4}, (64, 32), 0.3),
         ("hrnet_small", HRNET, (64, 64), 0.8),
         ("efficientnet_small", EFFICIENTNET, (64, 32), 0.1),
-        ("attention_fusion_small", {"match": "up", "dense": {"blocks": (1, 1)}}, (64, 32), 0.1),
+        ("attention_fusion_small", {"match": "up", "dense": {"block_config": (1, 1)}}, (64, 32), 0.1),
     ],
 )
 def test_rounding(name, options, shape, bound):

@@ -167,7 +167,7 @@ def test_a_signal_in_validation_stops_all_before_it_is_done(alone, tmp_path):
 
 def test_a_signal_stops_the_predicting_of_a_study(alone, monkeypatch):
     experiment, network, _ = open_run(alone[1])
-    monkeypatch.setattr("cxrjax.inference.load_run.told_to_stop", lambda: [int(signal.SIGTERM)])
+    monkeypatch.setattr("cxrjax.inference.load_run.preemption_requested", lambda: [int(signal.SIGTERM)])
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM: the same command goes on") as stopped:
         predict(experiment, network, "test")
     assert stopped.value.number == signal.SIGTERM

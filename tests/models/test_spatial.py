@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.distributed.mesh import make_mesh, seen_by_layers
+from cxrjax.distributed.mesh import make_mesh, with_mesh
 from cxrjax.models.attention_fusion import _rows
 from cxrjax.models.hrnet import repeated
 from cxrjax.models.layers import _convolution
@@ -60,7 +60,7 @@ def with_gradient(operation, mesh, maps):
         return value, backward(jnp.cos(value))[0]
 
     rows = NamedSharding(mesh, P("data", None if maps.shape[1] % mesh.shape["space"] else "space"))
-    step = jax.jit(seen_by_layers(mesh, both), in_shardings=rows).lower(jnp.asarray(maps)).compile()
+    step = jax.jit(with_mesh(mesh, both), in_shardings=rows).lower(jnp.asarray(maps)).compile()
     return jax.device_get(step(jax.device_put(maps, rows))), collectives(step.as_text() or "")
 
 

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from cxrjax.data.batch import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
-from cxrjax.distributed.placement import place
+from cxrjax.distributed.placement import put_batch
 from cxrjax.metrics.auc import mean_auroc
 from cxrjax.models import create
 from cxrjax.models.network import Network
@@ -43,14 +43,14 @@ def test_any_tree_comes_back(tree):
 
 
 def small(seed=0, **options):
-    options = {"growth": 4, "blocks": (1, 1), "stem_channels": 4} | options
+    options = {"growth_rate": 4, "block_config": (1, 1), "stem_channels": 4} | options
     return Network.from_model(create("densenet_small", classes=3, seed=seed, **options))
 
 
 def test_networks_of_one_shape_have_one_layout():
     one, other = pack(small(0)), pack(small(1))
     assert one.params.layout is other.params.layout
-    assert jax.tree.structure(one) == jax.tree.structure(other) != jax.tree.structure(pack(small(growth=8)))
+    assert jax.tree.structure(one) == jax.tree.structure(other) != jax.tree.structure(pack(small(growth_rate=8)))
 
 
 def test_large_arrays_are_handed_through():
@@ -79,7 +79,7 @@ def test_a_packed_state_makes_the_same_steps(shape):
         mesh = make_mesh(*shape)
         step = make_train_step(network, optimizer, optax.constant_schedule(0.05), mesh)
         apart, few = (jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh)) for _ in range(2))
-        batch, few = place(batch, batch_shardings(mesh)), pack(few)
+        batch, few = put_batch(batch, batch_shardings(mesh)), pack(few)
         for _ in range(3):
             apart, expected = step(apart, batch)
             few, metrics = step(few, batch)

@@ -56,7 +56,7 @@ def test_a_slow_loader_is_told_of_in_every_place(tiny_overrides, tmp_path, monke
     """It sleeps four times as long as the step: the share is about 0.8, or less where the machine is busy."""
     paced(monkeypatch, loading=4 * STEP)
     words = [f"--config.{word}" for word in (*tiny_overrides, "train.epochs=2")]
-    assert main.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 0
+    assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 0
     shares = [row["data_wait"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
     whole = json.loads((tmp_path / "run.json").read_text())["data_wait"]
     assert len(shares) == 2
@@ -96,7 +96,7 @@ def test_the_host_stays_two_steps_behind_and_steps_take_nothing_from_it(tiny, tm
 
 
 def test_two_batches_wait_on_the_devices_when_a_step_is_given(tiny, tmp_path, monkeypatch):
-    place, make, placed, when_given = loop.place, loop.make_train_step, [], []
+    place, make, placed, when_given = loop.put_batch, loop.make_train_step, [], []
 
     def counted(*words):
         placed.append(None)
@@ -111,7 +111,7 @@ def test_two_batches_wait_on_the_devices_when_a_step_is_given(tiny, tmp_path, mo
 
         return watching
 
-    monkeypatch.setattr(loop, "place", counted)
+    monkeypatch.setattr(loop, "put_batch", counted)
     monkeypatch.setattr(loop, "make_train_step", watched)
     loop.train(tiny("train.epochs=1", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
     assert when_given == [3, 4, 5, 6, 7, 8]
@@ -171,7 +171,7 @@ def test_no_step_is_waited_for_before_the_next_is_given(tiny, tmp_path, monkeypa
 
 def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, capsys):
     words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
-    assert main.main([*words, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
+    assert main([*words, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
     (device_trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")  # what TensorBoard reads
     assert b"train" in device_trace.read_bytes()
     (perfetto,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
@@ -200,7 +200,7 @@ def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsy
 )
 def test_steps_that_are_none_are_refused(text, said, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), "--profile", text])
+        main(["train", "--config", "demo:32", "--workdir", str(tmp_path), "--profile", text])
     assert said in capsys.readouterr().err
 
 

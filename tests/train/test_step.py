@@ -11,7 +11,7 @@ import pytest
 from cxrjax import config as configs
 from cxrjax.data.batch import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
-from cxrjax.distributed.placement import place
+from cxrjax.distributed.placement import put_batch
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.train.losses import masked_bce
@@ -19,7 +19,7 @@ from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_predict_step, make_train_step
 
-TINY = {"growth": 4, "blocks": (1, 1), "stem_channels": 4}
+TINY = {"growth_rate": 4, "block_config": (1, 1), "stem_channels": 4}
 
 
 def make_batch(seed=0, n=8, size=32):
@@ -41,7 +41,7 @@ def run(net, batch, mesh, accumulate=1, steps=2, name="sgd"):
     optimizer = make_optimizer(configs.load("demo", [f"optimizer.name={name}", "optimizer.clip=0"]).optimizer)
     step = make_train_step(net, optimizer, optax.constant_schedule(0.05), mesh, accumulate)
     state = jax.device_put(TrainState.create(net, optimizer, 0), replicated(mesh))
-    placed = place(batch, batch_shardings(mesh))
+    placed = put_batch(batch, batch_shardings(mesh))
     for _ in range(steps):
         state, metrics = step(state, placed)
     return jax.device_get((state.params, state.stats, metrics))
@@ -114,5 +114,5 @@ def test_predict_step_is_inference_and_the_same_on_any_mesh():
     expected = jax.jit(lambda n, x: n.apply(x)[0])(net, batch.image)
     for shape in ((1, 1), (2, 4)):
         mesh = make_mesh(*shape)
-        image = place(batch, batch_shardings(mesh)).image
+        image = put_batch(batch, batch_shardings(mesh)).image
         np.testing.assert_allclose(make_predict_step(mesh)(net, image), expected, rtol=2e-5, atol=2e-6)

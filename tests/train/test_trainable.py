@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from cxrjax import config as configs
 from cxrjax.data.batch import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
-from cxrjax.distributed.placement import place
+from cxrjax.distributed.placement import put_batch
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network
@@ -24,7 +24,7 @@ from cxrjax.train.trainable import Learning
 
 @pytest.fixture
 def network() -> Network:
-    return Network.from_model(create("densenet_small", classes=3, growth=4, blocks=(1, 1), stem_channels=4, hidden=5))
+    return Network.from_model(create("densenet_small", classes=3, growth_rate=4, block_config=(1, 1), stem_channels=4, hidden=5))
 
 
 def learning(network, *overrides) -> Learning:
@@ -42,7 +42,7 @@ def train(network, learning, accumulate=1, name="sgd", steps=2):
     step = make_train_step(network, optimizer, optax.constant_schedule(0.05), mesh, accumulate, learning)
     state = jax.device_put(TrainState.create(network, optimizer, 0, learning), replicated(mesh))
     for _ in range(steps):
-        state, _ = step(state, place(batch, batch_shardings(mesh)))
+        state, _ = step(state, put_batch(batch, batch_shardings(mesh)))
     return jax.device_get(state)
 
 

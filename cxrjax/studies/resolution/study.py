@@ -13,7 +13,7 @@ import numpy as np
 from cxrjax.config import Config, load
 from cxrjax.console import print_text
 from cxrjax.data.records import Records
-from cxrjax.distributed.runtime import in_first
+from cxrjax.distributed.runtime import on_main_process
 from cxrjax.errors import CxrError
 from cxrjax.files import atomic_path
 from cxrjax.metrics.auc import mean_auroc
@@ -90,8 +90,8 @@ def resolution(spec: str, overrides: Sequence[str], directory: Path, only: str =
     for name, each in planned.items():
         train_stages(each.config, directory / "runs" / name, mean_auroc)
         predict_together(directory / "runs" / name)
-        in_first(partial(open_and_measure, name, each))
-    return in_first(lambda: report(Study(config, members, control), measured, directory))
+        on_main_process(partial(open_and_measure, name, each))
+    return on_main_process(lambda: report(Study(config, members, control), measured, directory))
 
 
 def plan(spec: str, overrides: Sequence[str], config: Config) -> dict[str, Planned]:
@@ -207,7 +207,7 @@ def _alone(planned: Planned, run: Path, config: Config) -> dict[str, Any] | None
         print_text(f"{run.name}: trained {progress.step} steps, predicted and measured: {run}")
         return {"run": run.name, "directory": str(run), **vars(progress)}
 
-    return in_first(open_and_measure)
+    return on_main_process(open_and_measure)
 
 
 def _with_shared(member: Member, shared: dict[str, Records]) -> Member:

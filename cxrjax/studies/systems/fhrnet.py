@@ -11,7 +11,7 @@ from scipy.special import log_expit
 from scipy.stats import rankdata
 
 from cxrjax.config import Config, with_overrides
-from cxrjax.distributed.runtime import several
+from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.inference.load_run import open_run
 from cxrjax.metrics import tables
@@ -57,7 +57,7 @@ def train(config: Config, folder: Path) -> None:
     if config.train.stages:
         for place in stage_places(config, run):
             predict_together(place)
-    elif several():
+    elif is_distributed():
         for name in config.study.arms:
             keep_predictions(*_open_head(name, run), run / "predictions" / name)
 
