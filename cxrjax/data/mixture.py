@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int32
 from cxrjax.config import Config, with_overrides
 from cxrjax.console import stderr
 from cxrjax.data.records import Box, Records, open_records
-from cxrjax.data.splits import SplitRows, DataSplit, compute_split_fingerprint, make_split, find_shared_images
+from cxrjax.data.splits import DataSplit, SplitRows, compute_split_fingerprint, find_shared_images, make_split
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, LabelPolicy, name_in, positions, translate
 

@@ -204,7 +204,7 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     import numpy as np
     import optax
 
-    from cxrjax.data.batch import Batch
+    from cxrjax.data.records import Batch
     from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, replicated
     from cxrjax.distributed.placement import put_batch
     from cxrjax.models import create

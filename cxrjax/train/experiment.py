@@ -13,7 +13,7 @@ from cxrjax.data.images import Augment
 from cxrjax.data.mixture import Pooled, Source, own_policy, pool, pool_splits, source_configs
 from cxrjax.data.pipeline import Examples, make_examples
 from cxrjax.data.records import Records
-from cxrjax.data.sampling import Sampling
+from cxrjax.data.pipeline import Sampling
 from cxrjax.data.splits import DataSplit
 from cxrjax.distributed.mesh import check_divides, instead_of_rows, make_mesh
 from cxrjax.distributed.runtime import is_distributed
@@ -107,7 +107,7 @@ class Experiment:
             names = [source.records.dataset for source in self.sources]
             if dataset not in names:
                 raise CxrError(f"there is no data set {dataset} in this run; there are {', '.join(names)}")
-            of = np.zeros(len(part), np.int32) if part.origin is None else part.origin
+            of = np.zeros(len(part), np.int32) if part.dataset_index is None else part.dataset_index
             part = self.part_of_rows(part.row[of == names.index(dataset)], learnt=whole == "train")
         if not len(part):
             raise CxrError(
@@ -220,7 +220,7 @@ class Experiment:
             self.part(part)
         self.check_size()
         train = self.part("train")
-        _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.label_mask, train.origin)
+        _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.label_mask, train.dataset_index)
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:
             identity |= {"initial weights": self._initial.mark}

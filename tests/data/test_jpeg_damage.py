@@ -1,4 +1,4 @@
-"""JPEGs that lack a piece: libjpeg would fill it with grey and say nothing."""
+"""JPEGs with missing data are errors; libjpeg would fill them with grey."""
 
 import io
 
@@ -11,8 +11,6 @@ from PIL import Image
 from cxrjax.data.images import decode, encode
 from cxrjax.errors import CxrError
 from tfds_builders.prepare import prepare
-
-pytest.importorskip("simplejpeg")
 
 END = b"\xff\xd9"
 
@@ -30,7 +28,7 @@ def jpeg(mode="L", **options):
 
 
 def scan(data):
-    """Where the compressed picture begins, behind the header of the (first) scan."""
+    """Return where the compressed data begins, after the header of the first scan."""
     start = data.index(b"\xff\xda")
     return start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
 
@@ -45,43 +43,43 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_files_are_what_opencv_decodes(kind):
+def test_intact_files_agree_with_opencv(kind):
     data = jpeg(**KINDS[kind])
     expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     np.testing.assert_array_equal(decode(data, "x"), cv2.cvtColor(expected, cv2.COLOR_BGR2GRAY))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_jpeg_cut_anywhere_with_its_end_in_place_is_named(kind):
+def test_jpeg_cut_anywhere_with_an_end_marker_is_an_error(kind):
     data = jpeg(**KINDS[kind])
     between = {at for at in range(len(data)) if data[at : at + 2] in (b"\xff\xc4", b"\xff\xda")}
-    if kind == "progressive":  # one that ends between two scans is a whole, coarser picture
+    if kind == "progressive":  # a cut between two scans leaves a valid, coarser image
         assert len(between) < 15
-        between |= {at + 1 for at in between}  # a marker may begin with more of the same byte
+        between |= {at + 1 for at in between}  # a marker may start with fill bytes
     else:
         assert max(between) < scan(data)
     for at in set(range(scan(data), len(data) - 3)) - between:
-        with pytest.raises(CxrError, match=r"^files/p10/cut\.jpg: .*(damaged|cut off)"):
+        with pytest.raises(CxrError, match=r"^files/p10/cut\.jpg: .*(damaged|truncated)"):
             decode(data[:at] + END, "files/p10/cut.jpg")
 
 
 @pytest.mark.parametrize("kind", ["grey", "colour", "subsampled", "restarts"])
-def test_a_missing_piece_of_a_baseline_file_is_named(kind):
+def test_missing_piece_of_a_baseline_file_is_an_error(kind):
     data = jpeg(**KINDS[kind])
     for at in range(scan(data), len(data) - 200, 7):
-        with pytest.raises(CxrError, match=r"^lacks\.jpg: (the JPEG is damaged|a colour picture)"):
+        with pytest.raises(CxrError, match=r"^lacks\.jpg: (the JPEG is damaged|a colour image)"):
             decode(data[:at] + data[at + 150 :], "lacks.jpg")
 
 
-def test_a_piece_overwritten_with_zeros_is_named():
+def test_piece_overwritten_with_zeros_is_an_error():
     data = jpeg()
     for at in range(scan(data), len(data) - 600, 29):
         with pytest.raises(CxrError, match=r"^x: the JPEG is damaged"):
             decode(data[:at] + bytes(512) + data[at + 512 :], "x")
 
 
-def test_changed_bytes_are_noticed_as_far_as_code_words_tell():
-    """A single byte's change mostly leaves valid code words; it ends in a picture or an error, never in another way."""
+def test_changed_bytes_are_detected_or_decode_to_an_image():
+    """Most changes of one byte leave valid Huffman codes; the result is an image or a `CxrError`, nothing else."""
     data, rng, noticed = jpeg(), np.random.default_rng(0), 0
     for _ in range(300):
         changed = bytearray(data)
@@ -93,7 +91,7 @@ def test_changed_bytes_are_noticed_as_far_as_code_words_tell():
     assert 60 < noticed < 240
 
 
-def test_a_turned_jpeg_is_checked_and_turned():
+def test_rotated_jpeg_is_checked_and_rotated():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = jpeg(exif=exif)
@@ -102,12 +100,12 @@ def test_a_turned_jpeg_is_checked_and_turned():
         decode(data[: (scan(data) + len(data)) // 2] + END, "x")
 
 
-def test_what_we_encode_is_whole():
+def test_encoded_images_are_intact():
     for seed in range(5):
         decode(encode(radiograph(seed=seed), "jpeg"), "x")
 
 
-def test_prepare_names_a_file_that_lacks_its_middle(tmp_path):
+def test_prepare_names_a_damaged_file(tmp_path):
     for name in ("normal/a.jpg", "sick/b.jpg"):
         (tmp_path / "source" / name).parent.mkdir(parents=True)
         (tmp_path / "source" / name).write_bytes(jpeg())

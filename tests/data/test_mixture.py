@@ -23,7 +23,7 @@ def table(dataset, findings, rows, *, images=()):
         )
         for n, labels in enumerate(rows)
     ]  # fmt: skip
-    return Records.of(records, findings, dataset=dataset)
+    return Records.from_records(records, findings, dataset=dataset)
 
 
 @pytest.fixture

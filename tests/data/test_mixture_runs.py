@@ -104,7 +104,7 @@ def test_training_draws_by_weight(mixed):
 def test_without_weights_every_record_comes_once_an_epoch(mixed):
     experiment = Experiment.open(mixed())
     train = experiment.part("train")
-    [whole] = experiment.sampling.strata(train.label, train.label_mask, train.origin)
+    [whole] = experiment.sampling.strata(train.label, train.label_mask, train.dataset_index)
     np.testing.assert_array_equal(whole.places, np.arange(len(train)))
     assert len(train) == sum(len(source.parts["train"]) for source in experiment.sources)
 

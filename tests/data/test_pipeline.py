@@ -1,4 +1,4 @@
-"""The stream of batches: a function of (examples, seed, number), whoever computes it."""
+"""The stream of batches depends on examples, seed and batch number only, not on threads or processes."""
 
 import gc
 import itertools
@@ -20,8 +20,8 @@ from tfds_builders.prepare import prepare
 EVERYTHING = Augment(flip=0.5, rotation=15, shift=0.1, zoom=0.1, shear=0.1, brightness=0.2)
 
 
-class InMemory:
-    """Stands for `Records`: n distinct noise images."""
+class InMemoryRecords:
+    """Fake `Records` with n distinct noise images."""
 
     findings = ("Mass", "Nodule", "Effusion")
 
@@ -44,15 +44,15 @@ class InMemory:
         return image if size is None else resize(image, size)
 
 
-def some(n, **options) -> Examples:
-    return make_examples(InMemory(n, **options), range(n), ("Effusion", "Mass"), LabelPolicy(uncertain="ignore"))
+def noise_examples(n, **options) -> Examples:
+    return make_examples(InMemoryRecords(n, **options), range(n), ("Effusion", "Mass"), LabelPolicy(uncertain="ignore"))
 
 
 def training(data, **options):
     return training_batches(data, **({"size": 8, "batch_size": 4, "augment": EVERYTHING, "seed": 5} | options))
 
 
-def first(count, batches):
+def take(count, batches):
     taken = list(itertools.islice(batches, count))
     batches.close()
     return taken
@@ -64,16 +64,16 @@ def assert_same(some_batches, other_batches):
             np.testing.assert_array_equal(ours, theirs, err_msg=field)
 
 
-def joined(parts):
-    """The global batches of P processes' parts."""
-    return [type(same[0])(*map(np.concatenate, zip(*same, strict=True))) for same in zip(*parts, strict=True)]
+def concat_shards(shards):
+    """Put the batches of all processes together to global batches."""
+    return [type(same[0])(*map(np.concatenate, zip(*same, strict=True))) for same in zip(*shards, strict=True)]
 
 
 def grain_threads():
     return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
 
 
-def no_threads_left(patience=10):
+def wait_for_no_threads(patience=10):
     until = time.monotonic() + patience
     while grain_threads() and time.monotonic() < until:
         time.sleep(0.01)
@@ -83,9 +83,10 @@ def no_threads_left(patience=10):
 # --- examples
 
 
-def test_examples_carry_the_wanted_findings_targets():
-    records = InMemory(9)
-    data = make_examples(records, [7, 2, 4], ["Effusion", "Mass"], LabelPolicy(uncertain="ones", not_mentioned="unknown"))
+def test_examples_have_the_targets_of_the_selected_findings():
+    records = InMemoryRecords(9)
+    policy = LabelPolicy(uncertain="ones", not_mentioned="unknown")
+    data = make_examples(records, [7, 2, 4], ["Effusion", "Mass"], policy)
     labels = records.labels[[7, 2, 4]][:, [2, 0]]
     np.testing.assert_array_equal(data.label, np.isin(labels, (1, -1)))
     np.testing.assert_array_equal(data.label_mask, labels != -2)
@@ -93,16 +94,16 @@ def test_examples_carry_the_wanted_findings_targets():
     assert len(data) == 3
 
 
-def test_an_unknown_finding_is_refused():
+def test_unknown_finding_is_an_error():
     with pytest.raises(CxrError, match="Efusion"):
-        make_examples(InMemory(2), [0], ["Efusion"], LabelPolicy())
+        make_examples(InMemoryRecords(2), [0], ["Efusion"], LabelPolicy())
 
 
 # --- training
 
 
 def test_smoothed_targets_and_a_derived_no_finding():
-    records = InMemory(40)
+    records = InMemoryRecords(40)
     policy = LabelPolicy("smooth", exceptions={"Nodule": LabelPolicy("ones")})
     data = make_examples(records, range(40), ["Nodule", "Mass", "No Finding"], policy)
     mass, nodule = records.labels[:, 0], records.labels[:, 1]
@@ -115,45 +116,47 @@ def test_smoothed_targets_and_a_derived_no_finding():
     np.testing.assert_array_equal(alone.label[::-1, 0], smoothed)
 
 
-def test_a_batch_holds_the_records_images_and_targets():
-    data = make_examples(InMemory(10, size=8), [8, 3, 5, 6], ("Effusion", "Mass"), LabelPolicy())
-    for batch in first(3, training(data, augment=Augment())):
+def test_batch_has_the_images_and_targets_of_its_records():
+    data = make_examples(InMemoryRecords(10, size=8), [8, 3, 5, 6], ("Effusion", "Mass"), LabelPolicy())
+    for batch in take(3, training(data, augment=Augment())):
         assert [field.dtype for field in batch] == [np.uint8, np.float32, bool, bool, np.int32]
         assert [field.shape for field in batch] == [(4, 8, 8, 1), (4, 2), (4, 2), (4,), (4,)]
         assert batch.example_mask.all()
         for i, row in enumerate(batch.record):
             np.testing.assert_array_equal(batch.image[i, :, :, 0], data.records.image(row))
-            place = list(data.row).index(row)
-            np.testing.assert_array_equal(batch.label[i], data.label[place])
-            np.testing.assert_array_equal(batch.label_mask[i], data.label_mask[place])
+            index = list(data.row).index(row)
+            np.testing.assert_array_equal(batch.label[i], data.label[index])
+            np.testing.assert_array_equal(batch.label_mask[i], data.label_mask[index])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_any_number_of_threads_gives_the_same_stream(threads):
-    data = some(11)
-    assert_same(first(9, training(data, threads=0)), first(9, training(data, threads=threads)))
+def test_stream_is_independent_of_the_number_of_threads(threads):
+    data = noise_examples(11)
+    assert_same(take(9, training(data, threads=0)), take(9, training(data, threads=threads)))
 
 
 @pytest.mark.parametrize("start", [1, 2, 7])
-def test_a_stream_resumes_exactly(start):
-    data = some(11)
-    assert_same(first(12, training(data))[start:], first(12 - start, training(data, start=start, threads=1)))
+def test_stream_resumes_exactly(start):
+    data = noise_examples(11)
+    assert_same(take(12, training(data))[start:], take(12 - start, training(data, start=start, threads=1)))
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 2**40))
 @settings(max_examples=15, deadline=None)
 def test_every_epoch_is_a_permutation(n, batch_size, seed):
     epochs = 3
-    batches = first(-(-n * epochs // batch_size), training(some(n), batch_size=batch_size, seed=seed, threads=0))
+    batches = take(
+        -(-n * epochs // batch_size), training(noise_examples(n), batch_size=batch_size, seed=seed, threads=0)
+    )
     order = np.concatenate([batch.record for batch in batches])[: n * epochs].reshape(epochs, n)
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(n), (epochs, 1)))
 
 
-def test_epochs_and_seeds_have_orders_and_augmentations_of_their_own():
-    data = some(40)
+def test_epochs_and_seeds_differ_in_order_and_augmentation():
+    data = noise_examples(40)
 
     def epochs(seed):
-        batches = joined([first(20, training(data, seed=seed, augment=Augment(rotation=15)))])
+        batches = concat_shards([take(20, training(data, seed=seed, augment=Augment(rotation=15)))])
         record = np.concatenate([b.record for b in batches]).reshape(2, 40)
         image = np.concatenate([b.image for b in batches]).reshape(2, 40, 8, 8)
         return [(r, im[np.argsort(r)]) for r, im in zip(record, image, strict=True)]
@@ -166,15 +169,15 @@ def test_epochs_and_seeds_have_orders_and_augmentations_of_their_own():
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_parts_of_all_processes_are_the_global_batch(parts):
-    data = some(11)
-    shares = [first(5, training(data, batch_size=8, shard=(p, parts), threads=p % 3)) for p in range(parts)]
+    data = noise_examples(11)
+    shares = [take(5, training(data, batch_size=8, shard=(p, parts), threads=p % 3)) for p in range(parts)]
     assert all(len(batch.example_mask) == 8 // parts for share in shares for batch in share)
-    assert_same(joined(shares), first(5, training(data, batch_size=8)))
+    assert_same(concat_shards(shares), take(5, training(data, batch_size=8)))
 
 
 def test_larger_images_are_shrunk_first():
-    data = some(3, size=32)
-    [batch] = first(1, training(data, augment=Augment()))
+    data = noise_examples(3, size=32)
+    [batch] = take(1, training(data, augment=Augment()))
     np.testing.assert_array_equal(batch.image[0, :, :, 0], resize(data.records.image(batch.record[0]), 8))
 
 
@@ -190,32 +193,34 @@ def test_larger_images_are_shrunk_first():
 )
 def test_sizes_that_do_not_fit_are_refused_at_once(options, message):
     with pytest.raises(CxrError, match=message):
-        training(some(3), **options)
+        training(noise_examples(3), **options)
 
 
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(CxrError, match="no records"):
-        training(some(0))
+        training(noise_examples(0))
 
 
 # --- threads and failures
 
 
 def test_work_is_done_in_threads_of_the_loader():
-    data = some(11)
+    data = noise_examples(11)
     batches = training(data, threads=2)
     next(batches)
     assert data.records.threads == {threading.main_thread().name}
     data.records.threads.clear()
-    first(8, batches)
+    take(8, batches)
     assert data.records.threads
     assert all(name.startswith("grain-prefetch") for name in data.records.threads)
 
 
 @pytest.mark.parametrize("how", ["close", "drop", "end"])
 def test_threads_end_with_the_stream(how):
-    assert no_threads_left()
-    batches = evaluation_batches(some(9), size=8, batch_size=4) if how == "end" else training(some(5))
+    assert wait_for_no_threads()
+    batches = (
+        evaluation_batches(noise_examples(9), size=8, batch_size=4) if how == "end" else training(noise_examples(5))
+    )
     next(batches), next(batches)
     assert 1 <= len(grain_threads()) <= 2
     if how == "close":
@@ -225,23 +230,23 @@ def test_threads_end_with_the_stream(how):
     else:
         del batches
         gc.collect()
-    assert no_threads_left()
+    assert wait_for_no_threads()
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_a_record_that_cannot_be_read_is_named(threads):
-    data = some(12)
+def test_unreadable_record_is_named(threads):
+    data = noise_examples(12)
     data.records._bytes[7] = data.records._bytes[7][:-30]
     batches = evaluation_batches(data, size=8, batch_size=3, threads=threads)
     assert [next(batches).record.tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(CxrError, match=r"^image-7: the image is cut off"):
+    with pytest.raises(CxrError, match=r"^image-7: the image is truncated"):
         next(batches)
     with pytest.raises(StopIteration):
         next(batches)
 
 
 def test_only_a_few_batches_are_loaded_ahead():
-    data = some(200, size=2)
+    data = noise_examples(200, size=2)
     reads = []
     image = data.records.image
     data.records.image = lambda row, size: (reads.append(row), image(row, size))[1]
@@ -257,25 +262,25 @@ def test_only_a_few_batches_are_loaded_ahead():
 
 @given(st.integers(0, 20), st.integers(1, 6), st.sampled_from([1, 2, 3]))
 @settings(max_examples=40, deadline=None)
-def test_every_record_comes_once_in_order_on_processes_in_step(n, share, parts):
-    data = make_examples(InMemory(n, size=3), np.arange(n)[::-1], ("Mass",), LabelPolicy())
+def test_evaluation_yields_every_record_once_in_order_over_processes(n, share, parts):
+    data = make_examples(InMemoryRecords(n, size=3), np.arange(n)[::-1], ("Mass",), LabelPolicy())
     batch_size = share * parts
     shares = [
         list(evaluation_batches(data, size=3, batch_size=batch_size, shard=(p, parts), threads=p)) for p in range(parts)
     ]
     assert {len(part) for part in shares} == {evaluation_steps(n, batch_size)}
-    batches = joined(shares)
+    batches = concat_shards(shares)
     assert all(len(field) == batch_size for batch in batches for field in batch)
     whole = {f: np.concatenate([getattr(b, f) for b in batches]) for f in (batches[0]._fields if batches else ())}
     if n:
-        example_mask = whole["valid"]
+        example_mask = whole["example_mask"]
         assert example_mask[:n].all()
         assert not example_mask[n:].any()
         np.testing.assert_array_equal(whole["record"][:n], data.row)
         np.testing.assert_array_equal(whole["label"][:n], data.label)
-        np.testing.assert_array_equal(whole["known"][:n], data.label_mask)
+        np.testing.assert_array_equal(whole["label_mask"][:n], data.label_mask)
         assert (whole["record"][n:] == -1).all()
-        assert not whole["known"][n:].any()
+        assert not whole["label_mask"][n:].any()
         assert not whole["image"][n:].any()
         for image, row in zip(whole["image"][:n], data.row, strict=True):
             np.testing.assert_array_equal(image[..., 0], data.records.image(row))
@@ -291,12 +296,12 @@ def prepared(tmp_path_factory):
     return open_records(folder, "cxr_phantom", "64")
 
 
-def test_prepared_records_come_as_stored_and_resume(prepared):
+def test_prepared_records_are_read_as_stored_and_resume(prepared):
     data = make_examples(prepared, range(len(prepared)), prepared.findings, LabelPolicy())
     for batch in evaluation_batches(data, size=64, batch_size=5, threads=2):
         for image, row in zip(batch.image[batch.example_mask, :, :, 0], batch.record[batch.example_mask], strict=True):
             np.testing.assert_array_equal(image, decode(prepared.image_bytes(row), "stored"))
     options = {"size": 32, "batch_size": 5, "augment": EVERYTHING, "seed": 1}
-    whole = first(9, training_batches(data, threads=2, **options))
-    assert_same(whole[4:], first(5, training_batches(data, threads=1, start=4, **options)))
+    whole = take(9, training_batches(data, threads=2, **options))
+    assert_same(whole[4:], take(5, training_batches(data, threads=1, start=4, **options)))
     assert len({batch.image.tobytes() for batch in whole}) == 9

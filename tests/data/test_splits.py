@@ -16,7 +16,7 @@ from tfds_builders.chestxray14 import nih
 def table(owners, official=None):
     """Records of the patients listed, one image each entry."""
     official = official or ["test" if owner % 4 == 0 else "train_val" for owner in owners]
-    return Records.of(
+    return Records.from_records(
         [
             Record(f"{k:05d}.png", f"p{owner}", f"p{owner}_{k}", "PA", math.nan, "F", "x", (0,), split)
             for k, (owner, split) in enumerate(zip(owners, official, strict=True))
@@ -125,7 +125,7 @@ def labelled(patients=2000, seed=0):
             labels = tuple((tendency[patient] & (rng.random(4) < 0.5)).astype(int).tolist())
             id = f"{patient}_{image}.png"
             records.append(Record(id, f"p{patient}", id, "PA", math.nan, "F", "x", labels))
-    return Records.of(records, ("A", "B", "C", "D"), dataset="d")
+    return Records.from_records(records, ("A", "B", "C", "D"), dataset="d")
 
 
 CLUSTERED = labelled()

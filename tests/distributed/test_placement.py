@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.data.batch import Batch
+from cxrjax.data.records import Batch
 from cxrjax.distributed.placement import prefetch_to_device, put_batch, process_shard
 
 
@@ -110,7 +110,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.data.batch import Batch
+from cxrjax.data.records import Batch
 from cxrjax.distributed.placement import put_batch, process_shard
 
 whole = Batch(

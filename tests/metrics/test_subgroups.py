@@ -123,7 +123,7 @@ def record(image, age, sex, view):
 
 def test_attributes_come_from_the_records_in_the_order_of_the_predictions():
     images = [record("x", 17.0, "M", "PA"), record("y", math.nan, "", "AP"), record("z", 80.0, "F", "")]
-    records = Records.of(images, FINDINGS, dataset="nih")
+    records = Records.from_records(images, FINDINGS, dataset="nih")
     zeros = np.zeros((2, 2))
     table = Predictions(["z", "y"], ["p", "p"], FINDINGS, zeros, zeros, zeros > 1)
     found = attributes(records, table)

@@ -8,8 +8,8 @@ import pytest
 
 from cxrjax.data.records import Box, Record, Records, open_records
 from cxrjax.errors import CxrError
-from cxrjax.runs.erf_run import erf_run, fresh
-from cxrjax.runs.saliency_run import Reading, _positives, saliency_run
+from cxrjax.runs.erf_run import measure_run_erf, untrained_network
+from cxrjax.runs.explain_run import SaliencyOptions, _positives, explain_run
 from cxrjax.train.described import network_of
 
 FINDINGS = ("Mass", "Nodule")
@@ -21,7 +21,7 @@ def experiment(*boxes_of_images):
         Record(f"{k}.png", f"p{k}", "s", "PA", math.nan, "", "", (1, 0), boxes=tuple(boxes))
         for k, boxes in enumerate(boxes_of_images)
     ]
-    records = Records.of(made, FINDINGS, dataset="drawn")
+    records = Records.from_records(made, FINDINGS, dataset="drawn")
     count = len(made)
     part = SimpleNamespace(
         row=np.arange(count, dtype=np.int32),
@@ -65,14 +65,14 @@ def test_masks_count_by_the_boxes_of_their_regions(phantom_data):
 
 
 def test_only_integrated_gradients_are_blurred():
-    assert Reading("integrated").smoothing(256) == pytest.approx(5.12)
-    assert Reading("layercam").smoothing(256) == 0
+    assert SaliencyOptions("integrated").smoothing(256) == pytest.approx(5.12)
+    assert SaliencyOptions("layercam").smoothing(256) == 0
 
 
 def test_an_untrained_network_has_other_initial_values_and_leaves_the_config_alone(tiny):
     config = tiny()
     seed = config.seed
-    first, other = network_of(config, 3), fresh(config, 3)
+    first, other = network_of(config, 3), untrained_network(config, 3)
     assert config.seed == seed
     assert other.definition is first.definition
     kernels = [np.asarray(network.params["classifier"]["output"]["kernel"]) for network in (first, other)]
@@ -81,6 +81,6 @@ def test_an_untrained_network_has_other_initial_values_and_leaves_the_config_alo
 
 def test_bad_readings_are_refused_before_anything_is_opened(tmp_path):
     with pytest.raises(CxrError, match="threshold"):
-        saliency_run(tmp_path, Reading(threshold=2))
+        explain_run(tmp_path, SaliencyOptions(threshold=2))
     with pytest.raises(CxrError, match="width must be above 0"):
-        erf_run(tmp_path, width_cm=0.0)
+        measure_run_erf(tmp_path, width_cm=0.0)

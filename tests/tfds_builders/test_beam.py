@@ -75,7 +75,7 @@ class TestWithBeam:
         bad = source / "sick/15.png"
         good = bad.read_bytes()
         bad.write_bytes(good[:99])
-        with pytest.raises(CxrError, match=r"sick/15\.png: the image is cut off"):
+        with pytest.raises(CxrError, match=r"sick/15\.png: the image is truncated"):
             run(source, tmp_path / "beam", 32, beam=[])
         bad.write_bytes(good)
         [made] = run(source, tmp_path / "beam", 32, beam=[])

@@ -17,7 +17,7 @@ def table(images, patients, official="train_val"):
         Record(f"{k}.png", f"p{patient}", "", "PA", math.nan, "F", "x", (k % 2,), official, sha256=digest)
         for k, (patient, digest) in enumerate(zip(patients, digests, strict=True))
     ]
-    return Records.of(records, ("A",), dataset="x")
+    return Records.from_records(records, ("A",), dataset="x")
 
 
 def test_patients_who_share_an_image_are_one_also_by_way_of_others():

@@ -238,7 +238,7 @@ def test_a_bad_image_late_keeps_what_is_finished(source, whole, tmp_path):
     bad = changing / "sick/15.png"
     good = bad.read_bytes()
     bad.write_bytes(good[:99])
-    with pytest.raises(CxrError, match=r"sick/15\.png: the image is cut off"):
+    with pytest.raises(CxrError, match=r"sick/15\.png: the image is truncated"):
         run(changing, tmp_path)
     bad.write_bytes(good)
     [prepared] = run(changing, tmp_path)

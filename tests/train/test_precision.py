@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from cxrjax.data.batch import Batch
+from cxrjax.data.records import Batch
 from cxrjax.distributed.mesh import make_mesh
 from cxrjax.models import create
 from cxrjax.models.network import Network
@@ -33,7 +33,7 @@ def equations(jaxpr):
 
 
 def test_state_norms_loss_and_optimizer_of_a_bfloat16_run_are_float32(tiny):
-    network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth=4, blocks=(1, 1)))
+    network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth_rate=4, block_config=(1, 1)))
     optimizer = make_optimizer(tiny().optimizer)
     state = TrainState.create(network, optimizer, 0)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.stats))} == {jnp.dtype("float32")}

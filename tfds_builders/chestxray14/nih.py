@@ -74,7 +74,7 @@ def read_records(files: Files, source: object) -> list[Record]:
 
 def table(source: Path) -> Records:
     """The whole published table as records without images, for splits and scores."""
-    return Records.of(read_records(find_files(source), source), NIH14, dataset="chestxray14")
+    return Records.from_records(read_records(find_files(source), source), NIH14, dataset="chestxray14")
 
 
 def _record(row: dict[str, str], where: str, official: dict[str, str], boxes: dict[str, list[Box]]) -> Record:

@@ -1,4 +1,4 @@
-"""Images decoded at the size that is wanted are what whole ones averaged are, nearly."""
+"""Scaled decoding approximates decoding the whole image and averaging."""
 
 import io
 
@@ -14,11 +14,11 @@ from cxrjax.errors import CxrError
 
 @pytest.fixture(scope="module")
 def radiograph():
-    """A drawn radiograph of 1000 x 900 px with its noise."""
+    """A phantom radiograph of 1000 x 900 px with noise."""
     return np.ascontiguousarray(render(population(patients=9, seed=0)[0], 1000)[:, :900])
 
 
-def test_a_large_jpeg_is_what_a_whole_one_averaged_is(radiograph):
+def test_scaled_jpeg_is_close_to_the_area_mean(radiograph):
     data = encode(radiograph, "jpeg")
     whole = Image.fromarray(decode(data, "x"))
     for size in (50, 100, 112, 113, 200, 225, 300, 450, 512, 900):
@@ -37,21 +37,21 @@ def test_a_large_jpeg_is_what_a_whole_one_averaged_is(radiograph):
      ("jpeg", (130, 70), 64)],
     ids=["a PNG", "to be enlarged", "of that size", "smaller one way", "twice as long"],
 )  # fmt: skip
-def test_what_is_resized_as_ever(radiograph, format, shape, size):
+def test_other_images_are_decoded_whole(radiograph, format, shape, size):
     data = encode(cv2.resize(radiograph, shape), format)
     np.testing.assert_array_equal(decode_resized(data, "x", size), resize(decode(data, "x"), size))
 
 
 @pytest.mark.parametrize("side", [66, 80, 90, 101])
-def test_shrinking_keeps_means_and_does_not_alias(side):
+def test_shrinking_keeps_the_mean_and_does_not_alias(side):
     noise = np.random.default_rng(0).normal(128, 40, (side, side)).clip(0, 255).astype(np.uint8)
     area, quick = resize(noise, 64).astype(float), _shrink(noise.copy(), 64).astype(float)
     assert abs(area.mean() - quick.mean()) < 0.6
-    assert quick.std() == pytest.approx(area.std(), rel=0.2)  # without smoothing 101 px give 1.32 of it
+    assert quick.std() == pytest.approx(area.std(), rel=0.2)  # without smoothing, 101 px give 1.32 times the area's
     assert np.corrcoef(area.ravel(), quick.ravel())[0, 1] > 0.92
 
 
-def test_colour_and_turned_files_go_the_long_way(radiograph):
+def test_colour_and_rotated_files_are_decoded_whole(radiograph):
     turned, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(radiograph).save(turned, "JPEG", quality=95, exif=exif)

@@ -1,4 +1,4 @@
-"""Several processes: their parts are disjoint and complete, they stay in step, and their number may change."""
+"""Batches over several processes: shards are disjoint and complete, and the number of processes may change."""
 
 import itertools
 import threading
@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrjax.data.images import Augment
-from cxrjax.data.pipeline import Examples, evaluation_batches, evaluation_steps, training_batches
-from cxrjax.data.sampling import Sampling
+from cxrjax.data.pipeline import Examples, Sampling, evaluation_batches, evaluation_steps, training_batches
 from cxrjax.errors import CxrError
 
 PROCESSES = (1, 2, 3, 4, 8)
-BATCH = 24  # each of them divides it
+BATCH = 24  # divisible by each of them
 
 
-def some(n):
+def pixel_examples(n):
     records = SimpleNamespace(
         image=lambda row, size: np.full((1, 1), row % 251, np.uint8), id=np.array([f"image-{k}" for k in range(n)])
     )
@@ -26,8 +25,8 @@ def some(n):
     return Examples(records, np.arange(n, dtype=np.int32), label, np.ones((n, 2), bool))  # pyright: ignore
 
 
-def part(data, process, processes, start, count, *, seed=3, **options):
-    """The rows that one process trains on in `count` steps from `start` on."""
+def shard_rows(data, process, processes, start, count, *, seed=3, **options):
+    """Return the rows that one process trains on in steps `start` to `start + count`."""
     batches = training_batches(
         data, size=1, batch_size=BATCH, augment=Augment(flip=0.5), seed=seed, start=start, threads=0,
         shard=(process, processes), **options,
@@ -38,9 +37,9 @@ def part(data, process, processes, start, count, *, seed=3, **options):
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
-def test_in_an_epoch_the_parts_are_disjoint_and_complete(processes):
-    data, steps = some(4 * BATCH), 4
-    seen = [part(data, p, processes, 0, steps) for p in range(processes)]
+def test_shards_of_an_epoch_are_disjoint_and_complete(processes):
+    data, steps = pixel_examples(4 * BATCH), 4
+    seen = [shard_rows(data, p, processes, 0, steps) for p in range(processes)]
     assert {rows.shape for rows in seen} == {(steps, BATCH // processes)}
     sets = [set(rows.ravel().tolist()) for rows in seen]
     assert sum(map(len, sets)) == len(set().union(*sets)) == len(data)
@@ -51,14 +50,14 @@ def test_in_an_epoch_the_parts_are_disjoint_and_complete(processes):
     st.integers(0, 2**32), st.sampled_from(["shuffle", "balanced"]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_restarts_with_other_numbers_of_processes_repeat_and_skip_nothing(lives, seed, name):
-    steps = sum(count for _, count in lives)
-    data, options = some(steps * BATCH), {"seed": seed, "sampling": Sampling(name)}
-    unbroken = part(data, 0, 1, 0, steps, **options)
+def test_restarts_with_other_numbers_of_processes_repeat_and_skip_nothing(runs, seed, name):
+    steps = sum(count for _, count in runs)
+    data, options = pixel_examples(steps * BATCH), {"seed": seed, "sampling": Sampling(name)}
+    unbroken = shard_rows(data, 0, 1, 0, steps, **options)
     start, seen = 0, []
-    for processes, count in lives:  # each life begins with the number of batches that were trained on
-        parts = [part(data, p, processes, start, count, **options) for p in range(processes)]
-        seen.append(np.concatenate(parts, axis=1))
+    for processes, count in runs:  # each run starts at the number of batches trained on so far
+        shards = [shard_rows(data, p, processes, start, count, **options) for p in range(processes)]
+        seen.append(np.concatenate(shards, axis=1))
         start += count
     np.testing.assert_array_equal(np.concatenate(seen), unbroken)
     if name == "shuffle":
@@ -67,28 +66,28 @@ def test_restarts_with_other_numbers_of_processes_repeat_and_skip_nothing(lives,
 
 @given(st.integers(0, 60), st.sampled_from(PROCESSES))
 @settings(max_examples=40, deadline=None)
-def test_evaluation_covers_each_record_once_in_the_same_number_of_steps(n, processes):
-    data = some(n)
+def test_evaluation_covers_each_record_once_in_equal_numbers_of_steps(n, processes):
+    data = pixel_examples(n)
     streams = [
         list(evaluation_batches(data, size=1, batch_size=BATCH, threads=0, shard=(p, processes)))
         for p in range(processes)
     ]
     assert {len(stream) for stream in streams} == {evaluation_steps(n, BATCH)}
-    assert {len(batch.valid) for stream in streams for batch in stream} <= {BATCH // processes}
-    rows = [batch.record[batch.valid] for step in zip(*streams, strict=True) for batch in step]
+    assert {len(batch.example_mask) for stream in streams for batch in stream} <= {BATCH // processes}
+    rows = [batch.record[batch.example_mask] for step in zip(*streams, strict=True) for batch in step]
     assert np.concatenate([np.zeros(0, int), *rows]).tolist() == list(range(n))
 
 
 @pytest.mark.parametrize("make", [training_batches, evaluation_batches])
-def test_a_batch_that_the_processes_do_not_divide_is_refused(make):
+def test_batch_size_must_be_divisible_by_processes(make):
     options = {"augment": Augment(), "seed": 0} if make is training_batches else {}
     with pytest.raises(CxrError, match="batch size 24 must be a positive multiple of the 5 processes"):
-        next(make(some(48), size=1, batch_size=BATCH, shard=(0, 5), **options))
+        next(make(pixel_examples(48), size=1, batch_size=BATCH, shard=(0, 5), **options))
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_whatever_goes_wrong_with_an_image_names_it(threads):
-    data = some(30)
+def test_any_error_while_loading_names_the_image(threads):
+    data = pixel_examples(30)
 
     def image(row, size):
         if row == 7:
@@ -102,8 +101,8 @@ def test_whatever_goes_wrong_with_an_image_names_it(threads):
 
 
 def test_the_first_batch_is_loaded_before_threads_start():
-    """What reading imports on its way must not be imported by several threads at once: Python may wait for ever."""
-    data, loaded = some(24), {}
+    """Loading imports modules, and concurrent imports may deadlock."""
+    data, loaded = pixel_examples(24), {}
 
     def image(row, size):
         loaded[row] = threading.current_thread()
