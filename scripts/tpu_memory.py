@@ -24,7 +24,7 @@ from typing import Any
 from plan_tables import about, peaks, table
 
 from cxrjax.distributed.mesh import parse_mesh
-from cxrjax.planning.collectives import KINDS, Collective, collectives
+from cxrjax.planning.compiled_memory import KINDS, Collective, parse_collectives
 
 LOGGING = {
     "TPU_MIN_LOG_LEVEL": "0",
@@ -70,7 +70,7 @@ def planned(words: list[str]) -> tuple[int, list[Collective]]:
             try:
                 held = assigned(child.stderr)
                 [program] = Path(folder).glob("*.jit_step.*.after_optimizations_before_buffer_assignment.txt")
-                return held, collectives(program.read_text())
+                return held, parse_collectives(program.read_text())
             finally:
                 child.kill()
 

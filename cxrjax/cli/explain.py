@@ -4,7 +4,14 @@ import argparse
 from typing import Any
 
 from cxrjax.cli.arguments import (
-    add_processes, add_run, given, join_processes, mesh_shape, names, positive_int, use_compilation_cache,
+    add_processes,
+    add_run,
+    given,
+    join_processes,
+    mesh_shape,
+    names,
+    positive_int,
+    use_compilation_cache,
 )  # fmt: skip
 from cxrjax.errors import CxrError
 
@@ -54,28 +61,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Explain the run; returns the result in the first process and None in the others."""
-    from cxrjax.distributed.runtime import in_first
+    from cxrjax.distributed.runtime import on_main_process
 
     join_processes(arguments)
     use_compilation_cache(arguments.run_directory)
-    return in_first(lambda: _explain(arguments))
+    return on_main_process(lambda: _explain(arguments))
 
 
 def _explain(arguments: argparse.Namespace) -> dict[str, Any]:
     run, method = arguments.run_directory, arguments.what
     options: dict[str, Any] = given(arguments, ("images",)) | {
-        "part": arguments.split, "data_dir": arguments.data_dir, "mesh": mesh_shape(arguments.mesh),
+        "split": arguments.split, "data_dir": arguments.data_dir, "mesh": mesh_shape(arguments.mesh),
     }  # fmt: skip
     if method == ERF:
-        from cxrjax.runs.erf_run import erf_run
+        from cxrjax.runs.erf_run import measure_run_erf
 
         _reject(arguments, _SALIENCY_OPTIONS)
-        return erf_run(run, **options, **given(arguments, _ERF_OPTIONS))
-    from cxrjax.runs.saliency_run import Reading, saliency_run
+        return measure_run_erf(run, **options, **given(arguments, _ERF_OPTIONS))
+    from cxrjax.runs.explain_run import SaliencyOptions, explain_run
 
     _reject(arguments, _ERF_OPTIONS + (() if method == "integrated" else _INTEGRATED_OPTIONS))
-    reading = Reading(method, **given(arguments, ("threshold", "regions", *_INTEGRATED_OPTIONS)))
-    return saliency_run(run, reading, findings=arguments.findings, **options)
+    reading = SaliencyOptions(method, **given(arguments, ("threshold", "regions", *_INTEGRATED_OPTIONS)))
+    return explain_run(run, reading, findings=arguments.findings, **options)
 
 
 def _reject(arguments: argparse.Namespace, options: tuple[str, ...]) -> None:

@@ -62,12 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _stdout_to_stderr() if arguments.json == "-" else nullcontext():
             result = arguments.run(arguments)
-        value, failures = (
-            (result.value, result.failures) if isinstance(result, PartialResult) else (result, {})
-        )
+        value, failures = (result.value, result.failures) if isinstance(result, PartialResult) else (result, {})
         if arguments.json and value is not None:  # None in all processes but the first
             _write_json(arguments.json, value)
-        _end_processes("leave")
+        _call_runtime("deregister")
         if failures:
             return _fail("; ".join([f"{len(failures)} failed", *list(failures.values())[:5]]), 1)
         return 0
@@ -79,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if requested := out_of_memory(error):
             return _fail_out_of_memory(arguments, requested)
         if isinstance(error, InterruptedRunError):  # all processes stop at the same step
-            _end_processes("leave")
+            _call_runtime("deregister")
         return _fail(*_describe(error))
 
 
@@ -93,7 +91,7 @@ def entry() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
-        _end_processes("go")
+        _call_runtime("abort")
         os._exit(code)
 
 
@@ -119,8 +117,8 @@ def _silence_libraries() -> None:
     sys.unraisablehook = lambda _: None  # Orbax's threads raise again while an error is reported
 
 
-def _end_processes(function: str) -> None:
-    """Call `leave` or `go` of the runtime, if a command has loaded it: importing it here would load JAX."""
+def _call_runtime(function: str) -> None:
+    """Call `deregister` or `abort` of the runtime, if a command has loaded it: importing it here would load JAX."""
     if runtime := sys.modules.get("cxrjax.distributed.runtime"):
         getattr(runtime, function)()
 
@@ -141,13 +139,13 @@ def _fail(message: str, code: int) -> int:
 def _fail_out_of_memory(arguments: argparse.Namespace, requested: str) -> int:
     """Suggest settings that need less memory; for training also print the plan of each."""
     from cxrjax.config import load
-    from cxrjax.distributed.runtime import first
+    from cxrjax.distributed.runtime import is_main_process
     from cxrjax.planning.oom_advice import advice, print_plans
 
     config = load(arguments.config, arguments.overrides) if arguments.command == "train" else None
     code = _fail(f"out of device memory ({requested} requested); to use less: {advice(arguments.command, config)}", 1)
-    _end_processes("go")  # the others fail too, for the same reason or because this one ends
-    if config is not None and first():
+    _call_runtime("abort")  # the others fail too, for the same reason or because this one ends
+    if config is not None and is_main_process():
         with suppress(KeyboardInterrupt):
             print_plans(config)
     return code
@@ -164,10 +162,10 @@ def _describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, CxrError):
         return str(error), 1
     if type(error).__name__ == "JaxRuntimeError" or re.match(_FAILED_COLLECTIVE, str(error)):
-        from cxrjax.distributed.runtime import lost, several
+        from cxrjax.distributed.runtime import is_distributed, peer_lost_error
 
-        if several():
-            return str(lost(error)), 1
+        if is_distributed():
+            return str(peer_lost_error(error)), 1
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause):

@@ -1,9 +1,9 @@
-"""How fast are training and inference here? One process a case, so that nothing is warm and the peak is its own.
+"""Speed and memory of training and inference on this machine, one process per measurement.
 
-`python -m cxrjax.planning.benchmark CASE ...` does the same with JAX, Flax, optax and this package's source alone.
+A process of its own starts cold, and its peak memory is that of its case alone. `python -m cxrjax.planning.benchmark
+CASE` runs one case, given as JSON; it only needs JAX, Flax, optax, rich and the source of this package.
 """
 
-import argparse
 import json
 import os
 import re
@@ -12,37 +12,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 from cxrjax.errors import CxrError
 
-if TYPE_CHECKING:  # it is not needed to measure a case
+if TYPE_CHECKING:  # its packages are not needed to measure a case
     from cxrjax.config import Config
 
 FINDINGS = 14
-WARM_UP = 3
+WARMUP_STEPS = 3
 READY = "ready"
-"""What a case's process prints when it has compiled, where it measures in turn."""
-_ONE, _IN_TURN = "--one", "--in-turn"  # one case, in this process; not before it gets a line
+"""Printed by the process of a case once it has compiled, if it waits for its turn."""
+_WAIT = "--wait"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured, in one process: a training step (forward, backward, Adam) or inference of one batch.
+    """One measurement: a training step (forward, backward, Adam) or the inference of one batch.
 
     Attributes:
-      arch: a network's name.
-      resolution: side of the images in px.
-      batch: images at once, over all devices.
-      dtype: what it computes in.
-      remat: what the backward pass recomputes; nothing in inference.
-      inference: whether it is inference.
-      steps: that the medians are of.
-      data: devices that share the batch; 0: all that there are, but for `space`.
+      arch: name of the network.
+      resolution: image side in px.
+      batch: batch size over all devices.
+      dtype: compute type.
+      remat: what the backward pass recomputes; unused in inference.
+      inference: whether to measure inference.
+      steps: number of steps that medians are taken over.
+      data: devices that share the batch; 0: all devices, divided by `space`.
       space: devices that share the rows of an image.
-      options: of the network.
+      options: options of the network.
     """
 
     arch: str
@@ -58,18 +58,18 @@ class Case:
 
     def __post_init__(self):
         if self.steps < 1:
-            raise CxrError(f"--steps {self.steps}: there is no median of no step")
+            raise CxrError(f"--steps {self.steps}: must be at least 1")
 
     @classmethod
-    def of(cls, config: "Config", steps: int) -> "Case":
-        """The training step of a recipe, on its mesh, with as many images as pass at once.
+    def from_config(cls, config: "Config", steps: int) -> "Case":
+        """Return the training step of a config on its mesh, for one microbatch.
 
         Raises:
-          CxrError: it does not say how many these are.
+          CxrError: the config leaves the size of the microbatch open.
         """
         model, train, mesh = config.model, config.train, config.mesh
         if train.per_device and not mesh.data:
-            raise CxrError("config key train.per_device needs mesh.data here: say how many devices share the batch")
+            raise CxrError("config key train.per_device needs mesh.data here: set the number of devices per batch")
         batch = train.per_device * mesh.data or train.batch
         return cls(
             model.name, config.data.size, batch, model.dtype, model.remat, steps=steps, data=mesh.data,
@@ -77,129 +77,133 @@ class Case:
         )  # fmt: skip
 
 
-def cases(
-    words: Sequence[str], dtypes: Sequence[str] | None, remats: Sequence[str] | None, steps: int, mesh: str = ""
+def parse_cases(
+    specs: Sequence[str],
+    dtypes: Sequence[str] | None = None,
+    remats: Sequence[str] | None = None,
+    *,
+    steps: int = 10,
+    mesh: str = "",
 ) -> list[Case]:
-    """One training case for each ARCH:SIZE:BATCH, type (default bfloat16) and way of recomputing (default none).
+    """Return a training case for every combination of ARCH:SIZE:BATCH, dtype and remat.
 
-    `mesh` is data=D,space=S, one device by default.
+    Args:
+      specs: networks, image sides and batch sizes as ARCH:SIZE:BATCH.
+      dtypes: compute types; default bfloat16.
+      remats: rematerialisation policies; default none.
+      steps: see `Case`.
+      mesh: `data=D,space=S`; empty: one device.
 
     Raises:
-      CxrError: a word is no such case, or its network not known; types, ways or a mesh, and no case to take them.
+      CxrError: a malformed spec, an unknown network, or options without a spec.
     """
-    if not words and (dtypes or remats or mesh):
-        raise CxrError("--dtypes, --remats and --mesh are for ARCH:SIZE:BATCH; of --config change its keys instead")
+    if not specs and (dtypes or remats or mesh):
+        raise CxrError("--dtypes, --remats and --mesh apply to ARCH:SIZE:BATCH; with --config override its keys")
     from cxrjax.distributed.mesh import parse_mesh
     from cxrjax.errors import check_choice
     from cxrjax.models.registry import ARCHITECTURES
 
-    made, shape = [], parse_mesh(mesh) if mesh else (1, 1)
-    for word, dtype, remat in product(words, dtypes or ["bfloat16"], remats or ["none"]):
-        matched = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", word)
-        if matched is None:
-            raise CxrError(f"{word!r} is no case: write ARCH:SIZE:BATCH, such as densenet121:1024:8")
-        check_choice("network", matched[1], ARCHITECTURES)
-        made.append(Case(matched[1], int(matched[2]), int(matched[3]), dtype, remat, False, steps, *shape))
-    return made
+    cases = []
+    data, space = parse_mesh(mesh) if mesh else (1, 1)
+    for spec, dtype, remat in product(specs, dtypes or ["bfloat16"], remats or ["none"]):
+        match = re.fullmatch(r"(\w+):([1-9]\d*):([1-9]\d*)", spec)
+        if match is None:
+            raise CxrError(f"{spec!r} is not ARCH:SIZE:BATCH, such as densenet121:1024:8")
+        arch = check_choice("network", match[1], ARCHITECTURES)
+        cases.append(Case(arch, int(match[2]), int(match[3]), dtype, remat, False, steps, data, space))
+    return cases
 
 
-def rows(wanted: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str, Any]]:
-    """The measurements of each case, training and inference side by side.
+def run_cases(cases: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str, Any]]:
+    """Yield a row for each training case, with inference of the same batch beside it.
 
-    What went wrong is its `error`, or `infer_error` where that was inference alone. The values have the names of the
-    peer's benchmark: `train_s`, `train_images_per_s`, `train_peak_bytes`, `infer_s` and so on, medians over the steps.
-    Beside them:
+    A failure is the row's `error`, or `infer_error` if only inference failed. Values are medians over the steps:
+    `train_s`, `train_images_per_s`, `infer_s` and so on, with the names of `scripts/bench_torch.py`, and:
 
-      trace_s, lower_s, compile_s, first_step_s   once; no cache, unless JAX_COMPILATION_CACHE_DIR is set
-      train_steady_images_per_s       of steps one after the other without waiting, as training does them
-      train_cpu_s                     median CPU time of all threads: what to compare on a busy machine
-      train_dispatch_ms               median time until the call returns, while the device works on
-      train_planned_bytes             arguments, results and temporaries, as the compiler counts them
-      train_peak_bytes                what a device held at most; null where it does not say (CPUs)
-      train_floor_s, train_roofline   least time by the chip's data sheet, and its share of train_s; null if unknown
+      trace_s, lower_s, compile_s, first_step_s   measured once, without a compilation cache unless
+                                      JAX_COMPILATION_CACHE_DIR is set
+      train_steady_images_per_s       of consecutive steps without waiting in between, as in training
+      train_cpu_s                     CPU time of all threads, which is comparable on a busy machine
+      train_dispatch_ms               time until the call returns, while the device computes
+      train_planned_bytes             arguments, results and temporaries according to the compiler
+      train_peak_bytes                peak memory of a device; null if it is not reported (CPUs)
+      train_floor_s, train_roofline   lower bound from the data sheet and its fraction of train_s; null if unknown
     """
-    for case in wanted:
-        about = {"arch": case.arch, "resolution": case.resolution, "batch": case.batch,
-                 "variant": f"{case.dtype}, remat {case.remat}", "data": case.data, "space": case.space}  # fmt: skip
-        row = about | _apart(case)
+    for case in cases:
+        row = {
+            "arch": case.arch, "resolution": case.resolution, "batch": case.batch,
+            "variant": f"{case.dtype}, remat {case.remat}", "data": case.data, "space": case.space,
+        }  # fmt: skip
+        row |= _run_case(case)
         if inference and "error" not in row:
-            inferred = _apart(Case(**(asdict(case) | {"inference": True, "remat": "none"})))
-            row |= {f"infer_{name}" if name == "error" else name: value for name, value in inferred.items()}
+            measured = _run_case(replace(case, inference=True, remat="none"))
+            row |= {f"infer_{name}" if name == "error" else name: value for name, value in measured.items()}
         yield row
 
 
-def _apart(case: Case) -> dict[str, Any]:
-    """One measurement, by a process of its own."""
-    made = subprocess.run(command(case), capture_output=True, text=True, check=False)
-    return found(made.returncode, made.stdout, made.stderr)
+def _run_case(case: Case) -> dict[str, Any]:
+    process = subprocess.run(case_command(case), capture_output=True, text=True, check=False)
+    return parse_output(process.returncode, process.stdout, process.stderr)
 
 
-def command(case: Case, *, in_turn: bool = False) -> list[str]:
-    """What measures a case in a process of its own; `in_turn`: it prints `READY` once compiled, and waits for a line.
+def case_command(case: Case, *, wait: bool = False) -> list[str]:
+    """Return the command that measures a case.
 
-    So several can compile at once and still have the device for themselves when they are timed.
+    With `wait` it prints `READY` once compiled and waits for a line on standard input, so that several cases can
+    compile at once and still be timed alone.
     """
-    return [
-        sys.executable, "-m", "cxrjax.planning.benchmark", _ONE, json.dumps(asdict(case)),
-        *([_IN_TURN] if in_turn else []),
-    ]  # fmt: skip
+    waiting = [_WAIT] if wait else []
+    return [sys.executable, "-m", "cxrjax.planning.benchmark", json.dumps(asdict(case)), *waiting]
 
 
-def found(code: int, printed: str, errors: str) -> dict[str, Any]:
-    """The measurement that such a process printed, or its `error`."""
-    lines = printed.splitlines()
+def parse_output(code: int, stdout: str, stderr: str) -> dict[str, Any]:
+    """Return the measurement that the process of a case printed, or its `error`."""
+    lines = stdout.splitlines()
     if code == 0 and lines:
         return json.loads(lines[-1])
-    if "RESOURCE_EXHAUSTED" in errors:
+    if "RESOURCE_EXHAUSTED" in stderr:
         return {"error": "out of memory"}
-    raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", errors, re.MULTILINE)
+    raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", stderr, re.MULTILINE)
     reason = raised[-1].removeprefix(f"{CxrError.__module__}.CxrError: ") if raised else ""
-    return {"error": reason[:1000] or f"its process ended with code {code}"}
+    return {"error": reason[:1000] or f"the process exited with code {code}"}
 
 
-def failures(measured: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """What could not be measured, and why."""
+def failures(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the error of each measurement that failed."""
     return {
-        f"{row['arch']} at {row['resolution']} px, {row['batch']} images, {row['variant']}{what}": row[key]
-        for row in measured
-        for key, what in (("error", ""), ("infer_error", ", inference"))
+        f"{row['arch']} at {row['resolution']} px, {row['batch']} images, {row['variant']}{suffix}": row[key]
+        for row in rows
+        for key, suffix in (("error", ""), ("infer_error", ", inference"))
         if key in row
     }
 
 
-def table(measured: Sequence[dict[str, Any]]) -> Any:
-    """A line for each case that could be measured: what a user compares; gigabytes are 1e9 bytes."""
+def results_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Return a table with a line per successful case; GB are 1e9 bytes."""
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in (
-        "network",
-        "px",
-        "images",
-        "",
-        "step, ms",
-        "images/s",
-        "peak, GB",
-        "roofline",
-        "inference, images/s",
-    ):
-        made.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in measured:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("network", "px", "images", "variant", "step, ms", "images/s", "peak, GB", "roofline",
+                   "inference, images/s"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+    for row in rows:
         if "error" in row:
             continue
-        about = (row["arch"], f"{row['resolution']}", f"{row['batch']}", row["variant"])
-        peak, share, inferred = (row.get(k) for k in ("train_peak_bytes", "train_roofline", "infer_images_per_s"))
-        made.add_row(
-            *about, f"{1e3 * row['train_s']:.1f}", f"{row['train_images_per_s']:.1f}",
+        peak, roofline, inference = (
+            row.get(name) for name in ("train_peak_bytes", "train_roofline", "infer_images_per_s")
+        )
+        table.add_row(
+            row["arch"], f"{row['resolution']}", f"{row['batch']}", row["variant"],
+            f"{1e3 * row['train_s']:.1f}", f"{row['train_images_per_s']:.1f}",
             f"{peak / 1e9:.2f}" if peak else f"{row['train_planned_bytes'] / 1e9:.2f} planned",
-            f"{share:.0%}" if share else "", f"{inferred:.1f}" if inferred else "",
+            f"{roofline:.0%}" if roofline else "", f"{inference:.1f}" if inference else "",
         )  # fmt: skip
-    return made
+    return table
 
 
-def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """One case, in this process, on its first device; `turn` is called when all is compiled, before it is timed."""
+def measure(case: Case, before_timing: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Measure a case in this process; `before_timing` is called when everything is compiled."""
     import jax
     import numpy as np
     import optax
@@ -217,150 +221,112 @@ def measure(case: Case, turn: Callable[[], object] = lambda: None) -> dict[str, 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_enable_compilation_cache", False)
     rng = np.random.default_rng(0)
-    count, side = case.batch, case.resolution
-    host = Batch(
-        image=rng.integers(0, 256, (count, side, side, 1), np.uint8),
-        label=(rng.random((count, FINDINGS)) < 0.1).astype(np.float32),
-        label_mask=np.ones((count, FINDINGS), bool),
-        example_mask=np.ones(count, bool),
-        record=np.arange(count, dtype=np.int32),
+    images, side = case.batch, case.resolution
+    batch = Batch(
+        image=rng.integers(0, 256, (images, side, side, 1), np.uint8),
+        label=(rng.random((images, FINDINGS)) < 0.1).astype(np.float32),
+        label_mask=np.ones((images, FINDINGS), bool),
+        example_mask=np.ones(images, bool),
+        record=np.arange(images, dtype=np.int32),
     )
     mesh = make_mesh(case.data, case.space)
-    check_divides(f"a batch of {count} images", count, "data", mesh.shape["data"])
+    check_divides(f"a batch of {images} images", images, "data", mesh.shape["data"])
     check_divides(f"{side} rows", side, "space", case.space)
-    placed = put_batch(host, batch_shardings(mesh))
-    network = Network.from_model(create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options))
+    placed = put_batch(batch, batch_shardings(mesh))
+    model = create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options)
+    network = Network.from_model(model)
     if case.inference:
         arguments = pack_for(jax.device_put(network, replicated(mesh)), mesh), placed.image
-        return _timed(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices, turn)
+        return _time(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices, before_timing)
     optimizer = as_one_vector(optax.scale_by_adam())
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
     step = make_train_step(network, optimizer, optax.constant_schedule(1e-4), mesh)
-    return _timed(case, step, (pack_for(state, mesh), placed), lambda result: (result[0], placed), mesh.devices, turn)
+    arguments = pack_for(state, mesh), placed
+    return _time(case, step, arguments, lambda result: (result[0], placed), mesh.devices, before_timing)
 
 
-def _timed(
-    case: Case,
-    step: Any,
-    arguments: tuple,
-    following: Callable[[Any], tuple],
-    devices: Any,
-    turn: Callable[[], object],
-) -> dict[str, Any]:
-    """Compile a jitted step and time it; `following` makes the next call's arguments of a result."""
+def _time(
+    case: Case, step: Any, arguments: tuple, next_arguments: Callable[[Any], tuple], devices: Any,
+    before_timing: Callable[[], object],
+) -> dict[str, Any]:  # fmt: skip
+    """Compile and time a jitted step; `next_arguments` returns those of the next call from the last result."""
     import jax
 
-    moments = [time.perf_counter()]
+    clock = [time.perf_counter()]
     traced = step.trace(*arguments)
-    moments.append(time.perf_counter())
+    clock.append(time.perf_counter())
     lowered = traced.lower()
-    moments.append(time.perf_counter())
+    clock.append(time.perf_counter())
     compiled = lowered.compile()
-    moments.append(time.perf_counter())
-    once: dict[str, float] = dict(zip(("trace_s", "lower_s", "compile_s"),
-                    (round(after - before, 2) for before, after in pairwise(moments)),
-                    strict=True))  # fmt: skip
-    turn()
+    clock.append(time.perf_counter())
+    durations = (round(end - start, 2) for start, end in pairwise(clock))
+    once: dict[str, float] = dict(zip(("trace_s", "lower_s", "compile_s"), durations, strict=True))
+    before_timing()
     start = time.perf_counter()
     result = jax.block_until_ready(step(*arguments))
     once["first_step_s"] = round(time.perf_counter() - start, 2)
 
     times = []
-    for _ in range(case.steps + WARM_UP):
-        arguments = following(result)
-        start = time.perf_counter(), time.process_time()
+    for _ in range(case.steps + WARMUP_STEPS):
+        arguments = next_arguments(result)
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = step(*arguments)
-        returned = time.perf_counter() - start[0]
+        dispatched = time.perf_counter() - start
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - start[0], time.process_time() - start[1], returned))
-    seconds, cpu, dispatch = map(statistics.median, zip(*times[WARM_UP:], strict=True))
+        times.append((time.perf_counter() - start, time.process_time() - cpu_start, dispatched))
+    seconds, cpu, dispatch = map(statistics.median, zip(*times[WARMUP_STEPS:], strict=True))
     start = time.perf_counter()
     for _ in range(case.steps):
-        result = step(*following(result))
+        result = step(*next_arguments(result))
     jax.block_until_ready(result)
     steady = (time.perf_counter() - start) / case.steps
 
     device = devices.flat[0]
-    floor = _floor(traced.jaxpr.jaxpr, compiled, device.device_kind, devices.size)
-    peaks = [(each.memory_stats() or {}).get("peak_bytes_in_use") for each in devices.flat]
-    what = "infer" if case.inference else "train"
-    found: dict[str, Any] = {
+    floor = _floor_seconds(traced.jaxpr.jaxpr, compiled, device.device_kind, devices.size)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices.flat]
+    values: dict[str, Any] = {
         "s": seconds,
         "images_per_s": case.batch / seconds,
         "steady_images_per_s": case.batch / steady,
         "peak_bytes": max((peak for peak in peaks if peak), default=None),
         "cpu_s": cpu,
         "dispatch_ms": 1e3 * dispatch,
-        "planned_bytes": _planned(compiled, device.platform),
+        "planned_bytes": _planned_bytes(compiled, device.platform),
         "floor_s": floor,
         "roofline": floor and floor / seconds,
     }
-    same = {"framework": f"cxrjax, jax {jax.__version__}", "device": device.device_kind}
+    row: dict[str, Any] = {"framework": f"cxrjax, jax {jax.__version__}", "device": device.device_kind}
     if not case.inference:
-        same |= once | {"loss": float(result[1]["loss"])}
-    return same | {f"{what}_{name}": value for name, value in found.items()}
+        row |= once | {"loss": float(result[1]["loss"])}
+    prefix = "infer" if case.inference else "train"
+    return row | {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def _planned(compiled: Any, platform: str) -> int | None:
-    from cxrjax.planning.compiled_memory import held_and_temporary
+def _planned_bytes(compiled: Any, platform: str) -> int | None:
+    from cxrjax.planning.compiled_memory import argument_and_temporary_bytes
 
     memory = compiled.memory_analysis()
-    return None if memory is None else sum(held_and_temporary(memory, tpu=platform == "tpu"))
+    return None if memory is None else sum(argument_and_temporary_bytes(memory, tpu=platform == "tpu"))
 
 
-def _floor(jaxpr: Any, compiled: Any, kind: str, devices: int) -> float | None:
-    """Least seconds that chips of this kind need: for their arithmetic or for moving bytes through their memory.
-
-    Recomputed products count as arithmetic, as they are done.
-    """
-    from cxrjax.planning.accelerators import target_of
-    from cxrjax.planning.compiled_memory import moved
+def _floor_seconds(jaxpr: Any, compiled: Any, kind: str, devices: int) -> float | None:
+    """Return the lower bound of the time for arithmetic, including recomputation, and for memory traffic."""
+    from cxrjax.planning.accelerators import find_accelerator
+    from cxrjax.planning.compiled_memory import bytes_accessed
     from cxrjax.planning.model_summary import multiply_adds
 
-    target = target_of(kind)
-    if target is None:
+    accelerator = find_accelerator(kind)
+    if accelerator is None:
         return None
-    return max(2 * multiply_adds(jaxpr) / devices / target.flops, moved(compiled) / target.bandwidth)
+    arithmetic = 2 * multiply_adds(jaxpr) / devices / accelerator.flops
+    return max(arithmetic, bytes_accessed(compiled) / accelerator.bandwidth)
 
 
-def main() -> None:
-    """Prints one JSON line a case."""
-    if sys.argv[1:2] == [_ONE]:
-        turn = _wait if _IN_TURN in sys.argv else lambda: None
-        print(json.dumps(measure(Case(**json.loads(sys.argv[2])), turn)), flush=True)
-        return
-    parser = argparse.ArgumentParser(prog="python -m cxrjax.planning.benchmark", description=__doc__)
-    add_arguments(parser)
-    given = parser.parse_args()
-    wanted = cases(given.cases, given.dtypes, given.remats, given.steps, given.mesh)
-    for row in rows(wanted, inference=given.inference):
-        print(json.dumps(row), flush=True)
-
-
-def _wait() -> None:
+def _wait_for_turn() -> None:
     print(READY, flush=True)
     sys.stdin.readline()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `bench` takes."""
-    parser.add_argument("cases", nargs="*", metavar="ARCH:SIZE:BATCH", help="such as densenet121:1024:8")
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="(default: bfloat16)")
-    parser.add_argument(
-        "--remats", nargs="+", choices=("none", "layer", "block", "full"),
-        help="what the backward pass recomputes (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mesh",
-        default="",
-        metavar="data=D,space=S",
-        help="devices that share the batch, and an image's rows (default: one device)",
-    )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="medians are over N steps (default: 10)")
-    parser.add_argument(
-        "--no-inference", dest="inference", action="store_false", help="measure training steps alone"
-    )  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    case = Case(**json.loads(sys.argv[1]))
+    print(json.dumps(measure(case, _wait_for_turn if _WAIT in sys.argv else lambda: None)), flush=True)

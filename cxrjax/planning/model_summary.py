@@ -14,7 +14,7 @@ from cxrjax.console import progress_bar
 from cxrjax.errors import CxrError, check_choice, check_positive
 from cxrjax.explain.inputs import named
 from cxrjax.explain.receptive_field import receptive_fields
-from cxrjax.models.input_spec import NAMED, InputSpec
+from cxrjax.models.input_spec import INPUT_SPECS, InputSpec
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.registry import ARCHITECTURES, abstract
 
@@ -89,7 +89,7 @@ def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
     """
     network = abstract(name, classes=classes)
     size = getattr(network.model(), "image_size", check_positive("size", size))
-    image = jax.ShapeDtypeStruct((1, size, size, network.inputs.channels), network.dtype)
+    image = jax.ShapeDtypeStruct((1, size, size, network.input_spec.channels), network.dtype)
 
     def forward(network: Network, images: jax.Array) -> Any:
         model = network.model()
@@ -117,7 +117,7 @@ def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
         parameters=parameter_count(network),
         size=size,
         multiply_adds=multiply_adds(program.jaxpr),
-        inputs=network.inputs,
+        inputs=network.input_spec,
         maps=tuple(maps),
     )
 
@@ -232,7 +232,7 @@ def _field(maps: FeatureMap) -> str:
 
 
 def _short(inputs: InputSpec) -> str:
-    return next((name for name, spec in NAMED.items() if spec == inputs), "its own")
+    return next((name for name, spec in INPUT_SPECS.items() if spec == inputs), "its own")
 
 
 def _long(inputs: InputSpec) -> str:

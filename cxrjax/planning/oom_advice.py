@@ -1,6 +1,5 @@
-"""What to do where a device's memory did not suffice: the settings that need less, and what the plan says of them."""
+"""Advice after an out-of-memory error: settings that need less memory, and a plan of each."""
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -11,114 +10,120 @@ import jax
 from rich import box
 from rich.table import Table
 
-from cxrjax.config import Config, load, with_overrides
-from cxrjax.console import progress_bar, stderr
+from cxrjax.config import Config, with_overrides
+from cxrjax.console import log, progress_bar, stderr
 from cxrjax.distributed.runtime import HEARTBEAT, is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.models.layers import REMATS
-from cxrjax.planning.accelerators import Target, target_of
-from cxrjax.planning.plan import Plan, estimate, plan
+from cxrjax.planning.accelerators import Accelerator, find_accelerator
+from cxrjax.planning.plan import Plan, Planner, compile_plan, estimate_plan
 
-OTHERS = {
-    "evaluate": "--batch N with N below the config's evaluate.batch",
-    "predict": "--batch or --size below what they are",
-    "explain": "fewer --images or --steps, or JAX_PLATFORMS=cpu, which is slow and has the host's memory",
+_ADVICE = {
+    "evaluate": "--batch-size N with N below the config's evaluate.batch",
+    "predict": "a lower --batch-size or --size",
+    "explain": "fewer --images or --steps, or JAX_PLATFORMS=cpu, which is slow but uses the host's memory",
 }
 
 
-def mend(arguments: argparse.Namespace) -> str:
-    """The settings with which a verb needs less memory, as the end of a sentence."""
-    if arguments.verb != "train":
-        return OTHERS.get(arguments.verb, "a smaller data.size, train.per_device or evaluate.batch")
-    config = load(arguments.config, arguments.overrides)
-    return "; ".join([*(f"--config.{' --config.'.join(each)}" for each in less(config)), _in_validation(config)])
+def advice(command: str, config: Config | None = None) -> str:
+    """Return the settings with which a command needs less memory.
+
+    Args:
+      command: name of the command that ran out of memory.
+      config: the config of a training run; None for the other commands.
+    """
+    if config is None:
+        return _ADVICE.get(command, "a smaller data.size, train.per_device or evaluate.batch")
+    settings = [" ".join(f"--config.{override}" for override in overrides) for overrides in smaller_settings(config)]
+    return "; ".join([*settings, f"in validation, --config.evaluate.batch below {config.evaluate.batch}"])
 
 
-def advise(arguments: argparse.Namespace) -> None:
-    """Print what the plan says of a training step as it is, and with less; where other processes ended, soon."""
-    config = load(arguments.config, arguments.overrides)
-    target, make = planned_for(jax.local_devices()[0])
-    end = math.inf
+def print_plans(config: Config) -> None:
+    """Print a plan of the training step as configured and of each smaller setting.
+
+    A distributed run only has until JAX ends this process for missing the others, so it is estimated and cut short.
+    """
+    accelerator, planner = planner_for(jax.local_devices()[0])
+    deadline = math.inf
     if is_distributed():
-        make, end = estimate, time.monotonic() + HEARTBEAT / 5  # then JAX misses the others, and ends this one
-    settings = [[], *less(config)]
-    stderr.print(f"Planning {len(settings)} settings for {target.kind}; Ctrl-C leaves it at that.")
-    made: list[tuple[str, Plan]] = []
+        planner, deadline = estimate_plan, time.monotonic() + HEARTBEAT / 5
+    settings = [[], *smaller_settings(config)]
+    log(f"Planning {len(settings)} settings for {accelerator.kind}; press Ctrl-C to stop.")
+    plans: dict[str, Plan] = {}
     with progress_bar("planning", len(settings), unit="settings") as advance, suppress(KeyboardInterrupt):
-        for changes in settings:
-            if time.monotonic() > end:
+        for overrides in settings:
+            if time.monotonic() > deadline:
                 break
-            changed = with_overrides(config, changes)
-            data, space = _mesh(changed)
-            with suppress(CxrError, jax.errors.JaxRuntimeError):  # the mesh, or the target's compiler, does not take it
-                made.append((" ".join(changes) or "as it is", make(changed, target, data=data, space=space)))
+            changed = with_overrides(config, overrides)
+            data, space = _mesh_shape(changed)
+            with suppress(CxrError, jax.errors.JaxRuntimeError):  # skip settings that cannot be planned
+                plans[" ".join(overrides) or "as configured"] = planner(changed, accelerator, data=data, space=space)
             advance()
-    stderr.print(_table(made, target.memory))
-    if made and not made[0][1].compiled:
-        stderr.print("Estimated from shapes, without fusion and workspace: a first idea.")
+    stderr.print(_table(plans, accelerator.memory))
+    if not all(plan.compiled for plan in plans.values()):
+        log("Estimated from shapes, without fusion and workspace.")
 
 
-def less(config: Config) -> Iterator[list[str]]:
-    """Changes that lower what a training step holds, the cheapest first."""
+def planner_for(device: Any) -> tuple[Accelerator, Planner]:
+    """Return the accelerator of a JAX device, and its compiler if that is fast, else the estimate."""
+    accelerator = find_accelerator(device.device_kind)
+    if accelerator is None:
+        memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+        return Accelerator(device.device_kind, device.device_kind, memory, 1.0, 1.0, 1.0), estimate_plan
+    if accelerator.tpu:  # compiling takes minutes per setting
+        return accelerator, estimate_plan
+    try:
+        accelerator.devices(1)
+    except CxrError:
+        return accelerator, estimate_plan
+    return accelerator, compile_plan
+
+
+def smaller_settings(config: Config) -> Iterator[list[str]]:
+    """Yield overrides with which a training step needs less memory, the cheapest first."""
     for remat in REMATS[REMATS.index(config.model.remat) + 1 :]:
         yield [f"model.remat={remat}"]
-    most = config.model.remat if config.model.remat == REMATS[-1] else "block"
-    share = max(config.train.batch // _mesh(config)[0], 1)
-    at_once = config.train.per_device or share
-    fewer = next((n for n in range(at_once // 2, 0, -1) if share % n == 0), 0)
-    if fewer:
-        yield [f"train.per_device={fewer}"]
-        yield [f"model.remat={most}", f"train.per_device={fewer}"]
-    yield from _more_rows(config, at_once)
+    strongest = config.model.remat if config.model.remat == REMATS[-1] else "block"
+    images = max(config.train.batch // _mesh_shape(config)[0], 1)
+    microbatch = config.train.per_device or images
+    smaller = next((n for n in range(microbatch // 2, 0, -1) if images % n == 0), 0)
+    if smaller:
+        yield [f"train.per_device={smaller}"]
+        yield [f"model.remat={strongest}", f"train.per_device={smaller}"]
+    yield from _more_devices_per_image(config, microbatch)
     if config.data.size > 64:
         yield [f"data.size={config.data.size // 2}"]
 
 
-def _more_rows(config: Config, at_once: int) -> Iterator[list[str]]:
-    """Twice as many devices for each image: such as are idle, or half as many images at once on all together."""
-    (data, space), there = _mesh(config), len(jax.devices())
+def _more_devices_per_image(config: Config, microbatch: int) -> Iterator[list[str]]:
+    """Yield overrides that split each image over twice as many devices, idle ones if there are enough.
+
+    Without idle devices half as many images are processed at once.
+    """
+    data, space = _mesh_shape(config)
     if config.data.size % (2 * space):
         return
-    if config.mesh.data and data * 2 * space <= there:
+    if config.mesh.data and data * 2 * space <= len(jax.devices()):
         yield [f"mesh.space={2 * space}"]
         return
-    fewer = data // 2
-    if fewer and data % 2 == 0 and config.train.batch % (fewer * at_once) == 0:
-        given = [f"mesh.data={fewer}"] if config.mesh.data else []
-        yield [*given, f"mesh.space={2 * space}", f"train.per_device={at_once}"]
+    halved = data // 2
+    if halved and data % 2 == 0 and config.train.batch % (halved * microbatch) == 0:
+        data_override = [f"mesh.data={halved}"] if config.mesh.data else []
+        yield [*data_override, f"mesh.space={2 * space}", f"train.per_device={microbatch}"]
 
 
-def planned_for(device: Any) -> tuple[Target, Any]:
-    """The device as the plan knows it, and what plans for it: its compiler if that is soon done, or an estimate."""
-    target = target_of(device.device_kind)
-    if target is None:
-        memory = (device.memory_stats() or {}).get("bytes_limit", 0)
-        return Target(device.device_kind, device.device_kind, memory, 1.0, 1.0, 1.0), estimate
-    if target.tpu:  # several minutes for each setting
-        return target, estimate
-    try:
-        target.devices(1)
-    except CxrError:
-        return target, estimate
-    return target, plan
-
-
-def _mesh(config: Config) -> tuple[int, int]:
+def _mesh_shape(config: Config) -> tuple[int, int]:
     space = config.mesh.space
     return config.mesh.data or max(len(jax.devices()) // space, 1), space
 
 
-def _in_validation(config: Config) -> str:
-    return f"in validation, --config.evaluate.batch below {config.evaluate.batch}"
-
-
-def _table(made: list[tuple[str, Plan]], memory: int) -> Table:
+def _table(plans: dict[str, Plan], memory: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("setting")
-    for column in ("devices", "images at once", "GB of each", "fits"):
+    for column in ("devices", "images at once", "GB per device", "fits"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, each in made:
-        sure, unsure = ("yes", "likely"), ("no", "unlikely")
-        fits = (sure if each.fits else unsure)[not each.compiled] if memory else "?"
-        table.add_row(name, f"{each.data} x {each.space}", f"{each.batch}", f"{each.peak / 1e9:.3g}", fits)
+    for setting, plan in plans.items():
+        answers = ("no", "yes") if plan.compiled else ("unlikely", "likely")
+        fits = answers[plan.fits] if memory else "?"
+        table.add_row(setting, f"{plan.data} x {plan.space}", f"{plan.microbatch}", f"{plan.peak / 1e9:.3g}", fits)
     return table

@@ -1,4 +1,4 @@
-"""Will it fit? The training step of a config, compiled ahead of time for a machine that is not here."""
+"""Plan a training step: its memory and time on an accelerator, ahead of time and without that accelerator."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,9 +16,8 @@ from cxrjax.distributed.mesh import batch_shardings, check_divides, instead_of_r
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.models.network import check_size
-from cxrjax.planning.accelerators import Target
-from cxrjax.planning.collectives import Collective
-from cxrjax.planning.compiled_memory import needs
+from cxrjax.planning.accelerators import Accelerator
+from cxrjax.planning.compiled_memory import Collective, compile_memory
 from cxrjax.planning.memory_estimate import peak_bytes
 from cxrjax.planning.model_summary import multiply_adds
 from cxrjax.train.described import network_of
@@ -27,66 +26,66 @@ from cxrjax.train.losses import make_loss
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
-from cxrjax.train.trainable import Learning
+from cxrjax.train.trainable import TrainableParams
 
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
-"""Nothing can be timed on a device that is not here; and memory does not depend on how well kernels are compiled."""
+"""Autotuning needs the device, and memory does not depend on how well kernels are optimised."""
 
 TPU_OPTIONS = {
     "xla_tpu_buffer_assignment_enable_fast_merge_fallback": False,
     "xla_tpu_scheduler_percent_shared_memory_limit": 1,
 }
-"""Where memory abounds XLA for TPUs packs buffers with wide gaps, and keeps more alive to send while it computes. It
-packs them tightly, and computes in an order that holds less, where it must: as here."""
+"""With memory to spare, XLA for TPUs leaves gaps between buffers and keeps more of them alive to overlap communication.
+These options ask for the tight layout and schedule that it uses when memory is short."""
 
-AHEAD = 4
-"""Batches that a run has on its devices beside that of the step: a next step's, and those of `distributed.placement.prefetch_to_device`."""
+PREFETCHED_BATCHES = 4
+"""Batches on the devices besides that of the step: the next one and those of `placement.prefetch_to_device`."""
 
-MOST = (1 << 31) - 1
-"""Images of a batch: JAX counts them in 32 bits."""
+MAX_BATCH_SIZE = (1 << 31) - 1
+"""JAX counts images in 32 bits."""
 
-USABLE = 0.92
-"""Share of a device's memory that a program can have (XLA_PYTHON_CLIENT_MEM_FRACTION on GPUs, whose default is .75)."""
+USABLE_FRACTION = 0.92
+"""Fraction of the memory that a program can use (XLA_PYTHON_CLIENT_MEM_FRACTION on GPUs, 0.75 by default)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One training step on one device of the machine; bytes unless it says otherwise.
+    """Resources of one training step on one device; sizes in bytes, times in seconds.
 
     Attributes:
-      target: the device's name.
-      network: its name.
+      accelerator: name of the device.
+      network: name of the network.
       data: devices that share a batch.
       space: devices that share the rows of an image.
-      size: side of the images in px.
+      size: image side in px.
       remat: what the backward pass recomputes.
-      batch: images of all devices at once.
-      parts: that pass one after the other and make the effective batch (`train.per_device`).
-      parameters: with running statistics.
-      optimizer: its moments.
-      inputs: the effective batch.
-      activations: everything else the step holds at its peak: activations, gradients, workspace that XLA knows of.
-      program: the program itself, which lies in a TPU's memory; 0 for GPUs and in an estimate.
-      memory: of the device.
-      compiled: whether a compiler said so; else an estimate from the traced step.
-      refused: the compiler gave up, for lack of memory: what the step would send and move is not known.
-      collectives: how many calls a step makes, by kind.
-      sent: bytes that leave the device in a step.
-      flops: of the step on this device, two per multiply-add of its convolutions and matrix products.
-      moved: bytes through the device's memory; 0 in an estimate.
-      compute_s: least time that the arithmetic takes, seconds.
-      memory_s: least time that moving `moved` takes.
-      network_s: least time that sending takes.
+      microbatch: images processed at once, over all devices.
+      accumulation_steps: microbatches per step.
+      parameters: parameters and batch statistics.
+      optimizer: optimizer state.
+      inputs: the batch of the step.
+      activations: all other buffers at the peak: activations, gradients, workspace that XLA knows of.
+      program: the program itself, which lies in the memory of TPUs; 0 for GPUs and in an estimate.
+      memory: memory of the device.
+      compiled: whether the device's compiler made the plan; else it is an estimate from the traced step.
+      exceeded: the compiler stopped for lack of memory, so collectives and traffic are unknown.
+      collectives: number of collectives per step, by kind.
+      bytes_sent: bytes that leave the device per step.
+      flops: operations per step on the device, two per multiply-add of convolutions and matrix products.
+      bytes_accessed: bytes read from and written to device memory per step; 0 in an estimate.
+      compute_s: lower bound of the time for arithmetic.
+      memory_s: lower bound of the time for memory traffic.
+      network_s: lower bound of the time for communication.
     """
 
-    target: str
+    accelerator: str
     network: str
     data: int
     space: int
     size: int
     remat: str
-    batch: int
-    parts: int
+    microbatch: int
+    accumulation_steps: int
     parameters: int
     optimizer: int
     inputs: int
@@ -94,230 +93,245 @@ class Plan:
     program: int
     memory: int
     compiled: bool
-    refused: bool
+    exceeded: bool
     collectives: dict[str, int]
-    sent: float
+    bytes_sent: float
     flops: float
-    moved: float
+    bytes_accessed: float
     compute_s: float
     memory_s: float
     network_s: float
 
     @property
     def peak(self) -> int:
-        """All that the step holds at once."""
+        """Bytes of the step at its peak."""
         return self.parameters + self.optimizer + self.inputs + self.activations + self.program
 
     @property
-    def known(self) -> bool:
-        """Whether a compiler said what the step sends and moves."""
-        return self.compiled and not self.refused
-
-    @property
-    def waiting(self) -> int:
-        """Batches of the steps to come, which a run has there as well."""
-        return AHEAD * self.inputs
+    def prefetched(self) -> int:
+        """Bytes of the batches that wait on the device for later steps."""
+        return PREFETCHED_BATCHES * self.inputs
 
     @property
     def fits(self) -> bool:
-        """Whether the peak and what waits are within the usable part of the memory."""
-        return not self.refused and self.peak + self.waiting <= USABLE * self.memory
+        """Whether the peak and the prefetched batches fit in the usable memory."""
+        return not self.exceeded and self.peak + self.prefetched <= USABLE_FRACTION * self.memory
 
     @property
-    def left(self) -> int:
-        """Memory of the device that is free at the peak."""
-        return self.memory - self.peak - self.waiting
+    def free(self) -> int:
+        """Bytes of device memory that are free at the peak."""
+        return self.memory - self.peak - self.prefetched
+
+    @property
+    def traffic_known(self) -> bool:
+        """Whether collectives and memory traffic are known."""
+        return self.compiled and not self.exceeded
 
     @property
     def floor_s(self) -> float:
-        """No step is faster: the largest of the three times, which overlap at best."""
+        """Lower bound of the step time: the largest of the three times, which overlap at best."""
         return max(self.compute_s, self.memory_s, self.network_s)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        more = {"peak": self.peak, "waiting": self.waiting, "left": self.left, "fits": self.fits,
-                "floor_s": self.floor_s}  # fmt: skip
-        return asdict(self) | more
+        """Return all fields and properties for JSON."""
+        properties = ("peak", "prefetched", "free", "fits", "floor_s")
+        return asdict(self) | {name: getattr(self, name) for name in properties}
 
 
-def plan(config: Config, target: Target, *, data: int = 1, space: int = 1, batch: int = 0) -> Plan:
-    """Compile the config's training step for `data` x `space` devices.
+Planner = Callable[..., Plan]
+"""`compile_plan` or `estimate_plan`."""
+
+
+def compile_plan(
+    config: Config, accelerator: Accelerator, *, data: int = 1, space: int = 1, batch_size: int = 0
+) -> Plan:
+    """Compile the training step of a config for `data` x `space` devices.
 
     Args:
-      config: a recipe; its data need not be here.
-      target: the accelerator.
+      config: a recipe; its data set need not exist.
+      accelerator: the device.
       data: devices that share a batch.
       space: devices that share the rows of an image.
-      batch: images of a step, over all devices; 0: `train.batch`, of which `train.per_device` pass at once.
+      batch_size: images per step over all devices, all at once; 0: `train.batch` in microbatches of
+        `train.per_device` images per device.
 
     Raises:
-      CxrError: a mesh that does not divide the batch or the rows, or a compiler that is not installed.
+      CxrError: the mesh does not divide the batch or the rows, or the compiler is not installed.
     """
-    images = batches(config, data, space, batch)
-    mesh = make_mesh(data, space, target.devices(data * space))
-    traced, state, inputs = _traced(config, mesh, *images)
-    found = needs(traced, target, _options(target), images[1])
-    fixed = _fixed(state, inputs, data, space)
-    activations = found.temporary if found.refused else found.held + found.temporary - sum(fixed.values())
-    return _plan(
-        target, (data, space), config, images, fixed, activations, traced.jaxpr.jaxpr, found.calls, found.moved,
-        compiled=True, program=found.program, refused=found.refused,
+    microbatch, accumulation_steps = split_batch(config, data, space, batch_size)
+    mesh = make_mesh(data, space, accelerator.devices(data * space))
+    traced, state, batch = _trace_step(config, mesh, microbatch, accumulation_steps)
+    options = GPU_OPTIONS if accelerator.gpu else TPU_OPTIONS if accelerator.tpu else {}
+    memory = compile_memory(traced, accelerator, options, accumulation_steps)
+    fixed = _fixed_bytes(state, batch, data, space)
+    activations = memory.temporary
+    if not memory.exceeded:
+        activations += memory.arguments - sum(fixed.values())
+    return _make_plan(
+        config, accelerator, traced, data=data, space=space, microbatch=microbatch,
+        accumulation_steps=accumulation_steps, activations=activations, program=memory.program, compiled=True,
+        exceeded=memory.exceeded, collectives=memory.collectives, bytes_accessed=memory.bytes_accessed, fixed=fixed,
     )  # fmt: skip
 
 
-def estimate(config: Config, target: Target, *, data: int = 1, space: int = 1, batch: int = 0) -> Plan:
-    """The same without a compiler for the target, from the traced step (`parallel.liveness`).
+def estimate_plan(
+    config: Config, accelerator: Accelerator, *, data: int = 1, space: int = 1, batch_size: int = 0
+) -> Plan:
+    """Estimate the plan from the traced step (`memory_estimate`), without a compiler for the device.
 
-    Workspace and collectives are not in it. Arguments and errors are those of `plan`.
+    Workspace and collectives are not included. Arguments and errors are those of `compile_plan`.
     """
-    batch, parts = batches(config, data, space, batch)
-    traced, state, inputs = _traced(config, make_mesh(1, 1, [_host()]), batch, parts)
-    jaxpr = traced.jaxpr.jaxpr
+    microbatch, accumulation_steps = split_batch(config, data, space, batch_size)
+    traced, state, batch = _trace_step(config, make_mesh(1, 1, [_host_device()]), microbatch, accumulation_steps)
 
-    def on_one_device(aval: Any) -> int:
-        shape, whole = aval.shape, math.prod(aval.shape) * aval.dtype.itemsize
-        if parts > 1 and shape[:2] == (parts, batch):
-            shape = (parts * batch, *shape[2:])
+    def bytes_per_device(aval: Any) -> int:
+        shape, size = aval.shape, math.prod(aval.shape) * aval.dtype.itemsize
+        if accumulation_steps > 1 and shape[:2] == (accumulation_steps, microbatch):
+            shape = (accumulation_steps * microbatch, *shape[2:])
         rank = len(shape)
-        if rank < 2 or shape[0] not in (batch, parts * batch):
-            return whole
-        if rank == 4 and shape[1] == shape[2] > 1:  # maps: of kernels only some stems' have such a shape
-            return whole // shape[3] * (-(-shape[3] // target.lanes) * target.lanes) // (data * space)
-        return whole // data
+        if rank < 2 or shape[0] not in (microbatch, accumulation_steps * microbatch):
+            return size
+        if rank == 4 and shape[1] == shape[2] > 1:  # a feature map; few kernels have such a shape
+            channels = -(-shape[3] // accelerator.lanes) * accelerator.lanes
+            return size // shape[3] * channels // (data * space)
+        return size // data
 
-    fixed, activations = _fixed(state, inputs, data, space), peak_bytes(jaxpr, on_one_device)
-    return _plan(target, (data, space), config, (batch, parts), fixed, activations, jaxpr, [], 0.0, compiled=False)
+    return _make_plan(
+        config, accelerator, traced, data=data, space=space, microbatch=microbatch,
+        accumulation_steps=accumulation_steps, activations=peak_bytes(traced.jaxpr.jaxpr, bytes_per_device),
+        fixed=_fixed_bytes(state, batch, data, space),
+    )  # fmt: skip
 
 
 def largest_batch(
-    config: Config, target: Target, make: Callable[..., Plan] = plan, *, data: int = 1, space: int = 1
+    config: Config, accelerator: Accelerator, planner: Planner = compile_plan, *, data: int = 1, space: int = 1
 ) -> tuple[int, list[Plan]]:
-    """The largest batch of all devices that fits, a multiple of `data`, and every plan that was made to find it.
+    """Find the largest batch size that fits, a multiple of `data`.
 
-    Memory is nearly affine in the batch, so two plans point at the third; bisection settles the rest.
+    Memory is nearly affine in the batch size, so two plans predict the third; bisection settles the rest.
+
+    Returns:
+      The batch size over all devices (0 if none fits), and all plans made to find it.
     """
-    made: dict[int, Plan] = {}
-    room = USABLE * target.memory
-    low, high, guess = 0, MOST // data + 1, 1  # of the images on each data device
+    plans: dict[int, Plan] = {}  # by images per data device
+    usable = USABLE_FRACTION * accelerator.memory
+    low, high, guess = 0, MAX_BATCH_SIZE // data + 1, 1
     with progress_bar("planning", None, unit="plans") as advance:
         while high - low > 1:
-            made[guess] = make(config, target, data=data, space=space, batch=guess * data)
-            low, high = (guess, high) if made[guess].fits else (low, guess)
-            known = high in made
-            guess = (low + high) // 2 if known and len(made) % 4 == 0 else _affine(made, room)
-            guess = min(max(guess, low + 1), high - 1 if known else max(2, 64 * low), high - 1)
+            plans[guess] = planner(config, accelerator, data=data, space=space, batch_size=guess * data)
+            low, high = (guess, high) if plans[guess].fits else (low, guess)
+            bounded = high in plans
+            guess = (low + high) // 2 if bounded and len(plans) % 4 == 0 else _extrapolate(plans, usable)
+            guess = min(max(guess, low + 1), high - 1 if bounded else max(2, 64 * low), high - 1)
             advance()
-    return low * data, [made[each] for each in sorted(made)]
+    return low * data, [plans[images] for images in sorted(plans)]
 
 
-def _affine(made: dict[int, Plan], room: float) -> int:
-    """The batch whose memory would be `room`, were it a straight line through the two plans nearest to it."""
-    if len(made) < 2:
+def _extrapolate(plans: dict[int, Plan], usable: float) -> int:
+    """Return the batch that would need `usable` bytes on the line through the two nearest plans."""
+    if len(plans) < 2:
         return 2
-    held = {each: plan.peak + plan.waiting for each, plan in made.items()}
-    less, more = sorted(sorted(held, key=lambda each: abs(held[each] - room))[:2])
-    slope = (held[more] - held[less]) / (more - less)
-    return more + math.floor((room - held[more]) / slope) if slope > 0 else 2 * more
+    needed = {images: plan.peak + plan.prefetched for images, plan in plans.items()}
+    less, more = sorted(sorted(needed, key=lambda images: abs(needed[images] - usable))[:2])
+    slope = (needed[more] - needed[less]) / (more - less)
+    return more + math.floor((usable - needed[more]) / slope) if slope > 0 else 2 * more
 
 
-def batches(config: Config, data: int, space: int, batch: int = 0) -> tuple[int, int]:
-    """Images at once and how many such parts make a step, as `plan` takes them.
+def split_batch(config: Config, data: int, space: int, batch_size: int = 0) -> tuple[int, int]:
+    """Return the microbatch over all devices and the number of accumulation steps; see `compile_plan`.
 
     Raises:
-      CxrError: a mesh that does not divide them or the rows, or more images than can be counted.
+      CxrError: the mesh does not divide the batch or the rows, or the batch is too large to count.
     """
-    given = batch or config.train.batch
-    if given > MOST:
-        raise CxrError(f"a batch of {given} images cannot be planned: choose at most {MOST}")
-    check_divides(f"a batch of {given} images", given, "data", data)
+    images = batch_size or config.train.batch
+    if images > MAX_BATCH_SIZE:
+        raise CxrError(f"cannot plan a batch of {images} images: choose at most {MAX_BATCH_SIZE}")
+    check_divides(f"a batch of {images} images", images, "data", data)
     rows = config.data.size
     check_divides(f"{rows} rows", rows, "space", space, instead_of_rows(rows, space))
-    at_once = config.train.per_device * data if config.train.per_device and not batch else given
-    if given % at_once:
+    microbatch = config.train.per_device * data if config.train.per_device and not batch_size else images
+    if images % microbatch:
         raise CxrError(
-            f"config key train.batch = {given} is not a multiple of {at_once} ({data} x {config.train.per_device} "
-            f"images): set train.per_device to a divisor of {given // data}, or plan one part with --batch N"
+            f"config key train.batch = {images} is not a multiple of {microbatch} ({data} x {config.train.per_device} "
+            f"images): set train.per_device to a divisor of {images // data}, or plan one microbatch with --batch-size"
         )
-    return at_once, given // at_once
+    return microbatch, images // microbatch
 
 
-def _network(config: Config) -> Any:
-    findings = tuple(config.data.findings) or VOCABULARIES.get(config.data.dataset)
-    if not findings:
-        raise CxrError(f"data set {config.data.dataset} can have any findings: name yours with --config.data.findings")
-    return network_of(config, len(findings))
-
-
-def _traced(config: Config, mesh: Mesh, batch: int, parts: int) -> tuple[Any, TrainState, Batch]:
-    """The jitted step, traced as a run calls it, and the shapes of the state and of a batch."""
+def _trace_step(config: Config, mesh: Mesh, microbatch: int, accumulation_steps: int) -> tuple[Any, TrainState, Batch]:
+    """Trace the training step as a run calls it; returns it with the shapes of the state and the batch."""
     optimizer = make_optimizer(config.optimizer)
-    with jax.default_device(_host()):
-        network = _network(config)
-        learning = Learning.of(network, config)
-        state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0, learning))
-    findings = network.classes
-    options = dict(config.loss.options.items())
-    loss = make_loss(config.loss.name, prevalence=np.full(findings, 0.1), **options)
+    with jax.default_device(_host_device()):
+        network = network_of(config, len(_findings(config)))
+        trainable = TrainableParams.of(network, config)
+        state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0, trainable))
+    classes = network.classes
+    loss = make_loss(config.loss.name, prevalence=np.full(classes, 0.1), **dict(config.loss.options.items()))
     step = make_train_step(
-        network, optimizer, schedule(config.optimizer, 1000), mesh, parts, learning, loss,
+        network, optimizer, schedule(config.optimizer, 1000), mesh, accumulation_steps, trainable, loss,
         config.train.heads == "alternating",
     )  # fmt: skip
-    side, images = config.data.size, batch * parts
-    shapes: Any = [((images, side, side, 1), np.uint8), ((images, findings), np.float32), ((images, findings), bool),
+    side, images = config.data.size, microbatch * accumulation_steps
+    shapes: Any = [((images, side, side, 1), np.uint8), ((images, classes), np.float32), ((images, classes), bool),
                    ((images,), bool), ((images,), np.int32)]  # fmt: skip
     shardings: Any = batch_shardings(mesh)
-    inputs: Any = [
+    fields: Any = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for (shape, dtype), sharding in zip(shapes, shardings, strict=True)
     ]
-    whole, batched = replicated(mesh), Batch(*inputs)
-    given = jax.eval_shape(lambda state: pack_for(state, mesh), state)
-    given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), given)
+    batch = Batch(*fields)
+    packed = jax.eval_shape(lambda state: pack_for(state, mesh), state)
+    packed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), packed)
     try:
-        return step.trace(given, batched), state, batched
+        return step.trace(packed, batch), state, batch
     except CxrError:
-        check_size(network, side, batch_size=batch)  # which knows the sizes that the network takes
+        check_size(network, side, batch_size=microbatch)  # names the sizes that the network accepts
         raise
 
 
-def _host() -> Any:
-    """Where a step is traced: the CPU, unless JAX was told to leave it alone (JAX_PLATFORMS=cuda)."""
+def _findings(config: Config) -> Sequence[str]:
+    findings = tuple(config.data.findings) or VOCABULARIES.get(config.data.dataset)
+    if not findings:
+        raise CxrError(f"data set {config.data.dataset} has no fixed findings: name them with --config.data.findings")
+    return findings
+
+
+def _host_device() -> Any:
+    """Return the device to trace on: the CPU, unless JAX_PLATFORMS excludes it."""
     try:
         return jax.devices("cpu")[0]
     except RuntimeError:
         return jax.local_devices()[0]
 
 
-def _options(target: Target) -> dict[str, Any]:
-    return GPU_OPTIONS if target.gpu else TPU_OPTIONS if target.tpu else {}
-
-
-def _fixed(state: Any, inputs: Any, data: int, space: int) -> dict[str, int]:
-    image, *rest = (_bytes(field) for field in inputs)
+def _fixed_bytes(state: TrainState, batch: Batch, data: int, space: int) -> dict[str, int]:
+    """Return the bytes per device of state and batch."""
+    image, *rest = (_tree_bytes(field) for field in batch)
     return {
-        "parameters": _bytes((state.params, state.stats)),
-        "optimizer": _bytes(state.optimizer),
+        "parameters": _tree_bytes((state.params, state.stats)),
+        "optimizer": _tree_bytes(state.optimizer),
         "inputs": image // (data * space) + sum(rest) // data,
     }
 
 
-def _plan(
-    target: Target, mesh: tuple[int, int], config: Config, images: tuple[int, int], fixed: dict[str, int],
-    activations: int, jaxpr: Any, calls: Sequence[Collective], moved: float, *, compiled: bool, program: int = 0,
-    refused: bool = False,
-) -> Plan:  # fmt: skip
-    flops = 2 * multiply_adds(jaxpr) / math.prod(mesh)
-    sent = sum(call.sent for call in calls)
-    kinds = [call.kind for call in calls]
-    return Plan(
-        target=target.name, network=config.model.name, data=mesh[0], space=mesh[1], size=config.data.size,
-        remat=config.model.remat, batch=images[0], parts=images[1], **fixed, activations=int(activations),
-        program=program, memory=target.memory, compiled=compiled, refused=refused,
-        collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))}, sent=sent, flops=flops,
-        moved=float(moved), compute_s=flops / target.flops, memory_s=moved / target.bandwidth,
-        network_s=sent / target.link,
-    )  # fmt: skip
-
-
-def _bytes(tree: Any) -> int:
+def _tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _make_plan(
+    config: Config, accelerator: Accelerator, traced: Any, *, data: int, space: int, microbatch: int,
+    accumulation_steps: int, fixed: dict[str, int], activations: int, program: int = 0, compiled: bool = False,
+    exceeded: bool = False, collectives: Sequence[Collective] = (), bytes_accessed: float = 0.0,
+) -> Plan:  # fmt: skip
+    """Return a plan with the lower bounds of its times."""
+    flops = 2 * multiply_adds(traced.jaxpr.jaxpr) / (data * space)
+    bytes_sent = sum(collective.bytes_sent for collective in collectives)
+    kinds = [collective.kind for collective in collectives]
+    return Plan(
+        accelerator=accelerator.name, network=config.model.name, data=data, space=space, size=config.data.size,
+        remat=config.model.remat, microbatch=microbatch, accumulation_steps=accumulation_steps, **fixed,
+        activations=int(activations), program=program, memory=accelerator.memory, compiled=compiled,
+        exceeded=exceeded, collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        bytes_sent=bytes_sent, flops=flops, bytes_accessed=float(bytes_accessed), compute_s=flops / accelerator.flops,
+        memory_s=bytes_accessed / accelerator.bandwidth, network_s=bytes_sent / accelerator.link,
+    )  # fmt: skip

@@ -1,153 +1,112 @@
-"""The verb `plan`: words in, plans out, as tables and for JSON."""
+"""Plans of many settings, and how plans are shown."""
 
-import argparse
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 import jax
 from rich import box
 from rich.table import Table
 
-from cxrjax.config import Config, load
-from cxrjax.console import progress_bar, print_text, stderr, stdout
-from cxrjax.distributed.mesh import parse_mesh
-from cxrjax.errors import CxrError, check_choice
-from cxrjax.planning.accelerators import TARGETS, Target
-from cxrjax.planning.plan import USABLE, Plan, estimate, largest_batch, plan
+from cxrjax.config import Config
+from cxrjax.console import print_text, progress_bar
+from cxrjax.errors import CxrError
+from cxrjax.planning.accelerators import Accelerator
+from cxrjax.planning.plan import USABLE_FRACTION, Plan, Planner
 
-SWEEP_SIZES = (512, 1024, 2048)
-SWEEP_MESHES = ((1, 1), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1))
+SIZES = (512, 1024, 2048)
+MESHES = ((1, 1), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1))
 
 
-def run(arguments: argparse.Namespace) -> Any:
-    """Plan what the words say.
+def sweep(
+    config: Config, accelerator: Accelerator, planner: Planner, *, images_per_device: int = 1,
+    sizes: Sequence[int] = SIZES, meshes: Sequence[tuple[int, int]] = MESHES, remats: Sequence[str] = ("none",),
+) -> list[Plan]:  # fmt: skip
+    """Plan every combination of size, mesh and rematerialisation; combinations that do not work are printed.
+
+    Args:
+      config: the recipe.
+      accelerator: the device.
+      planner: makes one plan.
+      images_per_device: images for each device of the `data` axis.
+      sizes: image sides in px.
+      meshes: pairs of `data` and `space` devices.
+      remats: values of `model.remat`.
 
     Raises:
-      CxrError: as of `plan`, or a mesh that cannot be read.
+      CxrError: no combination works.
     """
-    config = load(arguments.config, arguments.overrides)
-    target = TARGETS[check_choice("--device", arguments.device, TARGETS)]
-    _check(arguments)
-    data, space = parse_mesh(arguments.mesh) if arguments.mesh else (config.mesh.data or 1, config.mesh.space)
-    make = estimate if arguments.estimate or not _installed(target) else plan
-    if arguments.sweep:
-        sizes, remats = arguments.sizes or SWEEP_SIZES, arguments.remats or (config.model.remat,)
-        meshes = [parse_mesh(mesh) for mesh in arguments.meshes] or SWEEP_MESHES
-        plans = _sweep(config, target, arguments.batch or 1, make, sizes, meshes, remats)
-    elif arguments.largest:
-        batch, plans = largest_batch(config, target, make, data=data, space=space)
-        estimated = ", by an estimate" if make is estimate else ""
-        print_text(f"the largest batch that fits: {batch} images over {data} x {space} {target.kind}{estimated}")
-        stdout.print(table(plans))
-        return {"largest": batch, "plans": [each.as_dict() for each in plans]}
-    else:
-        plans = [make(config, target, data=data, space=space, batch=arguments.batch or 0)]
-    stdout.print(table(plans))
-    if len(plans) == 1:
-        print_text(_sentences(plans[0], target))
-    return {"plans": [each.as_dict() for each in plans]}
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    if arguments.batch is not None and arguments.batch < 1:
-        raise CxrError(f"--batch {arguments.batch} is not a positive number of images")
-    if arguments.batch and arguments.largest:
-        raise CxrError("--largest finds the batch, and takes no --batch")
-    if arguments.sweep and arguments.largest:
-        raise CxrError("--largest and --sweep cannot be asked for at once")
-    if arguments.sweep and arguments.mesh:
-        raise CxrError("--sweep takes --meshes, not --mesh")
-    given = [name for name in ("sizes", "meshes", "remats") if getattr(arguments, name)]
-    if given and not arguments.sweep:
-        raise CxrError(
-            f"--{given[0]} is for --sweep; one plan is of --config.data.size, --mesh and --config.model.remat"
-        )
-
-
-def _installed(target: Target) -> bool:
-    try:
-        target.devices(1 if target.gpu else 4)
-    except CxrError as error:
-        stderr.print(f"{error}. What follows is an estimate.", soft_wrap=True)
-        return False
-    return True
-
-
-def _sweep(
-    config: Config, target: Target, each: int, make: Any, sizes: Sequence[int], meshes: Sequence[tuple[int, int]],
-    remats: Sequence[str],
-) -> list[Plan]:  # fmt: skip
-    plans, refused = [], []
+    plans, errors = [], []
     with progress_bar("compiling", len(sizes) * len(meshes) * len(remats), unit="steps") as advance:
         for size, (data, space), remat in product(sizes, meshes, remats):
             changed = config.copy_and_resolve_references()
             changed.data.size, changed.model.remat = size, remat
             try:
-                plans.append(make(changed, target, data=data, space=space, batch=each * data))
-            except (CxrError, jax.errors.JaxRuntimeError) as error:  # of this combination: what others cost is kept
-                refused.append(f"{size} px, {data} x {space}, {remat}: {error}")
+                plans.append(planner(changed, accelerator, data=data, space=space, batch_size=images_per_device * data))
+            except (CxrError, jax.errors.JaxRuntimeError) as error:
+                errors.append(f"{size} px, {data} x {space}, {remat}: {error}")
             advance()
     if not plans:
-        raise CxrError(refused[0])
-    for line in refused:
-        print_text(line)
+        raise CxrError(errors[0])
+    for error in errors:
+        print_text(error)
     return plans
 
 
-def table(plans: list[Plan]) -> Table:
-    """One line a plan; gigabytes are 1e9 bytes, of one device."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    program = ["program"] if any(each.program for each in plans) else []
-    columns = ("px", "mesh", "images", "remat", "state, GB", "rest", *program, "peak", "left", "fits", "reduce",
-               "permute", "gather", "sent, GB", "floor, ms")  # fmt: skip
+def plan_table(plans: Sequence[Plan]) -> Table:
+    """Return a table with one row per plan; GB are 1e9 bytes on one device."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    with_program = any(plan.program for plan in plans)
+    program_column = ["program"] if with_program else []
+    columns = ("px", "mesh", "images", "remat", "state, GB", "other", *program_column, "peak", "free", "fits",
+               "all-reduce", "permute", "gather", "sent, GB", "floor, ms")  # fmt: skip
     for column in columns:
-        made.add_column(column, justify="right", no_wrap=True)
-    for each in plans:
-        shown = (
-            each.parameters + each.optimizer,
-            each.inputs + each.activations,
-            *[each.program] * len(program),
-            each.peak,
-        )
-        calls = (str(each.collectives.get(k, 0)) for k in ("all-reduce", "collective-permute", "all-gather"))
-        made.add_row(
-            f"{each.size}", f"{each.data} x {each.space}",
-            f"{each.parts} x {each.batch}" if each.parts > 1 else f"{each.batch}", each.remat,
-            *(f"{value / 1e9:.2f}" for value in shown),
-            f"{each.left / 1e9:.1f}", "yes" if each.fits else "no",
-            *(calls if each.known else ("?",) * 3),
-            f"{each.sent / 1e9:.3f}" if each.known else "?", f"{1e3 * each.floor_s:.1f}",
+        table.add_column(column, justify="right", no_wrap=True)
+    for plan in plans:
+        sizes = [plan.parameters + plan.optimizer, plan.inputs + plan.activations]
+        if with_program:
+            sizes.append(plan.program)
+        counts = [plan.collectives.get(kind, 0) for kind in ("all-reduce", "collective-permute", "all-gather")]
+        traffic = [*map(str, counts), f"{plan.bytes_sent / 1e9:.3f}"] if plan.traffic_known else ["?"] * 4
+        steps = f"{plan.accumulation_steps} x " if plan.accumulation_steps > 1 else ""
+        table.add_row(
+            f"{plan.size}", f"{plan.data} x {plan.space}", f"{steps}{plan.microbatch}", plan.remat,
+            *(f"{size / 1e9:.2f}" for size in (*sizes, plan.peak)), f"{plan.free / 1e9:.1f}",
+            "yes" if plan.fits else "no", *traffic, f"{1e3 * plan.floor_s:.1f}",
         )  # fmt: skip
-    return made
+    return table
 
 
-def _sentences(made: Plan, target: Target) -> str:
-    times = {"arithmetic": made.compute_s, "memory": made.memory_s, "network": made.network_s}
+def describe(plan: Plan, accelerator: Accelerator) -> str:
+    """Return a plan in sentences."""
+    if plan.exceeded:
+        source = "according to its XLA compiler, which stopped for lack of memory"
+    elif plan.compiled:
+        source = "according to its XLA compiler" + (
+            "; a step with memory to spare uses more" if accelerator.tpu else ""
+        )
+    else:
+        error = "; XLA's figures for TPUs are 0.6 to 1.9 times as high" if accelerator.tpu else ""
+        source = f"estimated, without workspace and collectives{error}"
+    fraction = (plan.peak + plan.prefetched) / accelerator.memory
+    fits = f"fits, using {fraction:.0%} of the memory" if plan.fits else f"does not fit: {fraction:.0%} of the memory"
+    if accelerator.gpu and 0.75 < fraction <= USABLE_FRACTION:
+        fits += f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE_FRACTION}"
+    sizes = {
+        "parameters": plan.parameters, "optimizer": plan.optimizer, "images": plan.inputs,
+        "prefetched images": plan.prefetched, "program": plan.program, "all else": plan.activations,
+    }  # fmt: skip
+    memory = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items() if size)
+    times = {"arithmetic": plan.compute_s, "memory": plan.memory_s, "network": plan.network_s}
     known = {name: seconds for name, seconds in times.items() if seconds}
     slowest = max(known, key=lambda name: known[name])
+    if not plan.traffic_known:
+        slowest += " alone"
     bounds = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in known.items())
-    if made.refused:
-        how = "as XLA's compiler for it says, which gave up"
-    elif made.compiled:
-        how = "as XLA's compiler for it says" + ("; a step that has room takes more" if target.tpu else "")
-    else:
-        rough = "; on TPUs the compiler says 0.6 to 1.9 times as much" if target.tpu else ""
-        how = f"estimated, without workspace and collectives{rough}"
-    share = (made.peak + made.waiting) / target.memory
-    alone = "" if made.known else " alone"
-    fits = f"fits, at {share:.0%} of its memory" if made.fits else f"does not fit: {share:.0%} of its memory"
-    setting = f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}" if target.gpu and 0.75 < share <= USABLE else ""
-    parts = {
-        "parameters": made.parameters, "optimiser": made.optimizer, "images": made.inputs,
-        "images of the next steps": made.waiting, "program": made.program, "all else": made.activations,
-    }  # fmt: skip
-    held = ", ".join(f"{name} {value / 1e9:.3g} GB" for name, value in parts.items() if value)
-    calls = ", ".join(f"{count} {kind}" for kind, count in made.collectives.items())
-    moved = f", {made.moved / 1e9:.3g} GB moved" if made.known else ""
-    sent = f", {made.sent / 1e9:.3g} GB sent ({calls})" if calls else ""
+    accessed = f", {plan.bytes_accessed / 1e9:.3g} GB of memory traffic" if plan.traffic_known else ""
+    counts = ", ".join(f"{count} {kind}" for kind, count in plan.collectives.items())
+    sent = f", {plan.bytes_sent / 1e9:.3g} GB sent ({counts})" if counts else ""
     return (
-        f"{target.kind}, {target.memory / 1e9:.0f} GB, {how}: {fits}{setting}. A device holds: {held}. "
-        f"A step: {made.flops / 1e12:.3g} TFLOP{moved}{sent}; it takes at least {1e3 * made.floor_s:.1f} ms, for its "
-        f"{slowest}{alone} ({bounds})."
+        f"{accelerator.kind}, {accelerator.memory / 1e9:.0f} GB, {source}: {fits}. Memory of a device: {memory}. "
+        f"A step has {plan.flops / 1e12:.3g} TFLOP{accessed}{sent} and takes at least {1e3 * plan.floor_s:.1f} ms, "
+        f"limited by {slowest} ({bounds})."
     )

@@ -11,7 +11,7 @@ from cxrjax.distributed.placement import put_batch
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.planning.collectives import collectives
+from cxrjax.planning.compiled_memory import parse_collectives
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
@@ -69,7 +69,7 @@ def after_a_step(network, shape, mesh):
     batch = put_batch(batch_of(*shape), batch_shardings(mesh))
     compiled = step.lower(state, batch).compile(compiler_options=QUICK)
     state, metrics = compiled(state, batch)
-    return jax.device_get((state.optimizer.trace, state.stats, metrics["loss"])), collectives(compiled.as_text() or "")
+    return jax.device_get((state.optimizer.trace, state.stats, metrics["loss"])), parse_collectives(compiled.as_text() or "")
 
 
 def relative(found, expected):

@@ -9,13 +9,13 @@ from cxrjax.explain import erf, saliency
 from cxrjax.explain.inputs import on, spread
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.planning.collectives import collectives
+from cxrjax.planning.compiled_memory import parse_collectives
 
 
 @pytest.fixture(scope="module")
 def network():
     with jax.enable_x64(True):
-        options = {"blocks": (1, 1), "growth": 4, "stem_channels": 4, "pooling": "average", "dtype": "float64"}
+        options = {"block_config": (1, 1), "growth_rate": 4, "stem_channels": 4, "pooling": "average", "dtype": "float64"}
         return Network.from_model(create("densenet_small", classes=2, seed=1, **options))
 
 
@@ -42,7 +42,7 @@ def sent(function, mesh, *arguments, **static):
     """What the devices send each other in a compiled explanation."""
     with on(mesh):
         compiled = function.lower(*arguments, **static).compile()
-    return collectives(compiled.as_text() or "")
+    return parse_collectives(compiled.as_text() or "")
 
 
 def test_no_device_sees_whole_maps(network):

@@ -10,13 +10,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cxrjax.distributed.mesh import make_mesh, with_mesh
-from cxrjax.models.attention_fusion import _rows
-from cxrjax.models.hrnet import repeated
-from cxrjax.models.layers import _convolution
+from cxrjax.models.attention_fusion import _map_attention
+from cxrjax.models.convolution import conv2d
+from cxrjax.models.fhrnet import crop_and_resize
+from cxrjax.models.hrnet import upsample_nearest
 from cxrjax.models.pooling import average_pool, max_pool
-from cxrjax.models.roi import crop
-from cxrjax.models.spatial import doubled
-from cxrjax.planning.collectives import collectives
+from cxrjax.models.spatial import upsample_bilinear_2x
+from cxrjax.planning.compiled_memory import parse_collectives
 
 B, H, W, C = 2, 32, 6, 4
 LAYOUT = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -29,15 +29,15 @@ def random(*shape):
 def conv(maps, *, kernel, stride, groups=1):
     weights, half = jnp.asarray(random(kernel, kernel, C // groups, C)), kernel // 2
     padding = ((half, half), (half, half))
-    return _convolution(maps, weights, (stride, stride), padding, feature_group_count=groups, **LAYOUT)
+    return conv2d(maps, weights, (stride, stride), padding, feature_group_count=groups, **LAYOUT)
 
 
 def attention(maps):
-    return _rows(maps, jnp.tanh(maps), maps)
+    return _map_attention(maps, jnp.tanh(maps), maps)
 
 
 def region(maps):
-    return crop(maps, jnp.array([[0.1, 0.2, 0.6, 0.9], [0.0, 0.0, 1.0, 0.5]]), 8)
+    return crop_and_resize(maps, jnp.array([[0.1, 0.2, 0.6, 0.9], [0.0, 0.0, 1.0, 0.5]]), 8)
 
 
 # An operation, and the most bytes that one exchange may have, as a part of an image's maps; a device has a quarter.
@@ -47,8 +47,8 @@ EXCHANGED = {
     "depthwise 5x5, stride 2": (partial(conv, kernel=5, stride=2, groups=C), 1 / 4),
     "max pooling": (partial(max_pool, window=3, stride=2, padding=1), 1 / 8),
     "average pooling": (partial(average_pool, window=2, stride=2), 1 / 8),
-    "enlargement": (partial(repeated, factor=2), 0),
-    "bilinear enlargement": (doubled, 1 / 32),
+    "enlargement": (partial(upsample_nearest, factor=2), 0),
+    "bilinear enlargement": (upsample_bilinear_2x, 1 / 32),
 }
 
 
@@ -61,7 +61,7 @@ def with_gradient(operation, mesh, maps):
 
     rows = NamedSharding(mesh, P("data", None if maps.shape[1] % mesh.shape["space"] else "space"))
     step = jax.jit(with_mesh(mesh, both), in_shardings=rows).lower(jnp.asarray(maps)).compile()
-    return jax.device_get(step(jax.device_put(maps, rows))), collectives(step.as_text() or "")
+    return jax.device_get(step(jax.device_put(maps, rows))), parse_collectives(step.as_text() or "")
 
 
 def compare(operation, maps):
@@ -90,11 +90,11 @@ def test_attention_passes_keys_and_values_around():
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 2, 1)])
-def test_doubled_is_bilinear(shape):
+def test_upsampling_is_bilinear(shape):
     with jax.enable_x64(True):
         maps = jnp.asarray(random(*shape))
         expected = jax.image.resize(maps, (shape[0], 2 * shape[1], 2 * shape[2], shape[3]), "bilinear")
-        np.testing.assert_allclose(doubled(maps), expected, rtol=1e-12)
+        np.testing.assert_allclose(upsample_bilinear_2x(maps), expected, rtol=1e-12)
 
 
 def test_a_region_is_cut_out_without_the_whole_image():
