@@ -50,7 +50,7 @@ def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TINY = (
     "data.stored=32", "data.threads=1", "split.name=random", "split.fractions=(0.5, 0.25, 0.25)",
-    "model.options.growth=4", "model.options.blocks=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
+    "model.options.growth_rate=4", "model.options.block_config=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
     "train.steps_per_epoch=4", "train.epochs=3", "train.log_every=2", "mesh.data=1",
 )  # fmt: skip
 
@@ -73,5 +73,5 @@ def shallow_branches(monkeypatch):
     from cxrjax.models import fhrnet
 
     small = fhrnet.HRNETS["hrnet_small"]
-    shallow = dataclasses.replace(small, settings={**small.settings, "modules": (1, 1)})
+    shallow = dataclasses.replace(small, options={**small.options, "num_modules": (1, 1)})
     monkeypatch.setitem(fhrnet.HRNETS, "hrnet_small", shallow)

@@ -1,4 +1,4 @@
-"""The verbs as a user gives them: the whole path on a tiny phantom, and one clear line for every mistake."""
+"""The command line: the full pipeline on a tiny phantom, and one error line for every mistake."""
 
 import importlib.abc
 import importlib.machinery
@@ -12,14 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from cxrjax.cli.demo import demo
+from cxrjax.cli.demo import run_demo
 from cxrjax.cli.main import main
 from cxrjax.config import default, flatten
 from cxrjax.metrics.predictions import Predictions
 
 
-class TensorFlowIsThere(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Pretends that TensorFlow is installed, and fails when it is really imported."""
+class FakeTensorFlow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Pretends that TensorFlow is installed, and fails if it is imported."""
 
     def find_spec(self, fullname, path, target=None):
         return importlib.machinery.ModuleSpec(fullname, self) if fullname.partition(".")[0] == "tensorflow" else None
@@ -30,12 +30,12 @@ class TensorFlowIsThere(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @pytest.fixture(autouse=True)
 def _no_tensorflow(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [TensorFlowIsThere(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [FakeTensorFlow(), *sys.meta_path])
 
 
-def run(capsys, *words):
-    """Exit code, standard output, and standard error as one line."""
-    code = main([str(word) for word in words])
+def run(capsys, *arguments):
+    """Return the exit code, standard output, and standard error as one line."""
+    code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return code, out, " ".join(err.split())
 
@@ -48,7 +48,7 @@ def trained(tiny_overrides, tmp_path_factory):
     return directory
 
 
-def test_prepare_reports_what_it_made_and_that_it_was_there(capsys, tmp_path):
+def test_prepare_reports_its_result_and_reuses_it(capsys, tmp_path):
     words = ("prepare", "cxr_phantom", "--data-dir", tmp_path / "d", "--size", 32, "--patients", 5, "--json")
     code, out, err = run(capsys, *words, tmp_path / "first.json")
     assert code == 0, err
@@ -56,11 +56,11 @@ def test_prepare_reports_what_it_made_and_that_it_was_there(capsys, tmp_path):
     first = json.loads((tmp_path / "first.json").read_text())
     code, out, _ = run(capsys, *words, tmp_path / "second.json")
     assert code == 0
-    assert "was prepared before" in out
+    assert "already prepared" in out
     assert json.loads((tmp_path / "second.json").read_text())["fingerprint"] == first["fingerprint"]
 
 
-def test_evaluate_writes_predictions_scores_and_a_page(capsys, trained, tmp_path):
+def test_evaluate_writes_predictions_scores_and_a_report(capsys, trained, tmp_path):
     code, _, err = run(capsys, "evaluate", trained, "--resamples", 50, "--json", tmp_path / "scores.json")
     assert code == 0, err
     result = json.loads((tmp_path / "scores.json").read_text())
@@ -78,7 +78,7 @@ def test_evaluate_writes_predictions_scores_and_a_page(capsys, trained, tmp_path
     assert [row["auroc"] for row in again["scores"]] == [row["auroc"] for row in result["scores"]]
 
 
-def test_explain_erf_writes_arrays_pictures_and_numbers(capsys, trained):
+def test_explain_erf_writes_arrays_figures_and_sizes(capsys, trained):
     code, out, err = run(capsys, "explain", trained, "erf", "--images", 4)
     assert code == 0, err
     assert "equivalent diameter" in " ".join(out.split())
@@ -107,7 +107,7 @@ def test_explain_erf_writes_arrays_pictures_and_numbers(capsys, trained):
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_explain_maps_writes_arrays_pictures_numbers_and_a_page(capsys, trained):
+def test_explain_saliency_writes_arrays_images_scores_and_a_report(capsys, trained):
     words = ("--findings", "Mass,Cardiomegaly", "--images", 2)
     code, out, err = run(capsys, "explain", trained, "gradcam", *words)
     assert code == 0, err
@@ -120,7 +120,7 @@ def test_explain_maps_writes_arrays_pictures_numbers_and_a_page(capsys, trained)
         assert arrays["map"].min() >= 0
     assert 0 <= mass["hits"] <= mass["images"]
     assert [rate["limit"] for rate in mass["boxes"]["iou"]] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    assert scores["overall"]["images"] == sum(of["images"] for of in scores["findings"].values())
+    assert scores["overall"]["images"] == sum(finding["images"] for finding in scores["findings"].values())
     assert len(list((folder / "Mass").glob("*.png"))) == min(2, mass["images"])
     assert "IoBB" in (folder / "index.html").read_text()
     assert "IoBB" in out
@@ -136,7 +136,7 @@ def test_explain_maps_writes_arrays_pictures_numbers_and_a_page(capsys, trained)
 
 
 @pytest.mark.slow
-def test_a_study_makes_one_report_of_several_sizes(capsys, tiny_overrides, tmp_path):
+def test_the_resolution_study_writes_one_report_of_all_sizes(capsys, tiny_overrides, tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from cxrjax.config import load\n\n\ndef get_config(arg=''):\n"
@@ -149,14 +149,14 @@ def test_a_study_makes_one_report_of_several_sizes(capsys, tiny_overrides, tmp_p
     assert code == 0, err
     result = json.loads((tmp_path / "s.json").read_text())
     assert set(result["scores"]) == {"16 px", "32 px", "stacked", "voted", "logistic"}
-    assert all(abs(sum(of.values()) - 1) < 1e-9 for of in result["weights"].values())
+    assert all(abs(sum(weights.values()) - 1) < 1e-9 for weights in result["weights"].values())
     assert {claim["supported"] for claim in result["claims"]} <= {"yes", "no", "undecided"}
     assert sorted(p.name for p in (tmp_path / "study" / "runs").iterdir()) == [
         "16px", "16px-seed1", "32px", "32px-seed1", "control-32px",
     ]  # fmt: skip
     page = (tmp_path / "study" / "report" / "index.html").read_text()
-    for words_of_the_page in ("2 training seeds", "drawn by a program", "stacked", "control"):
-        assert words_of_the_page in page
+    for text in ("2 training seeds", "drawn by a program", "stacked", "control"):
+        assert text in page
     assert "report:" in out
 
 
@@ -173,8 +173,8 @@ BAD = [
     (("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.data.views=LL"), "AP, PA"),
     (("evaluate", "{tmp}"), "is not the directory of a run"),
     (("explain", "{tmp}", "erf"), "is not the directory of a run"),
-    (("explain", "{tmp}", "erf", "--threshold", "0.3"), "--threshold changes nothing of erf"),
-    (("explain", "{tmp}", "layercam", "--steps", "9"), "--steps changes nothing of layercam"),
+    (("explain", "{tmp}", "erf", "--threshold", "0.3"), "--threshold has no effect on erf"),
+    (("explain", "{tmp}", "layercam", "--steps", "9"), "--steps has no effect on layercam"),
     (("explain", "{tmp}", "gradcam", "--threshold", "3"), "threshold must be above 0"),
     (("score", "--predictions", "{tmp}/none.csv"), "none.csv"),
     (("prepare", "chestxray15", "--data-dir", "{tmp}"), "chestxray14"),
@@ -184,9 +184,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[message for _, message in BAD])
-def test_a_mistake_is_one_clear_line_and_code_1(capsys, tmp_path, phantom_data, words, message):
+def test_a_mistake_is_one_error_line_and_exit_code_1(capsys, tmp_path, phantom_data, words, message):
     data = [f"--config.data.dir={phantom_data}", "--config.data.stored=32"]
-    words = [part for word in words for part in (data if word == "{data}" else [word.format(tmp=tmp_path)])]
+    words = [word for given in words for word in (data if given == "{data}" else [given.format(tmp=tmp_path)])]
     code, out, err = run(capsys, *words)
     assert code == 1
     assert message in err
@@ -197,13 +197,13 @@ def test_a_mistake_is_one_clear_line_and_code_1(capsys, tmp_path, phantom_data, 
 @pytest.mark.parametrize(
     "words", [("frobnicate",), ("demo", "--config.seed=1"), ("train",), ("evaluate", "x", "--nonsense")]
 )
-def test_words_that_are_no_command_exit_with_2(words):
-    with pytest.raises(SystemExit) as stopped:
+def test_usage_errors_exit_with_2(words):
+    with pytest.raises(SystemExit) as exit_info:
         main(list(words))
-    assert stopped.value.code == 2
+    assert exit_info.value.code == 2
 
 
-def test_a_checkpoint_of_another_model_is_named(capsys, trained, tmp_path, tiny_overrides):
+def test_a_checkpoint_of_another_model_is_an_error(capsys, trained, tmp_path, tiny_overrides):
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
     (other / "checkpoints" / "best").symlink_to(trained / "checkpoints" / "best")
@@ -230,7 +230,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_when_there_is_room(small_disk, tiny_overrides):
+def test_a_full_disk_is_one_error_line_and_the_run_resumes_once_there_is_space(small_disk, tiny_overrides):
     words = ["train", "--config", "demo:32", "--workdir", str(small_disk / "run")]
     words = [sys.executable, "-m", "cxrjax.cli.main", *words, *(f"--config.{word}" for word in tiny_overrides)]
     (small_disk / "ballast").write_bytes(bytes(200_000))
@@ -238,16 +238,17 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_when_there_is_room(sm
     assert failed.returncode == 1
     *before, error = failed.stderr.splitlines()
     assert error.startswith("cxrjax: the disk is full")
+    assert "rerun the command to resume" in error
     assert all(re.match("1 of 8 devices are used|32 px, epoch [12]/3", line) for line in before), before
     (small_disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    went_on = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert went_on.returncode == 0, went_on.stderr
-    assert "trained 12 steps" in went_on.stdout
+    resumed = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "trained 12 steps" in resumed.stdout
 
 
 @pytest.mark.slow
-def test_the_demo_draws_trains_and_reports(tmp_path):
+def test_the_demo_prepares_trains_and_reports(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from cxrjax.config import load\n\n\ndef get_config(arg=''):\n    config = load(f'demo:{arg or 32}')\n"
@@ -256,12 +257,12 @@ def test_the_demo_draws_trains_and_reports(tmp_path):
         "    config.study.erf_images = 2\n    options = config.model.options\n"
         "    options.growth_rate, options.block_config, options.stem_channels = 4, (1, 1), 4\n    return config\n"
     )
-    result = demo(tmp_path / "demo", recipe=str(recipe), patients=60)
+    result = run_demo(tmp_path / "demo", recipe=str(recipe), patients=60)
     assert Path(result["report"]).is_file()
     assert result["seconds"] > 0
 
 
-def test_json_on_standard_output_is_all_there_is(capsys, trained):
+def test_json_on_standard_output_has_nothing_beside_it(capsys, trained):
     code, out, _ = run(capsys, "evaluate", trained, "--resamples", 0, "--json", "-")
     assert code == 0
     assert json.loads(out)["part"] == "test"
@@ -277,7 +278,7 @@ def test_json_on_standard_output_is_all_there_is(capsys, trained):
         ("evaluate.confidence=95", "evaluate.confidence"),
     ],
 )
-def test_a_study_finds_its_mistakes_before_training(capsys, tmp_path, phantom_data, override, message):
+def test_a_study_checks_its_config_before_training(capsys, tmp_path, phantom_data, override, message):
     words = ("study", "resolution", "--config", "demo", "--workdir", tmp_path / "study")
     more = [
         f"--config.{word}" for word in (f"data.dir={phantom_data}", "data.stored=32", "study.sizes=(16, 32)", override)
@@ -288,12 +289,12 @@ def test_a_study_finds_its_mistakes_before_training(capsys, tmp_path, phantom_da
     assert not (tmp_path / "study").exists()
 
 
-def test_help_names_every_key():
-    whole = subprocess.run(
+def test_help_lists_every_config_key():
+    result = subprocess.run(
         [sys.executable, "-m", "cxrjax.cli.main", "train", "--help"], capture_output=True, text=True, check=True
     )
     for key in flatten(default()):
-        assert key in whole.stdout
+        assert key in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -303,26 +304,26 @@ def test_help_names_every_key():
         ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:18130"),
     ],
 )
-@pytest.mark.parametrize("several", [True, False])
-def test_a_collective_that_breaks_off_is_blamed_on_another_process_where_there_is_one(
-    error, several, monkeypatch, capsys
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_failed_collective_is_blamed_on_another_process_only_in_a_distributed_run(
+    error, distributed, monkeypatch, capsys
 ):
     def fail(_):
         raise error
 
-    monkeypatch.setitem(main.RUN, "models", fail)
-    monkeypatch.setattr("cxrjax.distributed.runtime.is_distributed", lambda: several)
-    code, _, said = run(capsys, "models")
+    monkeypatch.setattr("cxrjax.cli.models.run", fail)
+    monkeypatch.setattr("cxrjax.distributed.runtime.is_distributed", lambda: distributed)
+    code, _, err = run(capsys, "models")
     assert code == 1
-    assert f"({error})" in said if several else f"{type(error).__name__}: {error}" in said
-    assert ("another process stopped or cannot be reached" in said) == several
-    assert ("a fault of cxrjax itself" in said) != several
+    assert f"({error})" in err if distributed else f"{type(error).__name__}: {error}" in err
+    assert ("another process stopped or cannot be reached" in err) == distributed
+    assert ("internal error" in err) != distributed
 
 
-def test_a_file_that_cannot_be_read_is_not_blamed_on_another_process(monkeypatch, capsys):
+def test_an_unreadable_file_is_not_blamed_on_another_process(monkeypatch, capsys):
     def fail(_):
         raise ValueError('UNKNOWN: Failed to open: "/shared/runs/d/0" [os_error_code=40]')
 
-    monkeypatch.setitem(main.RUN, "models", fail)
+    monkeypatch.setattr("cxrjax.cli.models.run", fail)
     monkeypatch.setattr("cxrjax.distributed.runtime.is_distributed", lambda: True)
     assert "another process" not in run(capsys, "models")[2]

@@ -20,9 +20,9 @@ def test_overrides_have_the_keys_type(tmp_path):
             "model.name=123",
             "data.findings=('Mass','Nodule')",
             "data.views=PA",
-            "model.options.growth=8",
-            "model.options.dense.growth=4",
-            "model.options.dense.blocks=(1, 2)",
+            "model.options.growth_rate=8",
+            "model.options.dense.growth_rate=4",
+            "model.options.dense.block_config=(1, 2)",
         ],
     )
     assert config.data.size == 128
@@ -31,8 +31,8 @@ def test_overrides_have_the_keys_type(tmp_path):
     assert config.model.name == "123"
     assert config.data.findings == ("Mass", "Nodule")
     assert config.data.views == ("PA",)
-    assert config.model.options.growth == 8
-    assert config.model.options.dense.to_dict() == {"growth": 4, "blocks": (1, 2)}
+    assert config.model.options.growth_rate == 8
+    assert config.model.options.dense.to_dict() == {"growth_rate": 4, "block_config": (1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_overrides_have_the_keys_type(tmp_path):
         ("model.dtype=float64", "must be one of"),
         ("seed", "has no value"),
         ("model.name.x=1", "unknown config key model.name.x"),
-        ("model.options.growth.x=1", "inside model.options.growth, which is 4 and holds no keys"),
-        ("model.options.dense=4", r"model.options.dense holds keys \(growth\)"),
+        ("model.options.growth_rate.x=1", "inside model.options.growth_rate, which is 4 and holds no keys"),
+        ("model.options.dense=4", r"model.options.dense holds keys \(growth_rate\)"),
     ],
 )
 def test_bad_override(tmp_path, override, message):
     recipe = write(
         tmp_path / "r.py",
-        "    config.model.options.growth, config.model.options.dense = 4, {'growth': 8}\n    return config\n",
+        "    config.model.options.growth_rate, config.model.options.dense = 4, {'growth_rate': 8}\n    return config\n",
     )
     with pytest.raises(CxrError, match=message):
         configs.load(recipe, [override])
@@ -86,7 +86,7 @@ def test_missing_recipe_names_those_there_are():
 def test_a_run_reads_back_what_it_wrote(tmp_path):
     config = configs.load(
         write(tmp_path / "r.py", "    return config\n"),
-        ["model.options.blocks=(2, 2)", "model.options.dense.blocks=(1, 1)"],
+        ["model.options.block_config=(2, 2)", "model.options.dense.block_config=(1, 1)"],
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert configs.flatten(configs.read(tmp_path / "config.json")) == configs.flatten(config)

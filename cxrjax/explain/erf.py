@@ -191,8 +191,8 @@ def _moments(
     convolutions in compiled loops many times slower.
     """
     wide = param_dtype(network.dtype)
-    prepared = prepare(images, network.inputs, network.dtype)
-    black, white = prepare(jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1), network.inputs, wide)
+    prepared = prepare(images, network.input_spec, network.dtype)
+    black, white = prepare(jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1), network.input_spec, wide)
     contrast = (white - black)[None]  # what one unit of grey is in each channel
 
     def at_centre(grey: Float[Array, "B H W 1"]) -> Float[Array, "B K"]:

@@ -86,7 +86,7 @@ def feature_map(network: Network, images: UInt8[np.ndarray, "N H W 1"], name: st
 
 @jax.jit
 def _features(network: Network, images: UInt8[Array, "B H W 1"]) -> list[tuple[Name, Array]]:
-    return named(network.model().features(prepare(images, network.inputs, network.dtype)))
+    return named(network.model().features(prepare(images, network.input_spec, network.dtype)))
 
 
 def name_in(names: Iterable[str], name: str | None) -> str:

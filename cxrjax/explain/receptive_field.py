@@ -91,7 +91,7 @@ def receptive_fields(network: Network, *, image_size: int = 1024) -> dict[str, R
     def features(images: jax.Array, network: Network) -> dict[str, jax.Array]:
         return network.model().features(images)
 
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, network.inputs.channels), network.dtype)
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, network.input_spec.channels), network.dtype)
     return fields_of(features, image, jax.tree.map(_abstract, network))
 
 

@@ -123,7 +123,7 @@ def _activation(
 ) -> Float[Array, "B K h w"]:
     """Class activation maps before their ReLU: one forward pass, and a backward pass through the head per finding."""
     model = network.model()
-    features = model.features(prepare(images, network.inputs, network.dtype))
+    features = model.features(prepare(images, network.input_spec, network.dtype))
 
     def head(maps: Float[Array, "B h w C"]) -> Float[Array, "B All"]:
         return model.head({**features, layer: maps})
@@ -190,7 +190,7 @@ def _step(
 ) -> Float[Array, "B F H W"]:
     """(x - x') dS/dx at one point of the line from the baseline, 0, to the image, 1."""
     model, wide = network.model(), param_dtype(network.dtype)
-    end, begin = (prepare(ends, network.inputs, wide) for ends in (images, start))
+    end, begin = (prepare(ends, network.input_spec, wide) for ends in (images, start))
     way = end - begin
 
     def logits(prepared: Float[Array, "B H W C"]) -> Float[Array, "B All"]:

@@ -305,7 +305,7 @@ def _prepared(
     for file in files:
         rows: list[_Row] = []
         try:
-            images = read_prepared(file, trained.network.inputs)
+            images = read_prepared(file, trained.network.input_spec)
             for first in range(0, len(images), run.batch):
                 part = np.asarray(images[first : first + run.batch]).astype(trained.network.dtype)
                 rows += [_Row(f"{file}[{first + k}]", file, *row) for k, row in enumerate(run(part))]

@@ -1,4 +1,4 @@
-"""The attention-fusion network: maps of a DenseNet121 and of an EfficientNetB3, side by side, then attention.
+"""The attention-fusion network: maps of a DenseNet121 and an EfficientNetB3, concatenated, then attention.
 
 The paper's parameter count, 10,638,528 with batch statistics, fits exactly one reading: the DenseNet ends before its
 last norm, the EfficientNet at the first expansion of its sixth stage, and one gated self-attention of 512 channels
@@ -16,39 +16,36 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError, check_options, check_choice, check_positive
-from cxrjax.models.backbone import Architecture, Backbone
+from cxrjax.errors import CxrError, check_choice, check_options, check_positive
+from cxrjax.models.backbone import Architecture, Backbone, Classifier
 from cxrjax.models.densenet import DenseNet
-from cxrjax.models.efficientnet import B0, EfficientNet
-from cxrjax.models.heads import Classifier
+from cxrjax.models.efficientnet import B0_CONFIG, EfficientNet
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import LayerFactory, Maps, param_dtype
-from cxrjax.models.spatial import doubled, ring_shift, shared
+from cxrjax.models.spatial import map_row_shards, ring_shift, upsample_bilinear_2x
 
 _DENSE = {"last_norm": False}
-# EfficientNetB3 up to stage 5, and the first expansion of stage 6 in place of its last convolution. Of its 26 blocks 18
-# are left, and keep their share of stochastic depth.
-_EFFICIENT = {"width": 1.2, "depth": 1.4, "blocks": B0[:5], "last": 6, "stochastic_depth": 0.2 * 18 / 26}
+# EfficientNetB3 up to stage 5, then the first expansion of stage 6 in place of the last convolution. 18 of its 26
+# blocks are left, and keep their rates of stochastic depth.
+_EFFICIENT = {
+    "width_mult": 1.2,
+    "depth_mult": 1.4,
+    "block_config": B0_CONFIG[:5],
+    "last_channels_mult": 6,
+    "stochastic_depth": 0.2 * 18 / 26,
+}
 
 
 class AttentionFusion(Backbone):
-    """Two trunks, each brought to `channels` maps by a 1x1 convolution, concatenated, attention, a mean and logits.
+    """Two trunks, each reduced to `channels` maps by a 1x1 convolution; concatenation, attention, average, logits.
 
-    With "self" attention the result is `gamma * attention(maps, maps) + maps`, gamma one learned scalar that starts
-    at 0. With "cross" attention each trunk's maps ask the other's, both directions with a gate of their own.
+    With "self" attention the result is `gate * attention(maps, maps) + maps`, with one learned scalar gate that starts
+    at 0. With "cross" attention each trunk's maps attend to the other's, each direction with its own gate.
 
-    Args:
-      classes: number of findings.
-      inputs: what the network expects of its images.
-      dtype: compute type.
-      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      seed: of the initial values.
-      attention: "self" (the paper's count) or "cross" (what its name says).
-      match: "up" enlarges the coarser maps to the finer ones' size (bilinear), "down" averages the finer ones.
-      channels: of each trunk after its 1x1 convolution.
-      pooling: of the head: "average", "max", "average+max" or "log-sum-exp".
-      hidden: units of a hidden layer in the head; 0 for none.
-      dropout: in the head.
+    Args (the common ones: see `Backbone`):
+      attention: "self" (fits the paper's count) or "cross" (fits its name).
+      match: "up" upsamples the coarser maps to the finer ones' size (bilinear), "down" averages the finer ones.
+      channels: channels of each trunk after its 1x1 convolution.
       dense: options of the DenseNet.
       efficient: options of the EfficientNet.
     """
@@ -59,7 +56,7 @@ class AttentionFusion(Backbone):
         self,
         *,
         classes: int,
-        inputs: InputSpec,
+        input_spec: InputSpec,
         dtype: np.dtype,
         remat: str,
         seed: int,
@@ -72,227 +69,251 @@ class AttentionFusion(Backbone):
         dense: Mapping[str, Any] = _DENSE,
         efficient: Mapping[str, Any] = _EFFICIENT,
     ):
-        super().__init__(classes=classes, inputs=inputs, dtype=dtype, remat=remat)
+        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
         self.match = check_choice("match", match, ("up", "down"))
-        self.crossed = check_choice("attention", attention, ("self", "cross")) == "cross"
-        common: dict[str, Any] = {"classes": 1, "inputs": inputs, "dtype": dtype, "remat": remat}
-        for what, changes, family in (("dense", dense, DenseNet), ("efficient", efficient, EfficientNet)):
-            if not isinstance(changes, Mapping):
-                raise CxrError(f"{what} must hold options of that trunk, such as {what}.dropout, not {changes!r}")
-            check_options(what, changes, family)
+        self.is_cross = check_choice("attention", attention, ("self", "cross")) == "cross"
+        common: dict[str, Any] = {"classes": 1, "input_spec": input_spec, "dtype": dtype, "remat": remat}
+        for name, options, family in (("dense", dense, DenseNet), ("efficient", efficient, EfficientNet)):
+            if not isinstance(options, Mapping):
+                raise CxrError(f"{name} must hold options of that trunk, such as {name}.dropout, not {options!r}")
+            check_options(name, options, family)
         self.dense = DenseNet(**common, seed=seed, **dense)
         self.efficient = EfficientNet(**common, seed=seed + 1, **efficient)
-        make = LayerFactory(dtype, seed + 2)
-        both = 2 * check_positive("channels", channels)
-        self.dense_reduction = make.conv(self.dense.channels, channels, 1, bias=True)
-        self.efficient_reduction = make.conv(self.efficient.channels, channels, 1, bias=True)
-        directions, width = (2, channels) if self.crossed else (1, both)
-        self.attention = nnx.List([Attention(make, width) for _ in range(directions)])
+        factory = LayerFactory(dtype, seed + 2)
+        fused_channels = 2 * check_positive("channels", channels)
+        self.dense_reduction = factory.conv(self.dense.channels, channels, 1, bias=True)
+        self.efficient_reduction = factory.conv(self.efficient.channels, channels, 1, bias=True)
+        directions, width = (2, channels) if self.is_cross else (1, fused_channels)
+        self.attention = nnx.List([Attention(factory, width) for _ in range(directions)])
         self.gate = nnx.Param(jax.device_put(np.zeros(directions, param_dtype(dtype))))
-        self.classifier = Classifier(make, both, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.classifier = Classifier(factory, fused_channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
         for trunk in (self.dense, self.efficient):
             del trunk.classifier
 
     @property
     def members(self) -> Mapping[str, str]:
-        """Both trunks take the weights of the networks that they are cut from."""
+        """Both trunks, which take the weights of the networks they are cut from."""
         return {"dense": "densenet121", "efficient": "efficientnet_b3"}
 
-    def adapt(self, member: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays before the cut; of the EfficientNet's sixth stage the first expansion."""
+    def member_arrays(self, member: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the arrays before the cut, and of the EfficientNet's sixth stage those of the first expansion."""
         if member == "dense":
             return {name: array for name, array in arrays.items() if not name.startswith(("norm5.", "classifier."))}
         before = {name: array for name, array in arrays.items() if name.startswith(tuple("012345"), len("stages."))}
-        cut = "stages.6.0.block.0."
-        return before | {name.replace(cut, "stages.6."): arrays[name] for name in arrays if name.startswith(cut)}
+        expansion = "stages.6.0.block.0."
+        return before | {
+            name.replace(expansion, "stages.6."): arrays[name] for name in arrays if name.startswith(expansion)
+        }
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
-        """The trunks' last maps, "dense" and "efficient"; both side by side, "fused"; after attention, "final"."""
-        self.check(images)
+        """Return the trunks' last maps, "dense" and "efficient"; concatenated, "fused"; after attention, "final"."""
+        self.check_images(images)
         named = OrderedDict(
-            dense=self.dense.trunk(images, train)["final"],
-            efficient=self.efficient.trunk(images, train, key)["final"],
+            dense=self.dense.remat_features(images, train)["final"],
+            efficient=self.efficient.remat_features(images, train, key)["final"],
         )
-        parts = self._matched(self.dense_reduction(named["dense"]), self.efficient_reduction(named["efficient"]))
-        named["fused"] = jnp.concatenate(parts, axis=-1)
-        if self.crossed:
-            asked = [attention(*pair) for attention, pair in zip(self.attention, (parts, parts[::-1]), strict=True)]
-            gated = [self.gate[number].astype(maps.dtype) * maps for number, maps in enumerate(asked)]
-            change = jnp.concatenate(gated, axis=-1)
+        pair = self._match_sizes(self.dense_reduction(named["dense"]), self.efficient_reduction(named["efficient"]))
+        named["fused"] = jnp.concatenate(pair, axis=-1)
+        if self.is_cross:
+            attended = [attend(*both) for attend, both in zip(self.attention, (pair, pair[::-1]), strict=True)]
+            gated = [self.gate[index].astype(maps.dtype) * maps for index, maps in enumerate(attended)]
+            residual = jnp.concatenate(gated, axis=-1)
         else:
-            change = self.gate[0].astype(self.dtype) * self.attention[0](named["fused"], named["fused"])
-        named["final"] = named["fused"] + change
+            residual = self.gate[0].astype(self.dtype) * self.attention[0](named["fused"], named["fused"])
+        named["final"] = named["fused"] + residual
         return named
 
-    def _matched(self, first: Maps, second: Maps) -> list[Maps]:
-        """Both maps at the size of the finer or the coarser one."""
+    def _match_sizes(self, first: Maps, second: Maps) -> list[Maps]:
+        """Return both maps at the size of the finer or the coarser one."""
         sizes = [maps.shape[1:3] for maps in (first, second)]
         size = max(sizes) if self.match == "up" else min(sizes)
-        return [_resized(maps, size) for maps in (first, second)]
+        return [_resize(maps, size) for maps in (first, second)]
 
 
-def _resized(maps: Maps, size: tuple[int, ...]) -> Maps:
+def _resize(maps: Maps, size: tuple[int, ...]) -> Maps:
     if maps.shape[1:3] == size:
         return maps
     if tuple(2 * side for side in maps.shape[1:3]) == size:
-        return doubled(maps.astype(param_dtype(maps.dtype))).astype(maps.dtype)
+        return upsample_bilinear_2x(maps.astype(param_dtype(maps.dtype))).astype(maps.dtype)
     return jax.image.resize(maps, (len(maps), *size, maps.shape[-1]), "bilinear")
+
+
+class Attention(nnx.Module):
+    """Scaled dot-product attention with one head, from each position of one map to all positions of another.
+
+    softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, arXiv:1706.03762), with q, k and v linear in the maps, with bias.
+    Queries are processed in blocks and the backward pass recomputes their weights, so memory is linear in the number
+    of positions. Devices that share the rows of an image share queries, keys and values.
+
+    Args:
+      factory: makes the layers.
+      channels: C, of both maps and of the result.
+    """
+
+    def __init__(self, factory: LayerFactory, channels: int):
+        self.query = factory.linear(channels, channels)
+        self.key = factory.linear(channels, channels)
+        self.value = factory.linear(channels, channels)
+
+    def __call__(self, queries: Maps, keys: Maps) -> Maps:
+        """Return the values of the maps `keys`, weighted for each position of `queries`; shape and type of `queries`.
+
+        It computes in float32 or wider.
+        """
+        wide_queries, wide_keys = (maps.astype(param_dtype(maps.dtype)) for maps in (queries, keys))
+        result = _map_attention(self.query(wide_queries), self.key(wide_keys), self.value(wide_keys))
+        return result.astype(queries.dtype)
+
+
+@map_row_shards
+def _map_attention(query: Maps, key: Maps, value: Maps, *, num_shards: int) -> Maps:
+    B, h, w, C = query.shape
+    query, key, value = (maps.reshape(B, -1, C) for maps in (query, key, value))
+    return dot_product_attention(query, key, value, num_shards=num_shards).reshape(B, h, w, C)
+
+
+MAX_WEIGHTS = 1 << 22
+"""Attention weights at once per image, 16 MiB: of 1024 queries at 1024 px (4096 positions), of 256 at 2048 px."""
+
+
+def dot_product_attention(
+    query: Float[Array, "B N C"],
+    key: Float[Array, "B M C"],
+    value: Float[Array, "B M D"],
+    block_size: int = 0,
+    num_shards: int = 1,
+) -> Float[Array, "B N D"]:
+    """Return softmax(query key^T / sqrt(C)) value, for `block_size` queries at a time.
+
+    Args:
+      query: N queries.
+      key: M keys.
+      value: M values.
+      block_size: queries at a time; 0 for as many as have `MAX_WEIGHTS` weights.
+      num_shards: number of devices that each hold a shard of the keys and values. The shards travel around the ring of
+        devices, and no device ever holds all (ring attention, Liu, Zaharia and Abbeel 2023, arXiv:2310.01889).
+    """
+    N, C = query.shape[1:]
+    block_size = min(block_size or max(MAX_WEIGHTS // key.shape[1], 1), N)
+    padded = jnp.pad(query / np.sqrt(C).astype(query.dtype), ((0, 0), (0, -N % block_size), (0, 0)))
+    result: Array = _blocked_attention(padded, key, value, block_size, num_shards)
+    return result[:, :N]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _blocked_attention(
+    query: Float[Array, "B N C"],
+    key: Float[Array, "B M C"],
+    value: Float[Array, "B M D"],
+    block_size: int,
+    num_shards: int,
+) -> Float[Array, "B N D"]:
+    """Return softmax(query key^T) value for a whole number of blocks of queries."""
+    return _forward(query, key, value, block_size, num_shards)[0]
+
+
+# The loops' initial values are derived from their inputs: plain zeros XLA would create long before, at the peak of
+# memory.
+
+
+def _forward(
+    query: Array, key: Array, value: Array, block_size: int, num_shards: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return the result, and the residuals: inputs, result, and the logarithms of the softmax denominators."""
+    inputs, zeros = (query, key, value), 0 * query[..., :1]
+    carry = (zeros - jnp.inf, zeros, jnp.broadcast_to(zeros, (*query.shape[:2], value.shape[-1])))
+    for shard in range(1, num_shards + 1):
+        following = ring_shift((key, value), num_shards) if shard < num_shards else (key, value)
+        carry = _forward_shard(carry, query, key, value, block_size)
+        (key, value), carry = jax.lax.optimization_barrier((following, carry))  # else all shards' weights at once
+    highest, total, result = carry
+    return result / total, (*inputs, result / total, highest + jnp.log(total))
+
+
+def _forward_shard(
+    carry: tuple[Array, ...], query: Array, key: Array, value: Array, block_size: int
+) -> tuple[Array, ...]:
+    """Add a shard of keys to the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
+
+    The carry is the highest score of each query, the sum of the exponentials of the scores less that, and the sum of
+    these exponentials times the values.
+    """
+
+    def step(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        highest, total, result = (_get_block(array, index, block_size) for array in carry)
+        scores = jnp.einsum("bnc,bmc->bnm", _get_block(query, index, block_size), key)
+        new_highest = jnp.maximum(highest, scores.max(-1, keepdims=True))
+        weights, rescale = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
+        total = rescale * total + weights.sum(-1, keepdims=True)
+        result = rescale * result + jnp.einsum("bnm,bmd->bnd", weights, value)
+        set_block = partial(_set_block, index=index, block_size=block_size)
+        return tuple(map(set_block, carry, (new_highest, total, result)))
+
+    return jax.lax.fori_loop(0, query.shape[1] // block_size, step, carry)
+
+
+def _backward(
+    block_size: int, num_shards: int, residuals: tuple[Array, ...], d_result: Float[Array, "B N D"]
+) -> tuple[Array, ...]:
+    """Return the gradients; weights are recomputed, and the keys' gradients travel around the ring with the keys."""
+    query, key, value, result, log_total = residuals
+    per_query = query, log_total, d_result, (d_result * result).sum(-1, keepdims=True)
+    d_query, d_key, d_value = 0 * query, 0 * key, 0 * value
+    for shard in range(1, num_shards + 1):
+        following = ring_shift((key, value), num_shards) if shard < num_shards else (key, value)
+        d_query, *d_others = _backward_shard((d_query, d_key, d_value), per_query, key, value, block_size)
+        (key, value), d_query, (d_key, d_value) = jax.lax.optimization_barrier(
+            (following, d_query, ring_shift(d_others, num_shards))
+        )
+    return d_query, d_key, d_value
+
+
+def _backward_shard(
+    gradients: tuple[Array, ...], per_query: tuple[Array, ...], key: Array, value: Array, block_size: int
+) -> tuple[Array, ...]:
+    """Add a shard of keys' contribution to the gradients."""
+
+    def step(index: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
+        d_query, d_key, d_value = gradients
+        query, log_total, d_result, projection = (_get_block(array, index, block_size) for array in per_query)
+        weights = jnp.exp(jnp.einsum("bnc,bmc->bnm", query, key) - log_total)
+        d_scores = weights * (jnp.einsum("bnd,bmd->bnm", d_result, value) - projection)
+        d_block = _get_block(d_query, index, block_size) + jnp.einsum("bnm,bmc->bnc", d_scores, key)
+        return (
+            _set_block(d_query, d_block, index, block_size),
+            d_key + jnp.einsum("bnm,bnc->bmc", d_scores, query),
+            d_value + jnp.einsum("bnm,bnd->bmd", weights, d_result),
+        )
+
+    return jax.lax.fori_loop(0, per_query[0].shape[1] // block_size, step, gradients)
+
+
+_blocked_attention.defvjp(_forward, _backward)
+
+
+def _get_block(rows: Float[Array, "B N C"], index: Array, block_size: int) -> Float[Array, "B n C"]:
+    return jax.lax.dynamic_slice_in_dim(rows, index * block_size, block_size, axis=1)
+
+
+def _set_block(
+    rows: Float[Array, "B N C"], block: Float[Array, "B n C"], index: Array, block_size: int
+) -> Float[Array, "B N C"]:
+    return jax.lax.dynamic_update_slice_in_dim(rows, block, index * block_size, axis=1)
 
 
 _PAPER = {"dense": _DENSE, "efficient": _EFFICIENT}
 _SMALL = {
     "channels": 8,
     "dropout": 0.2,
-    "dense": {"growth": 4, "blocks": (1, 1, 1), "bottleneck": 2, "stem_channels": 8, "last_norm": False},
-    "efficient": {"stem_channels": 8, "blocks": ((1, 3, 1, 8, 1), (4, 3, 2, 16, 1)), "last": 2},
+    "dense": {"growth_rate": 4, "block_config": (1, 1, 1), "bn_size": 2, "stem_channels": 8, "last_norm": False},
+    "efficient": {
+        "stem_channels": 8,
+        "block_config": ((1, 3, 1, 8, 1), (4, 3, 2, 16, 1)),
+        "last_channels_mult": 2,
+    },
 }
 
 ARCHITECTURES = {
     "attention_fusion": Architecture(AttentionFusion, IMAGENET, _PAPER, "the attention-fusion paper, by its counts"),
     "attention_fusion_small": Architecture(AttentionFusion, GREY, _SMALL, "ours, for CPUs"),
 }
-
-
-WEIGHTS = 1 << 22
-"""Weights at once: 16 MiB an image, of 1024 queries at 1024 px, where there are 4096 positions, of 256 at 2048 px."""
-
-
-class Attention(nnx.Module):
-    """Scaled dot-product attention with one head: each position of one map asks all positions of another.
-
-    softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, arXiv:1706.03762), with q, k and v linear in the maps, bias
-    included. Queries pass in blocks, and the backward pass computes their weights again, so that memory is linear in
-    the number of positions. Devices that share the rows of an image share queries, keys and values.
-
-    Args:
-      make: maker of the network's layers.
-      channels: C, of both maps and of the result.
-    """
-
-    def __init__(self, make: LayerFactory, channels: int):
-        self.query = make.linear(channels, channels)
-        self.key = make.linear(channels, channels)
-        self.value = make.linear(channels, channels)
-
-    def __call__(self, asking: Maps, asked: Maps) -> Maps:
-        """The values of `asked`, weighted for each position of `asking`; the shape and type of `asking`.
-
-        It computes in float32 at least.
-        """
-        tokens, others = (maps.astype(param_dtype(maps.dtype)) for maps in (asking, asked))
-        return _rows(self.query(tokens), self.key(others), self.value(others)).astype(asking.dtype)
-
-
-@shared
-def _rows(query: Maps, key: Maps, value: Maps, *, shares: int) -> Maps:
-    B, h, w, C = query.shape
-    query, key, value = (maps.reshape(B, -1, C) for maps in (query, key, value))
-    return attend(query, key, value, shares=shares).reshape(B, h, w, C)
-
-
-def attend(
-    query: Float[Array, "B N C"],
-    key: Float[Array, "B M C"],
-    value: Float[Array, "B M D"],
-    block: int = 0,
-    shares: int = 1,
-) -> Float[Array, "B N D"]:
-    """softmax(query key^T / sqrt(C)) value, `block` queries at a time; by default as many as make `WEIGHTS`.
-
-    With `shares` of the keys and values on so many devices, these go around among them, and none ever has all (Liu,
-    Zaharia and Abbeel 2023, arXiv:2310.01889).
-    """
-    N, C = query.shape[1:]
-    block = min(block or max(WEIGHTS // key.shape[1], 1), N)
-    padded = jnp.pad(query / np.sqrt(C).astype(query.dtype), ((0, 0), (0, -N % block), (0, 0)))
-    result: Array = _attend(padded, key, value, block, shares)
-    return result[:, :N]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(
-    query: Float[Array, "B N C"], key: Float[Array, "B M C"], value: Float[Array, "B M D"], block: int, shares: int
-) -> Float[Array, "B N D"]:
-    """softmax(query key^T) value for queries that make whole blocks."""
-    return _forward(query, key, value, block, shares)[0]
-
-
-# Loops of JAX's own would start from zeros that XLA makes long before, at the peak of memory: ours are made of what the
-# loops take.
-
-
-def _forward(query: Array, key: Array, value: Array, block: int, shares: int) -> tuple[Array, tuple[Array, ...]]:
-    """The result, and what the backward pass needs: that, its inputs, and the logarithms of the softmax's sums."""
-    kept, none = (query, key, value), 0 * query[..., :1]
-    seen = (none - jnp.inf, none, jnp.broadcast_to(none, (*query.shape[:2], value.shape[-1])))
-    for share in range(1, shares + 1):
-        following = ring_shift((key, value), shares) if share < shares else (key, value)
-        seen = _with_share(seen, query, key, value, block)
-        (key, value), seen = jax.lax.optimization_barrier((following, seen))  # else all shares' weights at once
-    top, total, result = seen
-    return result / total, (*kept, result / total, top + jnp.log(total))
-
-
-def _with_share(seen: tuple[Array, ...], query: Array, key: Array, value: Array, block: int) -> tuple[Array, ...]:
-    """The scores' maximum, the sum of their exponentials about it and of those times the values, with further keys.
-
-    (Milakov and Gimelshein 2018, arXiv:1805.02867.)
-    """
-
-    def one(number: Array, seen: tuple[Array, ...]) -> tuple[Array, ...]:
-        top, total, result = (_block(each, number, block) for each in seen)
-        scores = jnp.einsum("bnc,bmc->bnm", _block(query, number, block), key)
-        higher = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weights, before = jnp.exp(scores - higher), jnp.exp(top - higher)
-        total = before * total + weights.sum(-1, keepdims=True)
-        result = before * result + jnp.einsum("bnm,bmd->bnd", weights, value)
-        return tuple(map(partial(_with_block, number=number, block=block), seen, (higher, total, result)))
-
-    return jax.lax.fori_loop(0, query.shape[1] // block, one, seen)
-
-
-def _backward(block: int, shares: int, kept: tuple[Array, ...], change: Float[Array, "B N D"]) -> tuple[Array, ...]:
-    """Gradients by query, key and value; weights are computed again, and keys' gradients go around with the keys."""
-    query, key, value, result, total = kept
-    asking = query, total, change, (change * result).sum(-1, keepdims=True)
-    of_query, of_key, of_value = 0 * query, 0 * key, 0 * value
-    for share in range(1, shares + 1):
-        following = ring_shift((key, value), shares) if share < shares else (key, value)
-        of_query, *others = _gradients((of_query, of_key, of_value), asking, key, value, block)
-        (key, value), of_query, (of_key, of_value) = jax.lax.optimization_barrier(
-            (following, of_query, ring_shift(others, shares))
-        )
-    return of_query, of_key, of_value
-
-
-def _gradients(
-    found: tuple[Array, ...], asking: tuple[Array, ...], key: Array, value: Array, block: int
-) -> tuple[Array, ...]:
-    """Those found so far, with what a share of the keys adds to them."""
-
-    def one(number: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        of_query, of_key, of_value = found
-        query, total, change, along = (_block(each, number, block) for each in asking)
-        weights = jnp.exp(jnp.einsum("bnc,bmc->bnm", query, key) - total)
-        of_scores = weights * (jnp.einsum("bnd,bmd->bnm", change, value) - along)
-        of_block = _block(of_query, number, block) + jnp.einsum("bnm,bmc->bnc", of_scores, key)
-        return (
-            _with_block(of_query, of_block, number, block),
-            of_key + jnp.einsum("bnm,bnc->bmc", of_scores, query),
-            of_value + jnp.einsum("bnm,bnd->bmd", weights, change),
-        )
-
-    return jax.lax.fori_loop(0, asking[0].shape[1] // block, one, found)
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def _block(rows: Float[Array, "B N C"], number: Array, block: int) -> Float[Array, "B n C"]:
-    return jax.lax.dynamic_slice_in_dim(rows, number * block, block, axis=1)
-
-
-def _with_block(
-    rows: Float[Array, "B N C"], part: Float[Array, "B n C"], number: Array, block: int
-) -> Float[Array, "B N C"]:
-    return jax.lax.dynamic_update_slice_in_dim(rows, part, number * block, axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError, check_choice, check_positive, check_fraction
+from cxrjax.errors import CxrError, check_choice, check_fraction, check_positive
 from cxrjax.models.input_spec import InputSpec
 from cxrjax.models.layers import REMATS, LayerFactory, Maps, maybe_remat, param_dtype
 

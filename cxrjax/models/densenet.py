@@ -71,12 +71,12 @@ class DenseNet(Backbone):
             )
         stride = check_positive("stem_stride", stem_stride)
         channels = check_positive("stem_channels", stem_channels)
-        self.conv0 = factory.conv(
-            input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2
-        )
+        self.conv0 = factory.conv(input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
         self.norm0 = factory.norm(channels)
         for number, layers in enumerate(block_config, start=1):
-            block = DenseBlock(factory, channels, check_positive("layers of a block", layers), growth_rate, width, remat)
+            block = DenseBlock(
+                factory, channels, check_positive("layers of a block", layers), growth_rate, width, remat
+            )
             setattr(self, f"denseblock{number}", block)
             channels += layers * growth_rate
             if number < self.num_blocks:
@@ -122,9 +122,7 @@ class DenseNet(Backbone):
 class DenseBlock(nnx.Module):
     """Dense layers, each of which appends its maps to the list."""
 
-    def __init__(
-        self, factory: LayerFactory, channels: int, num_layers: int, growth_rate: int, width: int, remat: str
-    ):
+    def __init__(self, factory: LayerFactory, channels: int, num_layers: int, growth_rate: int, width: int, remat: str):
         self.num_layers = num_layers
         self.remat = remat
         for number in range(1, num_layers + 1):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cxrjax.errors import CxrError, check_positive, check_fraction
+from cxrjax.errors import CxrError, check_fraction, check_positive
 from cxrjax.models.backbone import Architecture, Backbone, Classifier, apply_dropout
 from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
 from cxrjax.models.layers import ConvNorm, LayerFactory, Maps, maybe_remat

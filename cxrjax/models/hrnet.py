@@ -87,9 +87,7 @@ class HRNet(Backbone):
             before = after
         neck_widths = [NECKS[check_choice("neck", neck, NECKS)] * 2**branch for branch in range(self.num_branches)]
         neck_channels = [neck_width * Bottleneck.expansion for neck_width in neck_widths]
-        self.incre_modules = nnx.List(
-            _bottlenecks(factory, *pair, 1) for pair in zip(widths, neck_widths, strict=True)
-        )
+        self.incre_modules = nnx.List(_bottlenecks(factory, *pair, 1) for pair in zip(widths, neck_widths, strict=True))
         self.downsamp_modules = nnx.List(
             ConvNorm(factory, *pair, 3, stride=2, bias=True) for pair in pairwise(neck_channels)
         )

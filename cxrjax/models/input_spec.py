@@ -1,4 +1,4 @@
-"""From grey bytes to what a network expects, on the device."""
+"""What a network expects of its images, and the preparation of grey images for it on the device."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ class InputSpec:
     Attributes:
       channels: number of channels.
       mean: per channel, on the scale of `low`..`high`.
-      std: per channel, likewise.
-      low: what black (0) becomes before it is normalised.
-      high: what white (255) becomes.
+      std: per channel, on the scale of `low`..`high`.
+      low: value of black (0) before normalisation.
+      high: value of white (255) before normalisation.
     """
 
     channels: int = 3
@@ -49,23 +49,22 @@ class InputSpec:
 
 
 IMAGENET = InputSpec()
-"""Three channels, normalised as torchvision's weights expect it."""
+"""Three channels, normalised as torchvision's weights expect."""
 
 UNIT = InputSpec(channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
 """Three channels of 0..1."""
 
 GREY = InputSpec(channels=1, mean=(0.5,), std=(0.25,))
-"""One channel of -2..2, about centred on a radiograph's grey values."""
+"""One channel of -2..2, roughly centred for radiographs."""
 
 XRV = InputSpec(channels=1, mean=(0.0,), std=(1.0,), low=-1024.0, high=1024.0)
-"""One channel of -1024..1024, as torchxrayvision's weights expect it."""
+"""One channel of -1024..1024, as torchxrayvision's weights expect."""
 
 
 def one_channel(spec: InputSpec) -> InputSpec:
-    """The one channel that stands for several grey ones: the same values where they are normalised alike.
+    """Return the spec of one channel that replaces several grey ones: the same values if all are normalised alike.
 
-    Where they are not, its mean and deviation are such that the sum of the normalised channels is that of as many
-    copies of it.
+    Otherwise its mean and deviation are such that as many copies of it have the same sum as the normalised channels.
     """
     if len(set(zip(spec.mean, spec.std, strict=True))) == 1:
         mean, std = spec.mean[0], spec.std[0]
@@ -76,7 +75,7 @@ def one_channel(spec: InputSpec) -> InputSpec:
     return replace(spec, channels=1, mean=(mean,), std=(std,))
 
 
-NAMED = {
+INPUT_SPECS = {
     "imagenet": IMAGENET,
     "imagenet-grey": one_channel(IMAGENET),
     "unit": UNIT,
@@ -84,17 +83,22 @@ NAMED = {
     "grey": GREY,
     "xrv": XRV,
 }
-"""What a config may call them."""
+"""Input specs by their names in a config."""
+
+
+def input_spec_name(spec: InputSpec) -> str:
+    """Return a spec's name in a config; a description if it has no name."""
+    return next((name for name, known in INPUT_SPECS.items() if known == spec), str(spec))
 
 
 def check_range(images: Float[np.ndarray, "B H W C"], spec: InputSpec) -> None:
     """Refuse prepared images whose values cannot have been normalised as the network expects.
 
-    Allowed is the range that black to white covers, widened by its own width on both sides; each image must
-    spread over a hundredth of it at least, and where that range holds negative values some must be negative.
+    Values must lie in the range from black to white, widened by its own width on both sides. Each image must spread
+    over a hundredth of that range at least, and if the range has negative values some must be negative.
 
     Args:
-      images: prepared by somebody else; `prepare` needs no check.
+      images: prepared by somebody else (the result of `prepare` needs no check).
       spec: what the network expects.
 
     Raises:
@@ -106,17 +110,17 @@ def check_range(images: Float[np.ndarray, "B H W C"], spec: InputSpec) -> None:
     high = max((spec.high - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True))
     least, most = float(images.min()), float(images.max())
     width = high - low
-    inside = low - width <= least and most <= high + width  # False for NaN too
+    in_range = low - width <= least and most <= high + width  # False for NaN too
     spread = np.ptp(images.reshape(len(images), -1), axis=1).min()
-    if not inside or spread < width / 100 or (low < 0 <= least):
+    if not in_range or spread < width / 100 or (low < 0 <= least):
         raise CxrError(
             f"prepared images hold values from {least:.4g} to {most:.4g}, but this network expects black at {low:.4g} "
-            f"and white at {high:.4g}: give grey images as uint8, which are scaled here, or normalise them so"
+            f"and white at {high:.4g}: give grey uint8 images, which are scaled here, or normalise them to that range"
         )
 
 
 def prepare(images: UInt8[Array, "B H W 1"], spec: InputSpec, dtype) -> Float[Array, "B H W C"]:
-    """Scale, repeat and normalise grey images; arithmetic in float32 at least, result in `dtype`.
+    """Scale, repeat and normalise grey images; arithmetic in float32 or wider, result in `dtype`.
 
     Args:
       images: grey values 0..255.

@@ -278,6 +278,4 @@ def sum_gradients_early(maps: Any) -> Any:
     return maps
 
 
-sum_gradients_early.defvjp(
-    lambda maps: (maps, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
-)
+sum_gradients_early.defvjp(lambda maps: (maps, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))

@@ -1,4 +1,4 @@
-"""A network as plain data: what `jax.jit`, `jax.grad` and checkpoints take."""
+"""A network as plain data, which `jax.jit`, `jax.grad` and checkpoints take."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -8,39 +8,38 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from cxrjax.errors import CxrError
-from cxrjax.models.backbone import Backbone
+from cxrjax.models.backbone import Backbone, Logits
 from cxrjax.models.input_spec import InputSpec, prepare
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkDef:
-    """What of a network is no array. Equal networks share one, so comparing two, at each call, is one `is`."""
+    """The static part of a network; equal networks share one, so that comparing two, at each call, is one `is`."""
 
     graph: nnx.GraphDef
     classes: int
-    inputs: InputSpec
+    input_spec: InputSpec
     dtype: np.dtype
 
     def __reduce__(self):
-        return _network_def, (self.graph, self.classes, self.inputs, self.dtype)
+        return _network_def, (self.graph, self.classes, self.input_spec, self.dtype)
 
 
 @cache
-def _network_def(graph: nnx.GraphDef, classes: int, inputs: InputSpec, dtype: np.dtype) -> NetworkDef:
-    return NetworkDef(graph, classes, inputs, dtype)
+def _network_def(graph: nnx.GraphDef, classes: int, input_spec: InputSpec, dtype: np.dtype) -> NetworkDef:
+    return NetworkDef(graph, classes, input_spec, dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Network:
-    """Parameters and batch statistics as plain nested dicts of arrays, and the static rest.
+    """Parameters and batch statistics as plain nested dicts of arrays, and the static definition.
 
-    It is a pytree: pass it to jitted functions, map over it, replace its parts with `dataclasses.replace`. Passing
-    plain dicts is what keeps the cost of a call low, and returning the statistics is what keeps them from getting
-    lost.
+    A network is a pytree: pass it to jitted functions, map over it, replace its fields with `dataclasses.replace`.
+    Plain dicts keep the cost of a call low, and returning the statistics keeps them from getting lost.
     """
 
     params: dict[str, Any]
@@ -49,9 +48,9 @@ class Network:
 
     @classmethod
     def from_model(cls, model: Backbone) -> "Network":
-        """The network that a module holds; the module's later changes do not show in it."""
+        """Return the network that a module holds; later changes of the module do not affect it."""
         graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-        definition = _network_def(graph, model.classes, model.inputs, model.dtype)
+        definition = _network_def(graph, model.classes, model.input_spec, model.dtype)
         return cls(nnx.to_pure_dict(params), nnx.to_pure_dict(stats), definition)
 
     @property
@@ -60,9 +59,9 @@ class Network:
         return self.definition.classes
 
     @property
-    def inputs(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         """What the network expects of its images."""
-        return self.definition.inputs
+        return self.definition.input_spec
 
     @property
     def dtype(self) -> np.dtype:
@@ -70,7 +69,7 @@ class Network:
         return self.definition.dtype
 
     def model(self) -> Backbone:
-        """The module; build it inside the function that is traced, never outside."""
+        """Return the module; call this inside the traced function, never outside."""
         return nnx.merge(self.definition.graph, self.params, self.stats)
 
     def apply(
@@ -80,8 +79,8 @@ class Network:
         train: bool = False,
         key: PRNGKeyArray | None = None,
         backbone_in_training: bool = True,
-    ) -> tuple[Float[Array, "B K"], dict[str, Any]]:
-        """Logits of grey images, and the batch statistics afterwards; see `outputs`."""
+    ) -> tuple[Logits, dict[str, Any]]:
+        """Return the prediction's logits for grey images, and the updated batch statistics; see `outputs`."""
         outputs, stats = self.outputs(images, train=train, key=key, backbone_in_training=backbone_in_training)
         return list(outputs.values())[-1], stats
 
@@ -92,72 +91,74 @@ class Network:
         train: bool = False,
         key: PRNGKeyArray | None = None,
         backbone_in_training: bool = True,
-    ) -> tuple[OrderedDict[str, Float[Array, "B K"]], dict[str, Any]]:
-        """Logits of every head for grey images, the prediction last, and the batch statistics afterwards.
+    ) -> tuple[OrderedDict[str, Logits], dict[str, Any]]:
+        """Return the logits of every head for grey images, the prediction last, and the updated batch statistics.
 
         Args:
           images: grey values 0..255.
-          train: normalise by the batch's statistics, and move the running ones.
+          train: normalise by the batch's moments, and update the running statistics.
           key: for dropout, which is active where a key is given.
-          backbone_in_training: False computes features as at inference also in training, and leaves statistics alone.
+          backbone_in_training: False computes features as at inference, also in training, and keeps the statistics.
 
         Raises:
           CxrError: images that are not uint8 B x H x W x 1, or too small for the network.
         """
         model = self.model()
-        prepared = prepare(images, self.inputs, self.dtype)
+        prepared = prepare(images, self.input_spec, self.dtype)
         outputs = model.outputs(prepared, train=train, key=key, backbone_in_training=backbone_in_training)
         return outputs, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
-def parameter_count(of: Any) -> int:
-    """Number of parameters, batch statistics left out, of a module, a `Network` or nested dicts of arrays."""
-    from clu.parameter_overview import count_parameters  # not where only a step is measured
+def parameter_count(network: Any) -> int:
+    """Return the number of parameters, without statistics, of a module, a `Network` or nested dicts of arrays."""
+    from clu.parameter_overview import count_parameters  # slow to import, and a training step alone needs it not
 
-    if isinstance(of, Backbone):
-        of = Network.from_model(of)
-    return int(count_parameters(of.params if isinstance(of, Network) else of))
-
-
-STEP, TRIES = 32, 4
-"""Sizes that are proposed are multiples of this: networks halve their images five times. So many are tried."""
+    if isinstance(network, Backbone):
+        network = Network.from_model(network)
+    return int(count_parameters(network.params if isinstance(network, Network) else network))
 
 
-def check_size(network: Network, size: int, *, images: int = 1, backbone_in_training: bool = True) -> None:
-    """Check that a training step can be made.
+SIZE_MULTIPLE, NUM_CANDIDATES = 32, 4
+"""`check_size` proposes multiples of 32, since networks halve their images five times, and tries this many above."""
+
+
+def check_size(network: Network, size: int, *, batch_size: int = 1, backbone_in_training: bool = True) -> None:
+    """Check that the network can be trained on images of a size, by tracing a training step's outputs.
 
     Args:
       network: of any family.
-      size: side of the images in px.
-      images: normalised together.
-      backbone_in_training: whether its norms learn their statistics.
+      size: side of the images, px.
+      batch_size: number of images normalised together.
+      backbone_in_training: whether the backbone's norms use the batch's moments.
 
     Raises:
-      CxrError: the network says why not; the nearest multiples of `STEP` that work are named.
+      CxrError: it cannot; the message has the network's reason and the nearest multiples of 32 that work.
     """
-    how = (images, backbone_in_training)
-    reason = _refusal(network, size, *how)
+    refusal = partial(_refusal, network, batch_size=batch_size, backbone_in_training=backbone_in_training)
+    reason = refusal(size)
     if not reason:
         return
-    below = size // STEP * STEP
-    candidates = [below + STEP * step for step in range(1, TRIES + 1)]
-    choices = [each for each in (below, *candidates) if each and not _refusal(network, each, *how)]
-    nearest = [each for each in choices if each < size][:1] + [each for each in choices if each > size][:1]
-    mend = f": choose data.size = {' or '.join(map(str, nearest))}" if nearest else ""
-    raise CxrError(f"config key data.size = {size} does not suit the network{mend}. It says: {reason}")
+    below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
+    candidates = [below + SIZE_MULTIPLE * step for step in range(NUM_CANDIDATES + 1)]
+    working = [candidate for candidate in candidates if candidate and not refusal(candidate)]
+    nearest = [each for each in working if each < size][:1] + [each for each in working if each > size][:1]
+    advice = f": choose data.size = {' or '.join(map(str, nearest))}" if nearest else ""
+    raise CxrError(f"config key data.size = {size} does not suit the network{advice}. Its reason: {reason}")
 
 
-def _refusal(network: Network, size: int, images: int, backbone_in_training: bool) -> str:
+def _refusal(network: Network, size: int, batch_size: int, backbone_in_training: bool) -> str:
+    """Return why the network refuses a size; empty if it does not."""
+    images = jax.ShapeDtypeStruct((batch_size, size, size, 1), np.uint8)
     try:
-        # Traced once for equal networks: a study opens many runs.
-        _outputs.eval_shape(network, jax.ShapeDtypeStruct((images, size, size, 1), np.uint8), backbone_in_training)
+        # Jitted, so that equal networks are traced once: a study opens many runs.
+        _training_outputs.eval_shape(network, images, backbone_in_training)
     except CxrError as error:
         return str(error)
     return ""
 
 
 @partial(jax.jit, static_argnums=2)
-def _outputs(network: Network, image: jax.Array, backbone_in_training: bool) -> list[jax.Array]:
+def _training_outputs(network: Network, images: jax.Array, backbone_in_training: bool) -> list[jax.Array]:
     key = jax.random.PRNGKey(0)
-    found, _ = network.outputs(image, train=True, key=key, backbone_in_training=backbone_in_training)
-    return list(found.values())
+    outputs, _ = network.outputs(images, train=True, key=key, backbone_in_training=backbone_in_training)
+    return list(outputs.values())

@@ -1,4 +1,4 @@
-"""Pooling, with gradients that take little memory."""
+"""Pooling as in PyTorch, with gradients that need little memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,58 +16,59 @@ from cxrjax.models.spatial import constrain_rows
 
 @constrain_rows
 def max_pool(maps: Maps, window: int, stride: int, padding: int = 0) -> Maps:
-    """Maximum over square windows, as `torch.nn.MaxPool2d`: what does not fill a window is left out.
+    """Return the maximum over square windows, as `torch.nn.MaxPool2d`; incomplete windows are left out.
 
-    Of equal largest values the first in its window has the gradient.
+    Among equal maxima the first in its window gets the gradient.
     """
-    _check_fits(maps, window, padding)
-    return _largest(maps, window, stride, padding)
+    _check_window_fits(maps, window, padding)
+    return _max_pool(maps, window, stride, padding)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _largest(maps: Maps, window: int, stride: int, padding: int) -> Maps:
-    return _reduce(maps, -np.inf, jax.lax.max, window, stride, padding)
+def _max_pool(maps: Maps, window: int, stride: int, padding: int) -> Maps:
+    return _reduce_windows(maps, -np.inf, jax.lax.max, window, stride, padding)
 
 
-def _max_and_place(maps: Maps, window: int, stride: int, padding: int) -> tuple[Maps, Any]:
-    """The maxima, and where in its window each first occurs, in bytes: all that the gradient needs.
+def _max_pool_fwd(maps: Maps, window: int, stride: int, padding: int) -> tuple[Maps, Any]:
+    """Return the maxima, and each one's position in its window as uint8: all that the gradient needs.
 
-    XLA's own gradient keeps four integers of 32 bits per maximum, the peak of a training step at full resolution. And a
-    gradient that compares the maxima with the maps again finds none where those were rounded otherwise.
+    XLA's own gradient stores four 32-bit integers per maximum, which is the peak of a training step at full resolution.
+    A gradient that compares the maxima with the maps again finds none where those were recomputed with other rounding.
     """
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(maps, sides, constant_values=-np.inf)
     rows, columns = ((side + 2 * padding - window) // stride for side in maps.shape[1:3])
-    largest = place = None
-    for number, (row, column) in enumerate(np.ndindex(window, window)):
-        seen = padded[:, row : row + rows * stride + 1 : stride, column : column + columns * stride + 1 : stride]
-        if largest is None or place is None:
-            largest, place = seen, jnp.zeros(seen.shape, jnp.uint8)
+    maximum = position = None
+    for index, (row, column) in enumerate(np.ndindex(window, window)):
+        values = padded[:, row : row + rows * stride + 1 : stride, column : column + columns * stride + 1 : stride]
+        if maximum is None or position is None:
+            maximum, position = values, jnp.zeros(values.shape, jnp.uint8)
         else:
-            place = jnp.where(seen > largest, jnp.uint8(number), place)
-            largest = jnp.maximum(largest, seen)
-    assert largest is not None
-    return largest, (place, maps.shape)
+            position = jnp.where(values > maximum, jnp.uint8(index), position)
+            maximum = jnp.maximum(maximum, values)
+    assert maximum is not None
+    return maximum, (position, maps.shape)
 
 
-def _to_the_maxima(window: int, stride: int, padding: int, kept: Any, gradient: Maps) -> tuple[Maps]:
-    """Places that are `stride` apart meet the same places of windows: of each such set the sum is rounded once.
+def _max_pool_bwd(window: int, stride: int, padding: int, residuals: Any, gradient: Maps) -> tuple[Maps]:
+    """Send each gradient to its maximum, in float32, rounded once.
 
-    Only then are the sets put between each other, which no longer adds: no maps of full size are there in float32.
+    Pixels that are `stride` apart lie at the same positions of windows: the sum of each such set is rounded first, and
+    the sets are then interleaved, which adds nothing more. So there are no float32 maps of full size.
     """
-    place, (_, *sides, _) = kept
+    position, (_, *sides, _) = residuals
     wide, zero = gradient.astype(param_dtype(gradient.dtype)), jnp.zeros((), param_dtype(gradient.dtype))
     sets: dict[tuple[int, ...], Array] = {}
-    for number, offsets in enumerate(np.ndindex(window, window)):
-        moves, first = zip(*(divmod(offset - padding, stride) for offset in offsets), strict=True)
+    for index, offsets in enumerate(np.ndindex(window, window)):
+        shifts, first = zip(*(divmod(offset - padding, stride) for offset in offsets), strict=True)
         lengths = [len(range(start, side, stride)) for start, side in zip(first, sides, strict=True)]
         if 0 in lengths:
-            continue  # in windows of one place, which is wider than the maps: padding only
+            continue  # a window wider than the maps: this position is always padding
         edges = [
-            (move, length - move - count, 0)
-            for move, length, count in zip(moves, lengths, gradient.shape[1:3], strict=True)
+            (shift, length - shift - count, 0)
+            for shift, length, count in zip(shifts, lengths, gradient.shape[1:3], strict=True)
         ]
-        term = jax.lax.pad(jnp.where(place == number, wide, zero), zero, [(0, 0, 0), *edges, (0, 0, 0)])
+        term = jax.lax.pad(jnp.where(position == index, wide, zero), zero, [(0, 0, 0), *edges, (0, 0, 0)])
         sets[first] = sets[first] + term if first in sets else term
     total = jnp.zeros((), gradient.dtype)
     for first, values in sets.items():
@@ -80,7 +81,7 @@ def _to_the_maxima(window: int, stride: int, padding: int, kept: Any, gradient: 
     return (total,)
 
 
-_largest.defvjp(_max_and_place, _to_the_maxima)
+_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 STEM_POOLS = {
@@ -92,17 +93,17 @@ STEM_POOLS = {
 
 @constrain_rows
 def average_pool(maps: Maps, window: int, stride: int) -> Maps:
-    """Mean over square windows, as `torch.nn.AvgPool2d`."""
-    _check_fits(maps, window, 0)
-    return _reduce(maps, 0.0, jax.lax.add, window, stride, 0) / window**2
+    """Return the mean over square windows, as `torch.nn.AvgPool2d`; incomplete windows are left out."""
+    _check_window_fits(maps, window, 0)
+    return _reduce_windows(maps, 0.0, jax.lax.add, window, stride, 0) / window**2
 
 
-def _reduce(maps: Maps, start: float, combine: Callable, window: int, stride: int, padding: int) -> Maps:
+def _reduce_windows(maps: Maps, init: float, combine: Callable, window: int, stride: int, padding: int) -> Maps:
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return jax.lax.reduce_window(maps, start, combine, (1, window, window, 1), (1, stride, stride, 1), sides)
+    return jax.lax.reduce_window(maps, init, combine, (1, window, window, 1), (1, stride, stride, 1), sides)
 
 
-def _check_fits(maps: Maps, window: int, padding: int) -> None:
+def _check_window_fits(maps: Maps, window: int, padding: int) -> None:
     height, width = maps.shape[1:3]
     if min(height, width) + 2 * padding < window:
         raise CxrError(

@@ -1,11 +1,11 @@
-"""From a network's name to the network."""
+"""Networks by name."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cxrjax.errors import check_options, check_choice
+from cxrjax.errors import check_choice, check_options
 from cxrjax.models import attention_fusion, densenet, efficientnet, fhrnet, hrnet, resnet, sequential
 from cxrjax.models.backbone import Backbone, compute_dtype
 from cxrjax.models.input_spec import InputSpec
@@ -30,7 +30,7 @@ def create(
     dtype: Any = jnp.float32,
     remat: str = "none",
     seed: int = 0,
-    inputs: InputSpec | None = None,
+    input_spec: InputSpec | None = None,
     **options: Any,
 ) -> Backbone:
     """Build a network with random initial weights, which depend on the seed alone.
@@ -41,9 +41,9 @@ def create(
       dtype: compute type, bfloat16, float32 or float64 (name or type); parameters and batch statistics are float32
         (float64 with float64).
       remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      seed: of the initial weights.
-      inputs: what the network expects of its images; None for the architecture's own.
-      **options: of the family, see its class; one that is a dict changes single entries of the architecture's own.
+      seed: seed of the initial weights.
+      input_spec: what the network expects of its images; None for the architecture's own.
+      **options: options of the family, see its class; a dict updates entries of the architecture's own dict.
 
     Raises:
       CxrError: unknown name or option (the message names the nearest), or a value out of range.
@@ -51,21 +51,21 @@ def create(
     architecture = ARCHITECTURES[check_choice("network", name, ARCHITECTURES)]
     check_options(name, options, architecture.family)
     nested = {
-        option: {**architecture.settings.get(option, {}), **changes}
+        option: {**architecture.options.get(option, {}), **changes}
         for option, changes in options.items()
         if isinstance(changes, dict)
     }
     return architecture.family(
         classes=classes,
-        inputs=inputs or architecture.inputs,
+        input_spec=input_spec or architecture.input_spec,
         dtype=compute_dtype(dtype),
         remat=remat,
         seed=seed,
-        **{**architecture.settings, **options, **nested},
+        **{**architecture.options, **options, **nested},
     )
 
 
-def abstract(name: str, *, classes: int, **how: Any) -> Network:
-    """What `create` would build, as shapes and types alone (`jax.ShapeDtypeStruct`); no value is drawn or kept."""
+def abstract(name: str, *, classes: int, **options: Any) -> Network:
+    """Return the network that `create` would build as shapes and types (`jax.ShapeDtypeStruct`), without values."""
     with skip_init():
-        return jax.eval_shape(lambda: Network.from_model(create(name, classes=classes, **how)))
+        return jax.eval_shape(lambda: Network.from_model(create(name, classes=classes, **options)))

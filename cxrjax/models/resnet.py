@@ -1,6 +1,6 @@
 """ResNet (He et al. 2016, arXiv:1512.03385), with torchvision's module names, so that its weights fit by name.
 
-As in torchvision, the 3x3 convolution of a bottleneck has the stride ("version 1.5"); in the paper the first 1x1 has it.
+In a bottleneck the 3x3 convolution has the stride, as in torchvision ("version 1.5"); in the paper the first 1x1 has it.
 """
 
 from collections import OrderedDict
@@ -65,9 +65,7 @@ class ResNet(Backbone):
             )
         stride = check_positive("stem_stride", stem_stride)
         channels = check_positive("width", width)
-        self.conv1 = factory.conv(
-            input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2
-        )
+        self.conv1 = factory.conv(input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
         self.bn1 = factory.norm(channels)
         for stage, depth in enumerate(layers, start=1):
             blocks = nnx.List()

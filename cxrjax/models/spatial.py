@@ -98,9 +98,9 @@ def weighted_row_sums(maps: Maps, weights: Float[Array, "B S H"]) -> Float[Array
     if space == 1 or maps.shape[1] % space:
         return sums(maps, weights)
     specs = P(batch_axis, "space"), P(batch_axis, None, "space")
-    return jax.shard_map(
-        lambda *shards: jax.lax.psum(sums(*shards), "space"), in_specs=specs, out_specs=P(batch_axis)
-    )(maps, weights)
+    return jax.shard_map(lambda *shards: jax.lax.psum(sums(*shards), "space"), in_specs=specs, out_specs=P(batch_axis))(
+        maps, weights
+    )
 
 
 def _space_size() -> int:

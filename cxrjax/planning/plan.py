@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cxrjax.config import Config
 from cxrjax.console import progress_bar
 from cxrjax.data.records import Batch
-from cxrjax.distributed.mesh import batch_shardings, check_divides, instead_of_rows, make_mesh, replicated
+from cxrjax.distributed.mesh import batch_shardings, check_divides, suggest_space, make_mesh, replicated
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.models.network import check_size
@@ -248,7 +248,7 @@ def split_batch(config: Config, data: int, space: int, batch_size: int = 0) -> t
         raise CxrError(f"cannot plan a batch of {images} images: choose at most {MAX_BATCH_SIZE}")
     check_divides(f"a batch of {images} images", images, "data", data)
     rows = config.data.size
-    check_divides(f"{rows} rows", rows, "space", space, instead_of_rows(rows, space))
+    check_divides(f"{rows} rows", rows, "space", space, suggest_space(rows, space))
     microbatch = config.train.per_device * data if config.train.per_device and not batch_size else images
     if images % microbatch:
         raise CxrError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from cxrjax.config import Config, read
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.input_spec import NAMED
+from cxrjax.models.input_spec import INPUT_SPECS
 from cxrjax.models.network import Network
 from cxrjax.train.checkpoint import Checkpoints
 
@@ -24,7 +24,7 @@ def network_of(config: Config, classes: int) -> Network:
             dtype=jnp.dtype(model.dtype),
             remat=model.remat,
             seed=config.seed,
-            inputs=NAMED[model.inputs] if model.inputs else None,
+            input_spec=INPUT_SPECS[model.inputs] if model.inputs else None,
             **model.options.to_dict(),
         )
     )

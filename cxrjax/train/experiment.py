@@ -15,15 +15,15 @@ from cxrjax.data.pipeline import Examples, make_examples
 from cxrjax.data.records import Records
 from cxrjax.data.pipeline import Sampling
 from cxrjax.data.splits import DataSplit
-from cxrjax.distributed.mesh import check_divides, instead_of_rows, make_mesh
+from cxrjax.distributed.mesh import check_divides, suggest_space, make_mesh
 from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, positions
 from cxrjax.models.network import Network, check_size
 from cxrjax.train.described import network_of
-from cxrjax.train.init_from import Start, initial_network, located, vanished_start
+from cxrjax.train.init_from import Start, initial_network, located, missing_init
 from cxrjax.train.losses import Loss, make_loss, prevalence_of
-from cxrjax.train.trainable import Learning
+from cxrjax.train.trainable import TrainableParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Experiment:
             split = pool_splits(records, [source.split for source in sources])
         rows = config.data.size
         space = mesh.shape["space"]
-        check_divides(f"config key data.size = {rows} rows", rows, "space", space, instead_of_rows(rows, space))
+        check_divides(f"config key data.size = {rows} rows", rows, "space", space, suggest_space(rows, space))
         return cls(config, records, split, findings, mesh, directory, sources)
 
     @cached_property
-    def parts(self) -> dict[str, Examples]:
+    def examples_by_split(self) -> dict[str, Examples]:
         """The examples of train, validation and test, after the view filter and the label policy.
 
         Of several data sets, each part holds one after the other.
@@ -75,9 +75,9 @@ class Experiment:
         for number, source in enumerate(self.sources):
             for name, rows in source.parts.items():
                 parts.setdefault(name, []).append(rows + self._start(number))
-        return {name: self.part_of_rows(np.concatenate(rows), learnt=name == "train") for name, rows in parts.items()}
+        return {name: self.examples_of_rows(np.concatenate(rows), learnt=name == "train") for name, rows in parts.items()}
 
-    def part_of_rows(self, rows: np.ndarray, *, learnt: bool = False) -> Examples:
+    def examples_of_rows(self, rows: np.ndarray, *, learnt: bool = False) -> Examples:
         """Any rows of the records table, with the targets that the label policy gives them, to learn or to score."""
         rows = np.asarray(rows, np.int32)
         if not isinstance(self.records, Pooled):
@@ -97,18 +97,18 @@ class Experiment:
         """The row of the records table at which a data set begins."""
         return int(self.records.starts[number]) if isinstance(self.records, Pooled) else 0
 
-    def part(self, name: str) -> Examples:
+    def examples(self, name: str) -> Examples:
         """One part, which must have images; `test@chestxray14` is what a data set has in it."""
         whole, _, dataset = name.partition("@")
-        if whole not in self.parts:
-            raise CxrError(f"there is no part {whole} in split {self.split.name}; there are {', '.join(self.parts)}")
-        part = self.parts[whole]
+        if whole not in self.examples_by_split:
+            raise CxrError(f"there is no part {whole} in split {self.split.name}; there are {', '.join(self.examples_by_split)}")
+        part = self.examples_by_split[whole]
         if dataset:
             names = [source.records.dataset for source in self.sources]
             if dataset not in names:
                 raise CxrError(f"there is no data set {dataset} in this run; there are {', '.join(names)}")
             of = np.zeros(len(part), np.int32) if part.dataset_index is None else part.dataset_index
-            part = self.part_of_rows(part.row[of == names.index(dataset)], learnt=whole == "train")
+            part = self.examples_of_rows(part.row[of == names.index(dataset)], learnt=whole == "train")
         if not len(part):
             raise CxrError(
                 f"part {name} of split {self.split.name} has no images ({len(self.records)} records in "
@@ -123,7 +123,7 @@ class Experiment:
 
     @cached_property
     def _initial(self) -> Start:
-        gone = None if self.directory is None else vanished_start(self.network, self.config, self.directory)
+        gone = None if self.directory is None else missing_init(self.network, self.config, self.directory)
         return gone or initial_network(self.network, self.config, self.findings)
 
     @property
@@ -142,7 +142,7 @@ class Experiment:
         Raises:
           CxrError: a loss of exclusive classes for findings that are not.
         """
-        train = self.part("train")
+        train = self.examples("train")
         several = np.flatnonzero(train.label.sum(1) != 1)
         if self.config.loss.name == "cross_entropy" and len(several):
             record = self.records.id[train.row[several[0]]]
@@ -154,9 +154,9 @@ class Experiment:
         return make_loss(self.config.loss.name, prevalence=prevalence, **dict(self.config.loss.options.items()))
 
     @cached_property
-    def learning(self) -> Learning:
+    def learning(self) -> TrainableParams:
         """Which parameters learn, and how fast each does."""
-        return Learning.of(self.network, self.config)
+        return TrainableParams.of(self.network, self.config)
 
     @property
     def augment(self) -> Augment:
@@ -203,7 +203,7 @@ class Experiment:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps that make an epoch."""
-        return self.config.train.steps_per_epoch or max(len(self.part("train").row) // self.config.train.batch, 1)
+        return self.config.train.steps_per_epoch or max(len(self.examples("train").row) // self.config.train.batch, 1)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -217,9 +217,9 @@ class Experiment:
         Reading it checks all that can be wrong with a config before anything is written.
         """
         for part in ("train", "validation"):
-            self.part(part)
+            self.examples(part)
         self.check_size()
-        train = self.part("train")
+        train = self.examples("train")
         _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.label_mask, train.dataset_index)
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:

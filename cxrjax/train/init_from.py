@@ -16,8 +16,8 @@ from cxrjax.console import print_text
 from cxrjax.errors import CxrError
 from cxrjax.models.network import Network
 from cxrjax.train.described import best_network
-from cxrjax.train.run_directory import begun
-from cxrjax.weights import Card, Converted, read_converted, start_from
+from cxrjax.train.run_directory import has_checkpoint
+from cxrjax.weights import Card, Converted, read_converted, init_from_converted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def located(config: Config, directory: Path) -> Config:
     same names, its own paths are taken: it may be continued from another working directory.
     """
     entries = _entries(config.model.init_from)
-    if not all(Path(place).is_dir() for _, place in entries) and begun(directory):
+    if not all(Path(place).is_dir() for _, place in entries) and has_checkpoint(directory):
         stored = _entries(read(directory / "config.json").model.init_from)
         names = [[(module, Path(place).name) for module, place in each] for each in (entries, stored)]
         entries = stored if names[0] == names[1] else entries
@@ -50,13 +50,13 @@ def located(config: Config, directory: Path) -> Config:
     return with_overrides(config, [f"model.init_from={', '.join(texts)}"])
 
 
-def vanished_start(network: Network, config: Config, directory: Path) -> Start | None:
+def missing_init(network: Network, config: Config, directory: Path) -> Start | None:
     """What stands for a start that is not there any more, of a run that goes on from its checkpoint; else None.
 
     The network's values do not matter then; the mark is the one that the run noted.
     """
     gone = [place for _, place in _entries(config.model.init_from) if not Path(place).is_dir()]
-    if not gone or not begun(directory) or read(directory / "config.json").model.init_from != config.model.init_from:
+    if not gone or not has_checkpoint(directory) or read(directory / "config.json").model.init_from != config.model.init_from:
         return None
     try:
         mark = json.loads((directory / "run.json").read_text())["identity"]["initial weights"]
@@ -83,7 +83,7 @@ def initial_network(network: Network, config: Config, findings: Sequence[str]) -
             network, notes = _fill_member(network, module, source, findings)
         else:
             options = config.model.options.to_dict()
-            network, notes = start_from(network, config.model.name, source, findings, options=options)
+            network, notes = init_from_converted(network, config.model.name, source, findings, options=options)
         for note in notes:
             print_text(f"{directory}: {note}")
     return Start(network, ", ".join(marks), _untouched(initial, network) if marks else ())
@@ -116,7 +116,7 @@ def _fill_member(
         raise CxrError(f"config key model.init_from names {module}; the networks that this one is made of: {known}")
     card, arrays = source
     member = Network.from_model(getattr(model, module))
-    filled, notes = start_from(member, model.members[module], (card, model.adapt(module, arrays)), findings)
+    filled, notes = init_from_converted(member, model.members[module], (card, model.member_arrays(module, arrays)), findings)
     params, stats = {**network.params, module: filled.params}, {**network.stats, module: filled.stats}
     return dataclasses.replace(network, params=params, stats=stats), notes
 
@@ -137,7 +137,7 @@ def _of_run(directory: Path) -> Converted:
     for name in sorted(arrays):
         digest.update(name.encode() + arrays[name].tobytes())
     card = Card(
-        architecture=config.model.name, classes=len(findings), inputs=network.inputs, source=str(directory),
+        architecture=config.model.name, classes=len(findings), input_spec=network.input_spec, source=str(directory),
         source_sha256="", sha256=digest.hexdigest(), labels=findings, options=config.model.options.to_dict(),
     )  # fmt: skip
     return card, arrays

@@ -1,10 +1,10 @@
-"""Weights that others trained: read without running anything, converted strictly, and put into networks."""
+"""Published weights: read without running anything in them, converted strictly, and put into networks."""
 
-from cxrjax.weights.convert import Report, convert, load_file
-from cxrjax.weights.converted import Card, Converted, load_converted, read_converted, start_from
+from cxrjax.weights.convert import ConversionReport, convert
+from cxrjax.weights.converted import Card, Converted, init_from_converted, load_converted, read_converted
 from cxrjax.weights.files import read_weights
 
 __all__ = [
-    "Card", "Converted", "Report", "convert", "load_converted", "load_file", "read_converted", "read_weights",
-    "start_from",
+    "Card", "ConversionReport", "Converted", "convert", "init_from_converted", "load_converted", "read_converted",
+    "read_weights",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A directory of converted weights: `weights.safetensors`, and `card.json`, which says what they are."""
+"""A directory of converted weights: `weights.safetensors`, and `card.json`, which describes them."""
 
 import dataclasses
 import hashlib
@@ -20,34 +20,36 @@ from safetensors.numpy import load_file, save_file
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 from cxrjax.models import create
-from cxrjax.models.input_spec import NAMED, InputSpec
+from cxrjax.models.input_spec import InputSpec, input_spec_name
 from cxrjax.models.network import Network
 from cxrjax.models.registry import ARCHITECTURES
 
 CARD, WEIGHTS = "card.json", "weights.safetensors"
-_FORMAT = "cxrjax weights 1"
-_COMMON = {"classes", "dtype", "inputs", "name", "remat", "seed"}  # what `create` takes beside a family's options
+_FORMAT = "cxrjax weights 2"
+_OUTPUT = "classifier.output."
+_HEAD_OPTIONS = {"pooling", "hidden", "dropout"}
+_CREATE_ARGUMENTS = {"classes", "dtype", "input_spec", "name", "remat", "seed"}  # of `create`, not a family's options
 
 
 @dataclass(frozen=True)
 class Card:
-    """What converted weights are.
+    """Description of converted weights.
 
     Attributes:
-      architecture: the name of the network, as `cxrjax.models.create` takes it.
-      classes: number of outputs; 0 where the head was dropped.
-      inputs: what the network expects of its images.
-      source: name of the file that they came from.
-      source_sha256: of that file.
-      sha256: of `weights.safetensors`.
-      options: of the architecture, where they are not its defaults.
-      labels: names of the outputs, an empty one for an output that means nothing; none where nobody gave them.
+      architecture: name of the network, for `cxrjax.models.create`.
+      classes: number of outputs; 0 if the head was dropped.
+      input_spec: what the network expects of its images.
+      source: name of the original file.
+      source_sha256: its checksum.
+      sha256: checksum of `weights.safetensors`.
+      options: options of the architecture, where they are not its defaults.
+      labels: names of the outputs, an empty one for an output without a meaning; () if they have none.
       notes: what the conversion changed.
     """
 
     architecture: str
     classes: int
-    inputs: InputSpec
+    input_spec: InputSpec
     source: str
     source_sha256: str
     sha256: str
@@ -56,16 +58,20 @@ class Card:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the card for JSON."""
         return {"format": _FORMAT, **dataclasses.asdict(self)}
 
 
+Converted = tuple[Card, dict[str, np.ndarray]]
+"""A card, and the arrays by our dotted paths, in our layout."""
+
+
 def check_destination(directory: Path, file: Path, architecture: str) -> None:
-    """Raise a `CxrError` if converting `file` into `directory` would write over anything but the same conversion."""
+    """Raise a `CxrError` if converting `file` into `directory` would overwrite anything but the same conversion."""
     if directory.exists() and not directory.is_dir():
         raise CxrError(f"{directory} is a file: give --out a directory")
     if (directory / WEIGHTS).resolve() == file.resolve():
-        raise CxrError(f"{file} would be written over: give another --out")
+        raise CxrError(f"{file} would be overwritten: give another --out")
     if (directory / "config.json").exists():
         raise CxrError(f"{directory} is the directory of a run: give another --out")
     if (directory / CARD).exists():
@@ -80,34 +86,34 @@ def check_destination(directory: Path, file: Path, architecture: str) -> None:
 
 
 @contextmanager
-def together(directory: Path) -> Iterator[Path]:
-    """A temporary folder, whose files are moved to `directory` when the block ends well, the card last."""
-    new = not directory.exists()
-    temporary = directory / f".{os.getpid()}.partial"  # inside: `directory` may be a file system of its own
+def staging_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files move to `directory` when the block succeeds, the card last."""
+    is_new = not directory.exists()
+    staging = directory / f".{os.getpid()}.partial"  # inside: `directory` may be its own file system
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in sorted(temporary.iterdir(), key=lambda file: (file.name == CARD, file.name)):
+        staging.mkdir(parents=True, exist_ok=True)
+        yield staging
+        for file in sorted(staging.iterdir(), key=lambda file: (file.name == CARD, file.name)):
             os.replace(file, directory / file.name)
     except BaseException:
-        if new:
+        if is_new:
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:
         with suppress(OSError):
-            shutil.rmtree(temporary)
+            shutil.rmtree(staging)
 
 
 def write_converted(directory: Path, card: Card, arrays: dict[str, np.ndarray]) -> Card:
-    """Write weights and card; returns the card, with the SHA-256 of the weights."""
+    """Write weights and card; return the card with the SHA-256 of the weights."""
     save_file(arrays, directory / WEIGHTS)
     card = dataclasses.replace(card, sha256=sha256(directory / WEIGHTS))
     write_json(directory / CARD, card.as_dict())
     return card
 
 
-def read_converted(directory: Path) -> tuple[Card, dict[str, np.ndarray]]:
-    """The card, and the arrays by our dotted paths, in our layout.
+def read_converted(directory: Path) -> Converted:
+    """Read card and arrays.
 
     Raises:
       CxrError: there are no converted weights, they are damaged, or the card is not of these weights.
@@ -127,9 +133,9 @@ def _read_card(file: Path) -> Card:
         entries = json.loads(file.read_text(encoding="utf-8"))
         if entries.pop("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT!r}")
-        entries["inputs"] = InputSpec(**entries["inputs"])
+        entries["input_spec"] = InputSpec(**entries["input_spec"])
         for name in ("labels", "notes"):
-            if not isinstance(entries[name], list) or not all(isinstance(each, str) for each in entries[name]):
+            if not isinstance(entries[name], list) or not all(isinstance(text, str) for text in entries[name]):
                 raise ValueError(f"its {name} are not a list of texts")
             entries[name] = tuple(entries[name])
         classes, labels = entries["classes"], entries["labels"]
@@ -137,10 +143,8 @@ def _read_card(file: Path) -> Card:
             raise ValueError(f"its classes are {classes!r:.40}")
         if len(labels) not in (0, classes):
             raise ValueError(f"it has {len(labels)} labels for {classes} outputs")
-        check_options(entries["options"])
-        entries["options"] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in entries["options"].items()
-        }
+        check_architecture_options(entries["options"])
+        entries["options"] = _as_tuples(entries["options"])
         return Card(**entries)
     except FileNotFoundError:
         raise CxrError(f"{file} is missing: make it with cxrjax weights convert FILE --out {file.parent}") from None
@@ -148,10 +152,14 @@ def _read_card(file: Path) -> Card:
         raise CxrError(f"{file} is not a card of converted weights ({error}): convert them again") from None
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise a `CxrError` for options that are not the architecture's own, or that no card can hold."""
+def _as_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def check_architecture_options(options: Mapping[str, Any]) -> None:
+    """Raise a `CxrError` for options that are not the architecture's own, or that a card cannot hold."""
     for option in options:
-        if option in _COMMON:
+        if option in _CREATE_ARGUMENTS:
             raise CxrError(f"{option} is no option of an architecture: leave it out")
     try:
         json.dumps(options, allow_nan=False)
@@ -160,33 +168,24 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def called(inputs: InputSpec) -> str:
-    """What a config calls these inputs; a description where it has no name for them."""
-    return next((name for name, spec in NAMED.items() if spec == inputs), str(inputs))
-
-
-Converted = tuple[Card, dict[str, np.ndarray]]
-_OUTPUT = "classifier.output."
 
 
 def load_converted(
     directory: Path, *, dtype: Any = "float32", remat: str = "none", classes: int | None = None
 ) -> Network:
-    """The network that a directory of converted weights describes.
+    """Return the network of a directory of converted weights.
 
     Args:
-      directory: of `convert`.
+      directory: written by `convert`.
       dtype: compute type.
       remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      classes: for weights without a head: the number of outputs of a fresh one.
+      classes: number of outputs of a new head, for weights without one.
 
     Raises:
-      CxrError: there are no such weights; they have no head and `classes` is None; they have one of another number.
+      CxrError: there are no such weights; they have no head and `classes` is None; their head has another number.
     """
     card, arrays = read_converted(directory)
     if not card.classes and classes is None:
@@ -198,18 +197,17 @@ def load_converted(
         classes=card.classes or classes or 0,
         dtype=dtype,
         remat=remat,
-        inputs=card.inputs,
+        input_spec=card.input_spec,
         **card.options,
     )
-    network = Network.from_model(model)
-    left = () if card.classes else model.replaceable
-    filled, faults = _fill(network, arrays, left)
+    optional = () if card.classes else model.replaceable
+    network, faults = _fill(Network.from_model(model), arrays, optional)
     if faults:
         raise CxrError(f"{directory} does not fit {card.architecture} of this version: {faults[0]}; convert it again")
-    return filled
+    return network
 
 
-def start_from(
+def init_from_converted(
     network: Network,
     architecture: str,
     source: Path | Converted,
@@ -217,86 +215,84 @@ def start_from(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Network, tuple[str, ...]]:
-    """A network with converted weights in place of its initial values; what does not fit of its head stays fresh.
+    """Replace a network's initial values by converted weights; what does not fit of the head stays initial.
 
-    Outputs are taken by name, if the weights name every finding. Modules that the family calls replaceable are taken
-    if they fit. All others must fit.
+    Outputs are taken by name, if the weights have one for every finding. Modules that the family calls replaceable are
+    taken if they fit. All others must fit.
 
     Args:
-      network: with initial values, of as many outputs as there are findings.
+      network: with initial values, and as many outputs as findings.
       architecture: its name.
-      source: a directory of `convert`, or a card and arrays, whose origin `card.source` names.
-      findings: what its outputs mean.
-      options: the network's, to be compared with those of the weights; None where nobody knows them.
+      source: a directory written by `convert`, or card and arrays, whose origin is `card.source`.
+      findings: meaning of its outputs.
+      options: the network's, to be compared with those of the weights; None if they are not known.
 
     Returns:
       The network, and a line for everything that was not simply taken.
 
     Raises:
-      CxrError: weights of another architecture, for other inputs, or of other shapes; the message names the mend.
+      CxrError: weights of another architecture, for other inputs, or of other shapes; the message says what to do.
     """
     directory = source if isinstance(source, Path) else source[0].source
     card, arrays = read_converted(source) if isinstance(source, Path) else source
     if card.architecture != architecture:
         raise CxrError(
             f"{directory} holds weights of {card.architecture}, and the network is {architecture}: "
-            f"give --config.model.name={card.architecture}"
+            f"set --config.model.name={card.architecture}"
         )
-    if card.inputs != network.inputs:
+    if card.input_spec != network.input_spec:
+        expected = input_spec_name(card.input_spec)
         raise CxrError(
-            f"the weights in {directory} expect inputs {called(card.inputs)}, and the network takes "
-            f"{called(network.inputs)}: give --config.model.inputs={called(card.inputs)}"
+            f"the weights in {directory} expect inputs {expected}, and the network takes "
+            f"{input_spec_name(network.input_spec)}: set --config.model.input_spec={expected}"
         )
     shapes = {name: leaf.shape for name, leaf in _leaves(network)}
-    arrays, notes = _with_findings(card, arrays, findings)
-    notes += _other_options(architecture, card.options, options) if options is not None else []
-    fresh = []
+    arrays, notes = _select_outputs(card, arrays, findings)
+    notes += _compare_options(architecture, card.options, options) if options is not None else []
+    initial = []
     for module in network.model().replaceable:
-        own = {name for name in shapes if name.split(".")[0] == module}
-        if any(name not in arrays or arrays[name].shape != shapes[name] for name in own):
-            fresh.append(module)
-        if any(name.split(".")[0] == module for name in arrays.keys() - own):
-            fresh.append(module)
-    taken = {name: array for name, array in arrays.items() if name.split(".")[0] not in fresh}
-    filled, faults = _fill(network, taken, fresh)
+        expected = {name for name in shapes if name.split(".")[0] == module}
+        present = {name for name in arrays if name.split(".")[0] == module}
+        if present != expected or any(arrays[name].shape != shapes[name] for name in expected):
+            initial.append(module)
+    arrays = {name: array for name, array in arrays.items() if name.split(".")[0] not in initial}
+    filled, faults = _fill(network, arrays, initial)
     if faults:
-        told = ", ".join(f"{name}={value}" for name, value in card.options.items()) or "none"
+        trained_with = ", ".join(f"{name}={value}" for name, value in card.options.items()) or "none"
         raise CxrError(
             f"{directory} does not fit the network: {faults[0]}"
             + (f" and {len(faults) - 1} more" if len(faults) > 1 else "")
-            + f"; its options are: {told}; set model.options alike"
+            + f"; its options are: {trained_with}; set model.options to the same"
         )
-    notes += [f"{module} starts from initial values" for module in dict.fromkeys(fresh)]
+    notes += [f"{module} starts from initial values" for module in initial]
     return filled, tuple(notes)
 
 
-def _other_options(architecture: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """A line for each option, but the head's, that the weights were trained with and the network does not have."""
-    settings = ARCHITECTURES[architecture].settings
-    both = [{**settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in of.items()}} for of in (theirs, ours)]
+def _compare_options(architecture: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return a line for each option, except the head's, that differs from the one the weights were trained with."""
+    defaults = ARCHITECTURES[architecture].options
+    theirs, ours = ({**defaults, **_as_tuples(options)} for options in (theirs, ours))
     return [
-        f"option {name} is {both[1].get(name, 'the default')} here, and was {both[0].get(name, 'the default')} there"
-        for name in sorted({*both[0], *both[1]} - {"pooling", "hidden", "dropout"})
-        if both[0].get(name) != both[1].get(name)
+        f"option {name} is {ours.get(name, 'the default')} here, and was {theirs.get(name, 'the default')} there"
+        for name in sorted({*theirs, *ours} - _HEAD_OPTIONS)
+        if theirs.get(name) != ours.get(name)
     ]
 
 
-def _with_findings(
+def _select_outputs(
     card: Card, arrays: dict[str, np.ndarray], findings: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays with the outputs of these findings, in their order; without any where the weights lack one."""
+    """Return the arrays with these findings' outputs, in their order; without outputs if one is missing."""
     if not card.classes:
         return arrays, ["the weights have no head"]
     absent = [finding for finding in findings if finding not in card.labels]
     if absent:
-        said = f"no output for {', '.join(absent)}" if card.labels else f"no names for their {card.classes} outputs"
-        return {name: array for name, array in arrays.items() if not name.startswith(_OUTPUT)}, [
-            f"the weights have {said}"
-        ]
+        lacking = f"no output for {', '.join(absent)}" if card.labels else f"no names for their {card.classes} outputs"
+        body = {name: array for name, array in arrays.items() if not name.startswith(_OUTPUT)}
+        return body, [f"the weights have {lacking}"]
     columns = [card.labels.index(finding) for finding in findings]
-    return {name: array[..., columns] if name.startswith(_OUTPUT) else array for name, array in arrays.items()}, [
-        f"the outputs for {', '.join(findings)} are those of the weights"
-    ]
+    selected = {name: array[..., columns] if name.startswith(_OUTPUT) else array for name, array in arrays.items()}
+    return selected, [f"the outputs for {', '.join(findings)} are those of the weights"]
 
 
 def _leaves(network: Network) -> list[tuple[str, jax.Array]]:
@@ -305,12 +301,12 @@ def _leaves(network: Network) -> list[tuple[str, jax.Array]]:
     return [(".".join(str(entry.key) for entry in path[1:]), leaf) for path, leaf in flat]
 
 
-def _fill(network: Network, arrays: dict[str, np.ndarray], left: Sequence[str]) -> tuple[Network, list[str]]:
-    """The network with these arrays in it, and all that does not fit; modules in `left` may lack arrays."""
+def _fill(network: Network, arrays: dict[str, np.ndarray], optional: Sequence[str]) -> tuple[Network, list[str]]:
+    """Return the network with these arrays, and all that does not fit; modules in `optional` may lack arrays."""
     leaves, faults, values = _leaves(network), [], []
     for name, leaf in leaves:
         array = arrays.get(name)
-        if array is None and name.split(".")[0] not in left:
+        if array is None and name.split(".")[0] not in optional:
             faults.append(f"{name} is missing")
         elif array is not None and array.shape != leaf.shape:
             faults.append(f"{name} has shape {array.shape}, and the network's has {leaf.shape}")

@@ -1,4 +1,4 @@
-"""Any file of weights: what it is, by its content, and the arrays in it by name."""
+"""Weight files of any format, recognised by their content: the arrays in them by name."""
 
 import json
 import pickle
@@ -11,53 +11,53 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cxrjax.errors import CxrError
-from cxrjax.weights.pickles import Record
+from cxrjax.weights.pickles import PickledObject
 from cxrjax.weights.torchfile import LEGACY_MAGIC, ZIP_MAGIC, Tensor, read_torch
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights", "params")
-_DEPTH = 64  # of modules in modules
-_MOST = 200_000  # modules, counted twice, and arrays in a module
+_MAX_DEPTH = 64  # of nested modules
+_MAX_ENTRIES = 200_000  # modules, counted twice, and arrays in a module
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a file holds.
+class WeightFile:
+    """The content of a file of weights.
 
     Attributes:
       format: "safetensors", "PyTorch ZIP" or "PyTorch legacy".
       arrays: by the file's names, in the file's types; they may be views of the file.
-      wrapper: where in the file they were, such as "state_dict"; empty where nothing is around them.
-      beside: what else the file holds.
-      module: the class of a whole module that was saved; empty for a plain state dict.
-      labels: what the module says of its outputs, empty where it says nothing.
+      wrapper: path of keys around them in the file, such as "state_dict"; empty if there is none.
+      other_entries: what else the file holds.
+      module: class of a whole module that was saved; empty for a plain state dict.
+      labels: the module's names of its outputs; empty if it has none.
     """
 
     format: str
     arrays: dict[str, np.ndarray]
     wrapper: str = ""
-    beside: tuple[str, ...] = ()
+    other_entries: tuple[str, ...] = ()
     module: str = ""
     labels: tuple[str, ...] = ()
 
 
 def read_weights(file: Path, *, restricted: bool = False) -> dict[str, np.ndarray]:
-    """The arrays in a safetensors or PyTorch file, by its own names; nothing in the file is executed.
+    """Return the arrays in a safetensors or PyTorch file, by the file's names; nothing in the file is executed.
 
     Raises:
-      CxrError: as `read_contents`.
+      CxrError: as `read_weight_file`.
     """
-    return read_contents(file, restricted=restricted).arrays
+    return read_weight_file(file, restricted=restricted).arrays
 
 
-def read_contents(file: Path, *, restricted: bool = False) -> Contents:
-    """All that is in a file of weights; its content decides what it is, not its name.
+def read_weight_file(file: Path, *, restricted: bool = False) -> WeightFile:
+    """Read a file of weights; its content decides the format, not its name.
 
     Args:
       file: safetensors, or what `torch.save` wrote of a state dict, of a dict around one, or of a whole module.
-      restricted: read PyTorch's files with the reader here, even where PyTorch is installed.
+      restricted: read PyTorch files with the reader here, even where PyTorch is installed.
 
     Raises:
-      CxrError: there is no such file; it is of another kind, damaged, or holds code; it holds no weights, or several.
+      CxrError: the file is missing, of another kind, damaged, or holds code; it holds no weights, or several sets.
     """
     file = Path(file)
     if not file.is_file():
@@ -65,44 +65,43 @@ def read_contents(file: Path, *, restricted: bool = False) -> Contents:
     with file.open("rb") as stream:
         head = stream.read(512)
     try:
-        return _contents(file, head, restricted)
+        return _read(file, head, restricted)
     except CxrError as error:
-        raise CxrError(_one_line(str(error))) from None
+        raise CxrError(_printable(str(error))) from None
 
 
-def _contents(file: Path, head: bytes, restricted: bool) -> Contents:
+def _read(file: Path, head: bytes, restricted: bool) -> WeightFile:
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-        form = "PyTorch ZIP" if head.startswith(ZIP_MAGIC) else "PyTorch legacy"
-        return _of_torch(file, form, read_torch(file, restricted=restricted))
+        format = "PyTorch ZIP" if head.startswith(ZIP_MAGIC) else "PyTorch legacy"
+        return _from_torch(file, format, read_torch(file, restricted=restricted))
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") + 8 <= file.stat().st_size:
-        arrays = _safetensors(file)
-        return Contents("safetensors", {_name(file, name): array for name, array in arrays.items()})
-    raise CxrError(f"{file} {_what_it_is(head)}")
+        arrays = _read_safetensors(file)
+        return WeightFile("safetensors", {_check_name(file, name): array for name, array in arrays.items()})
+    raise CxrError(f"{file} {_describe_unknown(head)}")
 
 
-def _one_line(text: str) -> str:
-    """Without line breaks, and what else in a file's names could play tricks on a terminal."""
+def _printable(text: str) -> str:
+    """Replace line breaks, and what else in a file's names could manipulate a terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def _name(file: Path, name: str) -> str:
-    """A name of an array, which must be one that can be shown."""
+def _check_name(file: Path, name: str) -> str:
     if not name.isprintable():
         raise CxrError(f"{file} is damaged: an array is called {name[:80]!r}")
     return name
 
 
-def _safetensors(file: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     try:
         return dict(load_file(file))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise CxrError(f"{file} is a damaged safetensors file ({str(error)[:200]}): fetch it again") from None
+        raise CxrError(f"{file} is a damaged safetensors file ({str(error)[:200]}): download it again") from None
 
 
-def _what_it_is(head: bytes) -> str:
-    """Why a file without the marks of weights is none."""
+def _describe_unknown(head: bytes) -> str:
+    """Say what a file that is not one of weights seems to be, and what to do."""
     if not head:
-        return "is empty: fetch it again"
+        return "is empty: download it again"
     if head[:1] == b"\x80" and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         return "is a pickle that torch.save did not write: nothing was run; save its arrays as safetensors"
     if head[257:262] == b"ustar":
@@ -110,98 +109,103 @@ def _what_it_is(head: bytes) -> str:
     if head[:4] == b"\x89HDF":
         return "is an HDF5 file, as Keras writes: only safetensors and PyTorch files are read"
     if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the weights it points to: fetch them with git lfs pull"
+        return "is a Git LFS pointer, not the weights it points to: get them with git lfs pull"
     if head[8:9] == b"{":
-        return "is a safetensors file cut short: fetch it again"
+        return "is a truncated safetensors file: download it again"
     text = head.decode("ascii", "replace")
     if all(character.isprintable() or character.isspace() for character in text) and "\ufffd" not in text:
-        return f"is a text file that begins {' '.join(text.split())[:40]!r}: a saved web page? fetch the file itself"
-    return "is neither safetensors nor a PyTorch file, or it was not downloaded whole"
+        start = " ".join(text.split())[:40]
+        return f"is a text file that begins {start!r}: a saved web page? download the file itself"
+    return "is neither safetensors nor a PyTorch file, or its download is incomplete"
 
 
-def _of_torch(file: Path, form: str, tree: Any) -> Contents:
-    found = _weights_in(tree)
-    if len(found) > 1:
-        found = [entry for entry in found if set(entry[0]) <= set(_WRAPPERS)] or found
-    if not found:
+def _from_torch(file: Path, format: str, tree: Any) -> WeightFile:
+    candidates = _find_weights(tree)
+    if len(candidates) > 1:
+        candidates = [candidate for candidate in candidates if set(candidate[0]) <= set(_WRAPPERS)] or candidates
+    if not candidates:
         raise CxrError(f"{file} holds no weights: there is no dict of tensors in it")
-    if len(found) > 1:
-        places = ", ".join(".".join(path) for path, _ in found[:8])
-        raise CxrError(f"{file} holds several sets of weights ({places}): save the one you want alone")
-    (path, value), module, labels = found[0], "", ()
-    beside = [".".join([*path[:depth], key]) for depth, key in _neighbours(tree, path)]
-    if isinstance(value, Record):
-        module, labels = str(value.made_by), _labels(value)
+    if len(candidates) > 1:
+        paths = ", ".join(".".join(path) for path, _ in candidates[:8])
+        raise CxrError(f"{file} holds several sets of weights ({paths}): save the one you want on its own")
+    (path, value), module, labels = candidates[0], "", ()
+    other_entries = [".".join([*path[:depth], key]) for depth, key in _siblings(tree, path)]
+    if isinstance(value, PickledObject):
+        module, labels = str(value.constructor), _labels(value)
         value = _state_dict(file, value)
     arrays = {}
     for name, leaf in value.items():
         if not isinstance(leaf, Tensor | np.ndarray):
-            beside.append(".".join([*path, name]))
+            other_entries.append(".".join([*path, name]))
             continue
         try:
-            arrays[_name(file, name)] = leaf.array() if isinstance(leaf, Tensor) else leaf
+            arrays[_check_name(file, name)] = leaf.array() if isinstance(leaf, Tensor) else leaf
         except (ValueError, TypeError, OverflowError) as error:
             raise CxrError(f"{file} is damaged at {name}: {str(error)[:200]}") from None
-    return Contents(form, arrays, _one_line(".".join(path)), tuple(map(_one_line, beside)), _one_line(module), labels)
+    wrapper, others = _printable(".".join(path)), tuple(map(_printable, other_entries))
+    return WeightFile(format, arrays, wrapper, others, _printable(module), labels)
 
 
-def _weights_in(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """Every module, and every dict with tensors in it, that is at most two dicts down; with the way to it."""
-    found, level, seen = [], [((), tree)], set()
+def _find_weights(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Return every module and every dict with tensors that is at most two dicts down, with its path."""
+    candidates, level, seen = [], [((), tree)], set()
     for _ in range(3):
-        below = []
+        next_level = []
         for path, value in level:
             if id(value) in seen:
                 continue
             seen.add(id(value))
             if _is_module(value):
-                found.append((path, value))
+                candidates.append((path, value))
             elif isinstance(value, dict):
-                named = {key: each for key, each in value.items() if isinstance(key, str)}
-                if any(isinstance(each, Tensor | np.ndarray) for each in named.values()):
-                    found.append((path, named))
+                named = {key: entry for key, entry in value.items() if isinstance(key, str)}
+                if any(isinstance(entry, Tensor | np.ndarray) for entry in named.values()):
+                    candidates.append((path, named))
                 else:
-                    below += [((*path, key), each) for key, each in named.items()]
-        level = below
-    return found
+                    next_level += [((*path, key), entry) for key, entry in named.items()]
+        level = next_level
+    return candidates
 
 
-def _neighbours(tree: Any, path: tuple[str, ...]) -> list[tuple[int, str]]:
-    """What lies beside the way to the weights, as depth and key."""
-    beside = []
-    for depth, taken in enumerate(path):
-        names = [key if isinstance(key, str) else f"({type(key).__name__})" for key in tree if key != taken]
-        beside += [(depth, name) for name in names]
-        tree = tree[taken]
-    return beside
+def _siblings(tree: Any, path: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Return the entries next to the path to the weights, as depth and key."""
+    siblings = []
+    for depth, step in enumerate(path):
+        names = [key if isinstance(key, str) else f"({type(key).__name__})" for key in tree if key != step]
+        siblings += [(depth, name) for name in names]
+        tree = tree[step]
+    return siblings
 
 
 def _is_module(value: Any) -> bool:
-    return isinstance(value, Record) and isinstance(value.state, dict) and isinstance(value.state.get("_modules"), dict)
+    is_object = isinstance(value, PickledObject) and isinstance(value.state, dict)
+    return is_object and isinstance(value.state.get("_modules"), dict)
 
 
-def _state_dict(file: Path, module: Record) -> dict[str, Any]:
-    """What `state_dict()` of the module would give.
+def _state_dict(file: Path, module: PickledObject) -> dict[str, Any]:
+    """Return what `state_dict()` of the module would return.
 
     Raises:
-      CxrError: modules that hold each other, or more arrays than any network has.
+      CxrError: modules that contain each other, or more arrays than any network has.
     """
     arrays: dict[str, Any] = {}
-    left = _MOST
+    budget = _MAX_ENTRIES
 
-    def collect(record: Record, prefix: str, depth: int) -> None:
-        nonlocal left
-        state = record.state
+    def collect(module: PickledObject, prefix: str, depth: int) -> None:
+        nonlocal budget
+        state = module.state
         parameters, buffers = state.get("_parameters") or {}, state.get("_buffers") or {}
-        passing, children = state.get("_non_persistent_buffers_set") or [], state["_modules"]
-        if not (isinstance(parameters, dict) and isinstance(buffers, dict) and isinstance(passing, list)):
-            raise CxrError(f"{file} is damaged at module {prefix}: fetch it again")
-        own = parameters | buffers
-        left -= 1 + len(own) + len(passing) + len(children)
-        if depth > _DEPTH or left < 0:
+        non_persistent, children = state.get("_non_persistent_buffers_set") or [], state["_modules"]
+        if not (isinstance(parameters, dict) and isinstance(buffers, dict) and isinstance(non_persistent, list)):
+            raise CxrError(f"{file} is damaged at module {prefix}: download it again")
+        entries = parameters | buffers
+        budget -= 1 + len(entries) + len(non_persistent) + len(children)
+        if depth > _MAX_DEPTH or budget < 0:
             raise CxrError(f"{file} holds modules that are nested without end")
-        kept = own.keys() - {name for name in passing if isinstance(name, str)}
-        arrays.update({f"{prefix}{name}": own[name] for name in own if own[name] is not None and name in kept})
+        saved = entries.keys() - {name for name in non_persistent if isinstance(name, str)}
+        arrays.update(
+            {f"{prefix}{name}": value for name, value in entries.items() if value is not None and name in saved}
+        )
         for name, child in children.items():
             if _is_module(child):
                 collect(child, f"{prefix}{name}.", depth + 1)
@@ -210,10 +214,10 @@ def _state_dict(file: Path, module: Record) -> dict[str, Any]:
     return arrays
 
 
-def _labels(module: Record) -> tuple[str, ...]:
-    """The names of its outputs, where a torchxrayvision model carries them."""
+def _labels(module: PickledObject) -> tuple[str, ...]:
+    """Return the names of the outputs that a torchxrayvision model carries."""
     for attribute in ("pathologies", "targets"):
         labels = module.state.get(attribute)
-        if isinstance(labels, list) and labels and all(isinstance(each, str) for each in labels):
-            return tuple(map(_one_line, labels))
+        if isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels):
+            return tuple(map(_printable, labels))
     return ()

@@ -1,4 +1,4 @@
-"""From the names that a file gives its arrays to the published names of a network."""
+"""A file's array names to the published names of a network, and the architecture that they fit."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from flax import nnx
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.backbone import Backbone
-from cxrjax.models.input_spec import NAMED
+from cxrjax.models.input_spec import INPUT_SPECS
 from cxrjax.models.layers import skip_init
 from cxrjax.models.registry import ARCHITECTURES
 from cxrjax.weights.published import published_module, published_name, published_names, published_shapes
@@ -22,15 +22,15 @@ _XRV_THRESHOLDS = "op_threshs"
 
 
 @dataclass(frozen=True)
-class Named:
+class RenamedArrays:
     """Arrays by published names.
 
     Attributes:
       arrays: by published name.
-      original: what the file calls each.
-      dropped: the file's names of arrays that no network has, and why.
+      original: the file's name of each.
+      dropped: the file's names of arrays that belong to no network, with the reason.
       notes: how names were changed.
-      torchxrayvision: whether an array of torchxrayvision's was among them.
+      torchxrayvision: whether one of torchxrayvision's own arrays was among them.
     """
 
     arrays: dict[str, np.ndarray]
@@ -40,73 +40,73 @@ class Named:
     torchxrayvision: bool
 
 
-def published(arrays: Mapping[str, np.ndarray], family: type[Backbone]) -> Named:
-    """Give arrays the names that the family's reference gives them.
+def to_published_names(arrays: Mapping[str, np.ndarray], family: type[Backbone]) -> RenamedArrays:
+    """Rename arrays as the family's reference implementation names them.
 
-    Known are: prefixes that all names have (`module.` of DataParallel, `model.`, CheXNet's `module.densenet121.`),
+    Handled are: prefixes common to all names (`module.` of DataParallel, `model.`, CheXNet's `module.densenet121.`),
     torchvision's older names of dense layers (`norm.1`), a head inside a sequence (`classifier.0`), and
     torchxrayvision's operating thresholds.
 
     Raises:
       CxrError: two names become one.
     """
-    names = {name: name for name in arrays}  # what each is now: what the file calls it
+    original = {name: name for name in arrays}  # the file's name by the current one
     notes = []
 
     def rename(change, note: str) -> None:
-        nonlocal names
-        new = {}
-        for name, original in names.items():
-            if (changed := change(name)) in new:
-                raise CxrError(f"{original} and {new[changed]} are both {changed}: remove one")
-            new[changed] = original
-        if new != names:
+        nonlocal original
+        renamed = {}
+        for name, in_file in original.items():
+            if (new := change(name)) in renamed:
+                raise CxrError(f"{in_file} and {renamed[new]} are both {new}: remove one")
+            renamed[new] = in_file
+        if renamed != original:
             notes.append(note)
-        names = new
+        original = renamed
 
-    thresholds = [name for name in names if name.rpartition(".")[2] == _XRV_THRESHOLDS]
-    dropped = {
-        names.pop(name): "torchxrayvision's operating thresholds are no part of the network" for name in thresholds
-    }
-    while prefix := _common_prefix(names, top_modules(family)):
+    thresholds = [name for name in original if name.rpartition(".")[2] == _XRV_THRESHOLDS]
+    reason = "torchxrayvision's operating thresholds are no part of the network"
+    dropped = {original.pop(name): reason for name in thresholds}
+    while prefix := _common_prefix(original, top_modules(family)):
         rename(lambda name, prefix=prefix: name.removeprefix(prefix), f"all names began with {prefix}")
     rename(lambda name: _LEGACY_LAYER.sub(r"\g<layer>\g<number>.", name), "older names such as norm.1 stand for norm1")
     head = published_name(family, ("classifier", "output", "kernel")).removesuffix(".weight")
     root = published_module(family, "classifier")
-    inside = {match[1] for name in names if (match := re.match(rf"{re.escape(root)}(\.\d+|)\.(?:weight|bias)$", name))}
-    if len(inside) == 1 and (found := root + inside.pop()) != head:
-        rename(lambda name: re.sub(rf"^{re.escape(found)}\.(?=\w+$)", f"{head}.", name), f"the head was called {found}")
-    kept = {name: arrays[original] for name, original in names.items()}
-    return Named(kept, names, dropped, tuple(notes), bool(thresholds))
+    head_name = re.compile(rf"{re.escape(root)}(\.\d+|)\.(?:weight|bias)$")
+    positions = {match[1] for name in original if (match := head_name.match(name))}
+    if len(positions) == 1 and (in_file := root + positions.pop()) != head:
+        rename(
+            lambda name: re.sub(rf"^{re.escape(in_file)}\.(?=\w+$)", f"{head}.", name), f"the head was called {in_file}"
+        )
+    renamed = {name: arrays[in_file] for name, in_file in original.items()}
+    return RenamedArrays(renamed, original, dropped, tuple(notes), bool(thresholds))
 
 
 def top_modules(family: type[Backbone]) -> set[str]:
-    """Published names of the family's top-level modules, as far as the family alone tells them."""
+    """Return the published names of those top-level modules that are known from the family alone."""
     ours = [path for path in (*getattr(family, "stem", ()), *family.replaceable) if path]
-    theirs = [path for _, path in family.published if path] + [published_module(family, path) for path in ours]
+    theirs = [path for _, path in family.published_prefixes if path]
+    theirs += [published_module(family, path) for path in ours]
     return {path.partition(".")[0] for path in theirs}
 
 
-def _common_prefix(names: Mapping[str, str], known: set[str]) -> str:
-    """The first part of all names, with its dot, if they have one in common that the network does not."""
+def _common_prefix(names: Mapping[str, str], modules: set[str]) -> str:
+    """Return the first component of all names, with its dot, if it is the same and not one of the network's modules."""
     firsts = {name.partition(".")[0] if "." in name else "" for name in names}
     first = firsts.pop() if len(firsts) == 1 else ""
-    return f"{first}." if first and first not in known else ""
+    return f"{first}." if first and first not in modules else ""
 
 
-_ALIKE = 0.9  # share of arrays that fit, from which weights are taken to be of an architecture
-
-
-def family_of(architecture: str) -> type[Backbone]:
-    """The class of a network."""
+def get_family(architecture: str) -> type[Backbone]:
+    """Return the class of a network."""
     return cast(type[Backbone], ARCHITECTURES[architecture].family)
 
 
-def shapes_of(architecture: str, **options: Any) -> Backbone:
-    """The network that `create` would build, with shapes and types for arrays.
+def abstract_model(architecture: str, **options: Any) -> Backbone:
+    """Return the module that `create` would build, with shapes and types in place of arrays.
 
     Raises:
-      CxrError: as `create`; or options are of a wrong type, or too large.
+      CxrError: as `create`; or options have a wrong type, or are too large.
     """
     try:
         with skip_init():
@@ -117,43 +117,47 @@ def shapes_of(architecture: str, **options: Any) -> Backbone:
         raise CxrError(f"{architecture} cannot be built with {given}: {reason}") from None
 
 
-def suggestion(arrays: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]) -> str:
-    """The name of another architecture that the weights are of; empty where they are of this one, or of none.
+_MIN_MATCH = 0.9  # fraction of matching arrays from which weights are taken to be of an architecture
+
+
+def suggest_architecture(arrays: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]) -> str:
+    """Return the name of another architecture that the weights fit; empty if they fit this one, or none.
 
     Networks are built one by one, likely ones first, until one fits.
     """
-    if _likeness(arrays, architecture, options) >= _ALIKE:
+    if _match(arrays, architecture, options) >= _MIN_MATCH:
         return ""
-    likely = sorted(ARCHITECTURES, key=lambda name: -_familiar(arrays, family_of(name)))
-    best, highest = "", _ALIKE
-    for name in likely:
-        if name != architecture and (likeness := _likeness(arrays, name, {})) > highest:
-            best, highest = name, likeness
-            if likeness == 1:
+    likely_first = sorted(ARCHITECTURES, key=lambda name: -_module_match(arrays, get_family(name)))
+    best, highest = "", _MIN_MATCH
+    for name in likely_first:
+        if name != architecture and (match := _match(arrays, name, {})) > highest:
+            best, highest = name, match
+            if match == 1:
                 break
     return best
 
 
-def _familiar(arrays: Mapping[str, np.ndarray], family: type[Backbone]) -> float:
-    """The share of the family's top-level modules that are in the weights; needs no network."""
-    there = {name.partition(".")[0] for name in published(arrays, family).arrays}
-    known = top_modules(family)
-    return len(known & there) / len(known)
+def _module_match(arrays: Mapping[str, np.ndarray], family: type[Backbone]) -> float:
+    """Return the fraction of the family's top-level modules that the weights have; builds no network."""
+    modules = {name.partition(".")[0] for name in to_published_names(arrays, family).arrays}
+    expected = top_modules(family)
+    return len(expected & modules) / len(expected)
 
 
-def _likeness(arrays: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]) -> float:
-    """The share of arrays, the network's and the file's but for heads and counters, that agree in name and shape."""
-    family = family_of(architecture)
-    arrays = published(arrays, family).arrays
+def _match(arrays: Mapping[str, np.ndarray], architecture: str, options: Mapping[str, Any]) -> float:
+    """Return the fraction of arrays, without heads and counters, that network and file have in the same shape."""
+    family = get_family(architecture)
+    arrays = to_published_names(arrays, family).arrays
     conv = getattr(family, "stem", ("",))[0]
     first = published_name(family, (*conv.split("."), "kernel")) if conv else ""
     if first not in arrays or arrays[first].ndim != 4:
         return 0.0
     channels = arrays[first].shape[1]
-    spec = next((spec for spec in NAMED.values() if spec.channels == channels), None)
-    model = shapes_of(architecture, classes=1, inputs=spec, **options)
+    spec = next((spec for spec in INPUT_SPECS.values() if spec.channels == channels), None)
+    model = abstract_model(architecture, classes=1, input_spec=spec, **options)
     shapes = published_shapes(model)
-    body = {name for path, name in published_names(model).items() if path[0] not in model.replaceable}
+    expected = {name for path, name in published_names(model).items() if path[0] not in model.replaceable}
     heads = tuple(f"{published_module(family, module)}." for module in model.replaceable)
-    there = {name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(heads)}
-    return sum(name in there and arrays[name].shape == shapes[name] for name in body) / len(body | there)
+    present = {name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(heads)}
+    matches = sum(name in present and arrays[name].shape == shapes[name] for name in expected)
+    return matches / len(expected | present)

@@ -1,7 +1,7 @@
-"""What `torch.save` wrote, without running anything in it: ZIP files, and the format before PyTorch 1.6.
+"""Files of `torch.save`, read without running anything in them: ZIP files, and the format before PyTorch 1.6.
 
 Where PyTorch is installed its own `weights_only` loader reads first. What it refuses, such as a whole module, is read
-here, where tensors become arrays on the file's bytes and every other object stays a `Record`.
+here: tensors become arrays on the file's bytes, and every other object stays a `PickledObject`.
 """
 
 import io
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxrjax.errors import CxrError
-from cxrjax.weights.pickles import Global, RefusedError, Vocabulary, plain_key, read_pickle
+from cxrjax.weights.pickles import AllowedGlobals, ForbiddenGlobalError, Global, check_key, read_pickle
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of the number 0x1950a86a20f9469cfc6c
 LEGACY_PROTOCOL = 1001
-_SIDES = 64  # PyTorch's own limit
+_MAX_DIMENSIONS = 64  # PyTorch's own limit
 
 _TYPES = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
@@ -45,7 +45,7 @@ _INERT = {
 
 @dataclass(eq=False)
 class Storage:
-    """The values that one or more tensors show; `bytes` is None until it is known where in the file they are."""
+    """The values of one or more tensors; `bytes` is None until their place in the file is known."""
 
     key: str
     dtype: np.dtype
@@ -54,13 +54,13 @@ class Storage:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.count * self.dtype.itemsize
 
 
 @dataclass(eq=False)
 class Tensor:
-    """A tensor as the file describes it, in units of its type."""
+    """A tensor as the file declares it; offset and strides in elements."""
 
     storage: Storage
     offset: int
@@ -68,31 +68,31 @@ class Tensor:
     strides: tuple[int, ...]
 
     def array(self) -> np.ndarray:
-        """The values: a view of the file, not to be written.
+        """Return the values as a read-only view of the file.
 
         Raises:
           ValueError: they are not in the file.
         """
-        step = self.storage.dtype.itemsize
+        itemsize = self.storage.dtype.itemsize
         for number in (self.offset, *self.shape, *self.strides):
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= sys.maxsize // step:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= sys.maxsize // itemsize:
                 raise ValueError(f"a tensor with a size, stride or offset of {number!r:.40}")
         count = 1
         for side in self.shape:
             count *= side
         if self.storage.bytes is None or count > self.storage.count:
-            there = 0 if self.storage.bytes is None else self.storage.count
-            raise ValueError(f"a tensor of {count:,} values, for which {there:,} are stored")
-        strides = [stride * step for stride in self.strides]
-        return np.ndarray(self.shape, self.storage.dtype, self.storage.bytes, self.offset * step, strides)
+            stored = 0 if self.storage.bytes is None else self.storage.count
+            raise ValueError(f"a tensor of {count:,} values, for which {stored:,} are stored")
+        strides = [stride * itemsize for stride in self.strides]
+        return np.ndarray(self.shape, self.storage.dtype, self.storage.bytes, self.offset * itemsize, strides)
 
 
 def read_torch(file: Path, *, restricted: bool = False) -> Any:
-    """What is in the file: dicts, lists, tuples, numbers, text, and tensors as `Tensor` or arrays; modules as `Record`.
+    """Return the file's value: dicts, lists, tuples, numbers, text, `Tensor` or arrays; modules as `PickledObject`.
 
     Args:
       file: begins with `ZIP_MAGIC` or `LEGACY_MAGIC`.
-      restricted: do not ask PyTorch, even where it is installed.
+      restricted: do not use PyTorch, even where it is installed.
 
     Raises:
       CxrError: the file is damaged, holds code or foreign objects, or declares more than it holds.
@@ -100,25 +100,25 @@ def read_torch(file: Path, *, restricted: bool = False) -> Any:
     try:
         with file.open("rb") as stream:
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        members = _members(file, content) if content[:4] == ZIP_MAGIC else None
-        if not restricted and (tree := _ask_torch(file)) is not None:
+        members = _zip_members(file, content) if content[:4] == ZIP_MAGIC else None
+        if not restricted and (tree := _read_with_torch(file)) is not None:
             return tree
         return _read_legacy(content) if members is None else _read_zip(members)
-    except RefusedError as refusal:
+    except ForbiddenGlobalError as refusal:
         raise CxrError(
             f"{file} {refusal}, which is no part of weights: nothing was run; "
             "if you trust it, save its state_dict alone: torch.save(model.state_dict(), FILE)"
         ) from None
     except CxrError as error:
         raise CxrError(f"{file} {error}") from None
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file can lead to any
         kind = "" if type(error) is ValueError else f"{type(error).__name__} "
         reason = " ".join(f"{kind}{error}".split())[:200]
-        raise CxrError(f"{file} is damaged or was not downloaded whole ({reason}): fetch it again") from None
+        raise CxrError(f"{file} is damaged or its download is incomplete ({reason}): download it again") from None
 
 
-def _ask_torch(file: Path) -> Any:
-    """What PyTorch's own restricted loader reads; None where there is no PyTorch, or where it refuses."""
+def _read_with_torch(file: Path) -> Any:
+    """Return what PyTorch's `weights_only` loader reads; None without a safe PyTorch, or if it refuses."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -126,7 +126,7 @@ def _ask_torch(file: Path) -> Any:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # earlier ones can be made to run code
         return None
 
-    def plain(value: Any) -> Any:
+    def to_numpy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError("a tensor of more values than are stored")
@@ -135,38 +135,38 @@ def _ask_torch(file: Path) -> Any:
                 return value.view(torch.uint16).numpy().view(jnp.bfloat16)
             return value.numpy()
         if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+            return {key: to_numpy(entry) for key, entry in value.items()}
+        return type(value)(map(to_numpy, value)) if type(value) in (list, tuple) else value
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return plain(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception:  # the reader below says in one line what is wrong
+            return to_numpy(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception:  # our own reader then says in one line what is wrong
         return None
 
 
-def _members(file: Path, content: mmap.mmap) -> dict[str, memoryview]:
-    """The members of a ZIP file, checked: stored as they are, whole, and no larger together than the file."""
+def _zip_members(file: Path, content: mmap.mmap) -> dict[str, memoryview]:
+    """Return the members of a ZIP file after checks: uncompressed, complete, and together no larger than the file."""
     members, total, view = {}, 0, memoryview(content)
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except zipfile.BadZipFile:
-        raise CxrError("is not a whole ZIP file: it was not downloaded whole, fetch it again") from None
+        raise CxrError("is not a complete ZIP file: its download is incomplete, download it again") from None
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise CxrError(f"holds a compressed member, {entry.filename}: torch.save writes none")
         total += entry.file_size
         if total > len(content):
-            raise CxrError("declares more bytes than it has: fetch it again")
+            raise CxrError("declares more bytes than it has: download it again")
         head = content[entry.header_offset : entry.header_offset + 30]
         start = entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         data = view[start : start + entry.file_size]
         if head[:4] != ZIP_MAGIC or len(data) != entry.file_size:
-            raise CxrError(f"is damaged at its member {entry.filename}: fetch it again")
+            raise CxrError(f"is damaged at its member {entry.filename}: download it again")
         if entry.CRC and zlib.crc32(data) != entry.CRC:  # PyTorch can be told not to write it
-            raise CxrError(f"is damaged at its member {entry.filename}, by its checksum: fetch it again")
+            raise CxrError(f"is damaged at its member {entry.filename}, by its checksum: download it again")
         members[entry.filename] = data
     return members
 
@@ -182,29 +182,35 @@ def _read_zip(members: dict[str, memoryview]) -> Any:
         raise CxrError("was written on a big-endian machine: save it again on another")
     storages: dict[str, Storage] = {}
 
-    def persistent(identity: Any) -> Any:
-        storage = _storage(identity, storages)
+    def persistent_load(identity: Any) -> Any:
+        storage = _declare_storage(identity, storages)
         if storage.bytes is None:
             storage.bytes = members[f"{folder}data/{storage.key}"]
             if len(storage.bytes) != storage.size:
                 raise ValueError(f"storage {storage.key} of {storage.size:,} bytes has {len(storage.bytes):,}")
         return storage
 
-    return read_pickle(io.BytesIO(members[main[0]]), _vocabulary(persistent))
+    return read_pickle(io.BytesIO(members[main[0]]), AllowedGlobals(_FUNCTIONS, _is_inert, persistent_load))
 
 
 def _read_legacy(content: mmap.mmap) -> Any:
-    """Pickles of a magic number, the protocol, the system, the object and the storages' keys, then the storages."""
+    """Read pickles of the magic number, protocol, system, object and storage keys, then the storages."""
     storages: dict[str, Storage] = {}
-    plain = Vocabulary({}, lambda found: False, lambda identity: None)
+    nothing = AllowedGlobals({}, lambda named: False, lambda identity: None)
     content.seek(len(LEGACY_MAGIC))
-    if read_pickle(content, plain) != LEGACY_PROTOCOL:
+    if read_pickle(content, nothing) != LEGACY_PROTOCOL:
         raise CxrError("is of an unknown version of PyTorch's format: load it with PyTorch and save it again")
-    if not read_pickle(content, plain).get("little_endian", True):
+    if not read_pickle(content, nothing).get("little_endian", True):
         raise CxrError("was written on a big-endian machine: save it again on another")
-    tree = read_pickle(content, _vocabulary(lambda identity: _persistent(identity, storages)))
+
+    def persistent_load(identity: Any) -> Any:
+        if isinstance(identity, tuple) and identity[0] == "module":  # older PyTorch stored a module's class and source
+            return identity[1]
+        return _declare_storage(identity, storages)
+
+    tree = read_pickle(content, AllowedGlobals(_FUNCTIONS, _is_inert, persistent_load))
     view = memoryview(content)
-    for key in read_pickle(content, plain):
+    for key in read_pickle(content, nothing):
         storage = storages[key]
         count = int.from_bytes(content.read(8), "little")
         start = content.tell()
@@ -215,16 +221,10 @@ def _read_legacy(content: mmap.mmap) -> Any:
     return tree
 
 
-def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
-    """A storage; or a module's class, which older versions of PyTorch kept with its source."""
-    if isinstance(identity, tuple) and identity[0] == "module":
-        return identity[1]
-    return _storage(identity, storages)
-
-
-def _storage(identity: Any, storages: dict[str, Storage]) -> Storage:
+def _declare_storage(identity: Any, storages: dict[str, Storage]) -> Storage:
+    """Return the storage of a persistent id, which is added to `storages` if it is new."""
     kind, dtype, key, _, count, *view = identity
-    if kind != "storage" or not isinstance(key, str) or any(part is not None for part in view):
+    if kind != "storage" or not isinstance(key, str) or any(field is not None for field in view):
         raise ValueError("a storage of an unknown kind")
     if isinstance(count, bool) or not isinstance(count, int) or count < 0 or dtype.name not in _TYPES:
         raise ValueError(f"storage {key} of {count!r:.40} values of type {dtype}")
@@ -234,48 +234,43 @@ def _storage(identity: Any, storages: dict[str, Storage]) -> Storage:
     return storage
 
 
-def _vocabulary(persistent: Any) -> Vocabulary:
-    return Vocabulary(_FUNCTIONS, _is_inert, persistent)
+def _is_inert(named: Global) -> bool:
+    is_storage = named.module in ("torch", "torch.cuda") and named.name in _TYPES
+    return named in _INERT or is_storage or f"{named.module}.".startswith(_INERT_MODULES)
 
 
-def _is_inert(found: Global) -> bool:
-    module = f"{found.module}."
-    storage = found.module in ("torch", "torch.cuda") and found.name in _TYPES
-    return found in _INERT or storage or module.startswith(_INERT_MODULES)
-
-
-def _tensor(storage: Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any) -> Tensor:
+def _rebuild_tensor(storage: Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any) -> Tensor:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor of no storage")
     return Tensor(storage, offset, shape, strides)
 
 
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _rebuild_from_type(function: Global, _: Any, arguments: tuple, __: Any) -> Any:
+    """Rebuild a tensor that carries Python attributes."""
+    if function not in _TENSOR_FUNCTIONS:
+        raise ValueError(f"a tensor made by {function}")
+    return _TENSOR_FUNCTIONS[function](*arguments)
+
+
 def _size(sides: Sequence[int] = ()) -> tuple[int, ...]:
-    if len(sides) > _SIDES:
+    if len(sides) > _MAX_DIMENSIONS:
         raise ValueError(f"a size of {len(sides):,} sides")
     return tuple(sides)
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _subclass(function: Global, _: Any, arguments: tuple, __: Any) -> Any:
-    """A tensor that carries Python attributes."""
-    if function not in _TENSORS:
-        raise ValueError(f"a tensor made by {function}")
-    return _TENSORS[function](*arguments)
-
-
-_TENSORS = {
-    Global("torch._utils", "_rebuild_tensor"): _tensor,
-    Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    Global("torch._utils", "_rebuild_parameter"): _parameter,
-    Global("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+_TENSOR_FUNCTIONS = {
+    Global("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    Global("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    Global("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    Global("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
 }
-_FUNCTIONS = _TENSORS | {
-    Global("torch._tensor", "_rebuild_from_type_v2"): _subclass,
-    Global("collections", "OrderedDict"): lambda pairs=(): {plain_key(key): value for key, value in pairs},
+_FUNCTIONS = _TENSOR_FUNCTIONS | {
+    Global("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    Global("collections", "OrderedDict"): lambda pairs=(): {check_key(key): value for key, value in pairs},
     Global("torch", "Size"): _size,
     **{Global(module, "set"): lambda values=(): list(values) for module in ("builtins", "__builtin__")},
 }

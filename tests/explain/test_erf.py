@@ -23,7 +23,7 @@ class TwoConvolutions(Backbone):
     """Linear, so that its receptive field is the convolution of its kernels, whatever the image."""
 
     def __init__(self, channels: int, outputs: int):
-        super().__init__(classes=1, inputs=GREY, dtype=np.dtype("float64"), remat="none")
+        super().__init__(classes=1, input_spec=GREY, dtype=np.dtype("float64"), remat="none")
         options = {"padding": "VALID", "use_bias": False, "param_dtype": jnp.float64, "rngs": nnx.Rngs(3)}
         self.first = nnx.Conv(1, channels, (3, 3), **options)
         self.second = nnx.Conv(channels, outputs, (4, 4), **options)
@@ -62,7 +62,7 @@ def linear():
 
 @pytest.fixture(scope="module")
 def network():
-    return Network.from_model(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4))
+    return Network.from_model(create("densenet_small", classes=2, seed=1, block_config=(1, 1), growth_rate=4))
 
 
 def test_estimators_of_a_linear_network_are_convolved_kernels(linear):
@@ -108,7 +108,7 @@ def test_the_sum_differs_by_the_products_of_different_channels(linear):
 def test_random_signs_are_unbiased_for_a_network_with_kinks_and_norms():
     """The mean over seeds is within five of its own standard errors at every pixel; the plain sum is not."""
     with jax.enable_x64(True):
-        network = Network.from_model(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4, dtype="float64"))
+        network = Network.from_model(create("densenet_small", classes=2, seed=1, block_config=(1, 1), growth_rate=4, dtype="float64"))
         images, options = some_images(2, 32), {"translate": 0.0, "batch_size": 2, "parallel": 8}
         exact, plain = (erf.measure(network, images, estimator=e, **options).map for e in ("exact", "sum"))
         seeds = [erf.measure(network, images, probes=8, seed=seed, **options).map for seed in range(40)]
@@ -132,7 +132,7 @@ def test_one_channel_leaves_one_estimate():
 
 def test_a_trained_kind_of_network_against_its_jacobian():
     with jax.enable_x64(True):
-        network = Network.from_model(create("simple_cnn", classes=2, dtype="float64", inputs=IMAGENET))
+        network = Network.from_model(create("simple_cnn", classes=2, dtype="float64", input_spec=IMAGENET))
         images = some_images(2, 24)
         measured = erf.measure(network, images, estimator="exact", translate=0, layer="stage2", parallel=32)
 
@@ -162,7 +162,7 @@ def test_batches_and_chunks_change_nothing(network, estimator):
 
 def test_bfloat16_measures_the_same_field(network):
     images = some_images(4, 64)
-    half = Network.from_model(create("densenet_small", classes=2, seed=1, blocks=(1, 1), growth=4, dtype="bfloat16"))
+    half = Network.from_model(create("densenet_small", classes=2, seed=1, block_config=(1, 1), growth_rate=4, dtype="bfloat16"))
     fields = [erf.measure(n, images, estimator="exact", parallel=32) for n in (network, half)]
     assert fields[1].map.sum() == pytest.approx(fields[0].map.sum(), rel=0.05)
     assert fields[1].diameter == pytest.approx(fields[0].diameter, rel=0.05)

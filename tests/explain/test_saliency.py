@@ -14,7 +14,7 @@ from cxrjax.errors import CxrError
 from cxrjax.explain.saliency import METHODS, _activation, baselines, logits, saliency
 from cxrjax.models import create
 from cxrjax.models.backbone import Backbone
-from cxrjax.models.heads import SHARPNESS
+from cxrjax.models.backbone import LSE_SHARPNESS
 from cxrjax.models.input_spec import IMAGENET, prepare
 from cxrjax.models.network import Network
 
@@ -24,7 +24,7 @@ def some_images(count: int, side: int = 64) -> np.ndarray:
 
 
 def features(network: Network, images: np.ndarray) -> np.ndarray:
-    return np.asarray(network.model().features(prepare(jnp.asarray(images), network.inputs, network.dtype))["final"])
+    return np.asarray(network.model().features(prepare(jnp.asarray(images), network.input_spec, network.dtype))["final"])
 
 
 def test_a_linear_head_gives_class_activation_maps():
@@ -71,11 +71,11 @@ def test_class_activation_maps_as_the_papers_write_them(method):
         kernel, bias = (np.asarray(network.params["classifier"]["output"][name]) for name in ("kernel", "bias"))
         found = logits(network, images)
     positions = a.shape[1] * a.shape[2]
-    pooled = (logsumexp(SHARPNESS * a, axis=(1, 2)) - np.log(positions)) / SHARPNESS
+    pooled = (logsumexp(LSE_SHARPNESS * a, axis=(1, 2)) - np.log(positions)) / LSE_SHARPNESS
     score = pooled @ kernel + bias
     np.testing.assert_allclose(found, score, rtol=1e-9)
     for place, finding in enumerate([2, 0]):
-        g = softmax(SHARPNESS * a, axis=(1, 2)) * kernel[:, finding]
+        g = softmax(LSE_SHARPNESS * a, axis=(1, 2)) * kernel[:, finding]
         first, second, third = (np.exp(score[:, finding])[:, None, None, None] * g**n for n in (1, 2, 3))
         if method == "gradcam":
             expected = (g.mean((1, 2), keepdims=True) * a).sum(-1)
@@ -94,7 +94,7 @@ class Powers(Backbone):
     """A convolution without padding, a power, the mean, a linear layer: gradients are polynomials in the image."""
 
     def __init__(self, power: int):
-        super().__init__(classes=2, inputs=IMAGENET, dtype=np.dtype("float64"), remat="none")
+        super().__init__(classes=2, input_spec=IMAGENET, dtype=np.dtype("float64"), remat="none")
         rng = np.random.default_rng(5)
         self.power = power
         self.kernel = nnx.Param(jnp.asarray(rng.standard_normal((3, 3, 3, 4)) / 5))
@@ -155,7 +155,7 @@ def test_the_error_of_completeness_falls_as_midpoints_do():
 
 def test_attributions_of_a_network_with_kinks_add_up_to_the_logits_difference():
     network, images = (
-        Network.from_model(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)),
+        Network.from_model(create("densenet_small", classes=3, seed=1, block_config=(1, 1), growth_rate=4)),
         some_images(3),
     )
     gained = logits(network, images) - logits(network, np.zeros_like(images))
@@ -169,7 +169,7 @@ def test_attributions_of_a_network_with_kinks_add_up_to_the_logits_difference():
 @pytest.mark.parametrize("method", METHODS)
 def test_neither_batches_nor_the_company_of_findings_change_a_map(method):
     network, images = (
-        Network.from_model(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)),
+        Network.from_model(create("densenet_small", classes=3, seed=1, block_config=(1, 1), growth_rate=4)),
         some_images(5),
     )
     done = []
@@ -186,7 +186,7 @@ def test_neither_batches_nor_the_company_of_findings_change_a_map(method):
 
 def test_findings_pass_in_groups_where_images_are_large(monkeypatch):
     network, images = (
-        Network.from_model(create("densenet_small", classes=3, seed=1, blocks=(1, 1), growth=4)),
+        Network.from_model(create("densenet_small", classes=3, seed=1, block_config=(1, 1), growth_rate=4)),
         some_images(2),
     )
     together = saliency(network, images, [2, 0, 1], method="integrated", steps=2)

@@ -7,10 +7,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from torchformat import write
 
-from cxrjax.weights.names import shapes_of
+from cxrjax.weights.names import abstract_model
 from cxrjax.weights.published import published_shapes
 
-SMALL = {"growth": 4, "blocks": (2, 1), "stem_channels": 4, "pooling": "average"}
+SMALL = {"growth_rate": 4, "block_config": (2, 1), "stem_channels": 4, "pooling": "average"}
 """Options of a densenet_small whose weights are some kilobytes."""
 
 FORMATS: dict[str, Callable[[Path, dict], Path]] = {
@@ -58,7 +58,7 @@ def renamed(arrays: dict[str, np.ndarray], style: str) -> dict[str, np.ndarray]:
 def state_dict(architecture: str, *, seed: int = 0, **options) -> dict[str, np.ndarray]:
     """Values by published names, such that logits stay moderate, with PyTorch's counters."""
     rng, arrays = np.random.default_rng(seed), {}
-    for name, shape in published_shapes(shapes_of(architecture, **options)).items():
+    for name, shape in published_shapes(abstract_model(architecture, **options)).items():
         if len(shape) > 1:
             values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
         elif name.endswith(("running_var", "weight")):

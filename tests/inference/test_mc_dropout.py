@@ -22,11 +22,11 @@ def examples(phantom_data):
     from cxrjax import config as configs
 
     experiment = Experiment.open(configs.load("demo:32", [f"data.dir={phantom_data}", "data.stored=32"]))
-    return experiment.part_of_rows(np.arange(7))
+    return experiment.examples_of_rows(np.arange(7))
 
 
 def network(hidden, dropout=RATE):
-    options = {"growth": 4, "blocks": (1,), "stem_channels": 4, "hidden": hidden, "dropout": dropout}
+    options = {"growth_rate": 4, "block_config": (1,), "stem_channels": 4, "hidden": hidden, "dropout": dropout}
     return Network.from_model(create("densenet_small", classes=3, **options))
 
 
@@ -38,7 +38,7 @@ def run(net, examples, passes=PASSES, devices=1, **options):
 def maps_of(net, examples):
     images = checked(np.stack([examples.records.image(int(row)) for row in examples.row])[..., None])
     model = net.model()
-    return np.asarray(jax.jit(lambda x: model.features(prepare(x, net.inputs, net.dtype))["final"])(images))
+    return np.asarray(jax.jit(lambda x: model.features(prepare(x, net.input_spec, net.dtype))["final"])(images))
 
 
 def masks(key, place, count):

@@ -31,7 +31,7 @@ def images(run, phantom_data, tmp_path_factory):
     """The test part's first five images as files, and what `evaluate` predicts for them."""
     experiment, network, _ = open_run(run)
     predictions = predict(experiment, network, "test")
-    rows = experiment.part("test").row[:5]
+    rows = experiment.examples("test").row[:5]
     folder = tmp_path_factory.mktemp("images")
     records = open_records(phantom_data, "cxr_phantom", "32")
     for row in rows:
@@ -41,7 +41,7 @@ def images(run, phantom_data, tmp_path_factory):
 
 def test_files_give_what_records_give(run, images, tmp_path, capsys):
     folder, expected = images
-    words = ["predict", str(run), str(folder), "--batch", "3", "--out", str(tmp_path / "p.csv")]
+    words = ["predict", str(run), str(folder), "--batch-size", "3", "--out", str(tmp_path / "p.csv")]
     assert main([*words, "--json", str(tmp_path / "p.json")]) == 0
     table = Predictions.read(tmp_path / "p.csv")
     assert len(table) == 5
@@ -63,7 +63,7 @@ def test_a_bad_file_does_not_stop_the_rest_and_the_exit_code_tells(run, images, 
     written = json.loads((tmp_path / "p.json").read_text())
     assert [image["id"] for image in written["images"]] == [good.name]
     assert "not a PNG, JPEG or DICOM image" in written["failed"][str(bad)]
-    assert f"1 could not be used; {bad}" in capsys.readouterr().err.replace("\n", " ")
+    assert f"1 failed: {bad}" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_prepared_images_are_used_as_they_are(run, images, tmp_path):
@@ -71,8 +71,8 @@ def test_prepared_images_are_used_as_they_are(run, images, tmp_path):
     files = sorted(folder.iterdir())
     grey = np.stack([cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) for file in files])[..., None]
     network = open_trained(run).network
-    np.save(tmp_path / "x.npy", np.asarray(prepare(grey, network.inputs, np.float32)))
-    assert main(["predict", str(run), str(tmp_path / "x.npy"), "--json", str(tmp_path / "p.json"), "--batch", "2"]) == 0
+    np.save(tmp_path / "x.npy", np.asarray(prepare(grey, network.input_spec, np.float32)))
+    assert main(["predict", str(run), str(tmp_path / "x.npy"), "--json", str(tmp_path / "p.json"), "--batch-size", "2"]) == 0
     for file, image in zip(files, json.loads((tmp_path / "p.json").read_text())["images"], strict=True):
         ours = list(image["probability"].values())
         np.testing.assert_allclose(ours, 1 / (1 + np.exp(-expected[file.name])), atol=1e-5)
@@ -96,7 +96,7 @@ def test_images_prepared_for_something_else_are_refused(run, tmp_path, capsys, a
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("words", [["--batch", "0"], ["--batch", "-1"], ["--size", "-5"]])
+@pytest.mark.parametrize("words", [["--batch-size", "0"], ["--batch-size", "-1"], ["--size", "-5"]])
 def test_numbers_out_of_range_are_named(run, images, capsys, words):
     assert main(["predict", str(run), str(images[0]), *words]) == 1
     assert "must be a whole number above 0" in capsys.readouterr().err.replace("\n", " ")

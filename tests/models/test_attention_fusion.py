@@ -11,7 +11,7 @@ from scipy.special import softmax
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
-from cxrjax.models.attention_fusion import WEIGHTS, Attention, attend
+from cxrjax.models.attention_fusion import MAX_WEIGHTS, Attention, dot_product_attention
 from cxrjax.models.layers import LayerFactory
 from cxrjax.models.network import Network, parameter_count
 
@@ -26,12 +26,15 @@ def at_once(query, key, value):
     return jnp.einsum("bnm,bmd->bnd", jax.nn.softmax(scores, axis=-1), value)
 
 
-@pytest.mark.parametrize("block", [64, 25, 16, 7])
-def test_attention_in_blocks_is_attention(block):
+@pytest.mark.parametrize("block_size", [64, 25, 16, 7])
+def test_attention_in_blocks_is_attention(block_size):
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(2, n, c)) for n, c in ((50, 8), (30, 8), (30, 5)))
     with jax.enable_x64(True):
-        ours, back = jax.vjp(lambda *arrays: attend(*arrays, block=block), *map(jnp.asarray, (query, key, value)))
+        ours, back = jax.vjp(
+            lambda *arrays: dot_product_attention(*arrays, block_size=block_size),
+            *map(jnp.asarray, (query, key, value)),
+        )
         np.testing.assert_allclose(ours, by_numpy(query, key, value), rtol=1e-10, atol=1e-14)
         whole, back_whole = jax.vjp(at_once, *map(jnp.asarray, (query, key, value)))
         for one, other in zip(back(ours), back_whole(whole), strict=True):
@@ -43,7 +46,9 @@ def test_memory_is_linear_in_the_number_of_positions():
 
     def kept(positions: int) -> int:
         shapes = [jax.ShapeDtypeStruct((1, positions, 8), jnp.float32)] * 3
-        backward = jax.eval_shape(lambda *a: jax.vjp(lambda *b: attend(*b, block=256), *a)[1], *shapes)
+        backward = jax.eval_shape(
+            lambda *a: jax.vjp(lambda *b: dot_product_attention(*b, block_size=256), *a)[1], *shapes
+        )
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
     assert kept(8192) / kept(4096) < 2.1
@@ -54,11 +59,11 @@ def test_the_more_positions_there_are_the_fewer_ask_at_once():
 
     def most(queries: int) -> int:
         shapes = [jax.ShapeDtypeStruct((1, n, 8), jnp.float32) for n in (queries, 8192, 8192)]
-        back = jax.make_jaxpr(lambda *a: jax.vjp(attend, *a)[1](jnp.ones(shapes[0].shape)))(*shapes)
+        back = jax.make_jaxpr(lambda *a: jax.vjp(dot_product_attention, *a)[1](jnp.ones(shapes[0].shape)))(*shapes)
         return max(int(n) * int(m) for n, m in re.findall(r"f32\[1,(\d+),(\d+)\]", str(back)))
 
-    assert most(2048) == most(512) == WEIGHTS
-    assert most(256) == WEIGHTS // 2
+    assert most(2048) == most(512) == MAX_WEIGHTS
+    assert most(256) == MAX_WEIGHTS // 2
 
 
 def test_the_module_is_linear_maps_and_attention():
@@ -125,7 +130,7 @@ def test_whole_networks_fill_its_trunks():
     model = create("attention_fusion", classes=2)
     for member, architecture in model.members.items():
         whole, trunk = flat(create(architecture, classes=5)), flat(getattr(model, member))
-        taken = model.adapt(member, whole)
+        taken = model.member_arrays(member, whole)
         assert {name: array.shape for name, array in taken.items()} == {n: a.shape for n, a in trunk.items()}
     np.testing.assert_array_equal(taken["stages.6.0.kernel"], whole["stages.6.0.block.0.0.kernel"])
 

@@ -10,7 +10,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
 
-TINY = {"growth": 4, "blocks": (2, 1), "stem_channels": 4}
+TINY = {"growth_rate": 4, "block_config": (2, 1), "stem_channels": 4}
 
 
 def test_parameter_counts():
@@ -21,7 +21,9 @@ def test_parameter_counts():
 
 
 def test_stages_halve_and_odd_sizes_round_as_in_torch():
-    network = Network.from_model(create("densenet121", classes=3, growth=4, blocks=(1, 1, 1, 1), stem_channels=4))
+    network = Network.from_model(
+        create("densenet121", classes=3, growth_rate=4, block_config=(1, 1, 1, 1), stem_channels=4)
+    )
     images = jax.ShapeDtypeStruct((2, 131, 97, 3), jnp.float32)
     features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
     # (n + 1) // 2 for the stem's padded convolution and pooling, n // 2 for the transitions.
@@ -35,7 +37,7 @@ def test_stages_halve_and_odd_sizes_round_as_in_torch():
 def test_recomputing_keeps_memory_linear_in_depth(remat, linear):
     def kept(depth: int) -> int:
         """Bytes that the forward pass hands to the backward pass, parameters included."""
-        options = {"growth": 4, "blocks": (depth,), "pooling": "average"}
+        options = {"growth_rate": 4, "block_config": (depth,), "pooling": "average"}
         network = Network.from_model(create("densenet_small", classes=2, remat=remat, **options))
 
         def backward(network, images):
@@ -108,7 +110,9 @@ def test_statistics_are_of_the_global_batch_on_any_mesh():
 
 
 def test_too_small_images_are_refused():
-    network = Network.from_model(create("densenet121", classes=2, growth=2, blocks=(1, 1, 1, 1), stem_channels=2))
+    network = Network.from_model(
+        create("densenet121", classes=2, growth_rate=2, block_config=(1, 1, 1, 1), stem_channels=2)
+    )
     with pytest.raises(CxrError, match="too small"):
         jax.eval_shape(lambda n, i: n.apply(i)[0], network, jax.ShapeDtypeStruct((1, 16, 16, 1), jnp.uint8))
 

@@ -12,11 +12,11 @@ from parity import relative_error
 from cxrjax.errors import CxrError
 from cxrjax.explain.receptive_field import receptive_fields
 from cxrjax.models import create
-from cxrjax.models.efficientnet import B0, MBConv
+from cxrjax.models.efficientnet import B0_CONFIG, MBConv
 from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network, parameter_count
 
-TINY = {"stem_channels": 8, "blocks": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "pooling": "average"}
+TINY = {"stem_channels": 8, "block_config": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "pooling": "average"}
 
 
 def whole(name: str, **options) -> Network:
@@ -124,7 +124,7 @@ def test_receptive_field_is_local_times_the_whole_image(variant):
     depth = {0: 1.0, 3: 1.4}[variant]
     fields = receptive_fields(whole(f"efficientnet_b{variant}"), image_size=512)
     size, stride = 3, 2
-    for number, (_, kernel, first, _, count) in enumerate(B0, start=1):
+    for number, (_, kernel, first, _, count) in enumerate(B0_CONFIG, start=1):
         for step in [first] + [1] * (math.ceil(count * depth) - 1):
             size, stride = size + (kernel - 1) * stride, stride * step
         field = fields[f"stage{number}"]
@@ -176,7 +176,7 @@ def test_stochastic_depth_depends_on_the_key_alone(monkeypatch):
 
 
 def test_an_image_keeps_its_input_or_gets_more_of_the_residual():
-    options = {**TINY, "blocks": ((1, 3, 1, 8, 2),), "stochastic_depth": 0.8}
+    options = {**TINY, "block_config": ((1, 3, 1, 8, 2),), "stochastic_depth": 0.8}
     images = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 8, 8, 1)), (64, 8, 8, 1))
 
     @jax.jit
@@ -205,7 +205,9 @@ def test_only_training_draws():
 def test_recomputing_keeps_little_of_a_block():
     def kept(remat: str) -> int:
         """Bytes that the forward pass hands to the backward pass."""
-        network = Network.from_model(create("efficientnet_small", classes=2, remat=remat, blocks=((6, 3, 1, 8, 6),)))
+        network = Network.from_model(
+            create("efficientnet_small", classes=2, remat=remat, block_config=((6, 3, 1, 8, 6),))
+        )
 
         def backward(network, images):
             def run(params):
@@ -233,16 +235,16 @@ def test_bfloat16_is_close_to_float32():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"blocks": "112"}, "sequence"),
-        ({"blocks": ()}, "sequence"),
-        ({"blocks": ((1, 3, 1, 8),)}, r"is \(expansion, kernel"),
-        ({"blocks": ((1, 4, 1, 8, 1),)}, "odd"),
-        ({"blocks": ((1, 3, 1, 8, 0),)}, "blocks of a stage"),
-        ({"width": 0.0}, "above 0"),
-        ({"depth": -1.0}, "above 0"),
+        ({"block_config": "112"}, "sequence"),
+        ({"block_config": ()}, "sequence"),
+        ({"block_config": ((1, 3, 1, 8),)}, r"is \(expansion, kernel"),
+        ({"block_config": ((1, 4, 1, 8, 1),)}, "odd"),
+        ({"block_config": ((1, 3, 1, 8, 0),)}, "blocks of a stage"),
+        ({"width_mult": 0.0}, "above 0"),
+        ({"depth_mult": -1.0}, "above 0"),
         ({"stochastic_depth": 1.0}, "stochastic_depth"),
-        ({"last": 0}, "last"),
-        ({"blok": 1}, "did you mean 'blocks'"),
+        ({"last_channels_mult": 0}, "last_channels_mult"),
+        ({"blok": 1}, "did you mean 'block_config'"),
     ],
 )
 def test_bad_options_get_one_clear_line(option, message):

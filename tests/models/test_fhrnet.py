@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from compiling import FAST_COMPILE
 from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
+from cxrjax.models.fhrnet import bounding_box, crop_and_resize, heat_map, largest_component
 from cxrjax.models.network import Network, parameter_count
 
 pytestmark = pytest.mark.usefixtures("shallow_branches")
@@ -83,7 +87,7 @@ def test_a_masked_whole_is_the_image_times_the_mask(images):
     model = small(region="mask")
     whole = jnp.asarray(images)
     seen = jnp.zeros((3, 2, 2, 5)).at[:, 0, 1].set(1.0)
-    region = model._region(whole, whole, seen)
+    region = model._local_input(whole, whole, seen)
     np.testing.assert_array_equal(region[:, :32, 32:], images[:, :32, 32:])
     assert not np.asarray(region[:, 32:]).any()
     assert not np.asarray(region[:, :, :32]).any()
@@ -94,10 +98,10 @@ def test_a_box_in_the_cut_out_lies_where_it_should_in_the_image():
     image = np.zeros((1, 96, 96, 1), np.float32)
     image[0, 48:64, 48:64] = 1  # in the cut-out of 32 from 48: rows and columns 16 to 24
     seen = jnp.zeros((1, 4, 4, 1)).at[0, 2, 2].set(1.0)
-    whole = model._whole(jnp.asarray(image))
+    whole = model._global_input(jnp.asarray(image))
     assert whole.shape == (1, 32, 32, 1)
     np.testing.assert_allclose(whole[0, 17:23, 17:23], 1, atol=1e-5)
-    np.testing.assert_allclose(model._region(jnp.asarray(image), whole, seen)[0, 1:-1, 1:-1], 1, atol=1e-5)
+    np.testing.assert_allclose(model._local_input(jnp.asarray(image), whole, seen)[0, 1:-1, 1:-1], 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -153,3 +157,66 @@ def test_what_is_wrong_is_named(options, message):
 def test_too_small_an_image_for_the_cut_is_refused():
     with pytest.raises(CxrError, match="cannot be cut out of images of 32 x 32 px"):
         small(crop=64).features(jnp.zeros((1, 32, 32, 1)))
+
+
+component = jax.jit(largest_component)
+
+
+def largest_by_scipy(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    if not count:
+        return mask
+    areas = np.bincount(labels.ravel())[1:]
+    return labels == areas.argmax() + 1  # scipy numbers groups in reading order
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrays(bool, (3, 9, 7)), st.floats(0.1, 0.9), st.integers(0, 2**32 - 1))
+def test_the_largest_component_is_scipys(drawn, density, seed):
+    random = np.random.default_rng(seed).random(drawn.shape) < density
+    for masks in (drawn, random):
+        ours = np.asarray(component(masks))
+        for mask, one in zip(masks, ours, strict=True):
+            np.testing.assert_array_equal(one, largest_by_scipy(mask))
+
+
+def test_a_long_snake_is_one_component():
+    mask = np.zeros((1, 33, 33), bool)
+    mask[:, ::2] = True
+    mask[:, 1::4, -1] = mask[:, 3::4, 0] = True
+    np.testing.assert_array_equal(component(mask), mask)
+
+
+def test_boxes_are_the_outer_edges_of_the_cells():
+    mask = np.zeros((2, 4, 8), bool)
+    mask[0, 1:3, 2:7] = True
+    np.testing.assert_allclose(bounding_box(jnp.asarray(mask)), [[0.25, 0.25, 0.75, 0.875], [0, 0, 1, 1]])
+
+
+def test_heat_is_the_strongest_channel_between_0_and_1():
+    maps = jnp.asarray([[[[1.0, -5.0], [0.0, 1.0]], [[2.0, -3.0], [3.0, 0.0]]]])
+    np.testing.assert_allclose(heat_map(maps), [[[1.0, 0.0], [0.5, 0.5]]])
+    np.testing.assert_array_equal(heat_map(jnp.ones((1, 2, 2, 3))), np.zeros((1, 2, 2)))
+
+
+@pytest.mark.parametrize("size", [32, 8])
+def test_the_whole_image_cropped_is_the_image_resized(size):
+    image = np.random.default_rng(0).normal(size=(1, 32, 32, 1)).astype(np.float32)
+    ours = crop_and_resize(jnp.asarray(image), jnp.asarray([[0.0, 0.0, 1.0, 1.0]]), size)
+    theirs = jax.image.resize(image, (1, size, size, 1), "linear", antialias=True)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_crop_is_what_opencv_cuts_and_enlarges():
+    image = np.random.default_rng(1).normal(size=(32, 48)).astype(np.float32)
+    ours = crop_and_resize(jnp.asarray(image)[None, :, :, None], jnp.asarray([[0.25, 0.5, 0.75, 0.75]]), 64)
+    theirs = cv2.resize(image[8:24, 24:36], (64, 64), interpolation=cv2.INTER_LINEAR)
+    # Away from the cut's edge, where one sees the pixels beyond it and the other repeats the last.
+    np.testing.assert_allclose(ours[0, 4:-4, 4:-4, 0], theirs[4:-4, 4:-4], atol=1e-4)
+
+
+def test_a_crop_has_gradients_inside_its_box_only():
+    box = jnp.asarray([[0.25, 0.25, 0.75, 0.75]])
+    gradient = jax.grad(lambda x: crop_and_resize(x, box, 16).sum())(jnp.ones((1, 32, 32, 1)))[0, :, :, 0]
+    assert (np.asarray(gradient[10:22, 10:22]) > 0).all()
+    assert (np.asarray(gradient[:7]) == 0).all()

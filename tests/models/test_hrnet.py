@@ -12,16 +12,16 @@ from parity import relative_error
 from cxrjax.errors import CxrError
 from cxrjax.explain.receptive_field import theoretical
 from cxrjax.models import create
-from cxrjax.models.hrnet import check_size, repeated
+from cxrjax.models.hrnet import check_branch_sizes, upsample_nearest
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.weights.published import published_names
 
-TINY = {"width": 2, "modules": (1, 1), "stem_channels": 4}
+TINY = {"width": 2, "num_modules": (1, 1), "stem_channels": 4}
 
 
 def shapes(network: Network, height: int, width: int) -> dict[str, tuple[int, ...]]:
     """Shape of each feature map of one image."""
-    images = jax.ShapeDtypeStruct((1, height, width, network.inputs.channels), network.dtype)
+    images = jax.ShapeDtypeStruct((1, height, width, network.input_spec.channels), network.dtype)
     features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
     return {name: maps.shape[1:] for name, maps in features.items()}
 
@@ -64,10 +64,10 @@ def test_sizes_that_work_are_those_of_timm():
     for size in range(1, 200):
         for height, width in ((size, 64), (64, size)):
             if size in works:
-                check_size(height, width, 32)
+                check_branch_sizes(height, width, 32)
                 continue
             with pytest.raises(CxrError) as error:
-                check_size(height, width, 32)
+                check_branch_sizes(height, width, 32)
             below, above = (
                 max((n for n in works if n < size), default=None),
                 min((n for n in works if n > size), default=221),
@@ -88,7 +88,7 @@ def test_branches_fit_at_sizes_that_work():
 
 def test_enlarging_repeats_rows_and_columns_and_sums_gradients():
     maps = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
-    large, back = jax.vjp(lambda maps: repeated(maps, 4), jnp.asarray(maps))
+    large, back = jax.vjp(lambda maps: upsample_nearest(maps, 4), jnp.asarray(maps))
     np.testing.assert_array_equal(large, maps.repeat(4, axis=1).repeat(4, axis=2))
     gradient = np.random.default_rng(1).standard_normal(large.shape).astype(np.float32)
     summed = gradient.reshape(2, 3, 4, 5, 4, 4).sum((2, 4))
@@ -100,7 +100,7 @@ def test_enlarging_split_rows_needs_no_communication():
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "space"))
 
     def there_and_back(maps, cotangent):
-        large, back = jax.vjp(lambda maps: repeated(maps, 4), maps)
+        large, back = jax.vjp(lambda maps: upsample_nearest(maps, 4), maps)
         return large, back(cotangent)[0]
 
     maps, large = (jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32, sharding=split) for side in (8, 32))
@@ -123,7 +123,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_the_receptive_field_is_an_upper_bound_within_a_stride():
     """The pixels that really count: those with a gradient, when all weights are positive."""
-    network = Network.from_model(create("hrnet_small", classes=2, inputs=None, **TINY))
+    network = Network.from_model(create("hrnet_small", classes=2, **TINY))
     network = dataclasses.replace(network, params=jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), network.params))
 
     def middle(image):
@@ -141,9 +141,9 @@ def test_the_receptive_field_is_an_upper_bound_within_a_stride():
     ("options", "message"),
     [
         ({"neck": "hlaf"}, "did you mean 'half'"),
-        ({"modules": ()}, "one per stage"),
-        ({"modules": (1, 0)}, "above 0"),
-        ({"blocks": 0}, "blocks"),
+        ({"num_modules": ()}, "one per stage"),
+        ({"num_modules": (1, 0)}, "above 0"),
+        ({"num_blocks": 0}, "num_blocks"),
         ({"width": -1}, "width"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrjax.errors import CxrError
-from cxrjax.models.heads import Classifier
+from cxrjax.models.backbone import Classifier
 from cxrjax.models.layers import BatchNorm, LayerFactory
 from cxrjax.models.pooling import average_pool, max_pool
 

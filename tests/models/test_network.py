@@ -10,7 +10,7 @@ from cxrjax.models import create
 from cxrjax.models.input_spec import GREY, prepare
 from cxrjax.models.network import Network, parameter_count
 
-TINY = {"growth": 4, "blocks": (1, 1), "stem_channels": 4}
+TINY = {"growth_rate": 4, "block_config": (1, 1), "stem_channels": 4}
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
 
 

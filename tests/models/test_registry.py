@@ -13,8 +13,8 @@ from cxrjax.models.registry import abstract
     ("name", "options", "message"),
     [
         ("densenet12", {}, "unknown network 'densenet12': did you mean 'densenet121'"),
-        ("densenet_small", {"grwth": 8}, "unknown option of densenet_small 'grwth': did you mean 'growth'"),
-        ("simple_cnn", {"growth": 8}, "unknown option of simple_cnn 'growth'"),
+        ("densenet_small", {"grwth": 8}, "unknown option of densenet_small 'grwth': did you mean 'growth_rate'"),
+        ("simple_cnn", {"growth_rate": 8}, "unknown option of simple_cnn 'growth_rate'"),
         ("densenet_small", {"pooling": "avg"}, "unknown pooling 'avg': did you mean 'average'"),
         ("densenet_small", {"stem_pool": "3"}, "unknown stem_pool '3'"),
         ("densenet_small", {"dtype": "float16"}, "unknown dtype 'float16': did you mean 'bfloat16'"),
@@ -22,16 +22,20 @@ from cxrjax.models.registry import abstract
         ("densenet_small", {"dtype": "float64"}, "JAX_ENABLE_X64"),
         ("densenet_small", {"remat": "layers"}, "unknown remat 'layers': did you mean 'layer'"),
         ("densenet_small", {"classes": 0}, "classes must be a whole number above 0"),
-        ("densenet_small", {"growth": 2.5}, "growth must be"),
-        ("densenet_small", {"growth": True}, "growth must be"),
-        ("densenet_small", {"blocks": (2, 0)}, "layers of a block must be"),
-        ("densenet_small", {"blocks": ()}, "at least one block"),
-        ("densenet_small", {"blocks": 2}, "blocks must be a sequence"),
+        ("densenet_small", {"growth_rate": 2.5}, "growth_rate must be"),
+        ("densenet_small", {"growth_rate": True}, "growth_rate must be"),
+        ("densenet_small", {"block_config": (2, 0)}, "layers of a block must be"),
+        ("densenet_small", {"block_config": ()}, "at least one block"),
+        ("densenet_small", {"block_config": 2}, "block_config must be a sequence"),
         ("densenet_small", {"stem_kernel": 4}, "odd stem_kernel"),
         ("densenet_small", {"dropout": 1.0}, "dropout must be"),
         ("simple_cnn", {"hidden": -1}, "hidden must be"),
         ("simple_cnn", {"seed": -1}, "seed must be"),
-        ("attention_fusion_small", {"dense": {"grwth": 8}}, "unknown option of dense 'grwth': did you mean 'growth'"),
+        (
+            "attention_fusion_small",
+            {"dense": {"grwth": 8}},
+            "unknown option of dense 'grwth': did you mean 'growth_rate'",
+        ),
         ("attention_fusion_small", {"efficient": 8}, "efficient must hold options of that trunk"),
     ],
 )
@@ -43,10 +47,10 @@ def test_what_is_wrong_is_named(name, options, message):
 @pytest.mark.parametrize(
     ("name", "options"),  # of widths that no other test has: what was compiled before is not compiled again
     [
-        ("densenet_small", {"growth": 13, "stem_channels": 11}),
+        ("densenet_small", {"growth_rate": 13, "stem_channels": 11}),
         ("resnet_small", {"width": 11, "block": "bottleneck"}),
-        ("hrnet_small", {"width": 7, "stem_channels": 9, "modules": (1, 1)}),
-        ("efficientnet_small", {"stem_channels": 11, "blocks": ((4, 3, 2, 13, 1),)}),
+        ("hrnet_small", {"width": 7, "stem_channels": 9, "num_modules": (1, 1)}),
+        ("efficientnet_small", {"stem_channels": 11, "block_config": ((4, 3, 2, 13, 1),)}),
         ("attention_fusion_small", {"channels": 13, "attention": "cross"}),
         ("sequential_cnn", {"image_size": 32, "norm": True, "widths": (5, 7), "units": (11, 13)}),
     ],
@@ -76,7 +80,7 @@ def test_types_and_their_names_are_the_same():
 
 
 def test_the_small_densenet_is_the_one_described():
-    """Counted by hand: growth 8, bottleneck 2x, blocks (2, 2, 2), 5x5 stem of 16, both poolings in the head."""
+    """Counted by hand: growth_rate 8, bottleneck 2x, blocks (2, 2, 2), 5x5 stem of 16, both poolings in the head."""
     stem = 5 * 5 * 16 + 2 * 16
     layer = lambda channels: 2 * channels + channels * 16 + 2 * 16 + 3 * 3 * 16 * 8  # noqa: E731
     block = layer(16) + layer(24)
@@ -87,21 +91,24 @@ def test_the_small_densenet_is_the_one_described():
 
 def test_a_dict_changes_single_entries_of_an_option():
     wider, same = (
-        create("attention_fusion_small", classes=2, dense={"growth": growth}, efficient={}) for growth in (8, 4)
+        create("attention_fusion_small", classes=2, dense={"growth_rate": growth_rate}, efficient={})
+        for growth_rate in (8, 4)
     )
     assert same.dense.channels == create("attention_fusion_small", classes=2).dense.channels
     assert wider.dense.channels > same.dense.channels
     assert (
         wider.dense.channels
-        == create("densenet_small", classes=1, growth=8, blocks=(1, 1, 1), bottleneck=2, stem_channels=8).channels
+        == create(
+            "densenet_small", classes=1, growth_rate=8, block_config=(1, 1, 1), bn_size=2, stem_channels=8
+        ).channels
     )
-    whole = {"growth": 4, "blocks": (1, 1), "stem_channels": 4}
+    whole = {"growth_rate": 4, "block_config": (1, 1), "stem_channels": 4}
     assert create("attention_fusion", classes=2, dense=whole).dense.norm5 is None
 
 
 def test_an_abstract_network_is_the_real_one_without_values():
-    outline = abstract("densenet_small", classes=3, dtype="bfloat16", growth=4)
-    network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth=4))
+    outline = abstract("densenet_small", classes=3, dtype="bfloat16", growth_rate=4)
+    network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth_rate=4))
     assert outline.definition == network.definition
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), outline) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), network

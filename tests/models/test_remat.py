@@ -15,17 +15,17 @@ from cxrjax.models.network import Network
 # What is bfloat16 is rounded, also where it is not stored, and no sum is taken with others, in an order of XLA's.
 ROUNDED = {"xla_allow_excess_precision": False, "xla_disable_hlo_passes": "fusion"}
 CASES = {
-    "densenet": ("densenet_small", {"growth": 4, "blocks": (2, 1), "stem_channels": 4, "stem_pool": "3x3"}),
+    "densenet": ("densenet_small", {"growth_rate": 4, "block_config": (2, 1), "stem_channels": 4, "stem_pool": "3x3"}),
     "simple": ("simple_cnn", {}),
     "sequential": (
         "sequential_cnn", {"image_size": 32, "dropout": 0.3, "norm": True, "widths": (4, 6), "units": (8, 5)}
     ),
     "resnet": ("resnet_small", {"layers": (1, 2), "width": 4, "stem_pool": "3x3"}),
     "bottlenecks": ("resnet_small", {"layers": (2, 1), "width": 4, "block": "bottleneck"}),
-    "hrnet": ("hrnet_small", {"width": 2, "modules": (1, 1), "stem_channels": 4}),
+    "hrnet": ("hrnet_small", {"width": 2, "num_modules": (1, 1), "stem_channels": 4}),
     "efficientnet": (
         "efficientnet_small",
-        {"stem_channels": 8, "blocks": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "stochastic_depth": 0.8},
+        {"stem_channels": 8, "block_config": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "stochastic_depth": 0.8},
     ),
     "attention_fusion": ("attention_fusion_small", {}),
     "fhrnet": ("fhrnet_small", {"stage": "joint"}),
@@ -82,7 +82,7 @@ def test_in_bfloat16_every_bit_is_the_same():
 )  # fmt: skip
 def test_what_is_kept(remat, kept):
     """Images, then maps (side, channels) that the forward pass hands to the backward pass; the head needs none."""
-    options = {"growth": 4, "blocks": (3, 3), "stem_channels": 8}
+    options = {"growth_rate": 4, "block_config": (3, 3), "stem_channels": 8}
     network = Network.from_model(create("densenet_small", classes=2, remat=remat, **options))
 
     def backward(network, images):

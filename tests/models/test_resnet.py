@@ -131,7 +131,7 @@ def test_the_smallest_images_leave_one_position():
         ({"stem_kernel": 4}, "odd stem_kernel"),
         ({"stem_pool": "2"}, "unknown stem_pool '2'"),
         ({"width": 0}, "width must be"),
-        ({"growth": 8}, "unknown option of resnet_small 'growth'"),
+        ({"growth_rate": 8}, "unknown option of resnet_small 'growth_rate'"),
     ],
 )
 def test_what_is_wrong_is_named(options, message):

@@ -1,3 +1,5 @@
+"""The sequential CNNs against SciPy and their published parameter counts; the simple CNN."""
+
 import dataclasses
 from collections.abc import Sequence
 from functools import reduce
@@ -198,3 +200,30 @@ def test_training_with_dropout_needs_a_key():
 def test_what_is_wrong_is_named(options, message):
     with pytest.raises(CxrError, match=message):
         create("sequential_cnn", classes=6, **options)
+
+
+def test_simple_cnn_parameter_count():
+    assert parameter_count(create("simple_cnn", classes=14)) == 129_870
+
+
+def test_simple_cnn_maps_have_the_sizes_of_valid_convolutions():
+    network = Network.from_model(create("simple_cnn", classes=14))
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    features = jax.eval_shape(lambda network, images: network.model().features(images), network, images)
+    assert {name: maps.shape for name, maps in features.items()} == {
+        "stage1": (2, 111, 111, 32), "stage2": (2, 54, 54, 64), "final": (2, 26, 26, 128),
+    }  # fmt: skip
+
+
+def test_simple_cnn_pooling_and_relu_commute():
+    model = create("simple_cnn", classes=2, seed=3)
+    images = jnp.asarray(np.random.default_rng(0).random((1, 24, 22, 3)), jnp.float32)
+    swapped = jax.nn.relu(model.stage1.conv(images)).reshape(1, 11, 2, 10, 2, 32).max((2, 4))
+    np.testing.assert_array_equal(model.features(images)["stage1"], swapped)
+
+
+def test_simple_cnn_refuses_small_images():
+    network = Network.from_model(create("simple_cnn", classes=2))
+    for size in (8, 18):
+        with pytest.raises(CxrError, match="too small"):
+            jax.eval_shape(lambda n, i: n.apply(i)[0], network, jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8))

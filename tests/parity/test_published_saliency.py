@@ -46,7 +46,7 @@ def prepared(images: np.ndarray) -> Any:
 
 def ours(name: str, original: Any, images: np.ndarray, method: str, **options: Any) -> np.ndarray:
     with jax.enable_x64(True):
-        model = create(name, classes=1000, dtype="float64", inputs=UNIT, dropout=0.0)
+        model = create(name, classes=1000, dtype="float64", input_spec=UNIT, dropout=0.0)
         load_published(model, {key: tensor.numpy() for key, tensor in original.state_dict().items()})
         return saliency(Network.from_model(model), images, FINDINGS, method=method, steps=STEPS, **options)
 

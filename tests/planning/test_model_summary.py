@@ -94,7 +94,7 @@ def test_an_entry_says_what_the_network_does():
     ]
     assert [maps.stride for maps in found.maps] == [96 / maps.shape[1] for maps in features.values()]
     assert found.parameters == parameter_count(network)
-    assert (found.size, found.classes, found.inputs) == (96, 3, network.inputs)
+    assert (found.size, found.classes, found.inputs) == (96, 3, network.input_spec)
     assert (found.maps[-1].receptive_field, found.maps[-1].whole) == (131, False)
 
 
@@ -119,14 +119,14 @@ def test_bad_sizes_and_names_are_one_line():
 
 def test_the_command_lists_all_or_details_some(capsys, tmp_path):
     small = ["densenet_small", "efficientnet_small", "sequential_cnn"]
-    assert main.main(["models", *small, "--size", "64", "--json", str(tmp_path / "models.json")]) == 0
+    assert main(["models", *small, "--size", "64", "--json", str(tmp_path / "models.json")]) == 0
     out, _ = capsys.readouterr()
     assert "11,822 parameters at 14 findings" in " ".join(out.split())
     assert "+ whole image" in out
     listed = json.loads((tmp_path / "models.json").read_text())
     assert [each["name"] for each in listed] == small
     assert listed[0] == json.loads(json.dumps(entry("densenet_small", size=64).as_dict()))
-    assert main.main(["models", "hrnet_smal"]) == 1
+    assert main(["models", "hrnet_smal"]) == 1
     assert "did you mean 'hrnet_small'" in " ".join(capsys.readouterr().err.split())
 
 

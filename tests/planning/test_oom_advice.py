@@ -1,4 +1,4 @@
-"""Out of memory: one clear line with what needs less, and the plan's table where a step was trained."""
+"""Out of memory: one error line with settings that need less, and for training a plan of each."""
 
 import dataclasses
 import re
@@ -14,8 +14,8 @@ from cxrjax.cli.main import main
 from cxrjax.config import load
 from cxrjax.errors import out_of_memory
 from cxrjax.planning import oom_advice
-from cxrjax.planning.accelerators import TARGETS
-from cxrjax.planning.plan import USABLE, estimate
+from cxrjax.planning.accelerators import ACCELERATORS
+from cxrjax.planning.plan import USABLE_FRACTION, estimate_plan
 from cxrjax.runs import evaluate_run
 from cxrjax.train import loop
 
@@ -32,60 +32,61 @@ def raising(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("text", "asked"),
+    ("text", "requested"),
     [
         (GPU, "39 GB"),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.72GiB.", "3.99 GB"),
         ("RESOURCE_EXHAUSTED: Failed to allocate request for 16.0GiB (17179869184B) on device ordinal 0", "17.2 GB"),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.15G of 15.48G hbm.", "18.4 GB"),
         (TPU, "23.9 GB"),
-        ("RESOURCE_EXHAUSTED: no words", "no words"),
+        ("RESOURCE_EXHAUSTED: no number", "no number"),
         ("INTERNAL: out of luck", ""),
         ('RESOURCE_EXHAUSTED: Error writing local file "/run/x": No space left on device', ""),
     ],
 )
-def test_what_was_asked_for_is_found_in_the_words_of_every_device(text, asked):
-    assert out_of_memory(jax.errors.JaxRuntimeError(text)) == asked
+def test_the_requested_memory_is_read_from_the_messages_of_all_devices(text, requested):
+    assert out_of_memory(jax.errors.JaxRuntimeError(text)) == requested
     outer = RuntimeError("while stepping")
     outer.__cause__ = jax.errors.JaxRuntimeError(text)
-    assert out_of_memory(outer) == asked
+    assert out_of_memory(outer) == requested
 
 
-def test_training_says_what_needs_less_and_what_the_plan_says_of_it(tiny_overrides, tmp_path, monkeypatch, capsys):
+def test_training_suggests_smaller_settings_and_plans_them(tiny_overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: raising)
     words = [f"--config.{word}" for word in tiny_overrides]
-    assert main.main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 1
+    assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 1
     idle, first, *others = capsys.readouterr().err.splitlines()
     assert idle == "1 of 8 devices are used: config keys mesh.data, mesh.space"
     assert first.startswith(
-        "cxrjax: out of device memory (39 GB asked for); what needs less: --config.model.remat=layer;"
+        "cxrjax: out of device memory (39 GB requested); to use less: --config.model.remat=layer;"
     )
     for setting in ("--config.train.per_device=2", "--config.mesh.space=2", "--config.evaluate.batch below 100"):
         assert setting in first
     table = "\n".join(others)
     assert "Traceback" not in table
     rows = {line.rsplit(maxsplit=6)[0].strip(): line.split()[-2] for line in others if " x " in line}
-    assert float(rows["model.remat=block"]) < float(rows["as it is"])
-    assert float(rows["train.per_device=2"]) < float(rows["as it is"])
+    assert float(rows["model.remat=block"]) < float(rows["as configured"])
+    assert float(rows["train.per_device=2"]) < float(rows["as configured"])
     assert "Estimated from shapes" in table
 
 
 EXHAUSTED = f"""
 import sys
 import jax
-from cxrjax import cli
-from cxrjax.parallel import runtime
+from cxrjax.cli import train
+from cxrjax.cli.main import entry
+from cxrjax.distributed import runtime
 
-def train(arguments):
+def run(arguments):
     runtime.start(arguments.coordinator, arguments.processes, arguments.process)
     raise jax.errors.JaxRuntimeError({GPU!r})
 
-cli.RUN["train"] = train
-cli.entry()
+train.run = run
+entry()
 """
 
 
-def test_of_several_processes_the_first_shows_the_plan(tmp_path):
+def test_only_the_first_process_prints_the_plans(tmp_path):
     words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--config.train.batch=16",
              "--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]  # fmt: skip
     started = [
@@ -97,29 +98,29 @@ def test_of_several_processes_the_first_shows_the_plan(tmp_path):
     ]  # fmt: skip
     ended = finish(started)
     assert [code for code, _ in ended] == [1, 1], ended
-    for _, said in ended:
-        assert "cxrjax: out of device memory (39 GB asked for); what needs less: --config.model.remat=layer;" in said
-    first, other = (said.count(" x ") for _, said in ended)
+    for _, output in ended:
+        assert "cxrjax: out of device memory (39 GB requested); to use less: --config.model.remat=layer;" in output
+    first, other = (output.count(" x ") for _, output in ended)
     assert (first > 3, other) == (True, 0), ended
     assert "Estimated from shapes" in ended[0][1]
 
 
-def test_where_others_ended_only_what_is_soon_planned_is_shown(monkeypatch, capsys):
+def test_planning_stops_before_jax_ends_a_process_of_a_distributed_run(monkeypatch, capsys):
     clock, made = SimpleNamespace(now=0.0), []
     clock.monotonic = lambda: setattr(clock, "now", clock.now + 15) or clock.now
     monkeypatch.setattr(oom_advice, "time", clock)
     monkeypatch.setattr(oom_advice, "several", lambda: True)
     monkeypatch.setattr(
-        oom_advice, "estimate", lambda *given, **more: made.append(estimate(*given, **more)) or made[-1]
+        oom_advice, "estimate_plan", lambda *args, **kwargs: made.append(estimate_plan(*args, **kwargs)) or made[-1]
     )
-    oom_advice.advise(SimpleNamespace(config="demo:32", overrides=["train.batch=16"]))
-    assert len(made) == 1  # the first ends in time, the next would begin too late
-    assert "as it is" in capsys.readouterr().err
+    oom_advice.print_plans(load("demo:32", ["train.batch=16"]))
+    assert len(made) == 1  # the next would start after the deadline
+    assert "as configured" in capsys.readouterr().err
 
 
-def test_settings_begin_where_the_config_stands():
+def test_settings_are_relative_to_the_config():
     config = load("densenet121:256", ["model.remat=block", "train.batch=16", "train.per_device=4", "mesh.data=2"])
-    assert list(oom_advice.less(config)) == [
+    assert list(oom_advice.smaller_settings(config)) == [
         ["model.remat=full"],
         ["train.per_device=2"],
         ["model.remat=block", "train.per_device=2"],
@@ -128,50 +129,50 @@ def test_settings_begin_where_the_config_stands():
     ]
 
 
-def test_all_devices_share_rows_only_with_fewer_images_at_once(tiny_overrides):
-    """Of eight devices that share a batch each would otherwise hold as much: half the rows of twice as many images."""
-    made = list(oom_advice.less(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=0"])))
+def test_without_idle_devices_row_splitting_comes_with_a_smaller_microbatch(tiny_overrides):
+    """Otherwise each of eight devices would hold half the rows of twice as many images, and save nothing."""
+    made = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=0"])))
     assert ["mesh.space=2", "train.per_device=2"] in made
-    made = list(oom_advice.less(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=8"])))
+    made = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=8"])))
     assert ["mesh.data=4", "mesh.space=2", "train.per_device=2"] in made
-    made = list(oom_advice.less(load("demo:32", [*tiny_overrides, "mesh.data=1", "mesh.space=8"])))
+    made = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "mesh.data=1", "mesh.space=8"])))
     assert not any(change.startswith("mesh.space") for changes in made for change in changes)
 
 
 def test_each_setting_is_planned_with_its_own_mesh(capsys):
-    oom_advice.advise(SimpleNamespace(config="demo:32", overrides=["train.batch=16", "mesh.data=0"]))
-    said = capsys.readouterr().err
-    assert re.search(r"as it is +8 x 1 +16 ", said)
-    assert re.search(r"mesh.space=2 train.per_device=2 +4 x 2 +8 ", said)
+    oom_advice.print_plans(load("demo:32", ["train.batch=16", "mesh.data=0"]))
+    output = capsys.readouterr().err
+    assert re.search(r"as configured +8 x 1 +16 ", output)
+    assert re.search(r"mesh.space=2 train.per_device=2 +4 x 2 +8 ", output)
 
 
-def test_ctrl_c_keeps_what_is_planned(monkeypatch, capsys):
+def test_ctrl_c_prints_the_plans_made_so_far(monkeypatch, capsys):
     made = []
 
-    def interrupted(*given, **more):
+    def interrupted(*args, **kwargs):
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(estimate(*given, **more))
+        made.append(estimate_plan(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(oom_advice, "estimate", interrupted)
-    oom_advice.advise(SimpleNamespace(config="demo:32", overrides=["train.batch=16"]))
+    monkeypatch.setattr(oom_advice, "estimate_plan", interrupted)
+    oom_advice.print_plans(load("demo:32", ["train.batch=16"]))
     rows = [line for line in capsys.readouterr().err.splitlines() if " x " in line]
     assert len(rows) == 2
 
 
-def test_what_fits_by_an_estimate_is_likely(capsys, monkeypatch):
+def test_an_estimate_says_likely(capsys, monkeypatch):
     overrides = ["train.batch=16", "mesh.data=1"]
-    whole = estimate(load("demo:32", overrides), TARGETS["v5e"])
-    nearly = dataclasses.replace(TARGETS["v5e"], memory=int(0.99 * (whole.peak + whole.waiting) / USABLE))
-    monkeypatch.setattr(oom_advice, "planned_for", lambda _: (nearly, estimate))
-    oom_advice.advise(SimpleNamespace(config="demo:32", overrides=overrides))
+    whole = estimate_plan(load("demo:32", overrides), ACCELERATORS["v5e"])
+    nearly = dataclasses.replace(ACCELERATORS["v5e"], memory=int(0.99 * (whole.peak + whole.prefetched) / USABLE_FRACTION))
+    monkeypatch.setattr(oom_advice, "planner_for", lambda _: (nearly, estimate_plan))
+    oom_advice.print_plans(load("demo:32", overrides))
     fits = [line.split()[-1] for line in capsys.readouterr().err.splitlines() if " x " in line]
     assert fits[0] == "unlikely"
     assert "likely" in fits[1:]
 
 
-def test_without_jaxs_cpu_backend_a_step_is_traced_where_it_ran(monkeypatch):
+def test_a_step_is_traced_without_jaxs_cpu_backend(monkeypatch):
     devices = jax.devices
 
     def no_cpu(backend=None):
@@ -180,19 +181,21 @@ def test_without_jaxs_cpu_backend_a_step_is_traced_where_it_ran(monkeypatch):
         return devices()
 
     monkeypatch.setattr(jax, "devices", no_cpu)
-    assert estimate(load("demo:32", ["train.batch=16"]), TARGETS["h200"]).peak > 0
+    assert estimate_plan(load("demo:32", ["train.batch=16"]), ACCELERATORS["h200"]).peak > 0
 
 
-def test_for_a_tpu_nothing_is_compiled():
-    assert oom_advice.planned_for(SimpleNamespace(device_kind="TPU v5 lite")) == (TARGETS["v5e"], estimate)
+def test_nothing_is_compiled_for_a_tpu():
+    assert oom_advice.planner_for(SimpleNamespace(device_kind="TPU v5 lite")) == (ACCELERATORS["v5e"], estimate_plan)
 
 
-@pytest.mark.parametrize(("verb", "said"), [("evaluate", "--batch N"), ("predict", "--batch or --size")])
-def test_other_verbs_say_their_own_settings(verb, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "advice"), [("evaluate", "--batch-size N"), ("predict", "--batch-size or --size")]
+)
+def test_other_commands_have_advice_of_their_own(command, advice, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_run, "evaluate_run", raising)
     monkeypatch.setattr("cxrjax.runs.predict_run.predict_files", raising)
-    words = [verb, str(tmp_path), *(["x.png"] if verb == "predict" else [])]
-    assert main.main(words) == 1
+    words = [command, str(tmp_path), *(["x.png"] if command == "predict" else [])]
+    assert main(words) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("cxrjax: out of device memory (39 GB asked for); what needs less: ")
-    assert said in line
+    assert line.startswith("cxrjax: out of device memory (39 GB requested); to use less: ")
+    assert advice in line

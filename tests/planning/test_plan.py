@@ -20,7 +20,7 @@ from cxrjax.planning.accelerators import TARGETS, Target, target_of
 from cxrjax.planning.sweep import table
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("model.options.growth=4", "model.options.blocks=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
+SMALL = ("model.options.growth_rate=4", "model.options.block_config=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
          "model.options.pooling=average")  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def test_the_verb_estimates_without_a_compiler(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     file = tmp_path / "plan.json"
     words = ["plan", "--config", "demo:32", "--device", "v5e", "--estimate", "--json", str(file)]
-    assert main.main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
+    assert main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "estimated" in printed
     assert "on TPUs the compiler says 0.6 to 1.9 times as much" in printed
@@ -260,7 +260,7 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
     file = tmp_path / "plan.json"
     words = ["plan", "--config", "demo:32", "--device", "v5e", "--estimate", "--json", str(file), "--sweep", "--sizes"]
     words += ["32", "64", "--meshes", "data=2", "space=4", "--remats", "none", "layer"]
-    assert main.main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
+    assert main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
     made = json.loads(file.read_text())["plans"]
     assert [(each["size"], each["data"], each["space"], each["batch"], each["remat"]) for each in made] == [
         (size, data, space, data, remat)
@@ -290,7 +290,7 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
 )
 def test_words_that_do_not_go_together(capsys, words, said, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert main.main(["plan", "--config", "demo:32", "--device", "h200", "--estimate", *words]) == 1
+    assert main(["plan", "--config", "demo:32", "--device", "h200", "--estimate", *words]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
 
 
@@ -298,7 +298,7 @@ def test_a_sweep_goes_on_where_one_combination_does_not_work(capsys, monkeypatch
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     words = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--sweep", "--sizes", "32", "34"]
     words += ["--meshes", "space=4", *(f"--config.{word}" for word in SMALL)]
-    assert main.main(words) == 0
+    assert main(words) == 0
     printed = capsys.readouterr().out
     assert "34 px, 1 x 4, none: 34 rows cannot be divided" in printed
     assert re.search(r"^ *32 +1 x 4", printed, re.MULTILINE)
@@ -310,7 +310,7 @@ def test_the_mesh_is_the_configs_unless_given(capsys, tmp_path, monkeypatch):
     words = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--json", str(file)]
     words += [f"--config.{word}" for word in (*SMALL, "mesh.data=2", "mesh.space=4")]
     for given, wanted in (([], (2, 4)), (["--mesh", "data=4"], (4, 1))):
-        assert main.main([*words, *given]) == 0
+        assert main([*words, *given]) == 0
         [made] = json.loads(file.read_text())["plans"]
         assert (made["data"], made["space"]) == wanted
 
@@ -321,7 +321,7 @@ def test_a_slice_that_is_too_large_is_named():
 
 
 def test_unknown_devices_are_named(capsys):
-    assert main.main(["plan", "--config", "demo:32", "--device", "gtx"]) == 1
+    assert main(["plan", "--config", "demo:32", "--device", "gtx"]) == 1
     assert "h200" in capsys.readouterr().err
 
 

@@ -175,7 +175,7 @@ def test_without_evaluation_nothing_is_calibrated_and_that_is_said(folder, tmp_p
     assert "entropy of the probability" in text
     names = pyarrow.parquet.read_schema(tmp_path / "p.parquet").names
     assert not any(name.startswith(("calibrated", "flag")) for name in names)
-    _, result, _ = predict(capsys, tmp_path, run, folder, "--uncertain", "0.2")
+    _, result, _ = predict(capsys, tmp_path, run, folder, "--uncertainty-threshold", "0.2")
     np.testing.assert_array_equal(column(result, "flag"), column(result, "uncertainty") > 0.2)
 
 
@@ -215,7 +215,7 @@ def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, c
     @jax.jit
     def passes(network, image, number):
         model = network.model()
-        features = model.features(prepare(image[None, ..., None], network.inputs, network.dtype))
+        features = model.features(prepare(image[None, ..., None], network.input_spec, network.dtype))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), 8)
         return [model.head(features, key=key)[0] for key in keys]
 
@@ -226,7 +226,7 @@ def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, c
     assert json.loads((dropping / "fitted.json").read_text())["deviation"] == result["threshold"]
 
     files = sorted(folder.iterdir())
-    for words in ([folder, "--batch", 1], [folder, "--batch", 64], files[::-1], [files[3]]):
+    for words in ([folder, "--batch-size", 1], [folder, "--batch-size", 64], files[::-1], [files[3]]):
         _, other, _ = predict(capsys, tmp_path, dropping, *words)
         ours = {image["id"]: image for image in result["images"]}
         for image in other["images"]:
@@ -266,7 +266,7 @@ def test_exclusive_classes_add_up_to_one(six, folder, grey, tmp_path, capsys):
 
 
 def test_overlays_of_what_is_above_its_threshold(run, folder, grey, tmp_path, capsys):
-    _, result, text = predict(capsys, tmp_path, run, folder, "--overlays", tmp_path / "cams", "--batch", 2)
+    _, result, text = predict(capsys, tmp_path, run, folder, "--overlays", tmp_path / "cams", "--batch-size", 2)
     thresholds = json.loads((run / "fitted.json").read_text())["thresholds"]
     limits = np.array([np.inf if limit is None else limit for limit in thresholds])
     findings, written = open_trained(run).findings, 0
@@ -295,7 +295,7 @@ def test_overlays_of_named_findings_show_their_maps(run, grey, tmp_path, capsys)
         assert np.corrcoef(coloured.ravel(), heat.ravel())[0, 1] > 0.3
     else:
         assert coloured.max() < 1
-    np.save(tmp_path / "x.npy", prepare(grey[:1, ..., None], open_trained(run).network.inputs, np.float32))
+    np.save(tmp_path / "x.npy", prepare(grey[:1, ..., None], open_trained(run).network.input_spec, np.float32))
     code, result, _ = predict(capsys, tmp_path, run, tmp_path / "x.npy", *words[2:])
     assert (code, result["images"][0]["overlays"]) == (0, {})
 
@@ -306,12 +306,12 @@ def test_bad_files_do_not_stop_the_rest_and_the_exit_code_tells(run, folder, tmp
     (folder / "z.dcm").write_bytes(dicom(np.zeros((8, 8)))[:200])
     (folder / "nobody.jpg").symlink_to(folder / "nothing.jpg")
     code, result, text = predict(
-        capsys, tmp_path, run, folder, folder / "a.png", "--out", tmp_path / "p.csv", "--batch", 2
+        capsys, tmp_path, run, folder, folder / "a.png", "--out", tmp_path / "p.csv", "--batch-size", 2
     )
     assert code == 1
     assert [image["id"] for image in result["images"]] == ["a.png", "b.png", "c.jpg", "d.dcm", "e.dicom"]
     assert set(result["failed"]) == {str(folder / name) for name in ("0.png", "bb.png", "z.dcm")}
-    assert "3 could not be used" in text
+    assert "3 failed: " in text
     assert len(pyarrow.csv.read_csv(tmp_path / "p.csv")) == 5
 
 
@@ -323,7 +323,7 @@ def test_nothing_but_bad_files_writes_nothing(run, tmp_path, capsys):
     assert code == 1
     assert (result["images"], len(result["failed"])) == ([], 2)
     assert "no image could be used, and nothing is written" in text
-    assert "2 could not be used" in text
+    assert "2 failed: " in text
     assert not (tmp_path / "p.csv").exists()
     assert not (tmp_path / "cams").exists()
 

@@ -28,7 +28,7 @@ def experiment(*boxes_of_images):
         label=np.tile([1.0, 0.0], (count, 1)),
         label_mask=np.ones((count, 2), bool),
     )
-    return SimpleNamespace(records=records, findings=FINDINGS, part=lambda name: part)
+    return SimpleNamespace(records=records, findings=FINDINGS, examples=lambda name: part)
 
 
 def test_drawn_boxes_are_taken_as_they_are_even_where_they_touch():
@@ -53,7 +53,7 @@ def test_masks_count_by_the_boxes_of_their_regions(phantom_data):
     part = SimpleNamespace(
         row=rows, label=(records.labels[rows] == 1).astype(float), label_mask=records.labels[rows] >= 0
     )
-    phantom = SimpleNamespace(records=records, findings=records.findings, part=lambda name: part)
+    phantom = SimpleNamespace(records=records, findings=records.findings, examples=lambda name: part)
     found = _positives(phantom, "test", "Nodule", 8)
     assert len(found.row) > 3
     for mask, boxes in zip(found.masks, found.boxes, strict=True):

@@ -16,7 +16,7 @@ from cxrjax.metrics.auc import mean_auroc
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.train import forward, loop
-from cxrjax.train.flat_params import Packed, is_packed, pack, pack_for, unpack
+from cxrjax.train.flat_params import FlatTree, is_packed, pack, pack_for, unpack
 from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.optimizer import as_one_vector
 from cxrjax.train.state import TrainState
@@ -31,7 +31,7 @@ TREES = st.recursive(LEAVES, lambda inner: st.dictionaries(st.sampled_from("abc"
 @settings(deadline=None)
 @given(tree=TREES)
 def test_any_tree_comes_back(tree):
-    few = Packed.of(jax.tree.map(jnp.asarray, tree))
+    few = FlatTree.of(jax.tree.map(jnp.asarray, tree))
     vectors = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if leaf.ndim == 1}
     others = sum(leaf.ndim != 1 for leaf in jax.tree.leaves(tree))
     assert len(jax.tree.leaves(few)) == len(vectors) + others

@@ -51,8 +51,8 @@ def test_other_findings_get_a_fresh_output(first, tiny, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.options.growth=8", "does not fit the network"),
-        ("model.inputs=unit", "give --config.model.inputs=grey"),
+        ("model.options.growth_rate=8", "does not fit the network"),
+        ("model.input_spec=unit", "give --config.model.input_spec=grey"),
         ("model.init_from=nowhere", "nowhere/card.json is missing"),
         ("model.init_from=dense=DIR", "names dense; the networks that this one is made of: none"),
         ("model.init_from=a=b, a=c", "write DIR, or MODULE=DIR, MODULE=DIR"),

@@ -18,7 +18,7 @@ from cxrjax.train.experiment import Experiment
 from cxrjax.train.losses import Loss
 from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.optimizer import make_optimizer
-from cxrjax.train.run_directory import Run
+from cxrjax.train.run_directory import RunDirectory
 from cxrjax.train.state import TrainState
 from tfds_builders.prepare import prepare
 
@@ -57,7 +57,7 @@ def test_a_finished_run_is_left_alone_and_more_epochs_go_on(tiny, tmp_path):
     assert loop.train(longer, tmp_path, mean_auroc).step == 16
 
 
-@pytest.mark.parametrize("override", ["optimizer.rate=0.5", "train.epochs=9", "model.options.growth=8"])
+@pytest.mark.parametrize("override", ["optimizer.rate=0.5", "train.epochs=9", "model.options.growth_rate=8"])
 def test_another_config_is_refused_and_the_key_named(tiny, tmp_path, override):
     loop.train(tiny("train.epochs=1", "train.steps_per_epoch=1"), tmp_path, mean_auroc)
     with pytest.raises(CxrError, match=override.partition("=")[0]):
@@ -68,7 +68,7 @@ def test_a_refused_config_leaves_room_for_the_right_one(tiny, tmp_path):
     with pytest.raises(CxrError, match="did you mean Nodule"):
         loop.train(tiny("data.findings=('Nodul',)"), tmp_path, mean_auroc)
     assert not list(tmp_path.iterdir())
-    with Run(tmp_path, tiny("optimizer.rate=0.5"), {}):
+    with RunDirectory(tmp_path, tiny("optimizer.rate=0.5"), {}):
         assert (tmp_path / "config.json").exists()  # claimed, and killed before its first checkpoint
     assert loop.train(tiny("train.epochs=1"), tmp_path, mean_auroc).step == 4
 
@@ -156,7 +156,7 @@ def test_the_best_network_is_on_disk_before_the_state_that_speaks_of_it(tiny, tm
 
 
 def test_two_runs_in_one_directory_are_refused(tiny, tmp_path):
-    with Run(tmp_path, tiny(), {}), pytest.raises(CxrError, match="another process"):
+    with RunDirectory(tmp_path, tiny(), {}), pytest.raises(CxrError, match="another process"):
         loop.train(tiny(), tmp_path, mean_auroc)
 
 

@@ -9,7 +9,7 @@ from cxrjax.models import create
 from cxrjax.models.network import Network, check_size
 
 SMALL = {
-    "densenet_small": {"blocks": (1, 1, 1), "growth": 4},
+    "densenet_small": {"block_config": (1, 1, 1), "growth_rate": 4},
     "resnet_small": {},
     "efficientnet_small": {},
     "hrnet_small": {},
@@ -41,28 +41,28 @@ def test_sizes_that_work_are_named_and_work(name, size, mend):
     with pytest.raises(
         CxrError, match=rf"data\.size = {size} does not suit the network: choose {mend}\. It says"
     ) as it:
-        check_size(made, size, images=2)
+        check_size(made, size, batch_size=2)
     assert str(it.value).count("data.size") == 2
     for each in mend.removeprefix("data.size = ").split(" or "):
-        check_size(made, int(each), images=2)
+        check_size(made, int(each), batch_size=2)
 
 
 @pytest.mark.parametrize("name", ["resnet_small", "efficientnet_small"])
 @pytest.mark.parametrize("size", [8, 30, 31])
 def test_some_take_any_size(name, size):
-    check_size(network(name), size, images=2)
+    check_size(network(name), size, batch_size=2)
 
 
 def test_one_value_per_channel_has_no_variance():
     with pytest.raises(CxrError, match=r"choose data\.size = 32\. It says: batch norm cannot train on one value"):
-        check_size(network("resnet_small"), 8, images=1)
-    check_size(network("resnet_small"), 8, images=1, backbone_in_training=False)
+        check_size(network("resnet_small"), 8, batch_size=1)
+    check_size(network("resnet_small"), 8, batch_size=1, backbone_in_training=False)
 
 
 def test_the_command_line_refuses_it_before_reading_images(tiny_overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Records, "image", lambda *_: pytest.fail("an image was read"))
     words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
     words = [word for word in words if ".options." not in word]
-    assert main.main([*words, "--config.model.name=hrnet_small", "--config.data.size=20"]) == 1
+    assert main([*words, "--config.model.name=hrnet_small", "--config.data.size=20"]) == 1
     assert "config key data.size = 20 does not suit the network: choose data.size = 32." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from cxrjax.models.network import Network
 from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
-from cxrjax.train.trainable import Learning
+from cxrjax.train.trainable import TrainableParams
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def network() -> Network:
     return Network.from_model(create("densenet_small", classes=3, growth_rate=4, block_config=(1, 1), stem_channels=4, hidden=5))
 
 
-def learning(network, *overrides) -> Learning:
-    return Learning.of(network, configs.load("demo", overrides))
+def learning(network, *overrides) -> TrainableParams:
+    return TrainableParams.of(network, configs.load("demo", overrides))
 
 
 def train(network, learning, accumulate=1, name="sgd", steps=2):

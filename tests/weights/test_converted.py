@@ -1,4 +1,4 @@
-"""Converted weights, put into networks: whole, or as the start of a training."""
+"""Loading converted weights, whole or as initial values for training."""
 
 import json
 
@@ -13,13 +13,15 @@ from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.input_spec import IMAGENET, XRV, InputSpec
 from cxrjax.models.network import Network
-from cxrjax.weights import convert, load_converted, start_from
+from cxrjax.weights import convert, init_from_converted, load_converted
 
 LABELS = ("Atelectasis", "Mass", "Pleural_Thickening", "", "Edema")
 
 
-def network(classes: int = 2, **how) -> Network:
-    return Network.from_model(create("densenet_small", classes=classes, **{"inputs": XRV, "seed": 3} | SMALL | how))
+def network(classes: int = 2, **options) -> Network:
+    return Network.from_model(
+        create("densenet_small", classes=classes, **{"input_spec": XRV, "seed": 3} | SMALL | options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def converted(tmp_path_factory, grey_weights):
     """Weights with named outputs for torchxrayvision's inputs."""
     folder = tmp_path_factory.mktemp("converted")
     file = FORMATS["zip"](folder, grey_weights)
-    convert(file, "densenet_small", folder / "out", inputs="xrv", labels=LABELS, options=SMALL)
+    convert(file, "densenet_small", folder / "out", input_spec="xrv", labels=LABELS, options=SMALL)
     return folder / "out"
 
 
@@ -35,46 +37,46 @@ def equal(one, other) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-def body(of: Network) -> tuple:
-    return {name: module for name, module in of.params.items() if name != "classifier"}, of.stats
+def body(network: Network) -> tuple:
+    return {name: module for name, module in network.params.items() if name != "classifier"}, network.stats
 
 
 def test_outputs_are_taken_by_name_and_in_order(converted):
     before, whole = network(), load_converted(converted)
-    after, notes = start_from(before, "densenet_small", converted, ["Edema", "Pleural_Thickening"])
+    after, notes = init_from_converted(before, "densenet_small", converted, ["Edema", "Pleural_Thickening"])
     assert equal(body(after), body(whole))
-    for part in ("kernel", "bias"):
-        taken, given = (of.params["classifier"]["output"][part] for of in (after, whole))
-        np.testing.assert_array_equal(taken, given[..., np.array([4, 2])])
+    for leaf in ("kernel", "bias"):
+        taken, source = (network.params["classifier"]["output"][leaf] for network in (after, whole))
+        np.testing.assert_array_equal(taken, source[..., np.array([4, 2])])
     assert notes == ("the outputs for Edema, Pleural_Thickening are those of the weights",)
     assert after.definition is before.definition
 
 
-def test_a_finding_without_an_output_gets_a_fresh_head(converted):
+def test_a_finding_without_an_output_leaves_the_head_initial(converted):
     before = network()
-    after, notes = start_from(before, "densenet_small", converted, ["Edema", "Fracture"])
+    after, notes = init_from_converted(before, "densenet_small", converted, ["Edema", "Fracture"])
     assert equal(body(after), body(load_converted(converted)))
     assert equal(after.params["classifier"], before.params["classifier"])
     assert notes == ("the weights have no output for Fracture", "classifier starts from initial values")
 
 
-def test_another_head_is_fresh(converted):
+def test_a_head_of_another_kind_stays_initial(converted):
     before = network(hidden=6)
-    after, notes = start_from(before, "densenet_small", converted, ["Edema", "Mass"])
+    after, notes = init_from_converted(before, "densenet_small", converted, ["Edema", "Mass"])
     assert equal(after.params["classifier"], before.params["classifier"])
     assert equal(body(after), body(load_converted(converted)))
     assert notes[-1] == "classifier starts from initial values"
 
 
 @pytest.mark.parametrize(
-    ("how", "note"),
+    ("options", "note"),
     [({"head": "drop"}, "the weights have no head"), ({}, "the weights have no names for their 5 outputs")],
 )
-def test_weights_that_name_no_outputs_give_the_rest(tmp_path, grey_weights, how, note):
+def test_weights_without_named_outputs_fill_the_rest(tmp_path, grey_weights, options, note):
     file = FORMATS["safetensors"](tmp_path, grey_weights)
-    convert(file, "densenet_small", tmp_path / "out", options=SMALL, **how)
+    convert(file, "densenet_small", tmp_path / "out", options=SMALL, **options)
     before = Network.from_model(create("densenet_small", classes=5, **SMALL))
-    after, notes = start_from(before, "densenet_small", tmp_path / "out", ["A", "B", "C", "D", "E"])
+    after, notes = init_from_converted(before, "densenet_small", tmp_path / "out", ["A", "B", "C", "D", "E"])
     assert notes == (note, "classifier starts from initial values")
     assert equal(after.params["classifier"], before.params["classifier"])
     np.testing.assert_array_equal(after.stats["norm0"]["mean"], grey_weights["features.norm0.running_mean"])
@@ -82,38 +84,42 @@ def test_weights_that_name_no_outputs_give_the_rest(tmp_path, grey_weights, how,
 
 def test_the_result_has_the_networks_types(converted):
     with jax.enable_x64(True):
-        after, _ = start_from(network(dtype="float64"), "densenet_small", converted, ["Edema", "Mass"])
+        after, _ = init_from_converted(network(dtype="float64"), "densenet_small", converted, ["Edema", "Mass"])
         assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {np.dtype(np.float64)}
         assert {leaf.dtype for leaf in jax.tree.leaves(load_converted(converted, dtype="float64"))} == {
             np.dtype(np.float64)
         }
-    bf16, _ = start_from(network(dtype="bfloat16"), "densenet_small", converted, ["Edema", "Mass"])
+    bf16, _ = init_from_converted(network(dtype="bfloat16"), "densenet_small", converted, ["Edema", "Mass"])
     assert {leaf.dtype for leaf in jax.tree.leaves(bf16)} == {np.dtype(np.float32)}
     assert load_converted(converted, dtype="bfloat16").dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("how", "name", "message"),
+    ("options", "name", "message"),
     [
         ({}, "densenet121", "weights of densenet_small, and the network is densenet121: .*model.name=densenet_small"),
-        ({"inputs": None}, "densenet_small", "expect inputs xrv, and the network takes grey: .*model.inputs=xrv"),
-        ({"inputs": IMAGENET}, "densenet_small", "takes imagenet: give --config.model.inputs=xrv"),
         (
-            {"growth": 5},
+            {"input_spec": None},
             "densenet_small",
-            r"has shape .* and the network's has .*are: growth=4, blocks=\(2, 1\)",
+            "expect inputs xrv, and the network takes grey: .*model.input_spec=xrv",
         ),
-        ({"blocks": (2, 2)}, "densenet_small", "is missing and .* more; its options are"),
-        ({"blocks": (1, 1)}, "densenet_small", "is not in the network|has shape"),
+        ({"input_spec": IMAGENET}, "densenet_small", "takes imagenet: set --config.model.input_spec=xrv"),
+        (
+            {"growth_rate": 5},
+            "densenet_small",
+            r"has shape .* and the network's has .*are: growth_rate=4, block_config=\(2, 1\)",
+        ),
+        ({"block_config": (2, 2)}, "densenet_small", "is missing and .* more; its options are"),
+        ({"block_config": (1, 1)}, "densenet_small", "is not in the network|has shape"),
     ],
 )
-def test_what_does_not_fit_names_the_mend(converted, how, name, message):
+def test_errors_say_what_to_set(converted, options, name, message):
     with pytest.raises(CxrError, match=message):
-        start_from(network(**how), name, converted, ["Edema", "Mass"])
+        init_from_converted(network(**options), name, converted, ["Edema", "Mass"])
 
 
-def test_a_replaceable_module_that_does_not_fit_is_dropped_and_said(tmp_path):
-    """HRNet's neck belongs to its head: the public one does not fit the half one."""
+def test_a_replaceable_module_that_does_not_fit_is_dropped_with_a_note(tmp_path):
+    """HRNet's neck belongs to its head: weights of one neck do not fit another."""
     weights = state_dict("hrnet_small", classes=3, neck="half")
     file = FORMATS["zip"](tmp_path, weights)
     with pytest.raises(CxrError, match=r"missing|shape"):
@@ -123,14 +129,14 @@ def test_a_replaceable_module_that_does_not_fit_is_dropped_and_said(tmp_path):
     assert {path.split(".")[0] for path in report.missing} >= {"classifier", "incre_modules"}
     assert len(report.used) + len(report.dropped) == len(weights)
     before = Network.from_model(create("hrnet_small", classes=2, neck="eighth", seed=5))
-    after, notes = start_from(before, "hrnet_small", tmp_path / "out", ["Edema", "Mass"])
+    after, notes = init_from_converted(before, "hrnet_small", tmp_path / "out", ["Edema", "Mass"])
     assert "incre_modules starts from initial values" in notes
     assert equal(after.params["incre_modules"], before.params["incre_modules"])
     np.testing.assert_array_equal(after.stats["bn1"]["mean"], weights["bn1.running_mean"])
     assert load_converted(tmp_path / "out", classes=2).classes == 2
 
 
-def test_a_head_of_another_size_is_not_built(converted):
+def test_a_head_of_another_size_is_refused(converted):
     with pytest.raises(CxrError, match="5 outputs, not 7"):
         load_converted(converted, classes=7)
     assert load_converted(converted, classes=5, remat="layer").model().remat == "layer"
@@ -138,7 +144,7 @@ def test_a_head_of_another_size_is_not_built(converted):
 
 @pytest.fixture
 def copy(converted, tmp_path):
-    """A directory of converted weights to spoil."""
+    """A copy of the converted weights that a test may damage."""
     for file in converted.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -149,7 +155,7 @@ def change_card(directory, **entries):
     (directory / "card.json").write_text(json.dumps(card | entries))
 
 
-def test_weights_that_the_card_does_not_describe_are_refused(copy):
+def test_weights_with_another_checksum_are_refused(copy):
     file = copy / "weights.safetensors"
     arrays = load_file(file)
     save_file(arrays | {"norm0.mean": arrays["norm0.mean"] + 1}, file)
@@ -165,12 +171,12 @@ def test_weights_that_the_card_does_not_describe_are_refused(copy):
     [
         ({"format": "cxrjax weights 9"}, "its format is not"),
         ({"colour": "blue"}, "colour"),
-        ({"inputs": {"channels": 2}}, "2 channels"),
-        ({"options": SMALL | {"growth": 6}}, "does not fit densenet_small of this version"),
+        ({"input_spec": {"channels": 2}}, "2 channels"),
+        ({"options": SMALL | {"growth_rate": 6}}, "does not fit densenet_small of this version"),
         ({"architecture": "densenet_tiny"}, "did you mean 'densenet_small'"),
     ],
 )
-def test_a_card_that_says_something_else_is_refused(copy, entries, message):
+def test_a_changed_card_is_refused(copy, entries, message):
     change_card(copy, **entries)
     with pytest.raises(CxrError, match=message):
         load_converted(copy)
@@ -184,14 +190,14 @@ def test_a_directory_without_a_card_is_named(tmp_path):
         load_converted(tmp_path)
 
 
-def test_the_card_keeps_any_inputs_exactly(tmp_path, small_weights):
+def test_the_card_keeps_the_input_spec_exactly(tmp_path, small_weights):
     file = FORMATS["safetensors"](tmp_path, small_weights)
-    convert(file, "densenet_small", tmp_path / "out", inputs="imagenet", channels=1, options=SMALL)
-    inputs = load_converted(tmp_path / "out").inputs
-    assert isinstance(inputs, InputSpec)
-    before = Network.from_model(create("densenet_small", classes=2, inputs=inputs, **SMALL))
-    start_from(before, "densenet_small", tmp_path / "out", ["A", "B"])
-    with pytest.raises(CxrError, match=r"model\.inputs=imagenet-grey"):
-        start_from(
+    convert(file, "densenet_small", tmp_path / "out", input_spec="imagenet", channels=1, options=SMALL)
+    spec = load_converted(tmp_path / "out").input_spec
+    assert isinstance(spec, InputSpec)
+    before = Network.from_model(create("densenet_small", classes=2, input_spec=spec, **SMALL))
+    init_from_converted(before, "densenet_small", tmp_path / "out", ["A", "B"])
+    with pytest.raises(CxrError, match=r"model\.input_spec=imagenet-grey"):
+        init_from_converted(
             Network.from_model(create("densenet_small", classes=2, **SMALL)), "densenet_small", tmp_path / "out", "AB"
         )

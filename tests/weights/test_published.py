@@ -13,12 +13,12 @@ RUNNING = "features.denseblock1.denselayer1.norm1.running_var"
 
 
 def small():
-    return create("densenet_small", classes=3, growth=4, blocks=(1, 1), stem_channels=4)
+    return create("densenet_small", classes=3, growth_rate=4, block_config=(1, 1), stem_channels=4)
 
 
 @pytest.fixture
 def weights() -> dict[str, np.ndarray]:
-    """A state dict for `small`, written out by hand as PyTorch would name and lay it out."""
+    """A state dict for `small`, with names and layout of PyTorch written by hand."""
     shapes = {"features.conv0.weight": (4, 1, 5, 5)}
     norms = {"norm0": 4, "denseblock1.denselayer1.norm1": 4, "denseblock1.denselayer1.norm2": 8, "transition1.norm": 8,
              "denseblock2.denselayer1.norm1": 4, "denseblock2.denselayer1.norm2": 8, "norm5": 8}  # fmt: skip
@@ -36,7 +36,7 @@ def weights() -> dict[str, np.ndarray]:
 
 def test_every_array_is_filled_in_our_layout(weights):
     model = small()
-    report = load_published(model, weights)
+    fitted = load_published(model, weights)
     network = Network.from_model(model)
     layer = network.params["denseblock1"]["denselayer1"]
     np.testing.assert_array_equal(layer["conv2"]["kernel"][1, 2, 5, 3], weights[CONV][3, 5, 1, 2])
@@ -45,17 +45,19 @@ def test_every_array_is_filled_in_our_layout(weights):
     )
     np.testing.assert_array_equal(network.stats["denseblock1"]["denselayer1"]["norm1"]["var"], weights[RUNNING])
     np.testing.assert_array_equal(layer["norm1"]["scale"], weights[RUNNING.replace("running_var", "weight")])
-    assert report.arrays == len(jax.tree.leaves((network.params, network.stats))) == len(weights) - 7
-    assert report.values == sum(a.size for n, a in weights.items() if not n.endswith("tracked"))
-    assert len(report.dropped) == 7
-    assert "features.norm0.num_batches_tracked" in report.dropped
+    assert len(fitted.arrays) == len(jax.tree.leaves((network.params, network.stats))) == len(weights) - 7
+    assert sum(array.size for array in fitted.arrays.values()) == sum(
+        a.size for n, a in weights.items() if not n.endswith("tracked")
+    )
+    assert len(fitted.dropped) == 7
+    assert "features.norm0.num_batches_tracked" in fitted.dropped
 
 
 def test_densenet121_uses_every_published_key(shared):
     parity = Parity(shared / "parity", "tv-densenet121")
-    report = load_published(create("densenet121", classes=1000), parity.state_dict())
-    assert report.arrays + len(report.dropped) == len(parity.about["state"])
-    assert report.values == parity.about["parameters"] + sum(
+    fitted = load_published(create("densenet121", classes=1000), parity.state_dict())
+    assert len(fitted.arrays) + len(fitted.dropped) == len(parity.about["state"])
+    assert sum(array.size for array in fitted.arrays.values()) == parity.about["parameters"] + sum(
         array.size for name, array in parity.results.items() if name.startswith("running/")
     )
 
@@ -77,7 +79,7 @@ def test_densenet121_uses_every_published_key(shared):
         (lambda w: w.update({RUNNING: -w[RUNNING]}), f"{RUNNING} holds negative variances$"),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_is_changed(weights, change, message):
+def test_faults_are_named_and_nothing_changes(weights, change, message):
     change(weights)
     model = small()
     before = Network.from_model(model)
@@ -94,6 +96,6 @@ def test_all_faults_are_listed_at_once(weights):
     assert all(name in str(caught.value) for name in (CONV, RUNNING, "classifier.bias"))
 
 
-def test_weights_without_batch_counters_are_whole(weights):
-    bare = {name: array for name, array in weights.items() if not name.endswith("tracked")}
-    assert load_published(small(), bare).dropped == ()
+def test_batch_counters_are_optional(weights):
+    without_counters = {name: array for name, array in weights.items() if not name.endswith("tracked")}
+    assert load_published(small(), without_counters).dropped == {}

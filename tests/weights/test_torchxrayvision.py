@@ -1,4 +1,4 @@
-"""torchxrayvision's own DenseNet, saved as its authors publish theirs: a whole module."""
+"""torchxrayvision's own DenseNet, saved as its authors do: a whole module."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ KEPT_ALIVE = []
 
 @pytest.fixture(scope="module")
 def xrv():
-    """The package, also where torchvision does not load its C extension, with two operators that nobody here needs."""
+    """The package, also where torchvision's C extension does not load: two operators, not needed here, are declared."""
     importlib.util.find_spec("torchxrayvision") or pytest.skip("needs torchxrayvision")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -39,12 +39,12 @@ def xrv():
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
-def test_its_logits_are_ours(tmp_path, xrv, legacy, whole):
+@pytest.mark.parametrize("whole_module", [False, True])
+def test_logits_agree(tmp_path, xrv, legacy, whole_module):
     torch.manual_seed(0)
     model = xrv.models.DenseNet(weights=None, num_classes=18, in_channels=1).eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # as after training, else running statistics are 0 and 1
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after training; otherwise running statistics are 0 and 1
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.8, 1.2)
             module.weight.data.uniform_(0.8, 1.2)
@@ -52,10 +52,10 @@ def test_its_logits_are_ours(tmp_path, xrv, legacy, whole):
     model.op_threshs = torch.linspace(0.1, 0.9, 18)
     model.pathologies = xrv.models.DenseNet.targets
     file = tmp_path / "xrv.pt"
-    torch.save(model if whole else model.state_dict(), file, _use_new_zipfile_serialization=not legacy)
+    torch.save(model if whole_module else model.state_dict(), file, _use_new_zipfile_serialization=not legacy)
     report = convert(file, "densenet121", tmp_path / "out")
-    assert report.card.labels == (tuple(model.pathologies) if whole else ())
-    assert (report.card.classes, report.card.inputs) == (18, XRV)
+    assert report.card.labels == (tuple(model.pathologies) if whole_module else ())
+    assert (report.card.classes, report.card.input_spec) == (18, XRV)
     assert len(report.used) + len(report.dropped) == len(model.state_dict())
     assert "op_threshs" in report.dropped
     grey = np.random.default_rng(0).integers(0, 256, (2, 96, 80, 1), np.uint8)

@@ -27,13 +27,13 @@ JOINT = ("train.stages=()", "model.options.stage=joint")
 
 def command(verb, directory, phantom_data, *overrides):
     words = [*verb, "--workdir", str(directory), f"--config.data.dir={phantom_data}"]
-    return main.main([*words, *(f"--config.{word}" for word in (*FEW, *overrides))])
+    return main([*words, *(f"--config.{word}" for word in (*FEW, *overrides))])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny():
     """Branches of two resolutions, which compile in a fraction of the time."""
-    settings = {"width": 4, "modules": (1,), "blocks": 1, "stem_channels": 4, "stem_blocks": 1}
+    settings = {"width": 4, "num_modules": (1,), "num_blocks": 1, "stem_channels": 4, "stem_blocks": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "hrnet_tiny", Architecture(HRNet, GREY, settings, "of these tests"))
         yield
@@ -105,7 +105,7 @@ def test_the_geometric_mean_can_be_the_prediction(study):
     (other / "config.json").write_text(json.dumps(stored))
     for name in ("checkpoints", "metrics.jsonl", "run.json"):
         (other / name).symlink_to(run / name)
-    assert main.main(["evaluate", str(other), "--resamples", "0"]) == 0
+    assert main(["evaluate", str(other), "--resamples", "0"]) == 0
     assert json.loads((other / "fitted.json").read_text())["passes"] == 0, "only the fusion has dropout"
     ours = Predictions.read(other / "predictions" / "test.parquet")
     branches = [predictions(kind, directory, arm)[0].probability for arm in ("global", "local")]
@@ -118,7 +118,7 @@ def test_train_takes_the_literal_reading(phantom_data, tmp_path):
             "model.options.region=mask")  # fmt: skip
     verb = ("train", "--config", "fhrnet:phantom")
     assert command(verb, tmp_path / "run", phantom_data, *JOINT, *more) == 0
-    assert main.main(["evaluate", str(tmp_path / "run"), "--resamples", "0"]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--resamples", "0"]) == 0
     table = Predictions.read(tmp_path / "run" / "predictions" / "test.parquet")
     np.testing.assert_allclose(table.probability.sum(1), 1, atol=1e-6)
 
