@@ -16,7 +16,6 @@ import numpy as np
 
 from cxrjax.config import load
 from cxrjax.distributed.runtime import enable_compilation_cache
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.report import plots, style
 from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.stages import train_stages
@@ -28,7 +27,7 @@ def trained(directory: Path, size: int, dtype: str, seed: int, overrides: list[s
     """One run's log lines of whole epochs."""
     config = load(f"demo:{size}", [f"model.dtype={dtype}", f"seed={seed}", *overrides])
     run = directory / f"{size}px-{dtype}-seed{seed}"
-    train_stages(config, run, mean_auroc)
+    train_stages(config, run)
     return [row for row in read_metrics(run / "metrics.jsonl") if "val_loss" in row]
 
 

@@ -23,13 +23,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from cxrjax.config import load
     from cxrjax.console import print_text
     from cxrjax.distributed.runtime import is_main_process
-    from cxrjax.metrics.auc import mean_auroc
     from cxrjax.train.stages import train_stages
 
     config = load(arguments.config, arguments.overrides)
     join_processes(arguments, stops_together=True)
     use_compilation_cache(arguments.workdir)
-    progress = train_stages(config, arguments.workdir, mean_auroc, profile=arguments.profile)
+    progress = train_stages(config, arguments.workdir, profile=arguments.profile)
     details = [f"trained {progress.step} steps"]
     if progress.stopped_early:
         details.append("stopped early")

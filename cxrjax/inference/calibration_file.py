@@ -93,7 +93,7 @@ def fit_run(experiment: Experiment, network: Network, checkpoint: dict[str, Any]
 
 
 def _passes(experiment: Experiment, network: Network, passes: int) -> Uncertainty:
-    config, examples = experiment.config, experiment.part("validation")
+    config, examples = experiment.config, experiment.examples("validation")
     with progress_bar(f"{passes} stochastic passes over validation", len(examples)) as advance:
         logits = stochastic_logits(
             network, examples, experiment.mesh, size=config.data.size, batch=config.evaluate.batch, passes=passes,

@@ -63,7 +63,7 @@ def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
     Raises:
       InterruptedRunError: one of several processes was told to stop.
     """
-    config, examples = experiment.config, experiment.part(part)
+    config, examples = experiment.config, experiment.examples(part)
     with progress_bar(f"predicting {part} at {config.data.size} px", len(examples.row)) as show:
 
         def advance(images: int) -> None:

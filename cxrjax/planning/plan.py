@@ -263,7 +263,7 @@ def _trace_step(config: Config, mesh: Mesh, microbatch: int, accumulation_steps:
     optimizer = make_optimizer(config.optimizer)
     with jax.default_device(_host_device()):
         network = network_of(config, len(_findings(config)))
-        trainable = TrainableParams.of(network, config)
+        trainable = TrainableParams.from_config(network, config)
         state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0, trainable))
     classes = network.classes
     loss = make_loss(config.loss.name, prevalence=np.full(classes, 0.1), **dict(config.loss.options.items()))

@@ -16,7 +16,7 @@ from cxrjax.metrics.subgroups import UNKNOWN, attributes, subgroups
 from cxrjax.metrics.tables import folded
 from cxrjax.metrics.thresholds import choose
 from cxrjax.report.content import Claim, Diagrams, Reliability, Section, Table
-from cxrjax.runs.evaluate_run import interval_text
+from cxrjax.runs.evaluate_run import describe_intervals
 from cxrjax.studies.framework import ArmStudy
 from cxrjax.studies.resolution.statements import listed, verdict
 
@@ -172,7 +172,7 @@ def comparability(study: ArmStudy) -> str:
     experiment, test = study.members[0].experiment, study.members[0].test
     ours = (
         f"Ours are of {len(test):,} test images of {len(np.unique(test.patient)):,} patients ({study.dataset}, split "
-        f"{experiment.split.name!r}, no patient in two parts), with {interval_text(study.scores[study.arms[0]])}. The "
+        f"{experiment.split.name!r}, no patient in two parts), with {describe_intervals(study.scores[study.arms[0]])}. The "
         f"paper's are of {study.paper.test}; it prints no intervals."
     )
     if study.phantom:
@@ -221,7 +221,7 @@ def _reached(study: ArmStudy, name: str) -> Claim:
 def lead(study: ArmStudy) -> list[str]:
     """The opening: what was done, and the numbers that matter most."""
     experiment, best = study.members[0].experiment, study.best.name
-    images = {name: len(part.row) for name, part in experiment.parts.items()}
+    images = {name: len(part.row) for name, part in experiment.examples_by_split.items()}
     spread = study.scores[best].mean.auroc_interval
     return [
         f"{listed(study.arms)} were trained on {images['train']:,} images of {study.dataset}; each kept its best epoch "

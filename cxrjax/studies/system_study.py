@@ -16,12 +16,11 @@ from cxrjax.console import print_text, stdout
 from cxrjax.distributed.runtime import on_main_process
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.report import figures, style
 from cxrjax.report.content import StudyReport
 from cxrjax.report.page import write_page
 from cxrjax.report.tables import csv, terminal
-from cxrjax.runs.evaluate_run import curves, epochs, interval_text, provenance
+from cxrjax.runs.evaluate_run import roc_curves, read_epochs, describe_intervals, read_provenance
 from cxrjax.studies import sections
 from cxrjax.studies.framework import ArmStudy, Extra
 from cxrjax.studies.members import Member, predict_together
@@ -73,7 +72,7 @@ def arms(system: str, spec: str, overrides: Sequence[str], directory: Path) -> d
         fhrnet.train(config, directory / "runs")
     else:
         for name, each in configs.items():
-            train_stages(each, directory / "runs" / name, mean_auroc)
+            train_stages(each, directory / "runs" / name)
             predict_together(directory / "runs" / name)
 
     def report() -> dict[str, Any]:
@@ -113,7 +112,7 @@ def _check(system: str, config: Config, configs: dict[str, Config], directory: P
         )
     for name, other in zip(names[1:], others, strict=False):
         for part in ("validation", "test"):
-            theirs, ours = other.part(part), first.part(part)
+            theirs, ours = other.examples(part), first.examples(part)
             same = np.array_equal(other.records.id[theirs.row], first.records.id[ours.row])
             if not same or other.findings != first.findings or not np.array_equal(theirs.label, ours.label):
                 raise CxrError(
@@ -148,9 +147,9 @@ def _report(study: ArmStudy, extra: Extra, directory: Path) -> dict[str, Any]:
         lead=sections.lead(study),
         claims=[*extra.claims, *([] if paper is None else paper[1])],
         notes=[*sections.notes(study), *extra.notes],
-        interval=interval_text(study.scores[study.arms[0]]),
-        curves={member.name: curves(member.test) for member in study.members},
-        training={member.name: epochs(member.directory) for member in _runs(study)},
+        interval=describe_intervals(study.scores[study.arms[0]]),
+        curves={member.name: roc_curves(member.test) for member in study.members},
+        training={member.name: read_epochs(member.directory) for member in _runs(study)},
         cams=extra.cams,
         sections=[*first, *extra.sections, *(section for section, _ in common.values())],
         provenance=_provenance(study),
@@ -160,10 +159,10 @@ def _report(study: ArmStudy, extra: Extra, directory: Path) -> dict[str, Any]:
 
 
 def _provenance(study: ArmStudy) -> dict[str, Any]:
-    first = provenance(study.members[0].directory)
+    first = read_provenance(study.members[0].directory)
     shared = ("images", "versions", "device", "devices", "mesh", "host")
     names = ("identity", "seed", "parameters", "parameters that learn", "steps", "train_seconds")
-    every = {member.name: provenance(member.directory) for member in _runs(study)}
+    every = {member.name: read_provenance(member.directory) for member in _runs(study)}
     return {name: first[name] for name in shared} | {
         arm: {"model": member.experiment.config.model.name} | {name: about[name] for name in names}
         for (arm, about), member in zip(every.items(), _runs(study), strict=True)

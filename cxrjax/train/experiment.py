@@ -154,9 +154,9 @@ class Experiment:
         return make_loss(self.config.loss.name, prevalence=prevalence, **dict(self.config.loss.options.items()))
 
     @cached_property
-    def learning(self) -> TrainableParams:
+    def trainable(self) -> TrainableParams:
         """Which parameters learn, and how fast each does."""
-        return TrainableParams.of(self.network, self.config)
+        return TrainableParams.from_config(self.network, self.config)
 
     @property
     def augment(self) -> Augment:
@@ -197,7 +197,7 @@ class Experiment:
           CxrError: it does not; sizes that work are named.
         """
         images = self.config.train.batch // self.accumulate
-        in_training = self.learning.backbone_in_training
+        in_training = self.trainable.backbone_in_training
         check_size(self.network, self.config.data.size, batch_size=images, backbone_in_training=in_training)
 
     @property
@@ -220,11 +220,11 @@ class Experiment:
             self.examples(part)
         self.check_size()
         train = self.examples("train")
-        _ = self.network, self.learning, self.loss, self.sampling.strata(train.label, train.label_mask, train.dataset_index)
+        _ = self.network, self.trainable, self.loss, self.sampling.strata(train.label, train.label_mask, train.dataset_index)
         identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
         if self.config.model.init_from:
             identity |= {"initial weights": self._initial.mark}
-            frozen = [name for name in self._initial.fresh if name in self.learning.frozen_modules(self.network.params)]
+            frozen = [name for name in self._initial.fresh if name in self.trainable.frozen_modules(self.network.params)]
             if frozen:
                 raise CxrError(
                     f"config key train.freeze would freeze {', '.join(frozen)}, which model.init_from leaves at random "

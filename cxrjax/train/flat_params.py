@@ -34,7 +34,7 @@ def _layout(structure: Any, lengths: tuple[tuple[str, int] | None, ...]) -> _Lay
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Packed:
+class FlatTree:
     """Nested dicts of arrays, of which those of one axis are one vector for each type, and the others as they were."""
 
     vectors: dict[str, Array]
@@ -42,7 +42,7 @@ class Packed:
     layout: _Layout = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, tree: Any) -> "Packed":
+    def of(cls, tree: Any) -> "FlatTree":
         """The dicts as few arrays."""
         leaves, structure = jax.tree.flatten(tree)
         vectors, others = dict[str, list[Array]](), []
@@ -72,7 +72,7 @@ def _cut(vectors: dict[str, Array], layout: _Layout) -> dict[str, list[Array]]:
 
 def pack(of: Holder) -> Holder:
     """The same with its parameters and statistics as few arrays."""
-    return dataclasses.replace(of, params=Packed.of(of.params), stats=Packed.of(of.stats))
+    return dataclasses.replace(of, params=FlatTree.of(of.params), stats=FlatTree.of(of.stats))
 
 
 def pack_for(of: Holder, mesh: Mesh) -> Holder:
@@ -91,4 +91,4 @@ def unpack(of: Holder) -> Holder:
 
 def is_packed(of: Any) -> bool:
     """Whether its parameters and statistics are few arrays."""
-    return isinstance(of.params, Packed)
+    return isinstance(of.params, FlatTree)

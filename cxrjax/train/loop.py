@@ -33,28 +33,26 @@ from cxrjax.distributed.runtime import (
 )
 from cxrjax.errors import CxrError, InterruptedRunError, out_of_memory
 from cxrjax.files import write_json
+from cxrjax.metrics.auc import mean_auroc
 from cxrjax.metrics.predictions import log_odds
 from cxrjax.models.network import parameter_count
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.flat_params import pack_for, unpack
 from cxrjax.train.forward import logits_of
-from cxrjax.train.monitoring import MetricWriter, Profile, Unwritten, Waiting
+from cxrjax.train.monitoring import MetricWriter, Profile, NullMetricWriter, DataWaitTimer
 from cxrjax.train.optimizer import make_optimizer, schedule
-from cxrjax.train.run_directory import Run, describe_run
+from cxrjax.train.run_directory import RunDirectory, describe_run
 from cxrjax.train.state import Progress, TrainState
 from cxrjax.train.step import make_predict_step, make_train_step
 
 LOCAL = ("data.dir", "data.threads")
 """Config keys that may differ from process to process."""
 
-Auroc = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
-
 
 def train(
     config: Config,
     directory: Path,
-    auroc: Auroc,
     experiment: Experiment | None = None,
     *,
     profile: tuple[int, int] | None = None,
@@ -70,7 +68,6 @@ def train(
     Args:
       config: see `cxrjax.config.default`.
       directory: the run's directory; made if absent.
-      auroc: `(logits, labels, known) -> mean AUROC`, for validation.
       experiment: the opened config, where the caller has it already.
       profile: first and last of the steps that process 0 traces into `directory/profile`; those done already are not.
 
@@ -84,13 +81,13 @@ def train(
     check_consistent("config", {key: value for key, value in flatten(config).items() if key not in LOCAL})
     check_consistent("data and split", experiment.identity)
     check_shared_directory(directory)
-    with on_main_process(lambda: Run(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
+    with on_main_process(lambda: RunDirectory(directory, config, experiment.identity)) or nullcontext(), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
-        trainer = _Trainer(experiment, directory, checkpoints, auroc)
+        trainer = _Trainer(experiment, directory, checkpoints)
         on_main_process(lambda: trainer.begin(profile))
         if trainer.finished:
             return trainer.progress
-        writer = MetricWriter(directory, trainer.progress.step) if is_main_process() else Unwritten()
+        writer = MetricWriter(directory, trainer.progress.step) if is_main_process() else NullMetricWriter()
         trainer.writer = stack.enter_context(writer)
         trainer.profile = stack.enter_context(Profile(directory, profile if is_main_process() else None))
         try:
@@ -104,14 +101,14 @@ def train(
 class _Trainer:
     """The loop's parts, in the order in which they happen."""
 
-    writer: MetricWriter | Unwritten
+    writer: MetricWriter | NullMetricWriter
     profile: Profile
 
-    def __init__(self, experiment: Experiment, directory: Path, checkpoints: Checkpoints, auroc: Auroc):
+    def __init__(self, experiment: Experiment, directory: Path, checkpoints: Checkpoints):
         config = experiment.config
         self.experiment, self.config, self.directory = experiment, config, directory
-        self.checkpoints, self.auroc = checkpoints, auroc
-        self.validation = experiment.part("validation")
+        self.checkpoints = checkpoints
+        self.validation = experiment.examples("validation")
         self.steps_per_epoch = experiment.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
 
@@ -122,18 +119,18 @@ class _Trainer:
             schedule(config.optimizer, self.steps),
             experiment.mesh,
             experiment.accumulate,
-            experiment.learning,
+            experiment.trainable,
             experiment.loss,
             config.train.heads == "alternating",
         )
         self.predict_step = make_predict_step(experiment.mesh)
-        state = TrainState.create(experiment.start, optimizer, config.seed, experiment.learning)
+        state = TrainState.create(experiment.start, optimizer, config.seed, experiment.trainable)
         state, self.progress = jax.device_put(state, replicated(experiment.mesh)), Progress()
         restored = checkpoints.restore_last(state)
         if restored:
             state, self.progress = restored[0], Progress(**restored[1])
         self.state = pack_for(state, experiment.mesh)
-        self.waiting = Waiting(self.progress.waited, self.progress.stepped)
+        self.waiting = DataWaitTimer(self.progress.waited, self.progress.stepped)
 
     def run(self) -> Progress:
         """Go on from where the progress stands to the last epoch, or to an early stop."""
@@ -146,7 +143,7 @@ class _Trainer:
             try:
                 while True:
                     if self._at_epoch_end:
-                        self._settle(pending, 0)
+                        self._drain_metrics(pending, 0)
                         self.waiting.pause()
                         self._end_epoch(lambda _: self._stop(received or preemption_requested()))
                         self._save()
@@ -155,10 +152,10 @@ class _Trainer:
                         break
                     received.extend(preemption_requested())
                     if received:
-                        self._settle(pending, 0)
+                        self._drain_metrics(pending, 0)
                         self._stop(received)
                     if self.profile.starts(progress.step + 1):
-                        self._settle(pending, 0)
+                        self._drain_metrics(pending, 0)
                         self.profile.start()
                     with jax.profiler.StepTraceAnnotation("train", step_num=progress.step + 1):
                         batch, rows = self.waiting.next(batches)
@@ -166,12 +163,12 @@ class _Trainer:
                     self.waiting.go()
                     progress.step += 1
                     pending.append((progress.step, metrics, rows))
-                    self._settle(pending, 2)  # the device stays two steps ahead of the host
+                    self._drain_metrics(pending, 2)  # the device stays two steps ahead of the host
                     if self.profile.ends(progress.step):
-                        self._settle(pending, 0)
+                        self._drain_metrics(pending, 0)
                         self.profile.stop()
                     if train.save_every and progress.step % train.save_every == 0 and not self._at_epoch_end:
-                        self._settle(pending, 0)
+                        self._drain_metrics(pending, 0)
                         self._save()
                     advance(train.batch, self._label())
             finally:
@@ -193,7 +190,7 @@ class _Trainer:
         """Batches on the devices, two ahead, each with its rows of the records table on the host."""
         data, shardings = self.config.data, batch_shardings(self.experiment.mesh)
         stream = training_batches(
-            self.experiment.part("train"),
+            self.experiment.examples("train"),
             size=data.size,
             batch_size=self.config.train.batch,
             augment=self.experiment.augment,
@@ -205,7 +202,7 @@ class _Trainer:
         )
         return prefetch_to_device(stream, lambda batch: (put_batch(batch, shardings), batch.record))
 
-    def _settle(self, pending: deque, allowed: int) -> None:
+    def _drain_metrics(self, pending: deque, allowed: int) -> None:
         """Read the metrics of steps that are done; stop the run if a loss or gradient is not finite."""
         while len(pending) > allowed:
             step, metrics, rows = pending.popleft()
@@ -227,7 +224,7 @@ class _Trainer:
         ).astype(np.float64)  # fmt: skip
         loss = self.experiment.loss.mean(logits, self.validation.label, self.validation.label_mask)
         odds = log_odds(logits, config.loss.name)
-        auroc = self.auroc(odds, self.validation.label, self.validation.label_mask)
+        auroc = mean_auroc(odds, self.validation.label, self.validation.label_mask)
         accuracy = self.experiment.loss.accuracy(logits, self.validation.label, self.validation.label_mask)
         if not math.isfinite(loss):
             raise CxrError(f"the validation loss is {loss} after step {progress.step}; {self._last_good()}")
@@ -348,8 +345,8 @@ class _Trainer:
                 "identity": experiment.identity,
                 "findings": list(experiment.findings),
                 "parameters": parameter_count(experiment.network),
-                "parameters that learn": parameter_count(experiment.learning.split(experiment.network.params)[0]),
-                "images": {name: len(part.row) for name, part in experiment.parts.items()},
+                "trainable parameters": parameter_count(experiment.trainable.split(experiment.network.params)[0]),
+                "images": {name: len(part.row) for name, part in experiment.examples_by_split.items()},
                 "steps": self.progress.step,
                 "train_seconds": round(self.progress.seconds, 1),
                 "data_wait": self.progress.data_wait,
@@ -368,7 +365,7 @@ def _check_profile(steps: tuple[int, int] | None, total: int) -> None:
 
 def check_watch(experiment: Experiment) -> None:
     """An AUROC that no validation label defines cannot choose a checkpoint: say so before training."""
-    validation = experiment.part("validation")
+    validation = experiment.examples("validation")
     label, label_mask = validation.label > 0.5, validation.label_mask
     defined = ((label & label_mask).any(0) & (~label & label_mask).any(0)).any()
     if experiment.config.train.watch == "val_auroc" and not defined:

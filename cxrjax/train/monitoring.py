@@ -53,10 +53,10 @@ class MetricWriter:
         self._events.close()
 
 
-class Unwritten:
+class NullMetricWriter:
     """The writer of every process but the first: takes the same calls and writes nothing."""
 
-    def __enter__(self) -> "Unwritten":
+    def __enter__(self) -> "NullMetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +95,7 @@ def _line(row: Mapping[str, Any]) -> str:
 Item = TypeVar("Item")
 
 
-class Waiting:
+class DataWaitTimer:
     """Measures how long the loop's steps take, and how much of that it is blocked for want of a batch.
 
     The devices may still be busy then, with the steps before: it is the most that they can have lost. The first batch

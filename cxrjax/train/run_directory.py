@@ -24,7 +24,7 @@ _FREE = ("title", "data.dir", "data.threads", "model.init_from", "train.log_ever
 _FREE_GROUPS = ("mesh.", "evaluate.", "study.")
 
 
-class Run:
+class RunDirectory:
     """A run's directory, locked while it is open for training.
 
     Args:
@@ -46,7 +46,7 @@ class Run:
             self.close()
             raise
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,13 +62,13 @@ class Run:
         wanted["data"]["dir"] = str(Path(config.data.dir).resolve())  # found again from any working directory
         wanted["data"]["mix"] = with_absolute_files(config.data.mix)
         wanted["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
-        if file.exists() and begun(self.directory):
+        if file.exists() and has_checkpoint(self.directory):
             refuse_other(flatten(read_config(file)), flatten(from_dict(wanted)), self.directory)
             same_identity(self.directory, identity, whole=True)
         write_json(file, wanted)
 
 
-def begun(directory: Path) -> bool:
+def has_checkpoint(directory: Path) -> bool:
     """Whether a run in this directory has a checkpoint to go on from."""
     return any((directory / "checkpoints").glob("last/[0-9]*"))
 

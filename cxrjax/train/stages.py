@@ -5,12 +5,12 @@ from pathlib import Path
 from cxrjax.config import Config, with_overrides
 from cxrjax.errors import CxrError
 from cxrjax.train.experiment import Experiment
-from cxrjax.train.loop import Auroc, train
-from cxrjax.train.run_directory import begun
+from cxrjax.train.loop import train
+from cxrjax.train.run_directory import has_checkpoint
 from cxrjax.train.state import Progress
 
 
-def train_stages(config: Config, directory: Path, auroc: Auroc, *, profile: tuple[int, int] | None = None) -> Progress:
+def train_stages(config: Config, directory: Path, *, profile: tuple[int, int] | None = None) -> Progress:
     """Train what the config says, stage by stage where `train.stages` lists some.
 
     Each stage is a run of its own: with its optimiser, its early stopping and its best checkpoint. All but the last lie
@@ -20,7 +20,6 @@ def train_stages(config: Config, directory: Path, auroc: Auroc, *, profile: tupl
     Args:
       config: `train.stages` holds what each stage changes, such as "train.freeze=backbone; optimizer.rate=1e-3".
       directory: of the run.
-      auroc: as in `train`.
       profile: as in `train`, of each stage.
 
     Raises:
@@ -29,11 +28,11 @@ def train_stages(config: Config, directory: Path, auroc: Auroc, *, profile: tupl
     stages = [_stage(config, changes) for changes in config.train.stages] or [config]
     places, before = stage_places(config, directory), config.model.init_from
     for number, (stage, place) in enumerate(zip(stages, places, strict=True), start=1):
-        if place.exists() or not any(map(begun, places[number:])):
+        if place.exists() or not any(map(has_checkpoint, places[number:])):
             with stage.unlocked():
                 stage.model.init_from = before
             experiment = Experiment.open(stage, place)
-            progress = train(experiment.config, place, auroc, experiment, profile=profile)
+            progress = train(experiment.config, place, experiment, profile=profile)
         before = str(place.resolve())
     return progress
 

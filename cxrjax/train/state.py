@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from cxrjax.models.network import Network
-from cxrjax.train.trainable import Learning, everything
+from cxrjax.train.trainable import TrainableParams, all_trainable
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +26,7 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, network: Network, optimizer: optax.GradientTransformation, seed: int, learning: Learning | None = None
+        cls, network: Network, optimizer: optax.GradientTransformation, seed: int, trainable: TrainableParams | None = None
     ) -> "TrainState":
         """The state before the first step; it shares no array with the network, since the step donates it.
 
@@ -36,7 +36,7 @@ class TrainState:
         @jax.jit  # as one program: an array at a time, each shape would be compiled by itself
         def begin(params: Any, stats: Any) -> Any:
             params, stats = jax.tree.map(jnp.copy, (params, stats))
-            return params, stats, optimizer.init((learning or everything(network)).split(params)[0])
+            return params, stats, optimizer.init((trainable or all_trainable(network)).split(params)[0])
 
         params, stats, moments = begin(network.params, network.stats)
         return cls(

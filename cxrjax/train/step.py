@@ -16,7 +16,7 @@ from cxrjax.models.network import Network
 from cxrjax.train.flat_params import is_packed, pack, unpack
 from cxrjax.train.losses import Loss, masked_bce
 from cxrjax.train.state import TrainState
-from cxrjax.train.trainable import Learning, everything
+from cxrjax.train.trainable import TrainableParams, all_trainable
 
 Metrics = dict[str, jax.Array]
 Placed = Any  # a Batch whose fields lie on the devices
@@ -28,7 +28,7 @@ def make_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     accumulate: int = 1,
-    learning: Learning | None = None,
+    trainable: TrainableParams | None = None,
     loss: Loss = masked_bce,
     alternating: bool = False,
 ) -> Callable[[TrainState, Placed], tuple[TrainState, Metrics]]:
@@ -43,15 +43,15 @@ def make_train_step(
 
     Metrics: `loss`, `gradient_norm`, `rate`, each f32[].
     """
-    learning = learning or everything(network)
+    trainable = trainable or all_trainable(network)
 
     def loss_of(
         params: Any, frozen: Any, stats: Any, part: Placed, key: jax.Array, about: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, Any]:
         number, total = about
-        model = dataclasses.replace(network, params=learning.join(params, frozen), stats=stats)
+        model = dataclasses.replace(network, params=trainable.join(params, frozen), stats=stats)
         outputs, stats = model.outputs(
-            part.image, train=True, key=key, backbone_in_training=learning.backbone_in_training
+            part.image, train=True, key=key, backbone_in_training=trainable.backbone_in_training
         )
         costs = jnp.stack(
             [loss(logits, part.label, part.label_mask, part.example_mask)[0] for logits in outputs.values()]
@@ -61,7 +61,7 @@ def make_train_step(
         return costs.sum() / total.astype(costs.dtype), stats
 
     def changed(state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
-        params, frozen = learning.split(state.params)
+        params, frozen = trainable.split(state.params)
         about = (
             state.step,
             jnp.maximum(jnp.sum(loss.counts(batch.label_mask, batch.example_mask), dtype=jnp.float32), 1.0),
@@ -89,8 +89,8 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
             rate = (schedule(state.step) * state.rate_factor).astype(jnp.float32)
             direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
-        params = jax.tree.map(lambda p, d: p - rate.astype(p.dtype) * d, params, learning.scale(direction))
-        params = learning.join(params, frozen)
+        params = jax.tree.map(lambda p, d: p - rate.astype(p.dtype) * d, params, trainable.scale(direction))
+        params = trainable.join(params, frozen)
         metrics = {
             "loss": cost.astype(jnp.float32),
             # As one vector, which a flattened optimiser takes too: else each parameter costs two small kernels.

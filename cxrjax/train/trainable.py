@@ -21,7 +21,7 @@ BACKBONE = "backbone"  # stands for every module but the head
 
 
 @dataclass(frozen=True)
-class Learning:
+class TrainableParams:
     """What of a network learns.
 
     Attributes:
@@ -34,7 +34,7 @@ class Learning:
     backbone_in_training: bool = True
 
     @classmethod
-    def of(cls, network: Network, config: "Config") -> "Learning":
+    def from_config(cls, network: Network, config: "Config") -> "TrainableParams":
         """What a config says of a network.
 
         Args:
@@ -81,9 +81,9 @@ class Learning:
         )  # fmt: skip
 
 
-def everything(network: Network) -> Learning:
+def all_trainable(network: Network) -> TrainableParams:
     """All parameters learn at the same rate."""
-    return Learning(dict.fromkeys(flatten_dict(network.params), 1.0))
+    return TrainableParams(dict.fromkeys(flatten_dict(network.params), 1.0))
 
 
 def _within(path: Path, name: str) -> bool:

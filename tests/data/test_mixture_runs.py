@@ -65,7 +65,7 @@ def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
     about = json.loads((run / "run.json").read_text())
     experiment = Experiment.open(config)
     assert about["identity"]["data"] == experiment.records.fingerprint
-    assert about["images"] == {name: len(part) for name, part in experiment.parts.items()}
+    assert about["images"] == {name: len(part) for name, part in experiment.examples_by_split.items()}
     listed = [line.split(",")[0] for line in (run / "split.csv").read_text().splitlines()[2:]]
     assert {name.split("/")[0] for name in listed} == {"cxr_phantom", "own"}
 
@@ -92,7 +92,7 @@ def test_training_draws_by_weight(mixed):
     for weights, share in (((3, 1), 0.25), ((1, 1), 0.5)):
         experiment = Experiment.open(mixed(f"data.weights={weights}"))
         batches = training_batches(
-            experiment.part("train"), size=32, batch_size=8, augment=experiment.augment, seed=0, threads=0,
+            experiment.examples("train"), size=32, batch_size=8, augment=experiment.augment, seed=0, threads=0,
             sampling=experiment.sampling,
         )  # fmt: skip
         rows = np.stack([batch.record for batch in itertools.islice(batches, 40)])
@@ -103,7 +103,7 @@ def test_training_draws_by_weight(mixed):
 
 def test_without_weights_every_record_comes_once_an_epoch(mixed):
     experiment = Experiment.open(mixed())
-    train = experiment.part("train")
+    train = experiment.examples("train")
     [whole] = experiment.sampling.strata(train.label, train.label_mask, train.dataset_index)
     np.testing.assert_array_equal(whole.places, np.arange(len(train)))
     assert len(train) == sum(len(source.parts["train"]) for source in experiment.sources)
@@ -113,19 +113,19 @@ def test_each_data_set_has_its_own_policy_and_views(mixed):
     own = "data.mix=own; split.fractions=(0.5, 0.2, 0.3); data.uncertain=ones; data.not_mentioned=unknown"
     one = Experiment.open(mixed("data.uncertain=ignore", "data.not_mentioned=negative"))
     other = Experiment.open(mixed("data.uncertain=ignore", "data.not_mentioned=negative", own))
-    rows = one.part("train").row
-    np.testing.assert_array_equal(rows, other.part("train").row)
+    rows = one.examples("train").row
+    np.testing.assert_array_equal(rows, other.examples("train").row)
     fracture = one.records.labels[rows, 2]
     ours = one.records.origin(rows) == 1  # pyright: ignore
     assert set(fracture[ours].tolist()) == {1, 0, -1, -2}
-    np.testing.assert_array_equal(one.part("train").label_mask[:, 2], ours & (fracture != -1))
-    np.testing.assert_array_equal(other.part("train").label_mask[:, 2], ours & (fracture != -2))
-    np.testing.assert_array_equal(other.part("train").label[:, 2], ours & (abs(fracture) == 1))
+    np.testing.assert_array_equal(one.examples("train").label_mask[:, 2], ours & (fracture != -1))
+    np.testing.assert_array_equal(other.examples("train").label_mask[:, 2], ours & (fracture != -2))
+    np.testing.assert_array_equal(other.examples("train").label[:, 2], ours & (abs(fracture) == 1))
     excepted = Experiment.open(mixed("data.exceptions=Fracture; uncertain=smooth; interval=(0.2, 0.4)"))
-    smoothed = excepted.part("train").label[ours & (fracture == -1), 2]
+    smoothed = excepted.examples("train").label[ours & (fracture == -1), 2]
     assert ((smoothed >= 0.2) & (smoothed <= 0.4)).all()
     assert len(set(smoothed.tolist())) == len(smoothed) > 1
-    validation = excepted.part("validation")
+    validation = excepted.examples("validation")
     uncertain = excepted.records.labels[validation.row, 2] == -1
     assert not validation.label_mask[uncertain, 2].any()  # a drawn target is not scored
 
@@ -157,8 +157,8 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(mixed, overrides, message):
 def test_a_part_of_a_data_set_that_is_not_there(mixed):
     experiment = Experiment.open(mixed())
     with pytest.raises(CxrError, match="no data set nih in this run; there are cxr_phantom, own"):
-        experiment.part("test@nih")
-    assert len(experiment.part("test@cxr_phantom")) + len(experiment.part("test@own")) == len(experiment.part("test"))
+        experiment.examples("test@nih")
+    assert len(experiment.examples("test@cxr_phantom")) + len(experiment.examples("test@own")) == len(experiment.examples("test"))
 
 
 def test_files_of_a_split_are_found_from_anywhere(data, tmp_path, monkeypatch):

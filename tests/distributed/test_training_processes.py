@@ -15,7 +15,6 @@ from processes import finish, free_port, start
 from cxrjax import config as configs
 from cxrjax.errors import InterruptedRunError
 from cxrjax.inference.load_run import open_run, predict
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.runs.evaluate_run import evaluate_run
 from cxrjax.train.loop import train
@@ -61,7 +60,7 @@ def until_it_trains(directory: Path, processes: list[subprocess.Popen], *, saved
 def alone(tiny_overrides, tmp_path_factory):
     """The same run in one process of four devices, and its overrides."""
     overrides, directory = [*tiny_overrides, *OPTIONS], tmp_path_factory.mktemp("alone")
-    train(configs.load("demo:32", overrides), directory, mean_auroc)
+    train(configs.load("demo:32", overrides), directory)
     return overrides, directory
 
 
@@ -112,7 +111,7 @@ def test_one_is_killed_the_others_stop_and_one_process_goes_on(alone, tmp_path):
     assert before
     epochs = saved // 4 + 2
     other = [*overrides, "mesh.data=2", "mesh.space=2", f"train.epochs={epochs}"]
-    train(configs.load("demo:32", other), tmp_path, mean_auroc)
+    train(configs.load("demo:32", other), tmp_path)
     after = read_metrics(tmp_path / "metrics.jsonl")
     assert after[: len(before)] == before  # with their seconds: none of those steps was done again
     assert after[-1]["step"] == 4 * epochs
@@ -133,7 +132,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_saves_it(alone, tmp_path):
 
 SLOW_VALIDATION = """
 import os, signal, sys, time
-from cxrjax import cli
+from cxrjax.cli.main import entry
 from cxrjax.train import loop
 
 original, validations = loop.logits_of, []
@@ -149,7 +148,7 @@ def logits_of(*given, advance, **more):
     return original(*given, advance=slowly if len(validations) == 2 else advance, **more)
 
 loop.logits_of = logits_of
-cli.entry()
+entry()
 """
 
 
@@ -175,7 +174,7 @@ def test_a_signal_stops_the_predicting_of_a_study(alone, monkeypatch):
 
 def test_processes_that_evaluate_otherwise_are_refused(alone):
     words = ["evaluate", str(alone[1]), "--resamples", "20", "--mesh", "data=2,space=2"]
-    for code, errors in finish(start(words, 2, last=["--batch", "4"])):
+    for code, errors in finish(start(words, 2, last=["--batch-size", "4"])):
         assert code == 1
         assert "do not have the same run, data, part, mesh and batch: 1 of 2 differ from process 0" in errors
 

@@ -13,7 +13,6 @@ from cxrjax.data.records import open_records
 from cxrjax.errors import CxrError
 from cxrjax.inference.image_files import image_files
 from cxrjax.inference.load_run import open_run, open_trained, predict
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.models.input_spec import GREY, check_range, prepare
 from cxrjax.train.loop import train
@@ -22,7 +21,7 @@ from cxrjax.train.loop import train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_overrides):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    train(configs.load("demo:32", [*tiny_overrides, "train.epochs=1"]), directory, mean_auroc)
+    train(configs.load("demo:32", [*tiny_overrides, "train.epochs=1"]), directory)
     return directory
 
 

@@ -21,7 +21,6 @@ from cxrjax.data.records import open_records
 from cxrjax.explain.localisation import normalise
 from cxrjax.explain.saliency import saliency
 from cxrjax.inference.load_run import open_trained
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.models.input_spec import prepare
 from cxrjax.train.loop import train
@@ -36,7 +35,7 @@ SIX = (
 
 
 def trained(directory, overrides, *, evaluated=True):
-    train(configs.load("demo:32", overrides), directory, mean_auroc)
+    train(configs.load("demo:32", overrides), directory)
     if evaluated:
         assert main(["evaluate", str(directory), "--resamples", "0"]) == 0
     return directory
@@ -60,7 +59,7 @@ def six(tmp_path_factory, six_classes):
     """A run of a network of six exclusive classes, evaluated."""
     directory = tmp_path_factory.mktemp("runs") / "six"
     config = configs.load("sequential_cnn", [f"data.dir={six_classes}", *SIX])
-    train(config, directory, mean_auroc)
+    train(config, directory)
     assert main(["evaluate", str(directory), "--resamples", "0"]) == 0
     return directory
 

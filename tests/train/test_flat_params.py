@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as arrays
 from cxrjax.data.records import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
 from cxrjax.distributed.placement import put_batch
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.train import forward, loop
@@ -138,11 +137,11 @@ def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch
         return watching
 
     monkeypatch.setattr(loop, "make_train_step", watched)
-    loop.train(tiny(*words), tmp_path / "apart", mean_auroc)
-    loop.train(tiny(*words, "train.epochs=1"), tmp_path / "both", mean_auroc)
+    loop.train(tiny(*words), tmp_path / "apart")
+    loop.train(tiny(*words, "train.epochs=1"), tmp_path / "both")
     for module in (loop, forward):
         monkeypatch.setattr(module, "pack_for", lambda of, _: pack(of))
-    loop.train(tiny(*words), tmp_path / "both", mean_auroc)
+    loop.train(tiny(*words), tmp_path / "both")
     assert packings == [False] * 6 + [True] * 2
     apart, both = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("apart", "both"))
     assert [row["step"] for row in both] == [row["step"] for row in apart]

@@ -11,7 +11,6 @@ from flax.traverse_util import flatten_dict
 from cxrjax import config as configs
 from cxrjax.errors import CxrError
 from cxrjax.inference.load_run import open_trained
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.loop import train
 from cxrjax.train.monitoring import read_metrics
@@ -21,7 +20,7 @@ from cxrjax.train.stages import train_stages
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, tiny_overrides):
     directory = tmp_path_factory.mktemp("runs") / "first"
-    train(configs.load("demo:32", [*tiny_overrides, "train.epochs=1"]), directory, mean_auroc)
+    train(configs.load("demo:32", [*tiny_overrides, "train.epochs=1"]), directory)
     return directory
 
 
@@ -67,17 +66,17 @@ def test_what_does_not_fit_is_named(first, tiny, override, message):
 
 def test_a_run_is_bound_to_what_it_started_from(first, tiny, tmp_path):
     config = tiny(f"model.init_from={first}", "train.epochs=1")
-    train(config, tmp_path / "a", mean_auroc)
+    train(config, tmp_path / "a")
     assert json.loads((tmp_path / "a" / "run.json").read_text())["identity"]["initial weights"]
     other = tiny(f"model.init_from={tmp_path / 'a'}", "train.epochs=1")
     with pytest.raises(CxrError, match="initial weights"):
-        train(other, tmp_path / "a", mean_auroc)
+        train(other, tmp_path / "a")
 
 
 def test_a_run_that_started_from_weights_cannot_go_on_from_nothing(first, tiny, tmp_path):
-    train(tiny(f"model.init_from={first}", "train.epochs=1"), tmp_path / "a", mean_auroc)
+    train(tiny(f"model.init_from={first}", "train.epochs=1"), tmp_path / "a")
     with pytest.raises(CxrError, match="another initial weights"):
-        train(tiny("train.epochs=1"), tmp_path / "a", mean_auroc)
+        train(tiny("train.epochs=1"), tmp_path / "a")
 
 
 RESUMED = ("optimizer.schedule=constant", "optimizer.warmup=0")
@@ -90,43 +89,43 @@ def parameters(directory):
 def test_a_relative_start_holds_in_any_working_directory(first, tiny, tmp_path, monkeypatch):
     shutil.copytree(first, tmp_path / "here" / "start")
     monkeypatch.chdir(tmp_path / "here")
-    train_stages(tiny("model.init_from=start", "train.epochs=1", *RESUMED), tmp_path / "run", mean_auroc)
+    train_stages(tiny("model.init_from=start", "train.epochs=1", *RESUMED), tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["model"]["init_from"]
     assert stored == str(tmp_path / "here" / "start")
     monkeypatch.chdir(tmp_path)
     config = tiny("model.init_from=start", "train.epochs=2", *RESUMED)
-    assert train_stages(config, tmp_path / "run", mean_auroc).step == 8
+    assert train_stages(config, tmp_path / "run").step == 8
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["init_from"] == stored
-    train_stages(tiny(f"model.init_from={first}", "train.epochs=2", *RESUMED), tmp_path / "whole", mean_auroc)
+    train_stages(tiny(f"model.init_from={first}", "train.epochs=2", *RESUMED), tmp_path / "whole")
     for name, array in parameters(tmp_path / "whole").items():
         np.testing.assert_array_equal(parameters(tmp_path / "run")[name], array)
     with pytest.raises(CxrError, match=r"other/card\.json is missing"):
-        train_stages(tiny("model.init_from=other", "train.epochs=2", *RESUMED), tmp_path / "run", mean_auroc)
+        train_stages(tiny("model.init_from=other", "train.epochs=2", *RESUMED), tmp_path / "run")
 
 
 def test_a_start_that_vanished_does_not_stop_a_resume_but_a_beginning(first, tiny, tmp_path, capsys):
     start, run = tmp_path / "start", tmp_path / "run"
     shutil.copytree(first, start)
-    train_stages(tiny(f"model.init_from={start}", "train.epochs=1", *RESUMED), run, mean_auroc)
+    train_stages(tiny(f"model.init_from={start}", "train.epochs=1", *RESUMED), run)
     mark = json.loads((run / "run.json").read_text())["identity"]["initial weights"]
     shutil.rmtree(start)
     config = tiny(f"model.init_from={start}", "train.epochs=2", *RESUMED)
-    assert train_stages(config, run, mean_auroc).step == 8
+    assert train_stages(config, run).step == 8
     assert f"{start}, which this run started from, is not there any more" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["identity"]["initial weights"] == mark
     with pytest.raises(CxrError, match=r"start/card\.json is missing"):
-        train_stages(config, tmp_path / "another", mean_auroc)
+        train_stages(config, tmp_path / "another")
 
 
 def test_a_stage_that_is_gone_is_not_trained_again_once_the_next_began(tiny, tmp_path):
     stages = "('optimizer.rate=1e-3', 'optimizer.rate=1e-4')"
     config = tiny(f"train.stages={stages}", "train.epochs=1", *RESUMED)
-    train_stages(config, tmp_path / "run", mean_auroc)
+    train_stages(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "stages")
     longer = tiny(
         "train.stages=('optimizer.rate=1e-3; train.epochs=1', 'optimizer.rate=1e-4')", "train.epochs=2", *RESUMED
     )
-    assert train_stages(longer, tmp_path / "run", mean_auroc).step == 8
+    assert train_stages(longer, tmp_path / "run").step == 8
     assert not (tmp_path / "run" / "stages").exists()
 
 
@@ -151,7 +150,7 @@ def test_a_directory_may_have_any_name(first, tiny, tmp_path):
 def test_stages_are_runs_in_a_row(tiny, tmp_path):
     stages = "('train.freeze=backbone; optimizer.rate=1e-3; train.epochs=2', 'optimizer.rate=1e-4')"
     config = tiny(f"train.stages={stages}", "train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup=0")
-    progress = train_stages(config, tmp_path / "run", mean_auroc)
+    progress = train_stages(config, tmp_path / "run")
     assert progress.step == 4
     rates = [row["rate"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "rate" in row]
     np.testing.assert_allclose(rates, 1e-4, rtol=1e-5)
@@ -162,20 +161,20 @@ def test_stages_are_runs_in_a_row(tiny, tmp_path):
         assert not np.array_equal(array, whole[name]), name
 
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("metrics.jsonl")}
-    train_stages(config, tmp_path / "run", mean_auroc)  # all is done: nothing is done again
+    train_stages(config, tmp_path / "run")  # all is done: nothing is done again
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_a_stage_with_an_unknown_key_is_refused_before_anything_is_written(tiny, tmp_path):
     config = tiny("train.stages=('train.freez=backbone',)")
     with pytest.raises(CxrError, match=r"did you mean train\.freeze"):
-        train_stages(config, tmp_path / "run", mean_auroc)
+        train_stages(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_starts_where_the_one_before_ended(tiny, tmp_path):
     with pytest.raises(CxrError, match=r"a stage cannot set model\.init_from=x"):
-        train_stages(tiny("train.stages=('model.init_from=x',)"), tmp_path / "run", mean_auroc)
+        train_stages(tiny("train.stages=('model.init_from=x',)"), tmp_path / "run")
 
 
 def test_the_random_start_is_the_network_itself(tiny):

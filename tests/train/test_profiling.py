@@ -11,7 +11,6 @@ from jax._src.array import ArrayImpl
 from cxrjax.cli.main import main
 from cxrjax.data import pipeline
 from cxrjax.errors import CxrError
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.train import loop
 from cxrjax.train.monitoring import read_metrics
 
@@ -47,7 +46,7 @@ def paced(monkeypatch, *, loading: float, threads: float = 0) -> None:
 def test_a_loader_that_is_faster_than_the_step_is_not_waited_for(tiny, tmp_path, monkeypatch):
     """Were batches not loaded meanwhile, its 0.6 of a step would be a share of 0.37."""
     paced(monkeypatch, loading=0, threads=0.6 * STEP)
-    progress = loop.train(tiny("train.epochs=2", "train.steps_per_epoch=8"), tmp_path, mean_auroc)
+    progress = loop.train(tiny("train.epochs=2", "train.steps_per_epoch=8"), tmp_path)
     assert progress.data_wait is not None
     assert progress.data_wait < 0.2
 
@@ -91,7 +90,7 @@ def test_the_host_stays_two_steps_behind_and_steps_take_nothing_from_it(tiny, tm
         return watching
 
     monkeypatch.setattr(loop, "make_train_step", watched)
-    loop.train(tiny("train.epochs=2", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
+    loop.train(tiny("train.epochs=2", "train.steps_per_epoch=6"), tmp_path)
     assert lags == {1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 0, 7: 2, 8: 2, 9: 2, 10: 2, 11: 1, 12: 0}
 
 
@@ -113,7 +112,7 @@ def test_two_batches_wait_on_the_devices_when_a_step_is_given(tiny, tmp_path, mo
 
     monkeypatch.setattr(loop, "put_batch", counted)
     monkeypatch.setattr(loop, "make_train_step", watched)
-    loop.train(tiny("train.epochs=1", "train.steps_per_epoch=6"), tmp_path, mean_auroc)
+    loop.train(tiny("train.epochs=1", "train.steps_per_epoch=6"), tmp_path)
     assert when_given == [3, 4, 5, 6, 7, 8]
 
 
@@ -164,7 +163,7 @@ def test_no_step_is_waited_for_before_the_next_is_given(tiny, tmp_path, monkeypa
         return watching
 
     monkeypatch.setattr(loop, "make_train_step", watched)
-    loop.train(tiny("train.epochs=1", f"train.steps_per_epoch={steps}"), tmp_path, mean_auroc)
+    loop.train(tiny("train.epochs=1", f"train.steps_per_epoch={steps}"), tmp_path)
     assert len(given) == steps
     assert sorted(set(waited)) == ([] if fault == "none" else [1, 2, 3, 4])
 
@@ -183,8 +182,8 @@ def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, cap
 
 def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsys):
     steady = ("optimizer.schedule=constant", "optimizer.warmup=0")
-    loop.train(tiny(*steady, "train.epochs=1"), tmp_path, mean_auroc)
-    loop.train(tiny(*steady, "train.epochs=2"), tmp_path, mean_auroc, profile=(2, 4))
+    loop.train(tiny(*steady, "train.epochs=1"), tmp_path)
+    loop.train(tiny(*steady, "train.epochs=2"), tmp_path, profile=(2, 4))
     assert "steps 2 to 4 are done already: nothing is traced" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "profile").exists()
 
@@ -206,5 +205,5 @@ def test_steps_that_are_none_are_refused(text, said, tmp_path, capsys):
 
 def test_steps_beyond_the_run_are_refused_before_it(tiny, tmp_path):
     with pytest.raises(CxrError, match="steps 10 to 13 cannot be profiled in a run of 12 steps"):
-        loop.train(tiny(), tmp_path, mean_auroc, profile=(10, 13))
+        loop.train(tiny(), tmp_path, profile=(10, 13))
     assert not list(tmp_path.iterdir())

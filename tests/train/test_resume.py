@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from cxrjax import config as configs
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.loop import train
@@ -72,7 +71,7 @@ def unbroken(tiny_overrides, tmp_path_factory):
     """A run that was never stopped, and its overrides."""
     overrides = [*tiny_overrides, *OPTIONS]
     directory = tmp_path_factory.mktemp("unbroken")
-    train(configs.load("demo:32", overrides), directory, mean_auroc)
+    train(configs.load("demo:32", overrides), directory)
     return overrides, directory
 
 
@@ -140,6 +139,6 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_goes_on(unbroken, tmp_path
 
 def test_saving_inside_an_epoch_changes_no_bit(unbroken, tmp_path):
     overrides, reference = unbroken
-    train(configs.load("demo:32", [*overrides, "train.save_every=5", "data.threads=3"]), tmp_path, mean_auroc)
+    train(configs.load("demo:32", [*overrides, "train.save_every=5", "data.threads=3"]), tmp_path)
     assert final(overrides, tmp_path) == final(overrides, reference)
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == STEPS

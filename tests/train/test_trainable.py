@@ -28,7 +28,7 @@ def network() -> Network:
 
 
 def learning(network, *overrides) -> TrainableParams:
-    return TrainableParams.of(network, configs.load("demo", overrides))
+    return TrainableParams.from_config(network, configs.load("demo", overrides))
 
 
 def train(network, learning, accumulate=1, name="sgd", steps=2):

@@ -15,8 +15,8 @@ from cxrjax.report import figures, style
 from cxrjax.report.content import Cam, Field, StudyReport, Table
 from cxrjax.report.page import write_page
 from cxrjax.report.tables import csv, terminal
-from cxrjax.runs.evaluate_run import curves, epochs, interval_text, provenance
-from cxrjax.runs.saliency_run import cam_of, compute_cams
+from cxrjax.runs.evaluate_run import roc_curves, read_epochs, describe_intervals, read_provenance
+from cxrjax.runs.explain_run import make_cam, compute_cams
 from cxrjax.studies.members import ENSEMBLES, STACKED, Study
 from cxrjax.studies.resolution import statements, tables
 from cxrjax.studies.resolution.claims import assess
@@ -30,7 +30,7 @@ def report(study: Study, fields: Fields, directory: Path) -> dict[str, Any]:
     sections = [tables.group_section(study)] if study.several else []
     sections += [tables.paper_section(study)] if study.config.study.paper else []
     spread = ", drawn fold by fold" if study.several and study.kind != "training seed" else ""
-    interval = interval_text(study.scores[STACKED])
+    interval = describe_intervals(study.scores[STACKED])
     content = StudyReport(
         title=study.config.title or "Resolution study",
         findings=study.findings,
@@ -42,8 +42,8 @@ def report(study: Study, fields: Fields, directory: Path) -> dict[str, Any]:
         notes=statements.notes(study),
         interval=interval and interval + spread,
         weights=study.mean_weights,
-        curves={name: curves(of[0]) for name, of in study.tables.items()},
-        training={member.name: epochs(member.directory) for member in study.first},
+        curves={name: roc_curves(of[0]) for name, of in study.tables.items()},
+        training={member.name: read_epochs(member.directory) for member in study.first},
         fields={name: of[0] for name, of in fields.items()},
         cams=_cams(study),
         image_sizes=_image_sizes(study),
@@ -62,7 +62,7 @@ def _cams(study: Study) -> dict[str, dict[str, Cam]]:
     for k, finding in enumerate(stacked.findings):
         shows = np.flatnonzero((stacked.label[:, k] > 0.5) & stacked.label_mask[:, k])
         if len(shows):
-            rows[finding] = int(experiment.part("test").row[shows[stacked.logit[shows, k].argmax()]])
+            rows[finding] = int(experiment.examples("test").row[shows[stacked.logit[shows, k].argmax()]])
     chosen = np.unique(list(rows.values()))
     grid: dict[str, dict[str, Cam]] = {finding: {} for finding in rows}
     for member in study.first:
@@ -70,7 +70,7 @@ def _cams(study: Study) -> dict[str, dict[str, Cam]]:
         for finding, row in rows.items():
             [probability] = cams.probability[cams.row == row]
             said = {name: float(p) for name, p in zip(cams.findings, probability, strict=True) if p > 0.5}
-            grid[finding][member.name] = replace(cam_of(member.experiment, cams, finding, row), said=said)
+            grid[finding][member.name] = replace(make_cam(member.experiment, cams, finding, row), said=said)
     return grid
 
 
@@ -78,7 +78,7 @@ def _image_sizes(study: Study) -> np.ndarray | None:
     """Width and height of the original images of all parts, as far as the records hold them."""
     experiment = study.first[0].experiment
     sizes = experiment.records.original_sizes
-    return None if sizes is None else sizes[np.concatenate([part.row for part in experiment.parts.values()])]
+    return None if sizes is None else sizes[np.concatenate([part.row for part in experiment.examples_by_split.values()])]
 
 
 def _control_table(study: Study) -> Table | None:
@@ -99,9 +99,9 @@ def _control_table(study: Study) -> Table | None:
 
 
 def _provenance(study: Study) -> dict[str, Any]:
-    first = provenance(study.first[0].directory)
+    first = read_provenance(study.first[0].directory)
     members = [member for of in study.members.values() for member in of] + ([study.control] if study.control else [])
-    seconds = {member.directory.name: provenance(member.directory)["train_seconds"] for member in members}
+    seconds = {member.directory.name: read_provenance(member.directory)["train_seconds"] for member in members}
     shared = ("identity", "images", "versions", "device", "devices", "mesh", "host")
     folds = [group.fold for group in study.groups if group.fold is not None]
     return {name: first[name] for name in shared} | {

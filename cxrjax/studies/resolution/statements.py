@@ -111,7 +111,7 @@ def lead(study: Study) -> list[str]:
 
 def _design(study: Study) -> str:
     experiment, model = study.first[0].experiment, study.config.model.name
-    images = {name: len(part.row) for name, part in experiment.parts.items()}
+    images = {name: len(part.row) for name, part in experiment.examples_by_split.items()}
     if study.kind == "training seed":
         return (
             f"{model} was trained at {listed(study.sizes)} on {images['train']:,} images of {study.dataset}; each run "

@@ -16,9 +16,8 @@ from cxrjax.data.records import Records
 from cxrjax.distributed.runtime import on_main_process
 from cxrjax.errors import CxrError
 from cxrjax.files import atomic_path
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.report.content import Field
-from cxrjax.runs.erf_run import measure_field
+from cxrjax.runs.erf_run import measure_erf
 from cxrjax.studies.members import Group, Member, Study, predict_together
 from cxrjax.studies.resolution.report import report
 from cxrjax.train.experiment import Experiment
@@ -88,7 +87,7 @@ def resolution(spec: str, overrides: Sequence[str], directory: Path, only: str =
             measured.setdefault(each.label, []).append(_field(member, config))
 
     for name, each in planned.items():
-        train_stages(each.config, directory / "runs" / name, mean_auroc)
+        train_stages(each.config, directory / "runs" / name)
         predict_together(directory / "runs" / name)
         on_main_process(partial(open_and_measure, name, each))
     return on_main_process(lambda: report(Study(config, members, control), measured, directory))
@@ -169,14 +168,14 @@ def _check_data(config: Config, planned: Mapping[str, Planned]) -> None:
             experiment = Experiment.open(each.config)
             experiment.check_size()
             for part in ("train", "validation", "test"):
-                experiment.part(part)
+                experiment.examples(part)
             if each.group == first.group:
                 _refuse_other_images(opened, experiment, name)
 
 
 def _refuse_other_images(first: Experiment, other: Experiment, name: str) -> None:
     for part in ("train", "validation", "test"):
-        ours, theirs = first.part(part).row, other.part(part).row
+        ours, theirs = first.examples(part).row, other.examples(part).row
         if not np.array_equal(first.records.id[ours], other.records.id[theirs]):
             raise CxrError(
                 f"run {name} would have other images in its {part} part than the smallest size has: prepare all sizes "
@@ -197,7 +196,7 @@ def _refuse_busy(planned: Mapping[str, Planned], directory: Path) -> None:
 
 def _alone(planned: Planned, run: Path, config: Config) -> dict[str, Any] | None:
     """One run as a job of its own: everything that the study will ask of it."""
-    progress = train_stages(planned.config, run, mean_auroc)
+    progress = train_stages(planned.config, run)
     predict_together(run)
 
     def open_and_measure() -> dict[str, Any]:
@@ -226,7 +225,7 @@ def _field(member: Member, config: Config) -> Field:
         with np.load(file) as stored:
             if str(stored["mark"]) == mark:
                 return Field(stored["map"], **json.loads(str(stored["numbers"])))
-    field = measure_field(member.experiment, member.network, "test", *options)
+    field = measure_erf(member.experiment, member.network, "test", *options)
     numbers = {each.name: getattr(field, each.name) for each in fields(Field) if each.name != "map"}
     with atomic_path(file) as temporary:
         np.savez_compressed(temporary, map=field.map, numbers=json.dumps(numbers), mark=mark)

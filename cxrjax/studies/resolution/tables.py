@@ -10,7 +10,7 @@ from cxrjax.metrics.auc import mean_defined
 from cxrjax.metrics.scores import MEAN
 from cxrjax.metrics.tables import folded
 from cxrjax.report.content import Section, Table
-from cxrjax.runs.evaluate_run import interval_text, provenance
+from cxrjax.runs.evaluate_run import describe_intervals, read_provenance
 from cxrjax.studies.members import LOGISTIC, STACKED, VOTED, Study
 from cxrjax.studies.papers import Paper
 from cxrjax.studies.resolution.claims import gains_table
@@ -92,7 +92,7 @@ def paper_section(study: Study) -> Section:
 def _comparability(study: Study, paper: Paper) -> str:
     scores = study.scores[STACKED]
     split = study.first[0].experiment.split.name
-    spread = interval_text(scores)
+    spread = describe_intervals(scores)
     ours = (
         f"Ours are of {scores.images:,} test images of {scores.patients:,} patients ({study.dataset}, split {split!r}"
         f"{', ' + study.several if study.several else ''}){', with ' + spread if spread else ''}. The paper's are of "
@@ -171,7 +171,7 @@ def _training(study: Study, paper: Paper) -> Table:
     """The effective batch is the table's on any number of devices."""
     rows = []
     for member in study.first:
-        config, about = member.experiment.config, provenance(member.directory)
+        config, about = member.experiment.config, read_provenance(member.directory)
         batch, at_once = config.train.batch, about["identity"]["images at once"]
         devices = about["mesh"]["data"]
         how = f"{batch} = {devices} × {at_once // devices} × {batch // at_once}"

@@ -112,7 +112,7 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
 
 def _passes(member: Member, passes: int) -> np.ndarray:
     experiment, config = member.experiment, member.experiment.config
-    examples = experiment.part("test")
+    examples = experiment.examples("test")
     with progress_bar(f"{passes} stochastic passes", len(examples)) as advance:
         return stochastic_logits(
             member.network, examples, experiment.mesh, size=config.data.size, batch=config.evaluate.batch,

@@ -15,7 +15,6 @@ from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.inference.load_run import open_run
 from cxrjax.metrics import tables
-from cxrjax.metrics.auc import mean_auroc
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import MEAN, score
 from cxrjax.models.fhrnet import ARCHITECTURES
@@ -53,7 +52,7 @@ def run_of(config: Config) -> str:
 def train(config: Config, folder: Path) -> None:
     """Train; several processes predict together then."""
     run = folder / run_of(config)
-    train_stages(config, run, mean_auroc)
+    train_stages(config, run)
     if config.train.stages:
         for place in stage_places(config, run):
             predict_together(place)

@@ -14,7 +14,7 @@ from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import Scores, score
 from cxrjax.metrics.tables import folded
 from cxrjax.report.content import Claim, Matrix, Section, Table
-from cxrjax.runs.saliency_run import load_images
+from cxrjax.runs.explain_run import load_images
 from cxrjax.studies.framework import ArmStudy, Extra
 from cxrjax.studies.members import Member
 from cxrjax.studies.resolution.statements import verdict
@@ -114,9 +114,9 @@ def _report(study: ArmStudy, first: Member, confusion: Confusion) -> Section:
 def _sources(study: ArmStudy, first: Member) -> tuple[Section, list[Claim], dict]:
     """How well an image's source is told from its border, and from the network's features."""
     experiment, test = first.experiment, first.test
-    config, records, rows = experiment.config, experiment.records, experiment.part("test").row
+    config, records, rows = experiment.config, experiment.records, experiment.examples("test").row
     source, patient = records.source[rows], records.patient[rows]
-    train = experiment.part("train")
+    train = experiment.examples("train")
     guess = accuracy_from_source(records.source[train.row], train.label.argmax(1), source, test.label.argmax(1))
     title, crossed = "Could it have learnt the source?", _crossed(test, source)
     label_mask = (
@@ -125,7 +125,7 @@ def _sources(study: ArmStudy, first: Member) -> tuple[Section, list[Claim], dict
     pooled = pooled_sources(source, patient)
     images = load_images(experiment, rows, min(config.data.size, _SIDE))[..., 0]
     features = logits_of(
-        first.network, experiment.part("test"), make_pooled_step(experiment.mesh), experiment.mesh,
+        first.network, experiment.examples("test"), make_pooled_step(experiment.mesh), experiment.mesh,
         size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads,
     )  # fmt: skip
     inputs = {"Border, outer 5 % of the pixels": border(images), "The network's last features": features}

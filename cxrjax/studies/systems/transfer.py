@@ -8,7 +8,7 @@ from cxrjax.metrics.bootstrap import mean_by_patient
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.thresholds import accuracy
 from cxrjax.report.content import Cam, Claim, Section, Table
-from cxrjax.runs.saliency_run import cam_of, compute_cams
+from cxrjax.runs.explain_run import make_cam, compute_cams
 from cxrjax.studies.framework import ArmStudy, Extra
 from cxrjax.studies.members import Member
 from cxrjax.studies.resolution.statements import listed, verdict
@@ -121,12 +121,12 @@ def _panels(study: ArmStudy) -> tuple[dict[str, dict[str, Cam]], dict[str, str]]
     index = int(positives.argmax())
     top = np.argsort(-table.logit[index], kind="stable")[:SHOWN]
     findings = [table.findings[k] for k in top]
-    row = int(best.experiment.part("test").row[index])
+    row = int(best.experiment.examples("test").row[index])
     grid: dict[str, dict[str, Cam]] = {finding: {} for finding in findings}
     for member in study.members:
         cams = compute_cams(member.experiment, member.network, np.array([row]), findings)
         for finding in findings:
-            grid[finding][member.name] = cam_of(member.experiment, cams, finding, row)
+            grid[finding][member.name] = make_cam(member.experiment, cams, finding, row)
     there = [f for f, label, label_mask in zip(table.findings, table.label[index], table.label_mask[index], strict=True)
              if label > 0 and label_mask]  # fmt: skip
     return grid, {"id": str(table.id[index]), "truth": listed(there) if there else "no finding"}
