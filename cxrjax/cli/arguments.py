@@ -82,7 +82,7 @@ def join_processes(arguments: argparse.Namespace, *, stops_together: bool = Fals
 
     start(
         arguments.coordinator, arguments.processes, arguments.process, timeout=arguments.join_timeout,
-        asks=stops_together,
+        preemption=stops_together,
     )  # fmt: skip
 
 

@@ -65,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         value, failures = (result.value, result.failures) if isinstance(result, PartialResult) else (result, {})
         if arguments.json and value is not None:  # None in all processes but the first
             _write_json(arguments.json, value)
-        _call_runtime("deregister")
         if failures:
-            return _fail("; ".join([f"{len(failures)} failed", *list(failures.values())[:5]]), 1)
+            return _fail(f"{len(failures)} failed: {'; '.join(list(failures.values())[:5])}", 1)
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -76,8 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if requested := out_of_memory(error):
             return _fail_out_of_memory(arguments, requested)
-        if isinstance(error, InterruptedRunError):  # all processes stop at the same step
-            _call_runtime("deregister")
         return _fail(*_describe(error))
 
 
@@ -91,7 +88,7 @@ def entry() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
-        _call_runtime("abort")
+        _leave_processes()
         os._exit(code)
 
 
@@ -117,10 +114,10 @@ def _silence_libraries() -> None:
     sys.unraisablehook = lambda _: None  # Orbax's threads raise again while an error is reported
 
 
-def _call_runtime(function: str) -> None:
-    """Call `deregister` or `abort` of the runtime, if a command has loaded it: importing it here would load JAX."""
+def _leave_processes() -> None:
+    """Leave the other processes of a distributed run, if a command has joined any: importing JAX here is slow."""
     if runtime := sys.modules.get("cxrjax.distributed.runtime"):
-        getattr(runtime, function)()
+        runtime.shutdown()
 
 
 def _write_json(file: str, value: Any) -> None:
@@ -144,7 +141,7 @@ def _fail_out_of_memory(arguments: argparse.Namespace, requested: str) -> int:
 
     config = load(arguments.config, arguments.overrides) if arguments.command == "train" else None
     code = _fail(f"out of device memory ({requested} requested); to use less: {advice(arguments.command, config)}", 1)
-    _call_runtime("abort")  # the others fail too, for the same reason or because this one ends
+    _leave_processes()  # most likely they fail too, for the same reason
     if config is not None and is_main_process():
         with suppress(KeyboardInterrupt):
             print_plans(config)

@@ -1,4 +1,4 @@
-"""From the batches of each process to arrays that all devices share."""
+"""Placing the batches of each process on the mesh as global arrays."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,53 +13,55 @@ Placed = TypeVar("Placed")
 
 
 def process_shard(sharding: NamedSharding, process: int | None = None) -> tuple[int, int]:
-    """Which part of every batch a process loads: the `shard` argument of the pipeline.
+    """Return which shard of every batch a process loads, as (index, count): the `shard` argument of the pipeline.
 
-    Processes whose devices hold the same rows of the batch (because they share the rows of its images) load the same
-    part.
+    Processes whose devices hold the same images of the batch, because they share the rows of these images, load the
+    same shard.
 
     Args:
-      sharding: of a batch field of one axis, such as `Batch.valid`.
-      process: default this one.
+      sharding: sharding of a batch field with one axis, such as `Batch.example_mask`.
+      process: index of the process; default this one.
     """
     process = jax.process_index() if process is None else process
-    held: dict[int, set[int]] = {}
-    count = len(sharding.device_set)
-    for device, (rows,) in sharding.devices_indices_map((count,)).items():
-        held.setdefault(device.process_index, set()).update(range(count)[rows])
-    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
-    return parts.index(tuple(sorted(held[process]))), len(parts)
+    device_count = len(sharding.device_set)
+    images: dict[int, set[int]] = {}
+    for device, (index,) in sharding.devices_indices_map((device_count,)).items():
+        images.setdefault(device.process_index, set()).update(range(device_count)[index])
+    shards = sorted({tuple(sorted(indices)) for indices in images.values()})
+    return shards.index(tuple(sorted(images[process]))), len(shards)
 
 
 def put_batch(batch: Batch, shardings: Batch) -> Batch:
-    """Puts this process's part of a batch where it belongs; does not wait for the transfer.
+    """Put this process's shard of a batch on its devices, without waiting for the transfer.
 
     Args:
-      batch: host arrays, the part that `process_shard` names.
-      shardings: a NamedSharding for each field; images may also be split by their rows.
+      batch: host arrays of the shard that `process_shard` returns.
+      shardings: a NamedSharding per field; images may also be split by rows.
 
     Returns:
       Global arrays of the whole batch.
     """
-    where = cast(Sequence[NamedSharding], shardings)
-    parts = process_shard(where[-1])[1]
+    fields = cast(Sequence[NamedSharding], shardings)
+    shard_count = process_shard(fields[-1])[1]
     return Batch(
         *(
-            jax.make_array_from_process_local_data(sharding, array, (len(array) * parts, *array.shape[1:]))
-            for array, sharding in zip(batch, where, strict=True)
+            jax.make_array_from_process_local_data(sharding, array, (len(array) * shard_count, *array.shape[1:]))
+            for array, sharding in zip(batch, fields, strict=True)
         )
     )
 
 
-def prefetch_to_device(batches: Iterator[Batch], place: Callable[[Batch], Placed], depth: int = 2) -> Generator[Placed, None, None]:
-    """Keeps `depth` placed batches waiting on the devices, so that transfers hide behind computation.
+def prefetch_to_device(
+    batches: Iterator[Batch], put: Callable[[Batch], Placed], depth: int = 2
+) -> Generator[Placed, None, None]:
+    """Yield placed batches and keep `depth` more on the devices, so that transfers overlap with computation.
 
-    Ends, and closes `batches`, with them, when it is closed, or when loading fails.
+    Closes `batches` at the end, when it is closed, and when loading fails.
     """
     placed: deque[Placed] = deque()
     try:
         for batch in batches:
-            placed.append(place(batch))
+            placed.append(put(batch))
             if len(placed) > depth:
                 yield placed.popleft()
         yield from placed

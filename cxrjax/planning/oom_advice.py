@@ -46,7 +46,7 @@ def print_plans(config: Config) -> None:
     accelerator, planner = planner_for(jax.local_devices()[0])
     deadline = math.inf
     if is_distributed():
-        planner, deadline = estimate_plan, time.monotonic() + HEARTBEAT / 5
+        planner, deadline = estimate_plan, time.monotonic() + HEARTBEAT / 3
     settings = [[], *smaller_settings(config)]
     log(f"Planning {len(settings)} settings for {accelerator.kind}; press Ctrl-C to stop.")
     plans: dict[str, Plan] = {}

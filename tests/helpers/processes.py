@@ -1,4 +1,4 @@
-"""Several processes of the command line on one machine."""
+"""Runs the command line in several processes on one machine."""
 
 import os
 import socket
@@ -14,17 +14,20 @@ def free_port() -> int:
 
 
 def start(
-    words: list[str], processes: int, last: Sequence[str] = (), program: Sequence[str] = ("-m", "cxrjax.cli.main")
+    arguments: Sequence[str],
+    processes: int,
+    last: Sequence[str] = (),
+    program: Sequence[str] = ("-m", "cxrjax.cli.main"),
 ) -> list[subprocess.Popen]:
-    """As many processes of the command line, sharing four devices; the last may have more words."""
+    """Start a distributed run whose processes share four devices; the last one also gets the arguments `last`."""
     devices, coordinator = 4 // processes, f"localhost:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     started = []
-    for number in range(processes):
-        joining = ["--coordinator", coordinator, "--processes", str(processes), "--process", str(number)]
+    for process in range(processes):
+        joining = ["--coordinator", coordinator, "--processes", str(processes), "--process", str(process)]
         started.append(
             subprocess.Popen(
-                [sys.executable, *program, *words, *joining, *(last if number == processes - 1 else ())],
+                [sys.executable, *program, *arguments, *joining, *(last if process == processes - 1 else ())],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
@@ -32,7 +35,7 @@ def start(
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
-    """Exit code and standard error of each; none outlives this."""
+    """Wait for the processes; return the exit code and the standard error, on one line, of each. Kills what is left."""
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]
         return [(process.returncode, " ".join(text.split())) for process, text in zip(processes, errors, strict=True)]
