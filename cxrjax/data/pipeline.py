@@ -15,8 +15,9 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
+from cxrjax.data.batch import Batch
 from cxrjax.data.images import Augment, Transform
-from cxrjax.data.records import Batch, Records
+from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, LabelPolicy, no_finding, positions, targets
 

@@ -1,4 +1,4 @@
-"""Prepared data sets: the table of all records, random access to their images, and batches of them.
+"""Prepared data sets: the table of all records, and random access to their images.
 
 A prepared data set is a TFDS directory of ArrayRecord shards plus `records.parquet`, which holds everything but the
 images. Opening it reads only this table; row k of the table is record k of the shards.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,24 +31,6 @@ from cxrjax.findings import positions
 TABLE = "records.parquet"
 FORMAT = 1
 """Version of the table's layout."""
-
-
-class Batch(NamedTuple):
-    """Input of a training or evaluation step.
-
-    Attributes:
-      image: grey levels, 0 is black.
-      label: target values from 0 to 1; 0 where masked.
-      label_mask: whether a label counts in losses and scores; False in padding.
-      example_mask: False in padding.
-      record: row of the `Records` table; -1 in padding.
-    """
-
-    image: UInt8[np.ndarray, "B H W 1"]
-    label: Float32[np.ndarray, "B K"]
-    label_mask: Bool[np.ndarray, "B K"]
-    example_mask: Bool[np.ndarray, " B"]
-    record: Int32[np.ndarray, " B"]
 
 
 @dataclass(frozen=True, slots=True)

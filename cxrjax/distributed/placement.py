@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import jax
 from jax.sharding import NamedSharding
 
-from cxrjax.data.records import Batch
+from cxrjax.data.batch import Batch
 
 Placed = TypeVar("Placed")
 

@@ -208,7 +208,7 @@ def measure(case: Case, before_timing: Callable[[], object] = lambda: None) -> d
     import numpy as np
     import optax
 
-    from cxrjax.data.records import Batch
+    from cxrjax.data.batch import Batch
     from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, replicated
     from cxrjax.distributed.placement import put_batch
     from cxrjax.models import create

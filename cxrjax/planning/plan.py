@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from cxrjax.config import Config
 from cxrjax.console import progress_bar
-from cxrjax.data.records import Batch
-from cxrjax.distributed.mesh import batch_shardings, check_divides, suggest_space, make_mesh, replicated
+from cxrjax.data.batch import Batch
+from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, replicated, suggest_space
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES
 from cxrjax.models.network import check_size

@@ -15,20 +15,20 @@ import numpy as np
 
 from cxrjax.config import Config, flatten
 from cxrjax.console import progress_bar, stderr
-from cxrjax.data.records import Batch
+from cxrjax.data.batch import Batch
 from cxrjax.data.pipeline import training_batches
 from cxrjax.data.splits import save_split
 from cxrjax.distributed.mesh import batch_shardings, replicated
-from cxrjax.distributed.placement import prefetch_to_device, put_batch, process_shard
+from cxrjax.distributed.placement import prefetch_to_device, process_shard, put_batch
 from cxrjax.distributed.runtime import (
     check_consistent,
     check_shared_directory,
+    collect_signals,
     devices,
+    is_distributed,
     is_main_process,
     on_main_process,
     peer_lost_error,
-    is_distributed,
-    collect_signals,
     preemption_requested,
 )
 from cxrjax.errors import CxrError, InterruptedRunError, out_of_memory
@@ -40,7 +40,7 @@ from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.flat_params import pack_for, unpack
 from cxrjax.train.forward import logits_of
-from cxrjax.train.monitoring import MetricWriter, Profile, NullMetricWriter, DataWaitTimer
+from cxrjax.train.monitoring import DataWaitTimer, MetricWriter, NullMetricWriter, Profile
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.run_directory import RunDirectory, describe_run
 from cxrjax.train.state import Progress, TrainState

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.data.records import Batch
-from cxrjax.distributed.placement import prefetch_to_device, put_batch, process_shard
+from cxrjax.data.batch import Batch
+from cxrjax.distributed.placement import prefetch_to_device, process_shard, put_batch
 
 
 def host_batch(rows=8, seed=0) -> Batch:
@@ -110,7 +110,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.data.records import Batch
+from cxrjax.data.batch import Batch
 from cxrjax.distributed.placement import put_batch, process_shard
 
 whole = Batch(
