@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from cxrjax import config as configs
-from cxrjax.cli.arguments import parser
-from cxrjax.cli.main import RUN
+from cxrjax.cli.main import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,5 +45,5 @@ def test_commands_are_understood(page):
     for line in lines:
         if line.startswith("cxrjax "):
             words = line.replace("$size", "256").replace("$name", "densenet121").split()[1:]
-            _, rest = parser(RUN).parse_known_args(words)
+            _, rest = make_parser().parse_known_args(words)
             assert all(word.startswith("--config.") for word in rest), line

@@ -10,8 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cxrjax.cli.arguments import parser
-from cxrjax.cli.main import RUN
+from cxrjax.cli.main import make_parser
 from cxrjax.config import load
 from cxrjax.distributed.mesh import check_divides
 
@@ -20,7 +19,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 def understood(words: list[str]):
     """The arguments of `cxrjax`, as its own parser reads them."""
-    return parser(RUN).parse_known_args(words[words.index("cxrjax") + 1 :])[0]
+    return make_parser().parse_known_args(words[words.index("cxrjax") + 1 :])[0]
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def test_slurm_and_the_pod_script_start_studies_too(cluster):
     command = shlex.split(printed)
     for given in (log.read_text(), command[command.index("--command") + 1]):
         arguments = understood(shlex.split(given))
-        assert (arguments.verb, arguments.what, arguments.coordinator) == ("study", "resolution", "auto")
+        assert (arguments.command, arguments.what, arguments.coordinator) == ("study", "resolution", "auto")
         assert (arguments.config, str(arguments.workdir)) == ("resolution", "runs/s")
 
 

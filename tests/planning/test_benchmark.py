@@ -1,4 +1,4 @@
-"""Measurements: what they say of a small network, and what they need."""
+"""The benchmark: its measurements of a small network, and the packages that it needs."""
 
 import json
 import subprocess
@@ -17,10 +17,10 @@ ABSENT = ("grain", "tensorflow_datasets", "array_record", "clu", "ml_collections
 
 
 @pytest.mark.slow
-def test_the_verb_measures_training_and_inference(tmp_path, capsys):
+def test_the_command_measures_training_and_inference(tmp_path, capsys):
     file = tmp_path / "bench.json"
     words = ["bench", "simple_cnn:32:4", "densenet_small:8:1", "--dtypes", "float32", "--steps", "2"]
-    assert main([*words, "--json", str(file)]) == 1  # what could be measured is kept
+    assert main([*words, "--json", str(file)]) == 1  # one case fails, the other is kept
     good, bad = json.loads(file.read_text())
     assert (good["arch"], good["resolution"], good["batch"], good["variant"]) == (
         "simple_cnn", 32, 4, "float32, remat none",
@@ -37,41 +37,49 @@ def test_the_verb_measures_training_and_inference(tmp_path, capsys):
     assert "densenet_small at 8 px, 1 images, float32, remat none: batch norm" in printed
 
 
-def test_training_is_kept_where_inference_cannot_be_measured(monkeypatch):
+def test_a_failed_inference_keeps_the_training(monkeypatch):
     case = benchmark.Case("simple_cnn", 32, 4)
-    monkeypatch.setattr(benchmark, "_apart", lambda case: {"error": "gone"} if case.inference else {"train_s": 2.0})
-    [row] = benchmark.rows([case])
+    monkeypatch.setattr(benchmark, "_run_case", lambda case: {"error": "gone"} if case.inference else {"train_s": 2.0})
+    [row] = benchmark.run_cases([case])
     assert (row["train_s"], row["infer_error"], "error" in row) == (2.0, "gone", False)
     assert benchmark.failures([row]) == {"simple_cnn at 32 px, 4 images, bfloat16, remat none, inference": "gone"}
 
 
 def test_it_needs_few_packages():
-    program = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from cxrjax.studies import bench; {{}}"
+    program = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from cxrjax.planning import benchmark; {{}}"
     case = benchmark.Case("simple_cnn", 32, 2, dtype="float32", inference=True, steps=1)
-    line = program.format(f"import json; print(json.dumps(bench.measure(bench.{case!r})))")
-    made = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout)["infer_s"] > 0
+    line = program.format(f"import json; print(json.dumps(benchmark.measure(benchmark.{case!r})))")
+    result = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["infer_s"] > 0
 
 
-@pytest.mark.parametrize("word", ["densenet121", "densenet121:0:4", "densenet121:64:4:4", "a b:64:4"])
-def test_words_that_are_no_case(word):
+@pytest.mark.parametrize("spec", ["densenet121", "densenet121:0:4", "densenet121:64:4:4", "a b:64:4"])
+def test_malformed_cases(spec):
     with pytest.raises(CxrError, match="ARCH:SIZE:BATCH"):
-        benchmark.cases([word], ["float32"], ["none"], 3)
+        benchmark.parse_cases([spec], ["float32"], ["none"], steps=3)
 
 
 def test_every_combination_is_a_case():
-    made = benchmark.cases(["resnet18:64:4", "resnet50:32:2"], ["bfloat16", "float32"], ["none", "layer"], 7)
-    assert len({(case.arch, case.dtype, case.remat) for case in made}) == len(made) == 8
-    assert {case.steps for case in made} == {7}
+    cases = benchmark.parse_cases(
+        ["resnet18:64:4", "resnet50:32:2"], ["bfloat16", "float32"], ["none", "layer"], steps=7
+    )
+    assert len({(case.arch, case.dtype, case.remat) for case in cases}) == len(cases) == 8
+    assert {case.steps for case in cases} == {7}
 
 
 @pytest.mark.slow
-def test_a_recipe_on_its_mesh(tmp_path, monkeypatch):
+def test_a_recipe_runs_on_its_mesh(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     file = tmp_path / "bench.json"
     words = ["bench", "--config", "demo:32", "--steps", "1", "--no-inference", "--json", str(file)]
-    small = ("model.options.growth_rate=4", "model.options.block_config=(1, 1)", "mesh.data=2", "mesh.space=2", "train.batch=4")
+    small = (
+        "model.options.growth_rate=4",
+        "model.options.block_config=(1, 1)",
+        "mesh.data=2",
+        "mesh.space=2",
+        "train.batch=4",
+    )
     assert main([*words, *(f"--config.{word}" for word in small)]) == 0
     [row] = json.loads(file.read_text())
     assert (row["arch"], row["resolution"], row["batch"], row["data"], row["space"]) == ("densenet_small", 32, 4, 2, 2)
@@ -80,25 +88,25 @@ def test_a_recipe_on_its_mesh(tmp_path, monkeypatch):
 
 def test_a_recipe_is_a_case():
     config = load("resolution:2048", ["train.per_device=7", "mesh.data=6"])
-    assert benchmark.Case.of(config, 5) == benchmark.Case(
+    assert benchmark.Case.from_config(config, 5) == benchmark.Case(
         "densenet121", 2048, 42, "bfloat16", "layer", steps=5, data=6, space=1
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ([], "ARCH:SIZE:BATCH"),
-        (["--config", "demo:32", "--mesh", "data=2"], "--mesh are for ARCH:SIZE:BATCH"),
+        (["--config", "demo:32", "--mesh", "data=2"], "--mesh apply to ARCH:SIZE:BATCH"),
         (["--config", "demo:32", "--config.train.per_device=2", "--config.mesh.data=0"], "train.per_device needs"),
-        (["simple_cnn:32:4", "--steps", "0"], "no median of no step"),
+        (["simple_cnn:32:4", "--steps", "0"], "--steps 0: must be at least 1"),
         (["simple_cnn:2:4", "--steps", "1"], "nothing could be measured"),
         (["nonsense:32:4"], "unknown network 'nonsense': did you mean"),
     ],
 )
-def test_what_cannot_be_measured(capsys, words, said):
-    assert main(["bench", *words]) == 1
-    assert said in " ".join(capsys.readouterr().err.split())
+def test_cases_that_cannot_be_measured(capsys, arguments, message):
+    assert main(["bench", *arguments]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_mesh_that_does_not_divide():

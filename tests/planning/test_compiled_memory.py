@@ -1,24 +1,19 @@
-"""What is read from compiled programs, beside XLA's own count, and what is remembered of them."""
+"""Memory, traffic and collectives of compiled programs, and the cache of results."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cxrjax.planning import compiled_memory as module
-from cxrjax.planning.accelerators import Target
-from cxrjax.planning.compiled_memory import moved_by, needs
+from cxrjax.planning import compiled_memory
+from cxrjax.planning.accelerators import Accelerator
+from cxrjax.planning.compiled_memory import Collective, compile_memory, hlo_bytes_accessed, parse_collectives
 
-
-@dataclass(frozen=True)
-class Here(Target):
-    """This machine, in the place of an accelerator."""
-
-
-HERE = Here("here", "CPU", 1 << 40, 1e12, 1e11, 1e10)
+CPU = Accelerator("cpu", "CPU", 1 << 40, 1e12, 1e11, 1e10)
 
 
 @pytest.fixture(autouse=True)
@@ -27,78 +22,78 @@ def _folder(tmp_path, monkeypatch):
 
 
 def traced(scale=2.0):
-    """A program that puts one of its results where an argument was."""
+    """A program with a donated argument."""
     return jax.jit(lambda x, y: (x + 1, (jnp.sin(x) * scale @ y).sum(0)), donate_argnums=0).trace(
         jnp.ones((64, 32)), jnp.ones((32, 16))
     )
 
 
-def test_needs_are_what_the_compiler_says():
-    found, memory = needs(traced(), HERE, {}), traced().lower().compile().memory_analysis()
+def test_memory_is_that_of_the_compiler():
+    found, memory = compile_memory(traced(), CPU, {}), traced().lower().compile().memory_analysis()
     assert found.temporary == memory.temp_size_in_bytes > 0
-    assert 0 <= found.held - 4 * (64 * 32 + 32 * 16 + 16) < 100  # the donated argument and its result once
-    assert found.calls == ()
+    assert 0 <= found.arguments - 4 * (64 * 32 + 32 * 16 + 16) < 100  # the donated argument and its result once
+    assert found.collectives == ()
 
 
 @pytest.mark.parametrize(
     ("tpu", "in_use", "temporary", "program"),
     [("", 70, 100, 0), ("v5e", 70, 85, 1000), ("v5e", 120, 100, 1000)],  # in use: on the chip, in the last case
 )
-def test_on_a_tpu_gaps_count_once_and_the_program_as_well(tpu, in_use, temporary, program):
+def test_on_a_tpu_gaps_count_once_and_the_program_counts(tpu, in_use, temporary, program):
     compiled = traced().lower().compile()
     memory = SimpleNamespace(
         argument_size_in_bytes=10, output_size_in_bytes=8, alias_size_in_bytes=8, temp_size_in_bytes=100,
         peak_memory_in_bytes=10 + in_use, generated_code_size_in_bytes=1000,
     )  # fmt: skip
-    told = SimpleNamespace(memory_analysis=lambda: memory, as_text=compiled.as_text, cost_analysis=dict)
-    found = module._of(told, replace(HERE, tpu=tpu), 1)
-    assert (found.held, found.temporary, found.program) == (10, temporary, program)
+    compiled_program = SimpleNamespace(memory_analysis=lambda: memory, as_text=compiled.as_text, cost_analysis=dict)
+    found = compiled_memory._analyze(compiled_program, replace(CPU, tpu=tpu), 1)
+    assert (found.arguments, found.temporary, found.program) == (10, temporary, program)
 
 
 def test_a_program_is_compiled_once(monkeypatch):
-    first = needs(traced(), HERE, {})
-    monkeypatch.setattr(module, "_of", lambda *_: pytest.fail("compiled again"))
-    assert needs(traced(), HERE, {}) == first
-    for different in ((traced(3.0), HERE, {}), (traced(), Here("other", "CPU", 1, 1.0, 1.0, 1.0), {}),
-                      (traced(), HERE, {"xla_backend_optimization_level": 0})):  # fmt: skip
+    first = compile_memory(traced(), CPU, {})
+    monkeypatch.setattr(compiled_memory, "_analyze", lambda *_: pytest.fail("compiled again"))
+    assert compile_memory(traced(), CPU, {}) == first
+    for different in ((traced(3.0), CPU, {}), (traced(), Accelerator("other", "CPU", 1, 1.0, 1.0, 1.0), {}),
+                      (traced(), CPU, {"xla_backend_optimization_level": 0})):  # fmt: skip
         with pytest.raises(pytest.fail.Exception):
-            needs(*different)
+            compile_memory(*different)
 
 
 @pytest.mark.parametrize("setting", ["flags", "effort"])
-def test_a_compiler_with_other_settings_is_another(setting, monkeypatch):
-    needs(traced(), HERE, {})
+def test_compiler_settings_are_part_of_the_cache_key(setting, monkeypatch):
+    compile_memory(traced(), CPU, {})
     effort = jax.config.jax_optimization_level
     try:
         if setting == "flags":
             monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=1")
         else:
             jax.config.update("jax_optimization_level", "O1")
-        needs(traced(), HERE, {})
+        compile_memory(traced(), CPU, {})
     finally:
         jax.config.update("jax_optimization_level", effort)
-    assert len(list(module.cache().iterdir())) == 2
+    assert len(list(compiled_memory.cache_dir().iterdir())) == 2
 
 
-def test_what_was_half_written_is_made_again():
-    first = needs(traced(), HERE, {})
-    [file] = module.cache().iterdir()
-    for damaged in ("", "{", "{}", '{"calls": [], "bytes": 3}', "[]"):
+def test_a_damaged_cache_file_is_replaced():
+    first = compile_memory(traced(), CPU, {})
+    [file] = compiled_memory.cache_dir().iterdir()
+    for damaged in ("", "{", "{}", '{"collectives": [], "bytes": 3}', "[]"):
         file.write_text(damaged)
-        assert needs(traced(), HERE, {}) == first
+        assert compile_memory(traced(), CPU, {}) == first
         assert file.read_text() != damaged
 
 
 @pytest.mark.parametrize(
     "function", [lambda x: jnp.sin(x) + 1, lambda x: (x @ x.T).sum(0), lambda x: x[::2].T @ x[::2]]
 )
-def test_bytes_moved_are_about_what_xla_counts(function):
+def test_bytes_accessed_are_close_to_xlas_count(function):
     program = jax.jit(function).lower(jnp.ones((128, 64))).compile()
     counted = program.cost_analysis()["bytes accessed"]
-    assert 0.5 < moved_by(program.as_text()) / counted < 2
+    assert 0.5 < hlo_bytes_accessed(program.as_text()) / counted < 2
 
 
-def test_bytes_moved_by_a_gpu_program():
+def test_bytes_accessed_by_a_gpu_program():
     text = """HloModule jit_step
 
 %fused (a: f32[8], b: bf16[4,4], v: f32[100], w: f32[100]) -> (f32[8], bf16[2]) {
@@ -124,10 +119,10 @@ ENTRY %main (p: f32[8], q: bf16[4,4]) -> (f32[8], bf16[4,4]) {
 }
 """
     fusion, copy = (32 + 4) + 32 + 32 + (32 + 16) + 400, 64 + 32
-    assert moved_by(text) == fusion + copy
+    assert hlo_bytes_accessed(text) == fusion + copy
 
 
-def test_what_the_programs_own_loop_repeats_is_counted_as_often():
+def test_a_loop_counts_once_per_iteration():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     rows = NamedSharding(mesh, PartitionSpec("data"))
     matrix = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
@@ -140,9 +135,61 @@ def test_what_the_programs_own_loop_repeats_is_counted_as_often():
 
     start = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     looped, flat = (jax.jit(step, static_argnums=2).trace(start, matrix, unroll) for unroll in (1, 5))
-    found, expected = needs(looped, HERE, {}, 5), needs(flat, HERE, {})
-    sums = [[call.bytes for call in each.calls if call.kind == "all-reduce"] for each in (found, expected)]
+    found, expected = compile_memory(looped, CPU, {}, 5), compile_memory(flat, CPU, {})
+    sums = [[call.bytes for call in each.collectives if call.kind == "all-reduce"] for each in (found, expected)]
     assert sum(sums[0]) == sum(sums[1])  # of which XLA combines two
     assert sorted(sums[0]) == [4] * 5 + [128]
-    assert found.moved == pytest.approx(expected.moved, rel=0.5)
-    assert found.moved > 2 * needs(looped, HERE, {"xla_backend_optimization_level": 0}).moved
+    assert found.bytes_accessed == pytest.approx(expected.bytes_accessed, rel=0.5)
+    assert found.bytes_accessed > 2 * compile_memory(looped, CPU, {"xla_backend_optimization_level": 0}).bytes_accessed
+
+
+def collectives_of(function, spec, *shape):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    argument = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return parse_collectives(jax.jit(function, out_shardings=whole).lower(argument).compile().as_text() or "")
+
+
+def test_a_sum_over_devices():
+    [call] = collectives_of(lambda x: x.sum(0), PartitionSpec("data"), 8, 50)
+    assert (call.kind, call.bytes, call.group_size) == ("all-reduce", 200, 4)
+    assert call.bytes_sent == 2 * 200 * 3 / 4
+
+
+def test_a_gather():
+    [call] = collectives_of(lambda x: x, PartitionSpec("data"), 8, 50)
+    assert (call.kind, call.bytes, call.group_size) == ("all-gather", 1600, 4)
+    assert call.bytes_sent == 1600 * 3 / 4
+
+
+def test_border_rows():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("space",))
+    rows = NamedSharding(mesh, PartitionSpec(None, "space"))
+    image = jax.ShapeDtypeStruct((1, 16, 8, 2), jnp.float32, sharding=rows)
+
+    def convolve(x):
+        kernel = jnp.ones((3, 3, 2, 2))
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    calls = parse_collectives(jax.jit(convolve, out_shardings=rows).lower(image).compile().as_text() or "")
+    assert {call.kind for call in calls} == {"collective-permute"}
+    assert all(call.bytes == 8 * 2 * 4 == call.bytes_sent for call in calls)  # one row each way
+    assert len(calls) == 2
+
+
+def test_a_program_of_one_device_sends_nothing():
+    assert parse_collectives(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text() or "") == []
+
+
+def test_collectives_of_a_gpu_program():
+    text = """
+  %all-reduce-start = (f32[64]{0}, f32[2,3]{1,0}) all-reduce-start(%a, %b), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  %all-reduce-done = (f32[64]{0}, f32[2,3]{1,0}) all-reduce-done(%all-reduce-start)
+  %p = (bf16[1,2,8]{2,1,0}, bf16[1,2,8]{2,1,0}) collective-permute-start(%x), channel_id=2, source_target_pairs={{0,1},{1,2}}
+  ROOT %g = f32[8,2]{1,0} all-gather(%c), replica_groups={{0,1},{2,3}}, dimensions={0}
+"""  # noqa: E501 - as XLA prints them
+    assert parse_collectives(text) == [
+        Collective("all-reduce", ("f32[64]", "f32[2,3]"), 4 * (64 + 6), 4),
+        Collective("collective-permute", ("bf16[1,2,8]",), 32, 0),
+        Collective("all-gather", ("f32[8,2]",), 64, 2),
+    ]

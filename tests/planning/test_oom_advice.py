@@ -57,9 +57,7 @@ def test_training_suggests_smaller_settings_and_plans_them(tiny_overrides, tmp_p
     assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 1
     idle, first, *others = capsys.readouterr().err.splitlines()
     assert idle == "1 of 8 devices are used: config keys mesh.data, mesh.space"
-    assert first.startswith(
-        "cxrjax: out of device memory (39 GB requested); to use less: --config.model.remat=layer;"
-    )
+    assert first.startswith("cxrjax: out of device memory (39 GB requested); to use less: --config.model.remat=layer;")
     for setting in ("--config.train.per_device=2", "--config.mesh.space=2", "--config.evaluate.batch below 100"):
         assert setting in first
     table = "\n".join(others)
@@ -96,25 +94,25 @@ def test_only_the_first_process_prints_the_plans(tmp_path):
         )
         for number in range(2)
     ]  # fmt: skip
-    ended = finish(started)
-    assert [code for code, _ in ended] == [1, 1], ended
-    for _, output in ended:
+    results = finish(started)
+    assert [code for code, _ in results] == [1, 1], results
+    for _, output in results:
         assert "cxrjax: out of device memory (39 GB requested); to use less: --config.model.remat=layer;" in output
-    first, other = (output.count(" x ") for _, output in ended)
-    assert (first > 3, other) == (True, 0), ended
-    assert "Estimated from shapes" in ended[0][1]
+    first, other = (output.count(" x ") for _, output in results)
+    assert (first > 3, other) == (True, 0), results
+    assert "Estimated from shapes" in results[0][1]
 
 
 def test_planning_stops_before_jax_ends_a_process_of_a_distributed_run(monkeypatch, capsys):
-    clock, made = SimpleNamespace(now=0.0), []
+    clock, plans = SimpleNamespace(now=0.0), []
     clock.monotonic = lambda: setattr(clock, "now", clock.now + 15) or clock.now
     monkeypatch.setattr(oom_advice, "time", clock)
-    monkeypatch.setattr(oom_advice, "several", lambda: True)
+    monkeypatch.setattr(oom_advice, "is_distributed", lambda: True)
     monkeypatch.setattr(
-        oom_advice, "estimate_plan", lambda *args, **kwargs: made.append(estimate_plan(*args, **kwargs)) or made[-1]
+        oom_advice, "estimate_plan", lambda *args, **kwargs: plans.append(estimate_plan(*args, **kwargs)) or plans[-1]
     )
     oom_advice.print_plans(load("demo:32", ["train.batch=16"]))
-    assert len(made) == 1  # the next would start after the deadline
+    assert len(plans) == 1  # the next would start after the deadline
     assert "as configured" in capsys.readouterr().err
 
 
@@ -131,12 +129,12 @@ def test_settings_are_relative_to_the_config():
 
 def test_without_idle_devices_row_splitting_comes_with_a_smaller_microbatch(tiny_overrides):
     """Otherwise each of eight devices would hold half the rows of twice as many images, and save nothing."""
-    made = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=0"])))
-    assert ["mesh.space=2", "train.per_device=2"] in made
-    made = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=8"])))
-    assert ["mesh.data=4", "mesh.space=2", "train.per_device=2"] in made
-    made = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "mesh.data=1", "mesh.space=8"])))
-    assert not any(change.startswith("mesh.space") for changes in made for change in changes)
+    settings = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=0"])))
+    assert ["mesh.space=2", "train.per_device=2"] in settings
+    settings = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=8"])))
+    assert ["mesh.data=4", "mesh.space=2", "train.per_device=2"] in settings
+    settings = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "mesh.data=1", "mesh.space=8"])))
+    assert not any(change.startswith("mesh.space") for overrides in settings for change in overrides)
 
 
 def test_each_setting_is_planned_with_its_own_mesh(capsys):
@@ -147,13 +145,13 @@ def test_each_setting_is_planned_with_its_own_mesh(capsys):
 
 
 def test_ctrl_c_prints_the_plans_made_so_far(monkeypatch, capsys):
-    made = []
+    plans = []
 
     def interrupted(*args, **kwargs):
-        if len(made) == 2:
+        if len(plans) == 2:
             raise KeyboardInterrupt
-        made.append(estimate_plan(*args, **kwargs))
-        return made[-1]
+        plans.append(estimate_plan(*args, **kwargs))
+        return plans[-1]
 
     monkeypatch.setattr(oom_advice, "estimate_plan", interrupted)
     oom_advice.print_plans(load("demo:32", ["train.batch=16"]))
@@ -164,7 +162,9 @@ def test_ctrl_c_prints_the_plans_made_so_far(monkeypatch, capsys):
 def test_an_estimate_says_likely(capsys, monkeypatch):
     overrides = ["train.batch=16", "mesh.data=1"]
     whole = estimate_plan(load("demo:32", overrides), ACCELERATORS["v5e"])
-    nearly = dataclasses.replace(ACCELERATORS["v5e"], memory=int(0.99 * (whole.peak + whole.prefetched) / USABLE_FRACTION))
+    nearly = dataclasses.replace(
+        ACCELERATORS["v5e"], memory=int(0.99 * (whole.peak + whole.prefetched) / USABLE_FRACTION)
+    )
     monkeypatch.setattr(oom_advice, "planner_for", lambda _: (nearly, estimate_plan))
     oom_advice.print_plans(load("demo:32", overrides))
     fits = [line.split()[-1] for line in capsys.readouterr().err.splitlines() if " x " in line]
@@ -188,9 +188,7 @@ def test_nothing_is_compiled_for_a_tpu():
     assert oom_advice.planner_for(SimpleNamespace(device_kind="TPU v5 lite")) == (ACCELERATORS["v5e"], estimate_plan)
 
 
-@pytest.mark.parametrize(
-    ("command", "advice"), [("evaluate", "--batch-size N"), ("predict", "--batch-size or --size")]
-)
+@pytest.mark.parametrize(("command", "advice"), [("evaluate", "--batch-size N"), ("predict", "--batch-size or --size")])
 def test_other_commands_have_advice_of_their_own(command, advice, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_run, "evaluate_run", raising)
     monkeypatch.setattr("cxrjax.runs.predict_run.predict_files", raising)
