@@ -1,4 +1,4 @@
-"""What the builders share: records in table order, their features, and how an image file is stored."""
+"""Base class of the TFDS builders, and how an image file is stored."""
 
 import abc
 import hashlib
@@ -20,31 +20,33 @@ from cxrjax.data.images import decode, encode, is_plain_grey, pad_to_square, res
 from cxrjax.data.records import Record, Records, records_to_table
 from cxrjax.data.splits import OFFICIAL_SPLITS, check_leakage
 from cxrjax.errors import CxrError
-from tfds_builders import shards
+from tfds_builders.build import build_datasets
+
+_TEXT = ("id", "patient", "study", "view", "sex", "source", "official")
 
 
 @dataclass
 class SizeConfig(tfds.core.BuilderConfig):
-    """A stored size: the side in pixels, or None for images as their source has them."""
+    """Builder config of a stored size in px; None stores images at the size of the source."""
 
     size: int | None = None
 
 
-def sizes(*sides: int | None) -> list[SizeConfig]:
-    """One config per stored size; the first is the default."""
+def size_configs(*sizes: int | None) -> list[SizeConfig]:
+    """Make one config per stored size; the first is the default."""
     return [
         SizeConfig(
-            name=str(side or "native"),
-            description=f"resized to {side} x {side} pixels" if side else "at the size and aspect of the source",
-            size=side,
+            name=str(size or "native"),
+            description=f"resized to {size} x {size} pixels" if size else "at the size and aspect of the source",
+            size=size,
         )
-        for side in sides
+        for size in sizes
     ]
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One image on its way into a shard: encoded, with the digest and the size in px of what it was made from."""
+class StoredImage:
+    """An encoded image for a shard, with the sha256 and the size in px of its source."""
 
     image: bytes
     sha256: str
@@ -53,33 +55,33 @@ class Stored:
     height: int = 0
 
 
-class Radiographs(FileReaderBuilder, skip_registration=True):
-    """Base of the builders of radiographs.
+class RadiographBuilder(FileReaderBuilder, skip_registration=True):
+    """Base class of the builders.
 
-    A record has the features id, patient, study, view, age, sex, source, official, labels, boxes and image (and mask,
-    where the data set has masks: bit k is finding k). `records.parquet` beside the shards holds all but the images.
+    A record has the features id, patient, study, view, age, sex, source, official, labels, boxes and image, and mask if
+    the data set has masks (bit k is finding k). `records.parquet` beside the shards has all but the images.
 
     Attributes:
       FINDINGS: names of the labels.
       ENCODING: of resized images: "jpeg" (quality 95) or "png".
-      MASKS: whether records have masks.
-      PUBLISHED: how many images, patients, and images of each official part the whole data set has.
-      LEAKS: whether data with a patient in two official parts are prepared, so that only the official split is refused.
+      HAS_MASKS: whether records have masks.
+      PUBLISHED_COUNTS: numbers of images, patients, and images of each official split in the published data set.
+      ALLOW_LEAKAGE: whether to prepare data with a patient in two official splits; the official split is then refused.
     """
 
     FINDINGS: tuple[str, ...] = ()
     ENCODING = "png"
-    MASKS = False
-    PUBLISHED: Mapping[str, int] = MappingProxyType({})
-    LEAKS = False
+    HAS_MASKS = False
+    PUBLISHED_COUNTS: Mapping[str, int] = MappingProxyType({})
+    ALLOW_LEAKAGE = False
 
     def __init__(self, *, workers: int | None = None, file_format: str = "array_record", **kwargs):
-        """Makes the builder.
+        """Make the builder.
 
         Args:
-          workers: threads that make images; None takes one per core.
-          file_format: of the shards; only "array_record" is read again by `cxrjax`.
-          **kwargs: data_dir, config and version, as of any TFDS builder.
+          workers: number of threads that make images; None uses one per core.
+          file_format: of the shards; `cxrjax` reads only "array_record".
+          **kwargs: data_dir, config and version, as for any TFDS builder.
         """
         self.workers = workers or os.cpu_count() or 1
         super().__init__(file_format=file_format, **kwargs)
@@ -87,41 +89,40 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
     @classproperty
     @classmethod
     def code_path(cls) -> epath.Path:
-        """The builder's file. TFDS's own way to find it needs a package that TFDS does not install."""
+        """Path of the builder's module. TFDS's own lookup needs a package that TFDS does not install."""
         return epath.Path(inspect.getfile(cls))
 
     @abc.abstractmethod
-    def _records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
-        """Every record to be written, in order, without sha256; without a manager, what downloads makes its own."""
+    def _read_records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
+        """Read all records in order, without sha256; a builder that downloads makes a manager if it gets None."""
 
     @abc.abstractmethod
-    def store(self, record: Record, sides: Sequence[int | None]) -> list[Stored]:
-        """Makes one record's image at some sizes, None its own; called from many threads at once."""
+    def make_images(self, record: Record, sizes: Sequence[int | None]) -> list[StoredImage]:
+        """Make a record's image at some sizes in px (None: the source's); must be thread-safe."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the content depends on beside the source; the table keeps it."""
-        return {"masks": self.MASKS}
+        """Options that determine the content besides the source; stored in the table."""
+        return {"masks": self.HAS_MASKS}
 
     @property
     def size(self) -> int | None:
-        """Side of the stored images in pixels; None keeps the source's."""
+        """Stored size in px; None for the size of the source."""
         config = self.builder_config
         assert isinstance(config, SizeConfig)
         return config.size
 
     def shard_length(self, count: int) -> int:
-        """How many of `count` records a shard holds: a sixteenth, unless that is very many or few.
+        """Return the number of records per shard for `count` records: about a sixteenth, within bounds.
 
-        That is no more work than one likes to lose, and few enough files to hold them all open. A power of two, so that
-        the shards of all sizes begin with the same records.
+        The bounds limit the work lost by an interruption and the number of open files. A power of two, so that the
+        shards of all sizes start at the same records.
         """
-        most = 1024 if self.size and self.size <= 1024 else 512
-        return max(64, min(most, 1 << (count // 16).bit_length()))
+        largest = 1024 if self.size and self.size <= 1024 else 512
+        return max(64, min(largest, 1 << (count // 16).bit_length()))
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = ("id", "patient", "study", "view", "sex", "source", "official")
-        features: dict[str, Any] = {name: tfds.features.Text() for name in text}
+        features: dict[str, Any] = {name: tfds.features.Text() for name in _TEXT}
         features["age"] = tfds.features.Scalar(np.float32)
         features["labels"] = tfds.features.Tensor(shape=(len(self.FINDINGS),), dtype=np.int8)
         finding = tfds.features.ClassLabel(names=self.FINDINGS)
@@ -129,7 +130,7 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
         shape = (self.size, self.size, 1)
         encoding = self.ENCODING if self.size else "png"
         features["image"] = tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format=encoding)
-        if self.MASKS:
+        if self.HAS_MASKS:
             features["mask"] = tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format="png")
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
@@ -140,7 +141,7 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
         download_config: tfds.download.DownloadConfig | None = None,
         **_: Any,
     ) -> None:
-        """Prepare what is not there yet; TFDS's entrance to what `cxrjax prepare` does."""
+        """Prepare the data set if it is not prepared yet; TFDS's equivalent of `cxrjax prepare`."""
         if not Path(self.data_dir).exists():
             config = download_config or tfds.download.DownloadConfig()
             manager = self._make_download_manager(download_dir=download_dir, download_config=config)
@@ -151,27 +152,30 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
         dl_manager: tfds.download.DownloadManager,
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
-        shards.make([self], self.records(dl_manager))
+        build_datasets([self], self.records(dl_manager))
 
     def records(self, dl_manager: tfds.download.DownloadManager | None = None) -> Sequence[Record]:
-        """Every record to be written, in order, checked; afterwards `store` can make their images."""
-        return check(self._records(dl_manager), self.FINDINGS, self.LEAKS)
+        """Read and check all records in order; afterwards `make_images` can be called."""
+        records = self._read_records(dl_manager)
+        check_ids(records)
+        if not self.ALLOW_LEAKAGE:
+            check_official_splits(records, self.FINDINGS)
+        return records
 
-    def adopt(self, other: Self) -> None:
-        """Take over what another builder of the same data found in `records`, to make images of it too."""
+    def copy_source_from(self, other: Self) -> None:
+        """Copy what another builder of the same data read in `records`, so that this one can make images too."""
 
-    def as_stored(self, record: Record, sha256: str, width: int, height: int) -> Record:
-        """The record of an image that is stored, with its digest and the size of what it was made from."""
+    def with_image_info(self, record: Record, sha256: str, width: int, height: int) -> Record:
+        """Return the record as stored, with the sha256 and the size in px of its source image."""
         return replace(record, sha256=sha256, width=width, height=height)
 
-    def stamp(self, record: Record) -> str:
-        """Says, without reading it, whether a record's image has changed."""
+    def source_stamp(self, record: Record) -> str:
+        """Return a string that changes with the source image, without reading the image."""
         return ""
 
-    def example(self, record: Record, stored: Stored) -> dict[str, Any]:
-        """The record as TFDS's features take it."""
-        names = ("id", "patient", "study", "view", "sex", "source", "official", "age")
-        example: dict[str, Any] = {name: getattr(record, name) for name in names}
+    def encode_record(self, record: Record, image: StoredImage) -> dict[str, Any]:
+        """Return the record as values of the TFDS features."""
+        example: dict[str, Any] = {name: getattr(record, name) for name in (*_TEXT, "age")}
         example["labels"] = np.array(record.labels, np.int8)
         example["boxes"] = [
             {
@@ -180,23 +184,23 @@ class Radiographs(FileReaderBuilder, skip_registration=True):
             }
             for box in record.boxes
         ]
-        example["image"] = stored.image
-        return example if stored.mask is None else {**example, "mask": stored.mask}
+        example["image"] = image.image
+        return example if image.mask is None else {**example, "mask": image.mask}
 
 
-def stored_file(path: Path, sides: Sequence[int | None], encoding: str, aspect: str = "stretch") -> list[Stored]:
-    """An image file as it is stored at some sizes, read and decoded once.
+def encode_file(path: Path, sizes: Sequence[int | None], encoding: str, aspect: str = "stretch") -> list[StoredImage]:
+    """Encode an image file at some sizes, decoding it once.
 
-    At its own size (None) it keeps its bytes if it is 8-bit grey; else it is encoded anew.
+    At its own size (None), an 8-bit grey file keeps its bytes; all others are encoded as PNG.
 
     Args:
       path: the file.
-      sides: in px.
+      sizes: in px.
       encoding: of resized images, "jpeg" or "png".
-      aspect: how an image becomes a square: "stretch", or "pad" with black first.
+      aspect: how an image becomes square: "stretch", or "pad" with black.
 
     Raises:
-      CxrError: the file cannot be read, or is no radiograph; the message names it.
+      CxrError: the file cannot be read or is not a radiograph; the message names it.
     """
     try:
         data = path.read_bytes()
@@ -205,22 +209,18 @@ def stored_file(path: Path, sides: Sequence[int | None], encoding: str, aspect: 
     digest = hashlib.sha256(data).hexdigest()
     image = decode(data, str(path))
     height, width = image.shape
-    whole = pad_to_square(image) if aspect == "pad" and any(sides) else image
+    square = pad_to_square(image) if aspect == "pad" and any(sizes) else image
 
-    def kept(side: int | None) -> bytes:
-        if side is not None:
-            return encode(resize(whole, side), encoding)
+    def encode_at(size: int | None) -> bytes:
+        if size is not None:
+            return encode(resize(square, size), encoding)
         return data if is_plain_grey(data) else encode(image, "png")
 
-    return [Stored(kept(side), digest, width=width, height=height) for side in sides]
+    return [StoredImage(encode_at(size), digest, width=width, height=height) for size in sizes]
 
 
-def check(records: Sequence[Record], findings: Sequence[str], leaks: bool = False) -> Sequence[Record]:
-    """Check that ids are unique, and, unless `leaks` are for the split to refuse, no patient in two official parts.
-
-    Raises:
-      CxrError: names the ids or the patients; also if there are no records.
-    """
+def check_ids(records: Sequence[Record]) -> None:
+    """Raise a `CxrError` if there are no records or two have the same id."""
     if not records:
         raise CxrError("there is no record to prepare")
     seen: set[str] = set()
@@ -228,16 +228,11 @@ def check(records: Sequence[Record], findings: Sequence[str], leaks: bool = Fals
         if record.id in seen:
             raise CxrError(f"two records have the id {record.id}; ids must be unique")
         seen.add(record.id)
-    if not leaks:
-        check_parts(records, findings)
-    return records
 
 
-def check_parts(records: Sequence[Record], findings: Sequence[str]) -> None:
-    """Check that no patient is in two official parts.
-
-    Raises:
-      CxrError: names the patients that are.
-    """
+def check_official_splits(records: Sequence[Record], findings: Sequence[str]) -> None:
+    """Raise a `CxrError` that names the patients in two official splits, if there are any."""
     table = Records(None, "source", "table", tuple(findings), "", records_to_table(records, findings))
-    check_leakage(table, {part: np.flatnonzero(table.official == part) for part in sorted(OFFICIAL_SPLITS, reverse=True)})
+    check_leakage(
+        table, {split: np.flatnonzero(table.official == split) for split in sorted(OFFICIAL_SPLITS, reverse=True)}
+    )

@@ -1,4 +1,4 @@
-"""Builders of images that lie as files below a folder: finding them, reading their tables, matching the two."""
+"""Base of the builders of image files: find files, read tables, and match the two."""
 
 import abc
 import csv
@@ -14,32 +14,33 @@ import tensorflow_datasets as tfds
 
 from cxrjax.data.images import square_margins
 from cxrjax.data.records import Box, Record
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, list_some
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, POSITIVE, UNCERTAIN
-from tfds_builders.builder import Radiographs, Stored, stored_file
+from tfds_builders.builder import RadiographBuilder, StoredImage, encode_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
-"""Of files that are taken for images; what they are, their content decides."""
+"""Suffixes of image files; the format itself is detected from the content."""
 
 ASPECTS = ("stretch", "pad")
-"""How an image becomes a square: stretched, or in the middle of a black one."""
+"""How an image becomes square: stretched, or padded with black."""
 
 Files = dict[str, Path]
+"""Paths by file name or record id."""
 
 _LABELS = {"1": POSITIVE, "0": NEGATIVE, "-1": UNCERTAIN, "": NOT_MENTIONED}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which records are prepared, and what does not match.
+    """The records to prepare, and the mismatches between table and files.
 
     Attributes:
-      records: rows of the table whose image is there.
-      paths: their images, by id.
+      records: rows of the table whose image exists.
+      paths: image files, by id.
       missing: ids of rows without an image.
-      unlisted: images without a row.
-      notes: one line each, what a user should know of them.
-      sizes: width and height of images in px, by id, where the source's tables tell.
+      unlisted: ids of images without a row.
+      notes: notes for the user, one line each.
+      sizes: width and height of images in px, by id, as far as the source's tables have them.
     """
 
     records: list[Record]
@@ -50,67 +51,59 @@ class Selection:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
-    def subset(self) -> bool:
-        """Whether most of the table's images are absent, so that the source must be meant as a subset."""
+    def is_subset(self) -> bool:
+        """Whether most images of the table are missing, so that the source is taken for a subset."""
         return len(self.missing) > len(self.records)
 
 
-def match(
+def match_images(
     table: Sequence[Record], paths: Files, source: object, allow_missing: bool, notes: Iterable[str] = ()
 ) -> Selection:
-    """Match the label table with the images that are there.
+    """Match the records of a table with the image files.
 
-    A source with less than half of the table's images is taken for what it is, a subset. With half of them or more it
-    is meant to be the archive, and an image that is missing is an error, unless `allow_missing`; so is always an image
-    that the table does not list.
+    A source with less than half of the table's images is taken for a subset. Otherwise a missing image is an error
+    unless `allow_missing`, and so is, in both cases, an image that the table does not list.
 
     Raises:
-      CxrError: counts and names what does not match.
+      CxrError: counts and names the mismatches.
     """
     listed = {record.id for record in table}
-    found = Selection(
+    selection = Selection(
         [record for record in table if record.id in paths],
         paths,
         [record.id for record in table if record.id not in paths],
         sorted(paths.keys() - listed),
         list(notes),
     )
-    if not found.records:
+    missing, unlisted = selection.missing, selection.unlisted
+    if not selection.records:
         if not paths:
-            raise CxrError(f"none of the {len(table):,} images of the table is below {source}: {some(found.missing)}")
+            raise CxrError(f"none of the {len(table):,} images of the table is below {source}: {list_some(missing)}")
         raise CxrError(f"none of the {len(paths):,} images below {source} is in the label table, such as {min(paths)}")
-    mend = "; complete the source, or pass --allow-missing to go on without"
-    if found.missing and not found.subset and not allow_missing:
+    fix = "; complete the source, or pass --allow-missing to skip them"
+    if missing and not selection.is_subset and not allow_missing:
         raise CxrError(
-            f"{len(found.missing):,} of the table's {len(table):,} images are not below {source}: "
-            f"{some(found.missing)}{mend}"
+            f"{len(missing):,} of the table's {len(table):,} images are not below {source}: {list_some(missing)}{fix}"
         )
-    if found.unlisted and not allow_missing:
-        raise CxrError(
-            f"{len(found.unlisted):,} images below {source} are not in the table: {some(found.unlisted)}{mend}"
-        )
-    return found
+    if unlisted and not allow_missing:
+        raise CxrError(f"{len(unlisted):,} images below {source} are not in the table: {list_some(unlisted)}{fix}")
+    return selection
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-class FromFiles(Radiographs, skip_registration=True):
-    """Base of the builders whose images are files.
+class FileBuilder(RadiographBuilder, skip_registration=True):
+    """Base class of the builders whose images are files.
 
     Attributes:
       source: folder with the files.
-      allow_missing: whether to go on if images of the table are missing, or images are not in the table.
-      aspect: how images become squares, one of `ASPECTS`; images of their own size stay as they are.
-      selection: after `select`, what is prepared and what does not match.
+      allow_missing: whether to continue if images are missing or not in the table.
+      aspect: how images become square, one of `ASPECTS`; images at the size of the source are not changed.
+      selection: the result of `select`, once it was called by `records`.
     """
 
     def __init__(
         self, *, source: Path | str | None = None, allow_missing: bool = False, aspect: str = "stretch", **kwargs: Any
     ):
-        """Makes the builder; see the attributes, and `Radiographs` for the rest."""
+        """Make the builder; see the attributes, and `RadiographBuilder` for the other arguments."""
         if aspect not in ASPECTS:
             raise CxrError(f"unknown aspect {aspect!r}; choose {' or '.join(ASPECTS)}")
         self.aspect = aspect
@@ -121,7 +114,7 @@ class FromFiles(Radiographs, skip_registration=True):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the content depends on; the aspect only where it is another than all data had that know of none."""
+        """Options that determine the content; the aspect only where images are padded."""
         return {**super().options, "aspect": "pad"} if self._pads else super().options
 
     @property
@@ -130,100 +123,100 @@ class FromFiles(Radiographs, skip_registration=True):
 
     @abc.abstractmethod
     def select(self) -> Selection:
-        """What would be prepared from the source folder.
+        """Read the source's tables and match them with its images.
 
         Raises:
-          CxrError: it cannot be used; the message says what is wrong with which file.
+          CxrError: the source cannot be used; the message names the file.
         """
 
-    def _records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
+    def _read_records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
         self.selection = self.select()
         return self.selection.records
 
-    def adopt(self, other: Self) -> None:
-        """Take over the other's selection."""
+    def copy_source_from(self, other: Self) -> None:
+        """Copy the other builder's selection."""
         self.selection = other.selection
 
-    def store(self, record: Record, sides: Sequence[int | None]) -> list[Stored]:
-        """The record's file at some sizes."""
+    def make_images(self, record: Record, sizes: Sequence[int | None]) -> list[StoredImage]:
+        """Encode the record's file at some sizes."""
         assert self.selection is not None
-        return stored_file(self.selection.paths[record.id], sides, self.ENCODING, self.aspect)
+        return encode_file(self.selection.paths[record.id], sizes, self.ENCODING, self.aspect)
 
-    def as_stored(self, record: Record, sha256: str, width: int, height: int) -> Record:
-        """The record with its boxes where the stored image has them."""
-        stored = super().as_stored(record, sha256, width, height)
+    def with_image_info(self, record: Record, sha256: str, width: int, height: int) -> Record:
+        """Return the record as stored, with its boxes moved by the padding."""
+        stored = super().with_image_info(record, sha256, width, height)
         if not self._pads:
             return stored
-        return replace(stored, boxes=tuple(_on_square(box, width, height) for box in stored.boxes))
+        return replace(stored, boxes=tuple(_pad_box(box, width, height) for box in stored.boxes))
 
-    def stamp(self, record: Record) -> str:
-        """Size and time of the record's file."""
+    def source_stamp(self, record: Record) -> str:
+        """Return the size and the modification time of the record's file."""
         assert self.selection is not None
         try:
-            found = self.selection.paths[record.id].stat()
-        except OSError:  # reading it says so by its name
+            status = self.selection.paths[record.id].stat()
+        except OSError:  # reading the file reports the error
             return ""
-        return f"{found.st_size} {found.st_mtime_ns}"
+        return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _on_square(box: Box, width: int, height: int) -> Box:
-    """A box of an image that was padded to a square."""
+def _pad_box(box: Box, width: int, height: int) -> Box:
+    """Convert a box to fractions of the padded square image."""
     side, top, left = square_margins(height, width)
     x, y = (box.x * width + left) / side, (box.y * height + top) / side
     return replace(box, x=x, y=y, w=box.w * width / side, h=box.h * height / side)
 
 
-def find_files(source: Path, unique: Collection[str], what: str) -> Files:
-    """Find every file anywhere below a folder, by its name; links are followed.
+def find_files(source: Path, unique: Collection[str], content: str) -> Files:
+    """Find all files below a folder, by file name; follows links.
 
     Args:
       source: the folder.
-      unique: endings of names that may be there once only.
-      what: that the folder should hold, for the error message.
+      unique: suffixes of names that may occur only once.
+      content: what the folder should contain, for the error message.
 
     Raises:
       CxrError: the folder does not exist, or two images have the same name.
     """
     if not source.is_dir():
-        raise CxrError(f"source folder {source} does not exist; give the folder with {what}")
+        raise CxrError(f"source folder {source} does not exist; give the folder with {content}")
     files: Files = {}
-    for path in walk(source):
+    for path in walk_files(source):
         if path.name in files and path.name.lower().endswith(tuple(unique)):
-            raise CxrError(f"image {path.name} is there twice, {files[path.name]} and {path}; keep one")
+            raise CxrError(f"image {path.name} exists twice, {files[path.name]} and {path}; keep one")
         files.setdefault(path.name, path)
     return files
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder; links are followed."""
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder; follows links."""
     for parent, _, names in os.walk(folder, followlinks=True):
         yield from (Path(parent, name) for name in names)
 
 
-def read_rows(path: Path, needed: Collection[str], mend: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV, plain or compressed (`.gz`), with their line numbers.
+def read_csv(path: Path, required: Collection[str], fix: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a CSV, plain or compressed (`.gz`), with their line numbers.
 
     Args:
       path: the table.
-      needed: columns it must have; others may be there.
-      mend: what to do about a table that cannot be read.
+      required: columns it must have; other columns are allowed.
+      fix: what to do if the table cannot be read, for the error message.
 
     Raises:
-      CxrError: the file cannot be read, or lacks a column.
+      CxrError: the file cannot be read or lacks a column.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path, mend), newline=""), restval="")
+    reader = csv.DictReader(io.StringIO(read_text(path, fix), newline=""), restval="")
     columns = list(reader.fieldnames or ())
-    if missing := [name for name in needed if name not in columns]:
+    if missing := [name for name in required if name not in columns]:
         raise CxrError(f"{path} lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}")
     for row in reader:
         yield reader.line_num, row
 
 
 def read_label(row: dict[str, str], finding: str, where: str) -> int:
-    """A label as CheXpert's tables have it: 1.0, 0.0, -1.0 (uncertain) or empty (not mentioned), with or without ".0".
+    """Parse a label: 1, 0, -1 (uncertain) or empty (not mentioned), also with a decimal as in CheXpert's tables (1.0).
 
     Raises:
-      CxrError: it is none of these.
+      CxrError: it is something else.
     """
     text = row[finding].strip()
     label = _LABELS.get(text.removesuffix(".0"))
@@ -232,8 +225,8 @@ def read_label(row: dict[str, str], finding: str, where: str) -> int:
     return label
 
 
-def read_text(path: Path, mend: str) -> str:
-    """A text file, plain or compressed (`.gz`).
+def read_text(path: Path, fix: str) -> str:
+    """Read a text file, plain or compressed (`.gz`).
 
     Raises:
       CxrError: it cannot be read.
@@ -242,4 +235,4 @@ def read_text(path: Path, mend: str) -> str:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise CxrError(f"{path} cannot be read: {error}; {mend}") from error
+        raise CxrError(f"{path} cannot be read: {error}; {fix}") from error

@@ -1,4 +1,4 @@
-"""A user's own radiographs: what every builder of them reads, and what it must say aloud."""
+"""Base of the builders of a user's own radiographs: metadata, and notes on leakage and confounding."""
 
 import math
 import re
@@ -10,128 +10,118 @@ from typing import Any
 
 from cxrjax.data.records import Record
 from cxrjax.data.splits import SPLIT_ALIASES
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, list_some
 from cxrjax.findings import POSITIVE
-from tfds_builders.builder import check_parts, sizes
-from tfds_builders.sources import FromFiles, some
-
-SIZES = sizes(None, 2048, 1024, 512, 256, 224, 128, 64, 32)
+from tfds_builders.builder import check_official_splits, size_configs
+from tfds_builders.sources import FileBuilder
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SEX = {"": "", "m": "M", "f": "F", "male": "M", "female": "F", "unknown": "", "u": ""}
 
 
-class Own(FromFiles, skip_registration=True):
-    """Base of the builders of a user's own radiographs.
+class UserDatasetBuilder(FileBuilder, skip_registration=True):
+    """Base class of the builders of a user's own radiographs.
 
-    A patient in two official parts is reported; the official split is then refused, every other split keeps patients
-    together. A record without a patient is a patient of its own.
+    A patient in two official splits is reported, and the official split is refused when it is used; all other splits
+    keep patients together. A record without a patient id counts as its own patient.
     """
 
-    BUILDER_CONFIGS = SIZES
+    BUILDER_CONFIGS = size_configs(None, 2048, 1024, 512, 256, 224, 128, 64, 32)
     ENCODING = "jpeg"
-    LEAKS = True
+    ALLOW_LEAKAGE = True
     EXCLUSIVE = False
 
     def __init__(self, *, name: str | None = None, **kwargs: Any):
-        """Makes the builder.
+        """Make the builder.
 
         Args:
-          name: of the prepared data set; None takes the builder's.
+          name: name of the prepared data set; None uses the builder's.
           **kwargs: source, allow_missing, workers, data_dir, config, version.
         """
         if name is not None:
             if not _NAME.fullmatch(name):
-                raise CxrError(f"data set name {name!r}: give small letters, digits and _, a letter first")
-            self.name = name  # pyright: ignore[reportAttributeAccessIssue] - TFDS reads it of the builder
+                raise CxrError(f"data set name {name!r}: use lower-case letters, digits and _, starting with a letter")
+            self.name = name  # pyright: ignore[reportAttributeAccessIssue] - TFDS reads it from the builder
         super().__init__(**kwargs)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the content depends on."""
+        """Options that determine the content."""
         return {**super().options, "exclusive": self.EXCLUSIVE}
 
-    def notes(self, records: Sequence[Record]) -> list[str]:
-        """What a user should know of these records before believing a score on them."""
-        found = []
-        alone = sum(record.patient == record.id for record in records)
-        if alone:
-            found.append(
-                f"{alone:,} images have no known patient, each counts as a patient of its own: whether one patient is "
-                "in two parts (leakage) cannot be checked for them"
+    def collect_notes(self, records: Sequence[Record]) -> list[str]:
+        """Describe what makes scores on these records unreliable, one line each."""
+        notes = []
+        unknown = sum(record.patient == record.id for record in records)
+        if unknown:
+            notes.append(
+                f"{unknown:,} images have no patient id, so each counts as its own patient, and leakage (a patient in "
+                "two splits) cannot be detected for them"
             )
         try:
-            check_parts(records, self.FINDINGS)
+            check_official_splits(records, self.FINDINGS)
         except CxrError as error:
-            found.append(f"the given parts leak, split.name=official will be refused: {error}")
+            notes.append(f"the given splits leak, so split.name=official will be refused: {error}")
         if self.EXCLUSIVE:
-            found += _confounded(records, self.FINDINGS)
-        return found
+            notes += _find_confounding(records, self.FINDINGS)
+        return notes
 
 
-def _confounded(records: Sequence[Record], classes: Sequence[str]) -> list[str]:
-    """Classes that their source gives away: all of theirs, and no image of another class, comes from it."""
+def _find_confounding(records: Sequence[Record], classes: Sequence[str]) -> list[str]:
+    """Describe classes that share no source with any other class."""
     sources: dict[str, set[str]] = defaultdict(set)
     for record in records:
         sources[classes[record.labels.index(POSITIVE)]].add(record.source)
     notes = []
-    for name, own in sorted(sources.items()):
+    for name, class_sources in sorted(sources.items()):
         others = set[str]().union(*(sources[other] for other in sources if other != name))
-        if others and not own & others:
+        if others and not class_sources & others:
+            origin = list_some(sorted(class_sources))
             notes.append(
-                f"class and source are confounded: every image of {name} comes from {some(sorted(own))}, and no image "
-                "of another class does; a network can tell the source instead of the disease"
+                f"class and source are confounded: every image of {name} comes from {origin}, and no image of "
+                "another class does; a network can learn the source instead of the disease"
             )
     return notes
 
 
-def details(record: Record, row: Mapping[str, str], where: str) -> Record:
-    """The record with what a row says in columns named study, view, age, sex, source (or url) and official (or part).
+def add_metadata(record: Record, row: Mapping[str, str], where: str) -> Record:
+    """Add the columns study, view, age, sex, source (or url) and official (or split) of a table's row to a record.
 
     Raises:
-      CxrError: an age, a sex or a part cannot be understood; the message says where.
+      CxrError: an age, a sex or a split is invalid; the message starts with `where`.
     """
-    said = {name.strip().lower(): text.strip() for name, text in row.items() if name and text and text.strip()}
-    changes: dict[str, Any] = {name: said[name] for name in ("study", "view") if name in said}
-    if "age" in said:
+    values = {name.strip().lower(): text.strip() for name, text in row.items() if name and text and text.strip()}
+    changes: dict[str, Any] = {name: values[name] for name in ("study", "view") if name in values}
+    if "age" in values:
         try:
-            changes["age"] = float(said["age"])
+            changes["age"] = float(values["age"])
         except ValueError:
-            raise CxrError(f"{where}: age {said['age']!r} is not a number of years") from None
-    if "sex" in said:
-        if said["sex"].lower() not in _SEX:
-            raise CxrError(f"{where}: sex {said['sex']!r} is not M, F or empty")
-        changes["sex"] = _SEX[said["sex"].lower()]
-    if source := said.get("source", said.get("url")):
+            raise CxrError(f"{where}: age {values['age']!r} is not a number of years") from None
+    if "sex" in values:
+        if values["sex"].lower() not in _SEX:
+            raise CxrError(f"{where}: sex {values['sex']!r} is not M, F or empty")
+        changes["sex"] = _SEX[values["sex"].lower()]
+    if source := values.get("source", values.get("url")):
         changes["source"] = source
-    if part := said.get("official", said.get("part")):
-        if part.lower() not in SPLIT_ALIASES:
-            raise CxrError(f"{where}: unknown part {part!r}; parts are train, validation and test")
-        changes["official"] = SPLIT_ALIASES[part.lower()]
+    if split := values.get("official", values.get("split")):
+        if split.lower() not in SPLIT_ALIASES:
+            raise CxrError(f"{where}: unknown split {split!r}; use train, validation or test")
+        changes["official"] = SPLIT_ALIASES[split.lower()]
     return replace(record, **changes)
 
 
-def blank(id: str, patient: str, source: str, labels: tuple[int, ...]) -> Record:
-    """A record of which no more is known: the image is its own study, and without a patient its own patient."""
-    return Record(
-        id=id,
-        patient=patient or id,
-        study=id,
-        view="",
-        age=math.nan,
-        sex="",
-        source=source,
-        labels=labels,
-    )
+def make_record(id: str, patient: str, source: str, labels: tuple[int, ...]) -> Record:
+    """Make a record without metadata: its study is the image, and so is its patient if `patient` is empty."""
+    return Record(id=id, patient=patient or id, study=id, view="", age=math.nan, sex="", source=source, labels=labels)
 
 
 def with_drawn_validation(records: list[Record]) -> list[Record]:
-    """Without a validation part, one is to be drawn of the training part."""
+    """Mark the training records for drawing a validation split if there is none."""
     if any(record.official == "validation" for record in records):
         return records
     return [replace(record, official="train_val") if record.official == "train" else record for record in records]
 
 
 def folder_name(folder: Path) -> str:
-    """What a collection is called of which only the folder is known."""
+    """Return the name of a folder, the default source of its records."""
     return folder.resolve().name

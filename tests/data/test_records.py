@@ -25,7 +25,7 @@ from cxrjax.data.records import (
     write_table,
 )
 from cxrjax.errors import CxrError
-from tfds_builders.builder import stored_file
+from tfds_builders.builder import encode_file
 
 FINDINGS = ("Mass", "Nodule", "Pleural Effusion")
 
@@ -163,7 +163,7 @@ def test_original_sizes_are_known_for_all_images_or_none():
 @pytest.mark.parametrize("size", [None, 8])
 def test_builder_stores_the_size_of_the_source_image(tmp_path, size):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 20), np.uint8))
-    [stored] = stored_file(tmp_path / "a.png", [size], "png")
+    [stored] = encode_file(tmp_path / "a.png", [size], "png")
     assert (stored.width, stored.height) == (20, 30)
 
 

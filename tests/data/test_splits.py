@@ -302,7 +302,7 @@ def test_stratified_by_image_reports_leaking_patients(capsys):
 @pytest.fixture(scope="module")
 def whole(shared):
     """All 112,120 rows of ChestX-ray14, without images."""
-    return nih.table(shared / "data/nih")
+    return nih.read_table(shared / "data/nih")
 
 
 def test_the_official_split_of_chestxray14(whole):

@@ -1,4 +1,4 @@
-"""How images become squares: stretched, or padded, with their boxes."""
+"""Square images by stretching or padding, with their boxes."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cxrjax.cli.main import main
-from cxrjax.data.images import square_margins, pad_to_square, resize
+from cxrjax.data.images import pad_to_square, resize, square_margins
 from cxrjax.data.records import Box, open_records
 from cxrjax.errors import CxrError
 from tfds_builders.prepare import prepare, prepare_sizes
-from tfds_builders.sources import _on_square
+from tfds_builders.sources import _pad_box
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -20,7 +20,7 @@ HEADER = (
 
 
 @given(st.integers(1, 60), st.integers(1, 60))
-def test_padding_is_what_pil_does(rows, columns):
+def test_padding_agrees_with_pil(rows, columns):
     image = np.random.default_rng(rows * columns).integers(1, 256, (rows, columns), np.uint8)
     padded = pad_to_square(image)
     side, top, left = square_margins(rows, columns)
@@ -31,25 +31,25 @@ def test_padding_is_what_pil_does(rows, columns):
 
 
 @given(st.integers(8, 60), st.integers(8, 60), st.tuples(*[st.floats(0, 1)] * 4))
-def test_a_box_stays_on_what_it_encloses(rows, columns, at):
+def test_padded_box_encloses_the_same_pixels(rows, columns, at):
     left, right = sorted(int(u * (columns - 1)) for u in at[:2])
     top, bottom = sorted(int(u * (rows - 1)) for u in at[2:])
     image = np.zeros((rows, columns), np.uint8)
     image[top : bottom + 1, left : right + 1] = 255
     box = Box("Mass", left / columns, top / rows, (right + 1 - left) / columns, (bottom + 1 - top) / rows)
-    moved, padded = _on_square(box, columns, rows), pad_to_square(image)
+    moved, padded = _pad_box(box, columns, rows), pad_to_square(image)
     where = np.argwhere(padded)
-    (y, x), (below, beside) = where.min(0), where.max(0) + 1
+    (y, x), (bottom, right) = where.min(0), where.max(0) + 1
     np.testing.assert_allclose(
         np.array([moved.x, moved.y, moved.x + moved.w, moved.y + moved.h]) * len(padded),
-        [x, y, beside, below],
+        [x, y, right, bottom],
         atol=1e-9,
     )
 
 
 @pytest.fixture
 def source(tmp_path):
-    """One image of 40 rows and 60 columns with a white square of 12 px, which is boxed."""
+    """One image of 40 rows and 60 columns with a white square of 12 px and its box."""
     folder = tmp_path / "nih"
     folder.mkdir()
     image = np.full((40, 60), 90, np.uint8)
@@ -74,7 +74,7 @@ def run(source, data, size=256, **options):
 
 
 @pytest.mark.parametrize("aspect", ["stretch", "pad"])
-def test_the_stored_box_is_where_the_finding_is(source, tmp_path, aspect):
+def test_stored_box_is_at_the_finding(source, tmp_path, aspect):
     _, records = run(source, tmp_path / "D", aspect=aspect)
     white, mask = records.image(0) > 170, records.mask(0, "Mass", 256)
     assert mask is not None
@@ -82,10 +82,10 @@ def test_the_stored_box_is_where_the_finding_is(source, tmp_path, aspect):
     original = np.asarray(Image.open(source / "00000001_000.png"))
     expected = resize(pad_to_square(original) if aspect == "pad" else original, 256)
     assert np.abs(records.image(0).astype(int) - expected).mean() < 1
-    assert (records.image(0)[:30].max() < 8) == (aspect == "pad"), "black above"
+    assert (records.image(0)[:30].max() < 8) == (aspect == "pad"), "black margin"
 
 
-def test_the_aspect_is_part_of_the_data(source, tmp_path):
+def test_aspect_changes_the_fingerprint(source, tmp_path):
     stretched, _ = run(source, tmp_path / "a")
     padded, records = run(source, tmp_path / "b", aspect="pad")
     assert stretched.fingerprint != padded.fingerprint
@@ -98,7 +98,7 @@ def test_the_aspect_is_part_of_the_data(source, tmp_path):
     assert run(source, tmp_path / "b", aspect="pad")[0].reused
 
 
-def test_data_without_boxes_differ_too(source, tmp_path):
+def test_aspect_changes_the_fingerprint_without_boxes(source, tmp_path):
     (source / "BBox_List_2017.csv").unlink()
     assert run(source, tmp_path / "a")[0].fingerprint != run(source, tmp_path / "b", aspect="pad")[0].fingerprint
 
@@ -111,8 +111,8 @@ def test_native_images_keep_their_aspect(source, tmp_path):
 
 
 def test_from_the_command_line(source, tmp_path, capsys):
-    words = ["prepare", "chestxray14", "--source", str(source), "--data-dir", str(tmp_path / "D"), "--size", "2048"]
-    assert main([*words, "--aspect", "pad"]) == 0
+    arguments = ["prepare", "chestxray14", "--source", str(source), "--data-dir", str(tmp_path / "D"), "--size", "2048"]
+    assert main([*arguments, "--aspect", "pad"]) == 0
     assert open_records(tmp_path / "D", "chestxray14", "2048").options["aspect"] == "pad"
     with pytest.raises(CxrError, match="unknown aspect 'crop'; choose stretch or pad"):
         run(source, tmp_path / "D", aspect="crop")

@@ -1,4 +1,4 @@
-"""NIH's files: genuine ones against csv and PIL, odd and broken ones as found in the wild."""
+"""NIH's files: real ones against csv and PIL, and unusual and broken ones."""
 
 import csv
 import gzip
@@ -20,7 +20,7 @@ from cxrjax.findings import NIH14
 from tfds_builders.chestxray14 import download, nih
 from tfds_builders.chestxray14.chestxray14_dataset_builder import Builder, select
 from tfds_builders.prepare import prepare
-from tfds_builders.prepare_warnings import _totals
+from tfds_builders.prepare_warnings import note_counts
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -46,7 +46,7 @@ def picture(seed=0, side=48, mode="L") -> bytes:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A folder as people have it: five images in two folders, plain tables, lists without a final newline."""
+    """Five images in two folders, plain tables, and lists without a final newline."""
     folder = tmp_path / "nih"
     for k, name in enumerate(NAMES):
         path = folder / f"images_{1 + k // 3:03d}/images" / name
@@ -68,7 +68,7 @@ def nothing_is_left(tmp_path):
     return not list((tmp_path / "D").glob("chestxray14/*/*[0-9].[0-9]*"))
 
 
-def test_what_the_table_says(source, tmp_path):
+def test_records_from_the_table(source, tmp_path):
     prepared, records = run(source, tmp_path)
     assert (prepared.images, prepared.patients, prepared.missing, prepared.unlisted) == (5, 4, [], [])
     assert records.id.tolist() == NAMES
@@ -101,17 +101,17 @@ def test_what_the_table_says(source, tmp_path):
 @pytest.mark.parametrize("name", ["Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "Data_Entry_2017.csv.gz"])
 def test_copies_of_the_table(source, edit, name):
     path = source / "Data_Entry_2017_v2020.csv"
-    expected = nih.table(source).fingerprint
+    expected = nih.read_table(source).fingerprint
     data = edit(path.read_text()).encode()
     path.unlink()
     (source / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    assert nih.table(source).fingerprint == expected
+    assert nih.read_table(source).fingerprint == expected
 
 
-def test_the_newer_table_wins_and_boxes_are_optional(source):
+def test_newer_table_is_read_and_boxes_are_optional(source):
     (source / "Data_Entry_2017.csv").write_text(HEADER + "\n")
     (source / "BBox_List_2017.csv").unlink()
-    table = nih.table(source)
+    table = nih.read_table(source)
     assert len(table) == 5
     assert table.mask(3, "Infiltration", 16) is None
 
@@ -139,10 +139,10 @@ def test_the_newer_table_wins_and_boxes_are_optional(source):
             r"BBox_List_2017.csv, line 2: unknown finding 'Infiltrates'",
         ),
         ("BBox_List_2017.csv", "256,512", "1000,512", r"line 2: the box is outside the image of 1024 x 1024"),
-        ("BBox_List_2017.csv", "256", "", r"line 2: not an image, a finding and x, y, w, h"),
+        ("BBox_List_2017.csv", "256", "", r"line 2: expected an image, a finding and x, y, w, h"),
     ],
 )
-def test_a_wrong_table_is_an_error_that_names_the_row(source, tmp_path, file, old, new, message):
+def test_invalid_table_is_an_error_that_names_the_row(source, tmp_path, file, old, new, message):
     path = source / file
     text = path.read_text()
     assert old in text
@@ -152,12 +152,12 @@ def test_a_wrong_table_is_an_error_that_names_the_row(source, tmp_path, file, ol
     assert nothing_is_left(tmp_path)
 
 
-def test_an_image_in_neither_list_has_no_official_part(source):
+def test_image_in_neither_list_has_no_official_split(source):
     (source / "train_val_list.txt").write_text("\n".join([NAMES[0], *NAMES[2:4]]))
-    assert nih.table(source).official.tolist() == ["train_val", "", "train_val", "train_val", "test"]
+    assert nih.read_table(source).official.tolist() == ["train_val", "", "train_val", "train_val", "test"]
 
 
-def test_a_patient_in_both_official_lists_is_named(source, tmp_path):
+def test_patient_in_both_official_lists_is_named(source, tmp_path):
     (source / "train_val_list.txt").write_text("\n".join([NAMES[0], *NAMES[2:4]]))
     (source / "test_list.txt").write_text("\n".join([NAMES[1], NAMES[4]]))
     with pytest.raises(CxrError, match=r"patients in two splits \(1\): 00000001 \(train_val and test\)"):
@@ -166,7 +166,7 @@ def test_a_patient_in_both_official_lists_is_named(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gone", "message"),
+    ("missing", "message"),
     [
         ("Data_Entry_2017_v2020.csv", "no label table below .*; get Data_Entry_2017_v2020.csv from https://nihcc"),
         ("train_val_list.txt", "no train_val_list.txt below .*; get it from https://nihcc"),
@@ -174,15 +174,15 @@ def test_a_patient_in_both_official_lists_is_named(source, tmp_path):
         ("images_*", "no .png image anywhere below .*; get images_001"),
     ],
 )
-def test_an_incomplete_source_is_an_error(source, tmp_path, gone, message):
-    for path in list(source.glob(gone)):
+def test_incomplete_source_is_an_error(source, tmp_path, missing, message):
+    for path in list(source.glob(missing)):
         path.rename(tmp_path / path.name)
     with pytest.raises(CxrError, match=message):
         run(source, tmp_path)
     assert nothing_is_left(tmp_path)
 
 
-def test_a_source_that_is_no_folder_or_still_packed(source, tmp_path):
+def test_missing_or_packed_source_is_an_error(source, tmp_path):
     with pytest.raises(CxrError, match=r"source folder .*nowhere does not exist"):
         run(source / "nowhere", tmp_path)
     for folder in list(source.glob("images_*")):
@@ -197,7 +197,7 @@ def remove(source, names):
         next(source.rglob(name)).unlink()
 
 
-def test_less_than_half_of_the_images_is_a_subset_and_said_so(source, tmp_path, capsys):
+def test_source_with_few_images_is_a_subset(source, tmp_path, capsys):
     remove(source, NAMES[:3])
     prepared, records = run(source, tmp_path)
     assert prepared.missing == NAMES[:3]
@@ -206,7 +206,7 @@ def test_less_than_half_of_the_images_is_a_subset_and_said_so(source, tmp_path, 
     assert prepared.notes
 
 
-def test_more_than_half_is_meant_to_be_all(source, tmp_path):
+def test_missing_images_are_an_error(source, tmp_path):
     remove(source, NAMES[1:3])
     message = r"2 of the table's 5 images are not below .*: 00000001_001.png, 00000002_000.png; .*--allow-missing"
     with pytest.raises(CxrError, match=message):
@@ -217,7 +217,7 @@ def test_more_than_half_is_meant_to_be_all(source, tmp_path):
     assert records.id.tolist() == [NAMES[0], *NAMES[3:]]
 
 
-def test_an_image_that_the_table_does_not_list(source, tmp_path):
+def test_unlisted_image_is_an_error(source, tmp_path):
     (source / "scan.png").write_bytes(picture())
     with pytest.raises(CxrError, match=r"1 images below .* are not in the table: scan.png; .*--allow-missing"):
         run(source, tmp_path)
@@ -226,9 +226,9 @@ def test_an_image_that_the_table_does_not_list(source, tmp_path):
     assert len(records) == 5
 
 
-def test_an_image_that_is_there_twice(source, tmp_path):
+def test_duplicate_file_name_is_an_error(source, tmp_path):
     (source / NAMES[0]).write_bytes(picture())
-    with pytest.raises(CxrError, match=r"image 00000001_000.png is there twice, .* and .*; keep one"):
+    with pytest.raises(CxrError, match=r"image 00000001_000.png exists twice, .* and .*; keep one"):
         run(source, tmp_path)
 
 
@@ -252,14 +252,14 @@ def broken(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "16 bits", "CMYK", "no image"])
-def test_a_broken_image_is_named_and_nothing_is_left(source, tmp_path, kind):
+def test_broken_image_is_named_and_nothing_is_left(source, tmp_path, kind):
     next(source.rglob(NAMES[3])).write_bytes(broken(kind))
     with pytest.raises(CxrError, match=r"images_002/images/00000003_000\.png: "):
         run(source, tmp_path, workers=3)
     assert nothing_is_left(tmp_path)
 
 
-def test_an_unreadable_image_is_named(source, tmp_path):
+def test_unreadable_image_is_named(source, tmp_path):
     path = next(source.rglob(NAMES[2]))
     path.unlink()
     path.symlink_to(tmp_path / "gone.png")
@@ -267,7 +267,7 @@ def test_an_unreadable_image_is_named(source, tmp_path):
         run(source, tmp_path)
 
 
-def test_native_keeps_grey_bytes_and_makes_rgba_grey_without_loss(source, tmp_path):
+def test_native_keeps_grey_bytes_and_converts_rgba_losslessly(source, tmp_path):
     for name, mode in ((NAMES[1], "RGBA"), (NAMES[2], "P")):
         next(source.rglob(name)).write_bytes(picture(7, mode=mode))
     prepare("chestxray14", source=source, data_dir=tmp_path / "D")
@@ -280,18 +280,18 @@ def test_native_keeps_grey_bytes_and_makes_rgba_grey_without_loss(source, tmp_pa
         np.testing.assert_array_equal(records.image(row), np.asarray(Image.open(io.BytesIO(data)).convert("L")))
 
 
-# --- the genuine 240
+# --- 240 real images
 
 
 @pytest.fixture(scope="module")
-def genuine(shared, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("genuine")
+def real(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
     prepared = prepare("chestxray14", source=shared / "data/nih", data_dir=folder, size=256)
     return prepared, open_records(folder, "chestxray14", "256")
 
 
-def test_the_genuine_subset_is_complete(genuine, shared):
-    prepared, records = genuine
+def test_real_subset_is_complete(real, shared):
+    prepared, records = real
     assert (prepared.images, prepared.patients) == (240, 240)
     assert len(prepared.missing) == 112_120 - 240
     assert (records.official == "test").sum() == 63
@@ -307,16 +307,18 @@ def test_the_genuine_subset_is_complete(genuine, shared):
     assert (records.labels == 1).any(0).all(), "all 14 findings"
 
 
-def test_the_published_table_has_the_published_counts(genuine, shared):
-    prepared, _ = genuine
+def test_published_table_has_the_published_counts(real, shared):
+    prepared, _ = real
     assert not any("published" in note for note in prepared.notes)
-    table = nih.table(shared / "data/nih")
-    assert _totals(table, 0, Builder.PUBLISHED) == []
-    assert _totals(table, 1, Builder.PUBLISHED) == ["the table lists 112,121 images, and the published one 112,120"]
+    table = nih.read_table(shared / "data/nih")
+    assert note_counts(table, 0, Builder.PUBLISHED_COUNTS) == []
+    assert note_counts(table, 1, Builder.PUBLISHED_COUNTS) == [
+        "the table lists 112,121 images, the published one 112,120"
+    ]
 
 
-def test_genuine_images_are_what_pil_makes_of_them(genuine, shared):
-    _, records = genuine
+def test_real_images_agree_with_pil(real, shared):
+    _, records = real
     rgba = 0
     for row in range(240):
         with Image.open(shared / "data/nih/images" / records.id[row]) as picture:
@@ -329,8 +331,8 @@ def test_genuine_images_are_what_pil_makes_of_them(genuine, shared):
     assert rgba == 6
 
 
-def test_genuine_boxes_are_those_of_the_file(genuine, shared):
-    _, records = genuine
+def test_real_boxes_are_those_of_the_file(real, shared):
+    _, records = real
     row_of = {id: row for row, id in enumerate(records.id.tolist())}
     with (shared / "data/nih/BBox_List_2017.csv").open() as file:
         boxes = [line[:6] for line in csv.reader(file) if line[0] in row_of]
@@ -341,8 +343,8 @@ def test_genuine_boxes_are_those_of_the_file(genuine, shared):
         assert any(np.allclose(np.float64(pixels) / 1024, side, atol=1e-6) for side in sides)
 
 
-def test_tfds_reads_what_was_prepared(genuine):
-    prepared, records = genuine
+def test_tfds_reads_prepared_data(real):
+    prepared, records = real
     data = Builder(data_dir=prepared.directory.parents[2], config="256").as_data_source("all")
     assert len(data) == 240
     row = next(row for row in range(240) if records.boxes(row))
@@ -359,14 +361,14 @@ def test_tfds_reads_what_was_prepared(genuine):
 
 
 class FakeDownloads:
-    """A download manager whose site is a folder."""
+    """Fake download manager that reads a folder."""
 
     def __init__(self, folder: Path):
-        self.folder, self.asked = folder, []
+        self.folder, self.requested = folder, []
 
     def download(self, url: str) -> Path:
         name = next(name for name, address in download.urls().items() if address == url)
-        self.asked.append(name)
+        self.requested.append(name)
         path = self.folder / name
         if not path.exists():
             raise ConnectionError(f"HTTP 404 for {url}")
@@ -390,10 +392,10 @@ def site(source, tmp_path, monkeypatch) -> FakeDownloads:
     return FakeDownloads(folder)
 
 
-def test_the_download_gives_what_the_folder_gives(site, source):
+def test_download_gives_the_same_as_a_folder(site, source):
     selection = select(download.fetch(site), "the download", allow_missing=False)
     assert [record.id for record in selection.records] == NAMES
-    assert set(site.asked) == {*download.TABLES, "images_001.tar.gz", "images_002.tar.gz"}
+    assert set(site.requested) == {*download.TABLES, "images_001.tar.gz", "images_002.tar.gz"}
     assert selection.paths[NAMES[0]].read_bytes() == next(source.rglob(NAMES[0])).read_bytes()
     unpacked = site.folder / "images_001.tar.gz.unpacked"
     stamp = unpacked.stat().st_mtime_ns
@@ -408,7 +410,7 @@ def test_without_a_source_the_builder_downloads(site, tmp_path, monkeypatch):
     assert prepared.images == 5
 
 
-def test_a_failed_download_says_what_to_fetch_by_hand(site):
+def test_failed_download_says_what_to_download_by_hand(site):
     (site.folder / "images_002.tar.gz").unlink()
     with pytest.raises(
         CxrError, match=r"^images_002.tar.gz of ChestX-ray14: HTTP 404 .*by hand from https://nihcc.app"
@@ -417,10 +419,10 @@ def test_a_failed_download_says_what_to_fetch_by_hand(site):
 
 
 @pytest.mark.parametrize(("damage", "message"), [(False, "MD5 differs"), (True, "cannot be unpacked")])
-def test_a_wrong_archive_is_named_and_leaves_nothing(site, monkeypatch, damage, message):
+def test_wrong_archive_is_named_and_leaves_nothing(site, monkeypatch, damage, message):
     path = site.folder / "images_002.tar.gz"
     path.write_bytes(path.read_bytes()[:-100])
-    if damage:  # published so, as it were
+    if damage:  # as if published in this state
         digest = hashlib.md5(path.read_bytes()).hexdigest()
         monkeypatch.setitem(download.ARCHIVES, path.name, ("key2", digest))
     with pytest.raises(CxrError, match=f"images_002.tar.gz of ChestX-ray14: .*{message}"):
@@ -444,7 +446,7 @@ def test_urls_and_checksums_are_complete(shared):
         assert known[urls[name]].size == len(data)
 
 
-def test_it_is_a_standard_tfds_builder(tmp_path):
+def test_is_a_standard_tfds_builder(tmp_path):
     builder = tfds.builder("chestxray14/512", data_dir=tmp_path)
     assert isinstance(builder, Builder)
     assert builder.info.description.startswith("ChestX-ray14 of the NIH Clinical Center")

@@ -1,4 +1,4 @@
-"""MIMIC-CXR-JPG from a tree with its layout, names and headers."""
+"""MIMIC-CXR-JPG from a folder with its layout, file names and headers."""
 
 import gzip
 import io
@@ -30,7 +30,7 @@ METADATA = (
 SPLIT = "dicom_id,study_id,subject_id,split"
 
 A, B, C, D, E, F = (f"{k}{k}aa4e21-2d25b1e5-d77c8c12-2fd5f4aa-{k}0a5c8d1" for k in "023456")  # as long as dicom_ids are
-IMAGES = {  # id: study, subject, part, view
+IMAGES = {  # id: study, subject, split, view
     A: ("50414267", "10000032", "train", "PA"),
     B: ("50414267", "10000032", "train", "LATERAL"),
     C: ("53189527", "10000032", "train", "AP"),
@@ -64,8 +64,10 @@ def write(folder: Path, kind: str, lines: list[str], packed: bool = True) -> Non
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
-    """The archive as PhysioNet lays it out, with six images, as if no more were published."""
-    monkeypatch.setattr(Builder, "PUBLISHED", {"images": 6, "patients": 4, "train": 4, "validation": 1, "test": 1})
+    """An archive in PhysioNet's layout with six images, which are all that is published."""
+    monkeypatch.setattr(
+        Builder, "PUBLISHED_COUNTS", {"images": 6, "patients": 4, "train": 4, "validation": 1, "test": 1}
+    )
     folder = tmp_path / "mimic-cxr-jpg-2.0.0"
     for k, (id, (study, subject, _, _)) in enumerate(IMAGES.items()):
         path = folder / f"files/p{subject[:2]}/p{subject}/s{study}/{id}.jpg"
@@ -75,7 +77,7 @@ def source(tmp_path, monkeypatch) -> Path:
     write(
         folder,
         "split",
-        [SPLIT, *(f"{id},{study},{subject},{part}" for id, (study, subject, part, _) in IMAGES.items())],
+        [SPLIT, *(f"{id},{study},{subject},{split}" for id, (study, subject, split, _) in IMAGES.items())],
     )
     write(folder, "chexpert", [LABELS, *CHEXPERT])
     write(folder, "negbio", [LABELS, *NEGBIO])
@@ -96,7 +98,7 @@ def nothing_is_left(tmp_path):
     return not list((tmp_path / "D").glob("mimic_cxr_jpg/*/*[0-9].[0-9]*"))
 
 
-def test_what_the_tables_say(source, tmp_path, capsys):
+def test_records_from_the_tables(source, tmp_path, capsys):
     prepared, records = run(source, tmp_path)
     assert (prepared.images, prepared.patients, prepared.missing, prepared.unlisted) == (6, 4, [], [])
     assert records.findings == CHEXPERT14
@@ -121,12 +123,12 @@ def test_what_the_tables_say(source, tmp_path, capsys):
             silent,
         ],
     )
-    note = "no chexpert labels for 1 studies, such as 58708861: their findings are all not mentioned"
+    note = "no chexpert labels for 1 studies, such as 58708861: all their findings are not mentioned"
     assert prepared.notes == [note]
     assert note in capsys.readouterr().err
 
 
-def test_the_official_split(source, tmp_path):
+def test_official_split(source, tmp_path):
     _, records = run(source, tmp_path)
     split = make_split(records, "official", seed=4)
     assert {name: rows.tolist() for name, rows in split.rows.items()} == {
@@ -134,7 +136,7 @@ def test_the_official_split(source, tmp_path):
     }  # fmt: skip
 
 
-def test_the_other_labeller(source, tmp_path):
+def test_negbio_labels(source, tmp_path):
     prepared, records = run(source, tmp_path, labels="negbio")
     assert not prepared.notes
     cardiomegaly, none = CHEXPERT14.index("Cardiomegaly"), CHEXPERT14.index("No Finding")
@@ -148,7 +150,7 @@ def test_the_other_labeller(source, tmp_path):
         run(source, tmp_path, labels="vista")
 
 
-def edited(source, kind, edit, packed=True):
+def edit_table(source, kind, edit, packed=True):
     path = source / f"mimic-cxr-2.0.0-{kind}.csv.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     write(source, kind, edit(lines), packed)
@@ -163,20 +165,20 @@ def edited(source, kind, edit, packed=True):
         ("chexpert", lambda lines: ["\ufeff" + lines[0], *(line + "\r" for line in lines[1:])]),
         ("metadata", lambda lines: [line.replace("CHEST (PA AND LAT)", '"CHEST, PA\n AND LAT"') for line in lines]),
     ],
-    ids=["further column", "another order", "whole numbers", "byte order mark", "quoted line break"],
+    ids=["additional column", "another order", "whole numbers", "byte order mark", "quoted line break"],
 )
 @pytest.mark.parametrize("packed", [True, False])
 def test_copies_of_the_tables(source, tmp_path, kind, edit, packed):
     expected = [(r.id, r.view, r.labels, r.official) for r in Builder(source=source).select().records]
-    edited(source, kind, edit, packed)
+    edit_table(source, kind, edit, packed)
     assert [(r.id, r.view, r.labels, r.official) for r in Builder(source=source).select().records] == expected
 
 
 @pytest.mark.parametrize(
     ("kind", "old", "new", "message"),
     [
-        ("split", "split", "part", r"split.csv.gz lacks the column split; it has dicom_id, study_id, subject_id, part"),
-        ("split", "validate", "holdout", r"split.csv.gz, line 5: unknown part 'holdout'"),
+        ("split", "split", "fold", r"split.csv.gz lacks the column split; it has dicom_id, study_id, subject_id, fold"),
+        ("split", "validate", "holdout", r"split.csv.gz, line 5: unknown split 'holdout'"),
         ("split", B, A, r"image 00aa.* has two rows, lines 2 and 3; keep one"),
         ("chexpert", "Edema", "Oedema", r"chexpert.csv.gz lacks the column Edema"),
         (
@@ -197,24 +199,24 @@ def test_copies_of_the_tables(source, tmp_path, kind, edit, packed):
         ),
     ],
 )
-def test_a_wrong_table_is_an_error_that_names_the_row(source, tmp_path, kind, old, new, message):
+def test_invalid_table_is_an_error_that_names_the_row(source, tmp_path, kind, old, new, message):
     text = gzip.decompress((source / f"mimic-cxr-2.0.0-{kind}.csv.gz").read_bytes()).decode()
     assert old in text
-    edited(source, kind, lambda lines: "\n".join(lines).replace(old, new, 1).split("\n"))
+    edit_table(source, kind, lambda lines: "\n".join(lines).replace(old, new, 1).split("\n"))
     with pytest.raises(CxrError, match=message):
         run(source, tmp_path)
     assert nothing_is_left(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["split", "metadata", "chexpert"])
-def test_a_table_that_is_not_there(source, tmp_path, kind):
+def test_missing_table_is_an_error(source, tmp_path, kind):
     (source / f"mimic-cxr-2.0.0-{kind}.csv.gz").unlink()
     page = "https://physionet.org/content/mimic-cxr-jpg/"
     with pytest.raises(CxrError, match=rf"no mimic-cxr-2.0.0-{kind}.csv.gz anywhere below .*; get it from {page}"):
         run(source, tmp_path)
 
 
-def test_the_newest_table_counts(source):
+def test_newest_table_is_read(source):
     data = (source / "mimic-cxr-2.0.0-negbio.csv.gz").read_bytes()
     (source / "mimic-cxr-2.1.0-chexpert.csv.gz").write_bytes(data)
     assert not Builder(source=source).select().notes
@@ -224,7 +226,7 @@ def image(source, id) -> Path:
     return next(source.rglob(f"{id}.jpg"))
 
 
-def test_few_images_are_missing(source, tmp_path):
+def test_missing_images_are_an_error(source, tmp_path):
     image(source, D).unlink()
     with pytest.raises(CxrError, match=r"1 of the table's 6 images are not below .*: 44aa.*--allow-missing"):
         run(source, tmp_path)
@@ -234,43 +236,43 @@ def test_few_images_are_missing(source, tmp_path):
     assert len(records) == 5
 
 
-def test_one_folder_of_the_archive_is_a_subset(source, tmp_path, capsys):
+def test_source_with_few_images_is_a_subset(source, tmp_path, capsys):
     for id in (C, D, E, F):
         image(source, id).unlink()
     prepared, records = run(source, tmp_path)
     assert records.id.tolist() == [A, B]
     assert prepared.notes == ["subset: 2 of the 6 images in the table are prepared, 4 are not in the source"], (
-        "of the images that are there, all have labels"
+        "all existing images have labels"
     )
 
 
-def test_an_image_that_no_table_lists(source, tmp_path):
+def test_unlisted_image_is_an_error(source, tmp_path):
     (source / "files/scan.jpg").write_bytes(jpeg(9))
     with pytest.raises(CxrError, match=r"1 images below .* are not in the table: scan; .*--allow-missing"):
         run(source, tmp_path)
 
 
-def test_an_image_without_metadata_has_no_view(source, tmp_path):
-    edited(source, "metadata", lambda lines: lines[:-1])
+def test_image_without_metadata_has_no_view(source, tmp_path):
+    edit_table(source, "metadata", lambda lines: lines[:-1])
     prepared, records = run(source, tmp_path)
     assert records.view[5] == ""
     assert "no metadata for 1 images: their view is unknown" in prepared.notes
 
 
-def test_an_image_of_another_size_than_its_row_says_is_named(source, tmp_path):
-    edited(
+def test_image_of_another_size_is_reported(source, tmp_path):
+    edit_table(
         source, "metadata", lambda lines: [line.replace("60,50", "3056,2544") if B in line else line for line in lines]
     )
     prepared, _ = run(source, tmp_path)
-    note = f"1 images are of another size than the table says: {B} is 50 x 60 px, not 2544 x 3056"
+    note = f"1 images have another size than the table says: {B} is 50 x 60 px, not 2544 x 3056"
     assert note in prepared.notes
-    assert note in run(source, tmp_path)[0].notes, "also of what is prepared already"
-    edited(source, "metadata", lambda lines: [line.replace("60,50", "60,") for line in lines])
+    assert note in run(source, tmp_path)[0].notes, "also for prepared data"
+    edit_table(source, "metadata", lambda lines: [line.replace("60,50", "60,") for line in lines])
     with pytest.raises(CxrError, match=r"metadata.csv.gz, line 2: Rows and Columns are '60' and ''"):
         run(source, tmp_path)
 
 
-def test_counts_that_are_not_the_published_ones_are_told(source, tmp_path, monkeypatch):
+def test_unpublished_counts_are_reported(source, tmp_path, monkeypatch):
     monkeypatch.undo()
     prepared, _ = run(source, tmp_path)
     assert (
@@ -279,10 +281,10 @@ def test_counts_that_are_not_the_published_ones_are_told(source, tmp_path, monke
     ) in prepared.notes
     image(source, D).unlink()
     prepared, _ = run(source, tmp_path / "less", allow_missing=True)
-    assert "the table lists 6 images, and the published one 377,110" in prepared.notes
+    assert "the table lists 6 images, the published one 377,110" in prepared.notes
 
 
-def test_the_data_are_for_credentialed_users(tmp_path, capsys):
+def test_missing_source_is_an_error(tmp_path, capsys):
     assert main(["prepare", "mimic_cxr_jpg", "--data-dir", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "https://physionet.org/content/mimic-cxr-jpg/" in error
@@ -290,8 +292,17 @@ def test_the_data_are_for_credentialed_users(tmp_path, capsys):
 
 
 def test_from_the_command_line(source, tmp_path, capsys):
-    words = ["prepare", "mimic_cxr_jpg", "--source", str(source), "--data-dir", str(tmp_path / "D"), "--size", "256"]
-    assert main([*words, "--labels", "negbio", "--json", "-"]) == 0
+    arguments = [
+        "prepare",
+        "mimic_cxr_jpg",
+        "--source",
+        str(source),
+        "--data-dir",
+        str(tmp_path / "D"),
+        "--size",
+        "256",
+    ]
+    assert main([*arguments, "--labels", "negbio", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
     assert open_records(tmp_path / "D", "mimic_cxr_jpg", "256").options["labels"] == "negbio"
     assert [path.name for path in (tmp_path / "D").iterdir()] == ["mimic_cxr_jpg"], "no folder for downloads"
@@ -306,7 +317,7 @@ def test_native_keeps_the_published_bytes_and_tfds_reads_them(source, tmp_path):
         np.testing.assert_array_equal(data[row]["labels"], records.labels[row])
 
 
-def test_it_is_a_standard_tfds_builder(source, tmp_path):
+def test_is_a_standard_tfds_builder(source, tmp_path):
     builder = tfds.builder("mimic_cxr_jpg/512", data_dir=tmp_path, source=source)
     assert isinstance(builder, Builder)
     assert builder.info.description.startswith("MIMIC-CXR-JPG of the MIT")

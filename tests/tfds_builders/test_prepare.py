@@ -1,4 +1,4 @@
-"""Preparing on the phantom: complete or nothing, whatever happens; and without TensorFlow."""
+"""Preparing the phantom: complete or absent after any interruption, and without TensorFlow."""
 
 import fcntl
 import json
@@ -16,9 +16,9 @@ from cxrjax.data import phantom
 from cxrjax.data.records import TABLE, open_records, read_directory, write_table
 from cxrjax.errors import CxrError
 from cxrjax.findings import PHANTOM
+from tfds_builders.build import map_in_order
 from tfds_builders.cxr_phantom.cxr_phantom_dataset_builder import Builder
 from tfds_builders.prepare import prepare
-from tfds_builders.shards import in_order
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,11 +34,11 @@ def drawn(tmp_path_factory):
 
 
 def leftovers(folder):
-    """Whatever might be taken for prepared data."""
+    """List what could be taken for prepared data."""
     return [path.name for path in folder.glob("cxr_phantom/64/*") if path.name != ".lock"]
 
 
-def test_the_records_are_the_population(drawn):
+def test_records_are_the_population(drawn):
     prepared, records = drawn
     population = phantom.population(0, 12)
     assert (prepared.images, prepared.patients) == (len(population), 12)
@@ -69,24 +69,24 @@ def test_masks_are_exact(drawn):
                 np.testing.assert_array_equal(large, mask.repeat(2, 0).repeat(2, 1))
 
 
-def test_official_parts_are_of_whole_patients_and_do_not_move():
-    few, many = (Builder(patients=n, config="64")._records(None) for n in (40, 400))
+def test_official_splits_have_whole_patients_and_are_stable():
+    few, many = (Builder(patients=n, config="64")._read_records(None) for n in (40, 400))
     assert [record.official for record in many[: len(few)]] == [record.official for record in few]
-    part_of = {record.patient: record.official for record in many}
-    assert all(part_of[record.patient] == record.official for record in many)
-    share = np.mean([part == "test" for part in part_of.values()])
-    assert abs(share - 0.2) < 0.06  # 3 standard deviations of 400 draws
+    split_of = {record.patient: record.official for record in many}
+    assert all(split_of[record.patient] == record.official for record in many)
+    fraction = np.mean([split == "test" for split in split_of.values()])
+    assert abs(fraction - 0.2) < 0.06  # 3 standard deviations of 400 draws
     assert {record.official for record in many} == {"train_val", "test"}
 
 
-def test_the_same_data_has_the_same_fingerprint_wherever_and_however_it_is_made(drawn, tmp_path):
+def test_fingerprint_depends_on_the_data_only(drawn, tmp_path):
     prepared, _ = drawn
     assert draw(tmp_path / "a", workers=1)[0].fingerprint == prepared.fingerprint
     assert draw(tmp_path / "b", seed=1)[0].fingerprint != prepared.fingerprint
     assert draw(tmp_path / "c", patients=11)[0].fingerprint != prepared.fingerprint
 
 
-def test_prepared_data_is_reported_and_not_made_again(tmp_path):
+def test_prepared_data_is_reused(tmp_path):
     first, _ = draw(tmp_path, patients=3)
     stamp = (first.directory / TABLE).stat().st_mtime_ns
     again, _ = draw(tmp_path, patients=3)
@@ -129,17 +129,17 @@ def test_many_shards_keep_the_order(tmp_path, monkeypatch):
     assert len(Builder(data_dir=tmp_path, config="64").as_data_source("all")) == prepared.images
 
 
-def test_damage_is_found(tmp_path):
+def test_verify_finds_differences(tmp_path):
     prepared, records = draw(tmp_path, patients=4)
     records.verify()
     swapped = [1, 0, *range(2, len(records))]
-    builder = Builder(patients=4, config="64")._records(None)
+    builder = Builder(patients=4, config="64")._read_records(None)
     rows = [replace(builder[row], sha256="00") for row in swapped]
     write_table(prepared.directory, rows, PHANTOM, dataset="cxr_phantom", config="64")
-    with pytest.raises(CxrError, match=r"record 0 of .* is not .*: delete that folder and prepare it again"):
+    with pytest.raises(CxrError, match=r"record 0 of .* is not .*; delete that folder and prepare it again"):
         read_directory(prepared.directory).verify()
     write_table(prepared.directory, rows[:-1], PHANTOM, dataset="cxr_phantom", config="64")
-    with pytest.raises(CxrError, match=rf"holds {len(records)} images, its table {len(records) - 1}"):
+    with pytest.raises(CxrError, match=rf"has {len(records)} images, its table {len(records) - 1}"):
         read_directory(prepared.directory).verify()
 
 
@@ -149,7 +149,7 @@ def test_damage_is_found(tmp_path):
         ({"dataset": "chexpert"}, "unknown data set 'chexpert'; choose one of chestxray14, cxr_phantom"),
         ({"size": 100}, "cxr_phantom is not stored at size 100; choose one of 256, 32, 64"),
         ({"patient": 3}, "cxr_phantom has no option 'patient'; its options are patients, seed"),
-        ({"source": "x"}, "cxr_phantom has no source: it is drawn; leave --source out"),
+        ({"source": "x"}, "cxr_phantom is drawn and has no source; omit --source"),
         (
             {"dataset": "chestxray14", "size": 256, "seed": 1},
             "chestxray14 has no option 'seed'; its options are aspect",
@@ -157,29 +157,29 @@ def test_damage_is_found(tmp_path):
         ({"patients": 0}, "there is no record to prepare"),
     ],
 )
-def test_wrong_options_are_errors(tmp_path, call, message):
+def test_invalid_options_are_errors(tmp_path, call, message):
     with pytest.raises(CxrError, match=message):
         prepare(**{"dataset": "cxr_phantom", "data_dir": tmp_path, "size": 64, **call})
     assert not leftovers(tmp_path)
 
 
-def test_a_data_dir_that_cannot_be_written(tmp_path):
+def test_unwritable_data_dir_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CxrError, match=r"cannot write to .*; choose another --data-dir"):
         draw(tmp_path / "file")
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_an_interruption_keeps_finished_shards_only(tmp_path, monkeypatch, drawn, started):
-    store = Builder.store
+def test_interruption_keeps_only_finished_shards(tmp_path, monkeypatch, drawn, started):
+    make_images = Builder.make_images
 
-    def interrupted(self, record, sides):
+    def interrupted(self, record, sizes):
         if record.id.startswith("p00005"):
             raise KeyboardInterrupt
-        return store(self, record, sides)
+        return make_images(self, record, sizes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Builder, "store", interrupted)
+        patch.setattr(Builder, "make_images", interrupted)
         patch.setattr(Builder, "shard_length", lambda *_: 4 if started else 64)
         with pytest.raises(KeyboardInterrupt):
             draw(tmp_path)
@@ -191,17 +191,17 @@ def test_an_interruption_keeps_finished_shards_only(tmp_path, monkeypatch, drawn
     assert prepared.fingerprint == drawn[0].fingerprint
 
 
-def test_two_processes_do_not_prepare_the_same(tmp_path):
+def test_two_processes_cannot_prepare_the_same_data(tmp_path):
     folder = tmp_path / "cxr_phantom/64"
     folder.mkdir(parents=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(CxrError, match=r"another process is preparing .*wait until it is done"):
+        with pytest.raises(CxrError, match=r"another process is preparing .*wait until it has finished"):
             draw(tmp_path)
     draw(tmp_path, patients=2)
 
 
-PLAIN = """
+IMPORT_SCRIPT = """
 import json, sys
 from tfds_builders.prepare import prepare
 from cxrjax.data.records import open_records
@@ -212,9 +212,11 @@ print(json.dumps([name for name in ("tensorflow", "torch", "jax", "matplotlib") 
 """
 
 
-def test_neither_tensorflow_nor_noise(tmp_path):
-    """Preparing and reading import no TensorFlow, and print nothing of TFDS's own."""
-    done = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+def test_no_tensorflow_and_no_output(tmp_path):
+    """Preparing and reading do not import TensorFlow, and TFDS prints nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
     assert done.stderr == ""
@@ -238,7 +240,7 @@ def test_tfds_reads_the_phantom(drawn):
 
 
 def test_tfds_prepares_the_phantom(drawn, tmp_path):
-    """TFDS's own entrance does the same work."""
+    """TFDS's `download_and_prepare` writes the same bytes."""
     prepared, _ = drawn
     builder = tfds.builder("cxr_phantom/64", data_dir=tmp_path, patients=12)
     builder.download_and_prepare()
@@ -251,21 +253,21 @@ def test_tfds_prepares_the_phantom(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_mapping_in_order_looks_ahead_a_little_only(workers):
+def test_map_in_order_limits_pending_items(workers):
     started = []
-    stream = in_order(lambda k: started.append(k) or k * k, range(100), workers=workers, ahead=2)
+    stream = map_in_order(lambda k: started.append(k) or k * k, range(100), workers=workers, ahead=2)
     assert next(stream) == 0
     assert len(started) <= 2 * workers
     assert [*stream] == [k * k for k in range(1, 100)]
 
 
-def test_mapping_stops_at_an_error():
+def test_map_in_order_stops_at_an_error():
     def fail(k):
         if k == 5:
             raise CxrError("number 5")
         return k
 
-    stream = in_order(fail, range(10**9), workers=2)
+    stream = map_in_order(fail, range(10**9), workers=2)
     assert [next(stream) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(CxrError, match="number 5"):
         next(stream)

@@ -1,4 +1,4 @@
-"""Fetching ChestX-ray14 from NIH's own site, through TFDS's download manager."""
+"""Download ChestX-ray14 from NIH's site with TFDS's download manager."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from cxrjax.errors import CxrError
 from tfds_builders.chestxray14 import nih
 
-# From batch_download_zips.py on NIH's page; digests (MD5) from its FAQ_CHESTXRAY.pdf, question 7.
+# Keys from batch_download_zips.py on NIH's page; MD5 digests from its FAQ_CHESTXRAY.pdf, question 7.
 ARCHIVES = {
     "images_001.tar.gz": ("vfk49d74nhbxq3nqjg0900w5nvkorp5c", "fe8ed0a6961412fddcbb3603c11b3698"),
     "images_002.tar.gz": ("i28rlmbvmfjbl8p2n3ril0pptcmcu9d1", "ab07a2d7cbe6f65ddd97b4ed7bde10bf"),
@@ -28,7 +28,7 @@ ARCHIVES = {
 }
 _ARCHIVE = "https://nihcc.box.com/shared/static/{}.gz"
 
-# File numbers on NIH's page; checksums.tsv has the size and the sha256 of each.
+# File numbers on NIH's page; checksums.tsv has the sizes and sha256 digests.
 TABLES = {
     nih.TABLES[0]: 219760887468,
     nih.BOXES: 219760940956,
@@ -39,53 +39,53 @@ _TABLE = "https://nihcc.app.box.com/index.php?rm=box_download_shared_file&vanity
 
 
 def urls() -> dict[str, str]:
-    """Where each published file is."""
+    """Return the URL of each published file."""
     archives = {name: _ARCHIVE.format(key) for name, (key, _) in ARCHIVES.items()}
     return {**{name: _TABLE.format(number) for name, number in TABLES.items()}, **archives}
 
 
 def fetch(dl_manager: tfds.download.DownloadManager) -> nih.Files:
-    """Download what is not there yet, check it, unpack the archives beside themselves, and list all files by name.
+    """Download and check missing files, unpack the archives next to themselves, and return all files by name.
 
     Raises:
-      CxrError: a file could not be had, or is not what NIH published; the message says what to fetch by hand.
+      CxrError: a file cannot be downloaded or differs from the published one; the message says what to download by
+        hand.
     """
     paths: nih.Files = {}
     for name, url in urls().items():
         try:
             paths[name] = Path(dl_manager.download(url))
-        except Exception as error:  # whatever the network, the site or TFDS's checksum has to say
-            raise CxrError(
-                _by_hand(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
-            ) from error
+        except Exception as error:  # from the network, the site or TFDS's checksum
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CxrError(_describe_failure(name, reason)) from error
     files = {name: paths[name] for name in TABLES}
     for name, (_, md5) in ARCHIVES.items():
-        files |= nih.images(nih.find_files(_unpack(paths[name], name, md5)), name)
+        files |= nih.select_images(nih.find_files(_unpack(paths[name], name, md5)), name)
     return files
 
 
 def _unpack(archive: Path, name: str, md5: str) -> Path:
-    """Unpack an archive once; half an unpacking is never taken for a whole one."""
+    """Unpack an archive atomically, if it is not unpacked yet."""
     folder = archive.with_name(f"{archive.name}.unpacked")
     if folder.is_dir():
         return folder
     with archive.open("rb") as file:
         if hashlib.file_digest(file, "md5").hexdigest() != md5:
-            raise CxrError(_by_hand(name, f"{archive} is not the published file (MD5 differs); delete it"))
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}")
+            raise CxrError(_describe_failure(name, f"{archive} is not the published file (MD5 differs); delete it"))
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(beside, filter="data")
-        beside.rename(folder)
+            tar.extractall(temporary, filter="data")
+        temporary.rename(folder)
     except (tarfile.TarError, EOFError) as error:
-        raise CxrError(_by_hand(name, f"{archive} cannot be unpacked: {error}; delete it")) from error
+        raise CxrError(_describe_failure(name, f"{archive} cannot be unpacked: {error}; delete it")) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _by_hand(name: str, reason: str) -> str:
+def _describe_failure(name: str, reason: str) -> str:
     return (
-        f"{name} of ChestX-ray14: {reason}. Try again, or fetch by hand from {nih.PAGE} {', '.join(TABLES)} and "
-        "images_001 to images_012.tar.gz, unpack these, and pass the folder as --source"
+        f"{name} of ChestX-ray14: {reason}. Try again, or download by hand from {nih.PAGE} {', '.join(TABLES)} and "
+        "images_001 to images_012.tar.gz, unpack them, and pass the folder as --source"
     )

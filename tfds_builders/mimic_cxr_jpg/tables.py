@@ -1,4 +1,4 @@
-"""MIMIC-CXR-JPG's own tables: which image is in which part, its view, and the labels of its study."""
+"""Read the tables of MIMIC-CXR-JPG: official split and view of each image, labels of each study."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from cxrjax.data.records import Record
 from cxrjax.data.splits import SPLIT_ALIASES
 from cxrjax.errors import CxrError
 from cxrjax.findings import CHEXPERT14, NOT_MENTIONED
-from tfds_builders.sources import Files, read_label, read_rows
+from tfds_builders.sources import Files, read_csv, read_label
 
 PAGE = "https://physionet.org/content/mimic-cxr-jpg/"
 SOURCE = "MIMIC-CXR-JPG"
@@ -21,13 +21,13 @@ _KEY = ("dicom_id", "study_id", "subject_id")
 
 @dataclass(frozen=True)
 class Tables:
-    """What the tables say.
+    """Content of the tables.
 
     Attributes:
-      records: one per image of the table of parts, in its order.
-      unlabelled: studies without a row in the table of labels; theirs are all not mentioned.
-      viewless: images without a row in the table of metadata.
-      sizes: width and height in px that the table of metadata gives, by id.
+      records: one per image of the split table, in its order.
+      unlabelled: studies without a row in the label table; all their labels are not mentioned.
+      viewless: images without a row in the metadata table.
+      sizes: width and height in px from the metadata table, by id.
     """
 
     records: list[Record]
@@ -36,28 +36,28 @@ class Tables:
     sizes: dict[str, tuple[int, int]]
 
 
-def read(files: Files, source: object, labeller: str) -> Tables:
-    """Read the three tables, each plain or compressed (`.gz`); columns are found by name, further ones do not matter.
+def read_tables(files: Files, source: object, labeller: str) -> Tables:
+    """Read the three tables, plain or compressed (`.gz`); additional columns are ignored.
 
     Args:
       files: the published files by name.
-      source: where they are from, for error messages.
-      labeller: whose labels, one of `LABELLERS`.
+      source: their origin, for error messages.
+      labeller: one of `LABELLERS`.
 
     Raises:
-      CxrError: a table or a column is missing, or a row cannot be understood; the message names it.
+      CxrError: a table or a column is missing, or a row is invalid; the message names it.
     """
-    labels = _labels(_path(files, labeller, source))
-    views, sizes = _metadata(_path(files, "metadata", source))
+    labels = _read_labels(_path(files, labeller, source))
+    views, sizes = _read_metadata(_path(files, "metadata", source))
     path = _path(files, "split", source)
     records: list[Record] = []
     unlabelled: dict[str, None] = {}
     seen: dict[str, int] = {}
     for line, row in _rows(path, (*_KEY, "split")):
         id, study, patient = (row[column] for column in _KEY)
-        part = SPLIT_ALIASES.get(row["split"])
-        if part is None:
-            raise CxrError(f"{path}, line {line}: unknown part {row['split']!r}; parts are train, validate and test")
+        split = SPLIT_ALIASES.get(row["split"])
+        if split is None:
+            raise CxrError(f"{path}, line {line}: unknown split {row['split']!r}; use train, validate or test")
         if seen.setdefault(id, line) != line:
             raise CxrError(f"{path}: image {id} has two rows, lines {seen[id]} and {line}; keep one")
         if study not in labels:
@@ -68,18 +68,18 @@ def read(files: Files, source: object, labeller: str) -> Tables:
                 patient=patient,
                 study=study,
                 view=views.get(id, ""),
-                age=math.nan,  # only MIMIC-IV has it, and the sex
+                age=math.nan,  # age and sex are only in MIMIC-IV
                 sex="",
                 source=SOURCE,
                 labels=labels.get(study, (NOT_MENTIONED,) * len(CHEXPERT14)),
-                official=part,
+                official=split,
             )
         )
     return Tables(records, list(unlabelled), [record.id for record in records if record.id not in views], sizes)
 
 
-def _labels(path: Path) -> dict[str, tuple[int, ...]]:
-    """The labels of each study: 1.0, 0.0, -1.0 or empty."""
+def _read_labels(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the labels of each study."""
     labels: dict[str, tuple[int, ...]] = {}
     for line, row in _rows(path, ("subject_id", "study_id", *CHEXPERT14)):
         if row["study_id"] in labels:
@@ -88,8 +88,8 @@ def _labels(path: Path) -> dict[str, tuple[int, ...]]:
     return labels
 
 
-def _metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
-    """The view and the size of each image, by id."""
+def _read_metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Read the view and the size in px of each image, by id."""
     views, sizes = {}, {}
     for line, row in _rows(path, ("dicom_id", "ViewPosition", "Rows", "Columns")):
         if row["dicom_id"] in views:
@@ -105,14 +105,14 @@ def _metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    for line, row in read_rows(path, columns, f"get it anew from {PAGE}"):
+    for line, row in read_csv(path, columns, f"download it again from {PAGE}"):
         yield line, {column: row[column].strip() for column in columns}
 
 
 def _path(files: Files, kind: str, source: object) -> Path:
-    """The table of a kind, whichever version its name says; the newest, and a plain one before a compressed one."""
+    """Find the newest version of a table; a plain file is preferred to a compressed one."""
     pattern = re.compile(rf"mimic-cxr-(\d+)\.(\d+)\.(\d+)-{kind}\.csv(\.gz)?")
-    found = [(match, path) for name, path in files.items() if (match := pattern.fullmatch(name))]
-    if not found:
+    versions = [(match, path) for name, path in files.items() if (match := pattern.fullmatch(name))]
+    if not versions:
         raise CxrError(f"no mimic-cxr-2.0.0-{kind}.csv.gz anywhere below {source}; get it from {PAGE}")
-    return max(found, key=lambda entry: ([int(number) for number in entry[0].groups()[:3]], not entry[0][4]))[1]
+    return max(versions, key=lambda item: ([int(number) for number in item[0].groups()[:3]], not item[0][4]))[1]

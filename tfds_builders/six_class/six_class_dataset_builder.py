@@ -1,4 +1,4 @@
-"""The six exclusive classes of the mixture of ChestX-ray14 and public COVID-19 images."""
+"""TFDS builder of six exclusive classes from ChestX-ray14 and public COVID-19 images."""
 
 import re
 from dataclasses import replace
@@ -16,26 +16,26 @@ _NIH = re.compile(r"(\d{8})_(\d{3})")
 
 
 class Builder(Folder):
-    """Radiographs in folders of six classes; NIH's are known by their names, with patient and study."""
+    """Radiographs in folders of six classes; NIH file names give patient and study."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - as TFDS wants it
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - required by TFDS
 
-    def named(self, folder: Path) -> str:
-        """The class of a folder, whether it is written with capitals, spaces or underscores."""
+    def class_of(self, folder: Path) -> str:
+        """Return the class of a folder, ignoring case, spaces, underscores and hyphens."""
         for name in SIX_CLASS:
             if re.sub("[ _-]", "", folder.name).casefold() == name.replace("-", "").casefold():
                 return name
-        raise CxrError(f"{folder} is none of the six classes; they are {', '.join(SIX_CLASS)}")
+        raise CxrError(f"{folder} is not one of the six classes {', '.join(SIX_CLASS)}")
 
     def classes(self) -> tuple[str, ...]:
-        """Always the six, in the order of the labels."""
+        """Return the six classes, in the order of the labels."""
         if not self.folders:
-            raise CxrError(f"no folder of a class; they are {', '.join(SIX_CLASS)}")
+            raise CxrError(f"no class folder; the classes are {', '.join(SIX_CLASS)}")
         return SIX_CLASS
 
-    def described(self, record: Record, path: Path) -> Record:
-        """The record with what NIH's file names say."""
-        if named := _NIH.fullmatch(path.stem):
-            return replace(record, patient=named[1], study=path.stem, source=nih.SOURCE)
+    def with_file_name_metadata(self, record: Record, path: Path) -> Record:
+        """Return the record with patient and study from an NIH file name."""
+        if match := _NIH.fullmatch(path.stem):
+            return replace(record, patient=match[1], study=path.stem, source=nih.SOURCE)
         return replace(record, source="not NIH")
