@@ -1,6 +1,6 @@
 """ResNet (He et al. 2016, arXiv:1512.03385), with torchvision's module names, so that its weights fit by name.
 
-In a bottleneck the 3x3 convolution has the stride, as in torchvision ("version 1.5"); in the paper the first 1x1 has it.
+As in torchvision ("version 1.5") the 3x3 convolution of a bottleneck has the stride, not the first 1x1 as in the paper.
 """
 
 from collections import OrderedDict

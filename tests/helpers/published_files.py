@@ -1,4 +1,4 @@
-"""The same weights as every kind of file that is found in the wild, under all the names they have there."""
+"""The same weights in all file formats and naming styles in which they are published."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ FORMATS: dict[str, Callable[[Path, dict], Path]] = {
         folder / "w.pth.tar", {"epoch": 9, "arch": "DENSENET", "state_dict": arrays, "optimizer": {}}, legacy=True
     ),
 }
-"""Writers of every kind of file; "tar" is how CheXNet's weights came: a checkpoint around them."""
+"""Writers by format; "tar" is a checkpoint around the weights, as CheXNet's were published."""
 
 
 def _safetensors(file: Path, arrays: dict[str, np.ndarray]) -> Path:
@@ -29,26 +29,26 @@ def _safetensors(file: Path, arrays: dict[str, np.ndarray]) -> Path:
     return file
 
 
-def _older(name: str) -> str:
-    """What torchvision before 0.3 called `norm1` and `conv1` of a dense layer."""
+def _legacy(name: str) -> str:
+    """Rename `norm1` and `conv1` of a dense layer as in torchvision before 0.3."""
     for number in "12":
-        for part in ("norm", "conv"):
+        for layer in ("norm", "conv"):
             if "denselayer" in name:
-                name = name.replace(f".{part}{number}.", f".{part}.{number}.")
+                name = name.replace(f".{layer}{number}.", f".{layer}.{number}.")
     return name
 
 
 def _chexnet(name: str) -> str:
-    return "module.densenet121." + _older(name).replace("classifier.", "classifier.0.")
+    return "module.densenet121." + _legacy(name).replace("classifier.", "classifier.0.")
 
 
 STYLES: dict[str, Callable[[str], str]] = {
     "plain": lambda name: name,
     "DataParallel": lambda name: f"module.{name}",
-    "older": _older,
+    "older": _legacy,
     "CheXNet": _chexnet,
 }
-"""How the same arrays are called in the wild."""
+"""Naming styles of published files."""
 
 
 def renamed(arrays: dict[str, np.ndarray], style: str) -> dict[str, np.ndarray]:
@@ -56,7 +56,7 @@ def renamed(arrays: dict[str, np.ndarray], style: str) -> dict[str, np.ndarray]:
 
 
 def state_dict(architecture: str, *, seed: int = 0, **options) -> dict[str, np.ndarray]:
-    """Values by published names, such that logits stay moderate, with PyTorch's counters."""
+    """Random arrays by published names, with PyTorch's counters, scaled so that logits stay moderate."""
     rng, arrays = np.random.default_rng(seed), {}
     for name, shape in published_shapes(abstract_model(architecture, **options)).items():
         if len(shape) > 1:

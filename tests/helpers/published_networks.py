@@ -1,4 +1,4 @@
-"""The published PyTorch networks, and what they compute for weights drawn from a seed."""
+"""Published PyTorch networks with random weights, and what they compute."""
 
 import copy
 import re
@@ -13,25 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: uv sync --group peers")
-torch.set_num_threads(1)  # threads that wait for each other lose much time on a busy machine
+torch = pytest.importorskip("torch", reason="needs PyTorch: uv sync --group parity")
+torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family: how its networks are made, and where they compute what our feature maps hold."""
+    """A family: how to make its networks, and which of their modules return our feature maps."""
 
     make: Callable[..., Any]
     size: tuple[int, int]  # height and width of the images compared
-    places: tuple[tuple[str, str], ...]  # pattern of our name, and their module or "module[number in its list]"
-    kinks: bool  # whether activations have a jump in their derivative, as ReLU has
+    modules: tuple[tuple[str, str], ...]  # pattern of our feature's name, and their module or "module[output number]"
+    kinks: bool  # whether the activation's derivative has a jump, as ReLU's
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a network computes in one mode, in PyTorch's layout and by PyTorch's names.
+    """Results of a network in one mode, in PyTorch's layout and by PyTorch's names.
 
-    `gradients` are those of `sum(logits * weights)`, by every parameter, and by the images as "input".
+    `gradients` are those of `sum(logits * weights)` for every parameter, and for the images as "input".
     """
 
     features: dict[str, np.ndarray]
@@ -41,12 +41,12 @@ class Results:
 
 
 def _torchvision(name: str, **settings: Any) -> Any:
-    """A network of torchvision, also where that package's C extension does not load.
+    """A network of torchvision, also where its C extension does not load.
 
-    Its Python code then stumbles over two operators that the extension would have declared; no network needs them.
+    Its Python code then lacks two operators, which no network needs; they are declared here.
     """
     try:
-        models = pytest.importorskip("torchvision", reason="needs torchvision: uv sync --group peers").models
+        models = pytest.importorskip("torchvision", reason="needs torchvision: uv sync --group parity").models
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -66,7 +66,7 @@ def _torchvision(name: str, **settings: Any) -> Any:
 
 def _timm(name: str, **settings: Any) -> Any:
     _torchvision("resnet18")  # timm imports torchvision
-    timm = pytest.importorskip("timm", reason="needs timm: uv sync --group peers")
+    timm = pytest.importorskip("timm", reason="needs timm: uv sync --group parity")
     return timm.create_model(name, pretrained=False, **settings)
 
 
@@ -74,7 +74,7 @@ _KEPT_ALIVE: list[Any] = []
 
 
 def _simple_cnn(_name: str, num_classes: int = 1000) -> Any:
-    """The attention-fusion paper's simple CNN, with our names."""
+    """The attention-fusion paper's simple CNN, with our module names."""
     nn = torch.nn
 
     def stage(channels: int, width: int) -> Any:
@@ -87,37 +87,37 @@ def _simple_cnn(_name: str, num_classes: int = 1000) -> Any:
 
 
 class _ChannelsLast(torch.nn.Module):
-    """Maps as one vector, in our order: channels change fastest."""
+    """Flatten maps in our order: channels change fastest."""
 
     def forward(self, maps):
         return maps.permute(0, 2, 3, 1).flatten(1)
 
 
 def _sequential_cnn(name: str, num_classes: int = 1000) -> Any:
-    """The six-class study's networks for 64 px without dropout, with our names."""
-    nn, second = torch.nn, name == "sequential_cnn_v2"
+    """The six-class study's networks for 64 px without dropout, with our module names."""
+    nn, is_version_2 = torch.nn, name == "sequential_cnn_v2"
 
     def stage(channels: int, width: int) -> Any:
-        layers = OrderedDict(conv=nn.Conv2d(channels, width, 3, padding=int(second)), relu=nn.ReLU())
-        return nn.Sequential(layers | ({"norm": nn.BatchNorm2d(width)} if second else {"pool": nn.MaxPool2d(2)}))
+        layers = OrderedDict(conv=nn.Conv2d(channels, width, 3, padding=int(is_version_2)), relu=nn.ReLU())
+        return nn.Sequential(layers | ({"norm": nn.BatchNorm2d(width)} if is_version_2 else {"pool": nn.MaxPool2d(2)}))
 
-    def dense(inputs: int, units: int) -> Any:
-        layers = OrderedDict(linear=nn.Linear(inputs, units), relu=nn.ReLU())
-        return nn.Sequential(layers | ({"norm": nn.BatchNorm1d(units)} if second else {}))
+    def dense(in_features: int, units: int) -> Any:
+        layers = OrderedDict(linear=nn.Linear(in_features, units), relu=nn.ReLU())
+        return nn.Sequential(layers | ({"norm": nn.BatchNorm1d(units)} if is_version_2 else {}))
 
-    widths = (16, 128, 32) if second else (32, 32, 32)
+    widths = (16, 128, 32) if is_version_2 else (32, 32, 32)
     stages = {f"stage{k}": stage(*pair) for k, pair in enumerate(pairwise((3, *widths)), start=1)}
-    values = 32 * (64 * 64 if second else 6 * 6)
-    units = (values, 128, 128) if second else (values, 128)
-    rows = nn.Sequential(*(dense(*pair) for pair in pairwise(units)))
+    features = 32 * (64 * 64 if is_version_2 else 6 * 6)
+    units = (features, 128, 128) if is_version_2 else (features, 128)
+    layers = nn.Sequential(*(dense(*pair) for pair in pairwise(units)))
     head = nn.Sequential(OrderedDict(output=nn.Linear(128, num_classes)))
-    return nn.Sequential(OrderedDict(**stages, flat=_ChannelsLast(), dense=rows, classifier=head))
+    return nn.Sequential(OrderedDict(**stages, flat=_ChannelsLast(), dense=layers, classifier=head))
 
 
 def _family(
-    make: Callable[..., Any], size: tuple[int, int], places: dict[str, str], *names: str, kinks: bool = True
+    make: Callable[..., Any], size: tuple[int, int], modules: dict[str, str], *names: str, kinks: bool = True
 ) -> dict[str, Family]:
-    return dict.fromkeys(names, Family(make, size, tuple(places.items()), kinks))
+    return dict.fromkeys(names, Family(make, size, tuple(modules.items()), kinks))
 
 
 FAMILIES = {
@@ -160,14 +160,14 @@ FAMILIES = {
     ),
 }
 
-_RELU_FOLLOWS = ("features.norm5",)  # and it is no module
+_FUNCTIONAL_RELU_AFTER = ("features.norm5",)  # torchvision calls it in `forward`
 
 
 def published(name: str) -> Any:
-    """The network in float64, at 1000 classes; every parameter and running statistic is drawn from a seed.
+    """The network in float64 with 1000 classes, and seeded random parameters and running statistics.
 
-    Running statistics are drawn near those of images like the compared ones. Independent ones would let the signal die
-    or explode over a hundred layers, and deep features would depend on biases alone.
+    Running statistics are near those of images like the compared ones. Independent ones would let the signal vanish or
+    explode over a hundred layers, and deep features would depend on biases alone.
     """
     module = FAMILIES[name].make(name, num_classes=1000).double()
     rng = np.random.default_rng(7)
@@ -188,74 +188,75 @@ def published(name: str) -> Any:
             shift = 0.1 * torch.from_numpy(rng.standard_normal(norm.num_features))
             norm.running_mean += shift * norm.running_var.sqrt()
             norm.running_var *= torch.from_numpy(rng.uniform(0.5, 2.0, norm.num_features))
-    return module.float().double()  # values that float32 holds, so that the type changes arithmetic alone
+    return module.float().double()  # values that float32 represents, so that the type changes the arithmetic only
 
 
 def images(name: str, seed: int = 0) -> np.ndarray:
-    """Two smooth images with noise, 2 x 3 x H x W: float64, of values that float32 holds."""
+    """Two smooth images with noise, float64[2, 3, H, W], of values that float32 represents."""
     height, width = FAMILIES[name].size
     rng = np.random.default_rng(seed)
     smooth = np.kron(rng.standard_normal((2, 3, height // 8, width // 8)), np.ones((8, 8)))
     return (smooth + 0.3 * rng.standard_normal(smooth.shape)).astype(np.float32).astype(np.float64)
 
 
-def run(module: Any, places: dict[str, str], pixels: np.ndarray, weights: np.ndarray, *, train: bool) -> Results:
-    """What the network computes in one mode, in the type of `pixels`; the network stays as it is.
+def run(network: Any, modules: dict[str, str], pixels: np.ndarray, weights: np.ndarray, *, train: bool) -> Results:
+    """Run the network in one mode, in the type of `pixels`; the network itself does not change.
 
     Args:
-      module: a PyTorch network.
-      places: by our names of the feature maps, where the module has them.
+      network: a PyTorch network.
+      modules: its module by our name of each feature map.
       pixels: images, B x C x H x W.
-      weights: of the logits in the function whose gradients are taken, B x K.
+      weights: B x K weights of the logits in the differentiated sum.
       train: whether in training mode.
     """
-    module = copy.deepcopy(module).to(torch.from_numpy(pixels).dtype).train(train)
+    network = copy.deepcopy(network).to(torch.from_numpy(pixels).dtype).train(train)
     maps = {}
-    for name, place in places.items():
-        _watch(module, place, lambda value, name=name: maps.__setitem__(name, value))
-    given = torch.from_numpy(pixels).requires_grad_()
-    logits = module(given)
+    for name, path in modules.items():
+        _hook(network, path, lambda value, name=name: maps.__setitem__(name, value))
+    images = torch.from_numpy(pixels).requires_grad_()
+    logits = network(images)
     (logits * torch.from_numpy(weights)).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    statistics = {name: buffer for name, buffer in module.named_buffers() if ".running_" in name}
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    statistics = {name: buffer for name, buffer in network.named_buffers() if ".running_" in name}
 
     def as_numpy(tensors: dict[str, Any]) -> dict[str, np.ndarray]:
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 
     return Results(
-        as_numpy(maps), logits.detach().numpy(), as_numpy({"input": given.grad, **gradients}), as_numpy(statistics)
+        as_numpy(maps), logits.detach().numpy(), as_numpy({"input": images.grad, **gradients}), as_numpy(statistics)
     )
 
 
-def places_of(name: str, features: Iterable[str]) -> dict[str, str]:
-    """Where the published network has each of our feature maps."""
-    found = {}
+def find_modules(name: str, features: Iterable[str]) -> dict[str, str]:
+    """The published network's module for each of our feature maps."""
+    modules = {}
     for feature in features:
-        fits = [re.sub(ours, theirs, feature) for ours, theirs in FAMILIES[name].places if re.fullmatch(ours, feature)]
-        assert len(fits) == 1, f"{name}: say where the published network computes {feature}"
-        found[feature] = fits[0]
-    return found
+        patterns = FAMILIES[name].modules
+        matches = [re.sub(ours, theirs, feature) for ours, theirs in patterns if re.fullmatch(ours, feature)]
+        assert len(matches) == 1, f"{name}: which module of the published network computes {feature}?"
+        modules[feature] = matches[0]
+    return modules
 
 
-def _watch(module: Any, place: str, keep: Callable[[Any], None]) -> None:
-    """Call `keep` with a copy of what the module at `place` returns (later layers may work in place)."""
-    path, _, item = place.partition("[")
+def _hook(network: Any, path: str, store: Callable[[Any], None]) -> None:
+    """Call `store` with a copy of what the module at `path` returns (later layers may work in place)."""
+    path, _, item = path.partition("[")
 
     def hook(_module, _inputs, result):
         value = (result[int(item.rstrip("]")) - 1] if item else result).detach().clone()
-        keep(torch.relu(value) if path in _RELU_FOLLOWS else value)
+        store(torch.relu(value) if path in _FUNCTIONAL_RELU_AFTER else value)
 
-    module.get_submodule(path).register_forward_hook(hook)
+    network.get_submodule(path).register_forward_hook(hook)
 
 
-def arithmetic(module: Any, size: int, only: str = "") -> int:
-    """Multiply-adds of one image's forward pass as PyTorch counts them; of modules that `only` fits, or of all."""
+def count_multiply_adds(module: Any, size: int, pattern: str = "") -> int:
+    """PyTorch's count of one image's multiply-adds; of modules whose path matches `pattern`, or of all."""
     from torch.utils.flop_counter import FlopCounterMode
 
     module = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter:
         module(torch.empty(1, 3, size, size, device="meta", dtype=torch.float64))
-    if not only:
+    if not pattern:
         return counter.get_total_flops() // 2
     counts = counter.get_flop_counts().items()
-    return sum(sum(of.values()) for name, of in counts if re.search(only, name)) // 2
+    return sum(sum(flops.values()) for name, flops in counts if re.search(pattern, name)) // 2

@@ -1,4 +1,4 @@
-"""What `torch.save` writes, written without PyTorch: stand-ins for its classes, and its two containers."""
+"""Files as `torch.save` writes them, written without PyTorch: stubs of its classes, and both formats."""
 
 import io
 import pickle
@@ -24,7 +24,7 @@ SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short
 
 
 class Tensor:
-    """A tensor with any declaration, also a false one."""
+    """A tensor with any declared count, offset, shape and strides, right or wrong."""
 
     def __init__(self, values: np.ndarray, *, count=None, offset=0, shape=None, strides=None):
         self.values = np.ascontiguousarray(values).reshape(np.shape(values))
@@ -36,21 +36,21 @@ class Tensor:
 
 
 class Module:
-    """What is in the `__dict__` of a `torch.nn.Module`, from dotted names."""
+    """An object with the `__dict__` of a `torch.nn.Module`, from arrays by dotted names."""
 
     def __init__(self, arrays: dict[str, Any], **attributes: Any):
-        own = {name: array for name, array in arrays.items() if "." not in name}
-        buffers = {name for name in own if name.startswith(("running", "num_batches", "op_"))}
+        direct = {name: array for name, array in arrays.items() if "." not in name}
+        buffers = {name for name in direct if name.startswith(("running", "num_batches", "op_"))}
         self.training = False
-        self._parameters = OrderedDict((name, own[name]) for name in own if name not in buffers)
-        self._buffers = OrderedDict((name, own[name]) for name in own if name in buffers)
+        self._parameters = OrderedDict((name, direct[name]) for name in direct if name not in buffers)
+        self._buffers = OrderedDict((name, direct[name]) for name in direct if name in buffers)
         self._non_persistent_buffers_set = set()
         self._modules = OrderedDict()
         for child in dict.fromkeys(name.partition(".")[0] for name in arrays if "." in name):
-            below = {
-                name.removeprefix(f"{child}."): each for name, each in arrays.items() if name.startswith(f"{child}.")
+            nested = {
+                name.removeprefix(f"{child}."): array for name, array in arrays.items() if name.startswith(f"{child}.")
             }
-            self._modules[child] = _made("torch.nn.modules.container", "Sequential", below)
+            self._modules[child] = _make("torch.nn.modules.container", "Sequential", nested)
         self.__dict__.update(attributes)
 
 
@@ -59,29 +59,29 @@ class _Storage:
         self.tensor, self.key = tensor, key
 
 
-def _made(module: str, name: str, *arguments: Any, **attributes: Any) -> Any:
+def _make(module: str, name: str, *arguments: Any, **attributes: Any) -> Any:
     return getattr(sys.modules[module], name)(*arguments, **attributes)
 
 
 def whole_module(kind: str, arrays: dict[str, Any], **attributes: Any) -> Any:
-    """`write` of what this returns is what `torch.save(model)` writes of a model of class `kind`."""
-    return lambda: _made(*kind.rsplit(".", 1), arrays, **attributes)
+    """Return a value that `write` saves as `torch.save(model)` saves a model of class `kind`."""
+    return lambda: _make(*kind.rsplit(".", 1), arrays, **attributes)
 
 
-def _stand_ins() -> dict[str, types.ModuleType]:
-    """Modules of PyTorch's names with the few things that its pickles name."""
+def _stub_modules() -> dict[str, types.ModuleType]:
+    """Modules with PyTorch's names and the few globals that its pickles name."""
 
     def module(name: str, **members: Any) -> types.ModuleType:
-        made = types.ModuleType(name)
+        stub = types.ModuleType(name)
         for key, member in members.items():
             member.__module__, member.__qualname__, member.__name__ = name, key, key
-            setattr(made, key, member)
-        return made
+            setattr(stub, key, member)
+        return stub
 
     def function() -> Any:
         return lambda *arguments: None
 
-    made = [
+    stubs = [
         module("torch", **{name: type(name, (), {}) for name in STORAGES.values()}, Size=type("Size", (tuple,), {})),
         module("torch._utils", _rebuild_tensor_v2=function(), _rebuild_parameter=function()),
         module("torch.nn"),
@@ -91,7 +91,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         module("torchxrayvision.models", DenseNet=type("DenseNet", (Module,), {})),
         module("elsewhere", Network=type("Network", (Module,), {})),
     ]
-    return {each.__name__: each for each in made}
+    return {stub.__name__: stub for stub in stubs}
 
 
 class _Pickler(pickle.Pickler):
@@ -119,7 +119,7 @@ class _Pickler(pickle.Pickler):
 
 def write(file: Path, value: Any, *, legacy: bool = False, compression: int = zipfile.ZIP_STORED) -> Path:
     """Write a value as `torch.save` does: arrays and `Tensor` as tensors, `whole_module` as a module."""
-    with mock.patch.dict(sys.modules, _stand_ins()):
+    with mock.patch.dict(sys.modules, _stub_modules()):
         stream = io.BytesIO()
         if legacy:
             for head in (MAGIC, 1001, SYSTEM):

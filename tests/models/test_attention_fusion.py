@@ -1,4 +1,4 @@
-"""The attention-fusion network: the paper's counts, attention by NumPy, weights of whole networks in its trunks."""
+"""The attention-fusion network: parameter counts, attention against NumPy, weights of whole networks in its trunks."""
 
 import re
 
@@ -16,18 +16,18 @@ from cxrjax.models.layers import LayerFactory
 from cxrjax.models.network import Network, parameter_count
 
 
-def by_numpy(query, key, value):
+def numpy_attention(query, key, value):
     scores = np.einsum("bnc,bmc->bnm", query, key) / np.sqrt(query.shape[-1])
     return np.einsum("bnm,bmd->bnd", softmax(scores, axis=-1), value)
 
 
-def at_once(query, key, value):
+def direct_attention(query, key, value):
     scores = jnp.einsum("bnc,bmc->bnm", query, key) / jnp.sqrt(query.shape[-1])
     return jnp.einsum("bnm,bmd->bnd", jax.nn.softmax(scores, axis=-1), value)
 
 
 @pytest.mark.parametrize("block_size", [64, 25, 16, 7])
-def test_attention_in_blocks_is_attention(block_size):
+def test_blocked_attention_equals_direct_attention(block_size):
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(2, n, c)) for n, c in ((50, 8), (30, 8), (30, 5)))
     with jax.enable_x64(True):
@@ -35,14 +35,14 @@ def test_attention_in_blocks_is_attention(block_size):
             lambda *arrays: dot_product_attention(*arrays, block_size=block_size),
             *map(jnp.asarray, (query, key, value)),
         )
-        np.testing.assert_allclose(ours, by_numpy(query, key, value), rtol=1e-10, atol=1e-14)
-        whole, back_whole = jax.vjp(at_once, *map(jnp.asarray, (query, key, value)))
+        np.testing.assert_allclose(ours, numpy_attention(query, key, value), rtol=1e-10, atol=1e-14)
+        whole, back_whole = jax.vjp(direct_attention, *map(jnp.asarray, (query, key, value)))
         for one, other in zip(back(ours), back_whole(whole), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_memory_is_linear_in_the_number_of_positions():
-    """What the backward pass keeps: twice the positions, about twice as much; all weights at once would be 4 times."""
+    """Residuals of the backward pass: about twice for twice the positions, where all weights would be 4 times."""
 
     def kept(positions: int) -> int:
         shapes = [jax.ShapeDtypeStruct((1, positions, 8), jnp.float32)] * 3
@@ -54,8 +54,8 @@ def test_memory_is_linear_in_the_number_of_positions():
     assert kept(8192) / kept(4096) < 2.1
 
 
-def test_the_more_positions_there_are_the_fewer_ask_at_once():
-    """2,048 queries of one device or 512 of each of four: never more than 2^22 weights."""
+def test_blocks_shrink_with_the_number_of_positions():
+    """2,048 queries on one device, or 512 on each of four: never more than 2^22 weights."""
 
     def most(queries: int) -> int:
         shapes = [jax.ShapeDtypeStruct((1, n, 8), jnp.float32) for n in (queries, 8192, 8192)]
@@ -66,27 +66,27 @@ def test_the_more_positions_there_are_the_fewer_ask_at_once():
     assert most(256) == MAX_WEIGHTS // 2
 
 
-def test_the_module_is_linear_maps_and_attention():
+def test_the_module_applies_linear_layers_and_attention():
     rng = np.random.default_rng(1)
     module = Attention(LayerFactory(np.dtype("float32"), 0), 6)
-    asking, asked = (rng.normal(size=(2, *size, 6)).astype(np.float32) for size in ((3, 4), (5, 2)))
+    queries, keys = (rng.normal(size=(2, *size, 6)).astype(np.float32) for size in ((3, 4), (5, 2)))
     linear = lambda layer, x: x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])  # noqa: E731
     query, key, value = (
         linear(layer, maps.reshape(2, -1, 6))
-        for layer, maps in ((module.query, asking), (module.key, asked), (module.value, asked))
+        for layer, maps in ((module.query, queries), (module.key, keys), (module.value, keys))
     )
-    ours = module(jnp.asarray(asking), jnp.asarray(asked))
-    np.testing.assert_allclose(ours, by_numpy(query, key, value).reshape(2, 3, 4, 6), atol=1e-5)
+    ours = module(jnp.asarray(queries), jnp.asarray(keys))
+    np.testing.assert_allclose(ours, numpy_attention(query, key, value).reshape(2, 3, 4, 6), atol=1e-5)
 
 
-def test_it_has_the_papers_parameters():
+def test_parameter_count_is_the_papers():
     """10,638,528 in the paper, of which 117,255 are statistics: Keras counts 7 weights of its input normalisation."""
     network = Network.from_model(create("attention_fusion", classes=14))
     assert parameter_count(network) == 10_521_273
     assert parameter_count(network.stats) == 117_255 - 7
 
 
-def test_the_baselines_have_the_papers_parameters():
+def test_parameter_counts_of_the_baselines_are_the_papers():
     def total(name):
         network = Network.from_model(create(name, classes=14, hidden=512))
         return parameter_count(network) + parameter_count(network.stats)
@@ -96,16 +96,16 @@ def test_the_baselines_have_the_papers_parameters():
 
 
 @pytest.mark.parametrize(("attention", "match", "size"), [("self", "up", (8, 8)), ("cross", "down", (2, 2))])
-def test_its_parts_add_up(attention, match, size):
+def test_features_are_composed_of_the_trunks_and_attention(attention, match, size):
     model = create("attention_fusion_small", classes=3, attention=attention, match=match)
     model.gate[...] = gate = jnp.arange(1.0, 1 + len(model.gate[...]))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
     named = jax.jit(lambda x: model.features(x), compiler_options=FAST_COMPILE)(images)
     fused = named["fused"]
     assert fused.shape == (2, *size, 16)
-    parts = [model.dense_reduction(named["dense"]), model.efficient_reduction(named["efficient"])]
-    parts = [jax.image.resize(part, (2, *size, 8), "bilinear") for part in parts]
-    np.testing.assert_allclose(fused, jnp.concatenate(parts, axis=-1), atol=1e-4)
+    pair = [model.dense_reduction(named["dense"]), model.efficient_reduction(named["efficient"])]
+    pair = [jax.image.resize(maps, (2, *size, 8), "bilinear") for maps in pair]
+    np.testing.assert_allclose(fused, jnp.concatenate(pair, axis=-1), atol=1e-4)
     if attention == "self":
         change = gate[0] * model.attention[0](fused, fused)
     else:
@@ -126,13 +126,13 @@ def test_the_gate_starts_closed():
 
 
 def test_whole_networks_fill_its_trunks():
-    """What `adapt` takes of a whole network is exactly what the trunk has, and nothing else."""
+    """`member_arrays` selects exactly the arrays of the trunk."""
     model = create("attention_fusion", classes=2)
     for member, architecture in model.members.items():
-        whole, trunk = flat(create(architecture, classes=5)), flat(getattr(model, member))
-        taken = model.member_arrays(member, whole)
+        full, trunk = flat(create(architecture, classes=5)), flat(getattr(model, member))
+        taken = model.member_arrays(member, full)
         assert {name: array.shape for name, array in taken.items()} == {n: a.shape for n, a in trunk.items()}
-    np.testing.assert_array_equal(taken["stages.6.0.kernel"], whole["stages.6.0.block.0.0.kernel"])
+    np.testing.assert_array_equal(taken["stages.6.0.kernel"], full["stages.6.0.block.0.0.kernel"])
 
 
 def flat(model) -> dict[str, np.ndarray]:
@@ -144,6 +144,6 @@ def flat(model) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("options", "message"), [({"match": "side"}, "unknown match 'side'"), ({"attention": "none"}, "unknown attention")]
 )
-def test_what_is_wrong_is_named(options, message):
+def test_bad_options_are_named(options, message):
     with pytest.raises(CxrError, match=message):
         create("attention_fusion_small", classes=2, **options)

@@ -34,9 +34,9 @@ def test_stages_halve_and_odd_sizes_round_as_in_torch():
 
 
 @pytest.mark.parametrize(("remat", "linear"), [("none", False), ("layer", True)])
-def test_recomputing_keeps_memory_linear_in_depth(remat, linear):
-    def kept(depth: int) -> int:
-        """Bytes that the forward pass hands to the backward pass, parameters included."""
+def test_layer_remat_makes_memory_linear_in_depth(remat, linear):
+    def residual_bytes(depth: int) -> int:
+        """Bytes that the forward pass stores for the backward pass, parameters included."""
         options = {"growth_rate": 4, "block_config": (depth,), "pooling": "average"}
         network = Network.from_model(create("densenet_small", classes=2, remat=remat, **options))
 
@@ -49,15 +49,15 @@ def test_recomputing_keeps_memory_linear_in_depth(remat, linear):
         leaves = jax.tree.leaves(jax.eval_shape(backward, network, jax.ShapeDtypeStruct((2, 128, 128, 1), jnp.uint8)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    shallow, middle, deep = kept(3), kept(6), kept(9)
+    shallow, middle, deep = residual_bytes(3), residual_bytes(6), residual_bytes(9)
     bend = ((deep - middle) - (middle - shallow)) / (middle - shallow)
     assert bend < 0.02 if linear else bend > 0.15
-    if linear:  # of three layers: their own maps, 2 x 32 x 32 x 4 float32, and little else
+    if linear:  # of three layers: their new maps, 2 x 32 x 32 x 4 float32, and little else
         assert middle - shallow < 1.3 * 3 * 2 * 32 * 32 * 4 * 4
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
-def test_a_training_step_moves_the_statistics_once(remat):
+def test_a_training_step_updates_the_statistics_once(remat):
     network = Network.from_model(create("densenet_small", classes=2, remat=remat, **TINY))
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), np.uint8)
 
@@ -78,7 +78,7 @@ def test_a_training_step_moves_the_statistics_once(remat):
     np.testing.assert_allclose(second, 1.9 * first, rtol=1e-5)
 
 
-def test_inference_leaves_the_statistics_alone():
+def test_inference_keeps_the_statistics():
     network = Network.from_model(create("densenet_small", classes=2, **TINY))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
     _, stats = jax.jit(lambda network: network.apply(images))(network)
@@ -101,12 +101,12 @@ def test_statistics_are_of_the_global_batch_on_any_mesh():
     network = Network.from_model(create("densenet_small", classes=2, **TINY))
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 1), np.uint8)
     apply = jax.jit(lambda network, images: network.apply(images, train=True))
-    alone = apply(network, images)
+    expected = apply(network, images)
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "space"))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "space"))
-    sharded = apply(jax.device_put(network, whole), jax.device_put(images, split))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone, sharded)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "space"))
+    sharded = apply(jax.device_put(network, replicated), jax.device_put(images, rows))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, sharded)
 
 
 def test_too_small_images_are_refused():

@@ -19,8 +19,8 @@ from cxrjax.models.network import Network, parameter_count
 TINY = {"stem_channels": 8, "block_config": ((1, 3, 1, 8, 2), (2, 5, 2, 8, 2)), "pooling": "average"}
 
 
-def whole(name: str, **options) -> Network:
-    """A network whose initial values are zero, where only shapes matter."""
+def uninitialized(name: str, **options) -> Network:
+    """A network with zeros as initial values, where only shapes matter."""
     with skip_init():
         return Network.from_model(create(name, **{"classes": 3, **options}))
 
@@ -41,18 +41,18 @@ def test_parameters_and_dropout_are_torchvisions(variant, parameters, dropout):
 
 
 def test_counts_of_the_attention_fusion_paper():
-    # Keras counts, beside parameters and statistics, 7 values of a layer that normalises the images: three means, three
-    # variances and how many images they were made of.
-    b0 = whole("efficientnet_b0", hidden=512, classes=14)
+    # Keras also counts 7 values of a layer that normalises the images: three means, three variances and the number of
+    # images.
+    b0 = uninitialized("efficientnet_b0", hidden=512, classes=14)
     assert parameter_count(b0) + parameter_count(b0.stats) + 7 == 4_712_625
-    b3 = whole("efficientnet_b3")
-    parameters, statistics = (parameter_count(up_to_the_expansion(tree)) for tree in (b3.params, b3.stats))
+    b3 = uninitialized("efficientnet_b3")
+    parameters, statistics = (parameter_count(cut_at_stage_6(tree)) for tree in (b3.params, b3.stats))
     assert statistics + 7 == 35_655
     assert parameters + statistics + 7 == 2_338_417
 
 
-def up_to_the_expansion(tree):
-    """What of the arrays comes before stage 6's first depthwise convolution."""
+def cut_at_stage_6(tree):
+    """The arrays before stage 6's first depthwise convolution."""
     stages = tree["stages"]
     return {**{number: stages[number] for number in range(6)}, 6: stages[6][0]["block"][0]}
 
@@ -60,7 +60,7 @@ def up_to_the_expansion(tree):
 def test_the_cut_is_where_the_attention_fusion_paper_has_it():
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     features = jax.eval_shape(
-        lambda network, images: network.model().features(images), whole("efficientnet_b3"), images
+        lambda network, images: network.model().features(images), uninitialized("efficientnet_b3"), images
     )
     assert features["stage6_expansion"].shape == (1, 14, 14, 816)
 
@@ -68,7 +68,7 @@ def test_the_cut_is_where_the_attention_fusion_paper_has_it():
 def test_stages_halve_and_odd_sizes_round_as_in_torch():
     features = jax.eval_shape(
         lambda network, images: network.model().features(images),
-        whole("efficientnet_b0"),
+        uninitialized("efficientnet_b0"),
         jax.ShapeDtypeStruct((2, 131, 97, 3), jnp.float32),
     )
     assert {name: maps.shape[1:] for name, maps in features.items()} == {
@@ -85,7 +85,7 @@ def test_stages_halve_and_odd_sizes_round_as_in_torch():
     assert list(features)[-1] == "final"
 
 
-def test_an_expansion_is_what_its_convolution_norm_and_silu_make():
+def test_expanded_maps_are_convolution_norm_and_silu():
     @jax.jit
     def run(network):
         model = network.model()
@@ -93,13 +93,13 @@ def test_an_expansion_is_what_its_convolution_norm_and_silu_make():
         conv, norm = model.stages[2][0].block[0]
         return features["stage2_expansion"], jax.nn.silu(norm(conv(features["stage1"]), train=False))
 
-    ours, again = run(Network.from_model(create("efficientnet_small", classes=2, **TINY)))
-    np.testing.assert_allclose(ours, again, rtol=1e-5)
-    assert relative_error(ours, 0 * ours + 1) > 0.1
+    maps, expected = run(Network.from_model(create("efficientnet_small", classes=2, **TINY)))
+    np.testing.assert_allclose(maps, expected, rtol=1e-5)
+    assert relative_error(maps, 0 * maps + 1) > 0.1
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
-def test_expansions_cost_nothing_where_nobody_reads_them(remat, monkeypatch):
+def test_unused_expanded_maps_cost_nothing(remat, monkeypatch):
     def cost() -> tuple[float, int]:
         network = Network.from_model(create("efficientnet_small", classes=2, remat=remat, **TINY))
 
@@ -110,19 +110,19 @@ def test_expansions_cost_nothing_where_nobody_reads_them(remat, monkeypatch):
         program = jax.jit(jax.grad(loss)).lower(network.params, images).compile(FAST_COMPILE)
         return program.cost_analysis()["flops"], program.memory_analysis().temp_size_in_bytes
 
-    usual, block = cost(), MBConv.__call__
+    expected, block = cost(), MBConv.__call__
 
-    def without(self, maps, train, survival=None):
+    def without_expanded(self, maps, train, survival=None):
         return maps, block(self, maps, train, survival)[1]
 
-    monkeypatch.setattr(MBConv, "__call__", without)
-    assert cost() == usual
+    monkeypatch.setattr(MBConv, "__call__", without_expanded)
+    assert cost() == expected
 
 
 @pytest.mark.parametrize("variant", [0, 3])
-def test_receptive_field_is_local_times_the_whole_image(variant):
+def test_receptive_fields(variant):
     depth = {0: 1.0, 3: 1.4}[variant]
-    fields = receptive_fields(whole(f"efficientnet_b{variant}"), image_size=512)
+    fields = receptive_fields(uninitialized(f"efficientnet_b{variant}"), image_size=512)
     size, stride = 3, 2
     for number, (_, kernel, first, _, count) in enumerate(B0_CONFIG, start=1):
         for step in [first] + [1] * (math.ceil(count * depth) - 1):
@@ -134,17 +134,17 @@ def test_receptive_field_is_local_times_the_whole_image(variant):
 
 
 def survivals(monkeypatch, *, key, **options) -> list[np.ndarray]:
-    """What each of four blocks gets to multiply 2000 images' residuals by."""
-    got, block = [], MBConv.__call__
+    """The factors by which each of four blocks multiplies the residuals of 2000 images."""
+    factors, block = [], MBConv.__call__
 
     def watched(self, maps, train, survival=None):
-        got.append(survival)
+        factors.append(survival)
         return block(self, maps, train, survival)
 
     @jax.jit
     def watch(network, key):
         network.model().features(jnp.zeros((2000, 2, 2, 1)), key=key)
-        return got
+        return factors
 
     monkeypatch.setattr(MBConv, "__call__", watched)
     result = watch(Network.from_model(create("efficientnet_small", classes=2, **{**TINY, **options})), key)
@@ -152,19 +152,19 @@ def survivals(monkeypatch, *, key, **options) -> list[np.ndarray]:
     return [None if survival is None else np.asarray(survival) for survival in result]
 
 
-def test_stochastic_depth_grows_from_zero_and_is_drawn_image_by_image(monkeypatch):
+def test_stochastic_depth_grows_from_zero_and_is_drawn_per_image(monkeypatch):
     images, last = 2000, 0.8
     factors = survivals(monkeypatch, key=jax.random.key(0), stochastic_depth=last)
     assert len(factors) == 4
     for number, factor in enumerate(factors):
-        rate = last * number / 4  # torchvision: the share times block number, by the number of blocks
+        rate = last * number / 4  # torchvision: the probability times block number, divided by the number of blocks
         assert factor.shape == (images, 1, 1, 1)
         assert set(np.unique(factor)) == ({np.float32(0), np.float32(1 / (1 - rate))} if number else {1})
         assert abs((factor == 0).mean() - rate) <= 5 * math.sqrt(rate * (1 - rate) / images)
-        assert abs(factor.mean() - 1) <= 5 * math.sqrt(rate / (1 - rate) / images)  # its expectation stays
-    for above, below in pairwise(factors[1:]):  # blocks, and neighbouring images, draw independently
-        assert abs(np.corrcoef(above.ravel() == 0, below.ravel() == 0)[0, 1]) < 5 / math.sqrt(images)
-        assert abs(np.corrcoef(above.ravel()[1:] == 0, above.ravel()[:-1] == 0)[0, 1]) < 5 / math.sqrt(images)
+        assert abs(factor.mean() - 1) <= 5 * math.sqrt(rate / (1 - rate) / images)  # the expectation stays
+    for one, other in pairwise(factors[1:]):  # blocks, and neighbouring images, draw independently
+        assert abs(np.corrcoef(one.ravel() == 0, other.ravel() == 0)[0, 1]) < 5 / math.sqrt(images)
+        assert abs(np.corrcoef(one.ravel()[1:] == 0, one.ravel()[:-1] == 0)[0, 1]) < 5 / math.sqrt(images)
 
 
 def test_stochastic_depth_depends_on_the_key_alone(monkeypatch):
@@ -175,7 +175,7 @@ def test_stochastic_depth_depends_on_the_key_alone(monkeypatch):
     assert survivals(monkeypatch, key=None) == [None] * 4
 
 
-def test_an_image_keeps_its_input_or_gets_more_of_the_residual():
+def test_stochastic_depth_drops_or_scales_the_residual():
     options = {**TINY, "block_config": ((1, 3, 1, 8, 2),), "stochastic_depth": 0.8}
     images = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 8, 8, 1)), (64, 8, 8, 1))
 
@@ -188,13 +188,13 @@ def test_an_image_keeps_its_input_or_gets_more_of_the_residual():
 
     network = Network.from_model(create("efficientnet_small", classes=2, **options))
     before, residual, drawn = jax.device_get(run(network, jax.random.key(3)))
-    left_out = np.array([np.allclose(maps, before, atol=1e-5) for maps in drawn])
-    assert 0.2 < left_out.mean() < 0.6  # 0.4 of them
-    for maps in drawn[~left_out]:
+    dropped = np.array([np.allclose(maps, before, atol=1e-5) for maps in drawn])
+    assert 0.2 < dropped.mean() < 0.6  # 0.4 is expected
+    for maps in drawn[~dropped]:
         np.testing.assert_allclose(maps, before + residual / 0.6, rtol=1e-4, atol=1e-5)
 
 
-def test_only_training_draws():
+def test_stochastic_depth_is_active_in_training_only():
     network = Network.from_model(create("efficientnet_small", classes=2, stochastic_depth=0.9, **TINY))
     images, key = grey(8, 16, 16), jax.random.key(0)
     apply = jax.jit(lambda key, train: network.apply(images, train=train, key=key)[0], static_argnums=1)
@@ -202,9 +202,9 @@ def test_only_training_draws():
     assert relative_error(apply(key, True), apply(None, True)) > 0.01
 
 
-def test_recomputing_keeps_little_of_a_block():
-    def kept(remat: str) -> int:
-        """Bytes that the forward pass hands to the backward pass."""
+def test_layer_remat_stores_little_of_a_block():
+    def residual_bytes(remat: str) -> int:
+        """Bytes that the forward pass stores for the backward pass."""
         network = Network.from_model(
             create("efficientnet_small", classes=2, remat=remat, block_config=((6, 3, 1, 8, 6),))
         )
@@ -218,7 +218,7 @@ def test_recomputing_keeps_little_of_a_block():
         leaves = jax.tree.leaves(jax.eval_shape(backward, network, jax.ShapeDtypeStruct((2, 64, 64, 1), jnp.uint8)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    assert kept("layer") < 0.1 * kept("none")
+    assert residual_bytes("layer") < 0.1 * residual_bytes("none")
 
 
 def test_bfloat16_is_close_to_float32():
@@ -247,6 +247,6 @@ def test_bfloat16_is_close_to_float32():
         ({"blok": 1}, "did you mean 'block_config'"),
     ],
 )
-def test_bad_options_get_one_clear_line(option, message):
+def test_bad_options_are_named(option, message):
     with pytest.raises(CxrError, match=message):
         create("efficientnet_small", classes=2, **option)

@@ -42,35 +42,35 @@ def test_maps_of_each_branch():
     assert list(found)[-2:] == ["stage4_branch4", "final"]
 
 
-def test_half_a_neck_is_fhrnets_and_the_rest_fits_public_weights():
+def test_a_half_neck_leaves_the_rest_fit_for_public_weights():
     public, half = (create("hrnet_w18", classes=14, neck=neck) for neck in ("public", "half"))
     assert [public.final_layer[0].out_features, half.final_layer[0].out_features] == [2048, 1024]
     assert [row[0].conv3.out_features for row in half.incre_modules] == [64, 128, 256, 512]
     assert all(hasattr(half, name) for name in half.replaceable)
 
-    def kept(model) -> dict[str, tuple[int, ...]]:
-        """Published name and shape of what does not belong to the task."""
+    def backbone_shapes(model) -> dict[str, tuple[int, ...]]:
+        """Published names and shapes of all modules that are not replaceable."""
         params = jax.tree_util.tree_leaves_with_path(Network.from_model(model).params)
         names, paths = published_names(model), ((tuple(str(key.key) for key in path), leaf) for path, leaf in params)
         return {names[path]: leaf.shape for path, leaf in paths if path[0] not in model.replaceable}
 
-    assert kept(public) == kept(half)
-    assert "stage4.2.fuse_layers.3.0.2.0.weight" in kept(half)
+    assert backbone_shapes(public) == backbone_shapes(half)
+    assert "stage4.2.fuse_layers.3.0.2.0.weight" in backbone_shapes(half)
 
 
 def test_sizes_that_work_are_those_of_timm():
-    # Found by running timm's hrnet_w18_small and hrnet_w18 at every height and width below 200.
-    works = {n for first in (29, 61, 93, 125, 157, 189) for n in range(first, first + 4)}
+    # From running timm's hrnet_w18_small and hrnet_w18 at every height and width below 200.
+    working = {n for first in (29, 61, 93, 125, 157, 189) for n in range(first, first + 4)}
     for size in range(1, 200):
         for height, width in ((size, 64), (64, size)):
-            if size in works:
+            if size in working:
                 check_branch_sizes(height, width, 32)
                 continue
             with pytest.raises(CxrError) as error:
                 check_branch_sizes(height, width, 32)
             below, above = (
-                max((n for n in works if n < size), default=None),
-                min((n for n in works if n > size), default=221),
+                max((n for n in working if n < size), default=None),
+                min((n for n in working if n > size), default=221),
             )
             side = "height" if height == size else "width"
             nearest = f"{below} below and {above} above" if below else f"{above}"
@@ -86,7 +86,7 @@ def test_branches_fit_at_sizes_that_work():
         shapes(network, 33, 32)
 
 
-def test_enlarging_repeats_rows_and_columns_and_sums_gradients():
+def test_upsampling_repeats_rows_and_columns_and_sums_gradients():
     maps = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
     large, back = jax.vjp(lambda maps: upsample_nearest(maps, 4), jnp.asarray(maps))
     np.testing.assert_array_equal(large, maps.repeat(4, axis=1).repeat(4, axis=2))
@@ -95,16 +95,16 @@ def test_enlarging_repeats_rows_and_columns_and_sums_gradients():
     np.testing.assert_allclose(back(jnp.asarray(gradient))[0], summed, rtol=1e-5, atol=1e-5)
 
 
-def test_enlarging_split_rows_needs_no_communication():
+def test_upsampling_sharded_rows_needs_no_communication():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("space",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "space"))
 
-    def there_and_back(maps, cotangent):
+    def upsample_with_gradient(maps, cotangent):
         large, back = jax.vjp(lambda maps: upsample_nearest(maps, 4), maps)
         return large, back(cotangent)[0]
 
     maps, large = (jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32, sharding=split) for side in (8, 32))
-    program = jax.jit(there_and_back, out_shardings=split).lower(maps, large).compile().as_text()
+    program = jax.jit(upsample_with_gradient, out_shardings=split).lower(maps, large).compile().as_text()
     assert "f32[2,8,32,3]" in program  # a quarter of the rows
     assert not re.search("all-|permute", program)
 
@@ -122,14 +122,14 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_the_receptive_field_is_an_upper_bound_within_a_stride():
-    """The pixels that really count: those with a gradient, when all weights are positive."""
+    """The actual receptive field: the pixels with a gradient, when all weights are positive."""
     network = Network.from_model(create("hrnet_small", classes=2, **TINY))
     network = dataclasses.replace(network, params=jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), network.params))
 
-    def middle(image):
+    def middle_row(image):
         return network.model().features(image)["final"][0, 8].sum()
 
-    gradient = jax.jit(jax.grad(middle), compiler_options=FAST_COMPILE)(jnp.ones((1, 272, 16, 1)))
+    gradient = jax.jit(jax.grad(middle_row), compiler_options=FAST_COMPILE)(jnp.ones((1, 272, 16, 1)))
     rows = np.flatnonzero(np.abs(gradient).sum((0, 2, 3)))
     field = theoretical(network, image_size=512)
     first, last = field.rows.at(8)
@@ -147,6 +147,6 @@ def test_the_receptive_field_is_an_upper_bound_within_a_stride():
         ({"width": -1}, "width"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_bad_options_are_named(options, message):
     with pytest.raises(CxrError, match=message):
         create("hrnet_small", classes=2, **options)

@@ -23,7 +23,7 @@ def test_prepare_agrees_with_its_formula_in_double_precision(spec, grey):
     np.testing.assert_allclose(ours[0, 0, 0], expected, atol=3e-7 * (spec.high - spec.low) / min(spec.std))
 
 
-def test_prepare_gives_the_compute_type():
+def test_prepare_returns_the_compute_type():
     assert prepare(jnp.zeros((2, 3, 4, 1), jnp.uint8), IMAGENET, jnp.bfloat16).dtype == jnp.bfloat16
 
 
@@ -49,7 +49,7 @@ def test_other_images_are_refused(images, message):
         ({"mean": (0.0, float("nan"), 0.0)}, "finite"),
     ],
 )
-def test_an_impossible_spec_is_refused(fields, message):
+def test_an_invalid_spec_is_refused(fields, message):
     with pytest.raises(CxrError, match=message):
         InputSpec(**fields)
 
@@ -63,6 +63,6 @@ def test_an_impossible_spec_is_refused(fields, message):
         (np.zeros((1, 32, 32, 1), jnp.bfloat16), "prepared float32 images, not bfloat16"),
     ],
 )
-def test_a_network_refuses_images_that_are_not_prepared_for_it(images, message):
+def test_a_network_refuses_unprepared_images(images, message):
     with pytest.raises(CxrError, match=message):
         create("densenet_small", classes=2).features(jnp.asarray(images))

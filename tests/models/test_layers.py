@@ -71,7 +71,7 @@ def test_batch_norm_gradient_agrees_with_finite_differences():
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (5, 4), (9, 7)])
-def test_pooling_leaves_out_what_fills_no_window(height, width):
+def test_pooling_leaves_out_incomplete_windows(height, width):
     maps = np.random.default_rng(height * 10 + width).normal(size=(1, height, width, 2)).astype(np.float32)
     windows = maps[:, : height // 2 * 2, : width // 2 * 2].reshape(1, height // 2, 2, width // 2, 2, 2)
     np.testing.assert_array_equal(max_pool(jnp.asarray(maps), 2, 2), windows.max((2, 4)))
@@ -86,14 +86,14 @@ def test_pooling_leaves_out_what_fills_no_window(height, width):
     sides=st.tuples(st.integers(4, 9), st.integers(4, 9)), window=st.integers(1, 4), stride=st.integers(1, 4),
     data=st.data(),
 )  # fmt: skip
-def test_max_pooling_has_the_gradient_of_xlas_own(sides, window, stride, data):
+def test_max_pooling_has_xlas_gradient(sides, window, stride, data):
     padding = data.draw(st.integers(0, window // 2))
     maps = np.random.default_rng(window).permutation(2 * sides[0] * sides[1] * 3).reshape(2, *sides, 3).astype(float)
     around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    plain = lambda maps: jax.lax.reduce_window(  # noqa: E731
+    xla_pool = lambda maps: jax.lax.reduce_window(  # noqa: E731
         maps, -np.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), around
     )
-    shape = jax.eval_shape(plain, maps).shape
+    shape = jax.eval_shape(xla_pool, maps).shape
     change = np.random.default_rng(0).integers(-1000, 1000, shape).astype(float)  # sums are exact in any order
 
     def pooled_and_back(pool, maps, change):
@@ -101,15 +101,15 @@ def test_max_pooling_has_the_gradient_of_xlas_own(sides, window, stride, data):
         return pooled, back(change)[0]
 
     with jax.enable_x64(True):
-        ours, wanted = (
+        ours, expected = (
             jax.jit(partial(pooled_and_back, pool), compiler_options=FAST_COMPILE)(maps, change)
-            for pool in (lambda maps: max_pool(maps, window, stride, padding), plain)
+            for pool in (lambda maps: max_pool(maps, window, stride, padding), xla_pool)
         )
-        assert wanted[0].dtype == np.float64
-        jax.tree.map(np.testing.assert_array_equal, ours, wanted)
+        assert expected[0].dtype == np.float64
+        jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
-def test_max_poolings_gradient_is_rounded_once_and_goes_to_the_first_of_equals():
+def test_max_pooling_gradients_are_rounded_once_and_go_to_the_first_maximum():
     changes = np.random.default_rng(3).normal(size=(1, 4, 4, 2)).astype(np.float32)
     maps = np.zeros((1, 9, 9, 2), np.float32)
     maps[:, 2::2, 2::2] = 1  # each the maximum of four windows of 3 x 3
@@ -117,15 +117,15 @@ def test_max_poolings_gradient_is_rounded_once_and_goes_to_the_first_of_equals()
     in_bfloat16 = jnp.asarray(changes, jnp.bfloat16)
     _, back = jax.vjp(lambda maps: max_pool(maps, 3, 2), jnp.asarray(maps, jnp.bfloat16))
     _, exact = jax.vjp(lambda maps: max_pool(maps, 3, 2), jnp.asarray(maps))
-    found, [wanted] = back(in_bfloat16)[0], exact(in_bfloat16.astype(jnp.float32))
-    np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(wanted[0, 0, :2], [in_bfloat16[0, 0, 0], [0, 0]])
+    gradient, [expected] = back(in_bfloat16)[0], exact(in_bfloat16.astype(jnp.float32))
+    np.testing.assert_array_equal(gradient, expected.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(expected[0, 0, :2], [in_bfloat16[0, 0, 0], [0, 0]])
 
 
-def test_a_convolution_pads_and_strides_as_torch_says():
-    make = LayerFactory(jnp.float32, 0)
+def test_convolution_pads_and_strides_as_torch():
+    factory = LayerFactory(jnp.float32, 0)
     images = np.random.default_rng(6).normal(size=(1, 7, 6, 2)).astype(np.float32)
-    conv = make.conv(2, 3, 3, stride=2, padding=1)
+    conv = factory.conv(2, 3, 3, stride=2, padding=1)
     padded, kernel = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))), np.asarray(conv.kernel[...])
     ours = conv(jnp.asarray(images))
     assert ours.shape == (1, 4, 3, 3)
@@ -135,7 +135,7 @@ def test_a_convolution_pads_and_strides_as_torch_says():
 
 
 @pytest.mark.parametrize(("pooling", "width"), [("average", 5), ("max", 5), ("average+max", 10)])
-def test_the_head_pools_as_told(pooling, width):
+def test_pooling_of_the_classifier(pooling, width):
     maps = np.random.default_rng(7).normal(size=(2, 3, 4, 5)).astype(np.float32)
     head = Classifier(LayerFactory(jnp.float32, 0), 5, 3, pooling=pooling)
     pooled = {"average": [maps.mean((1, 2))], "max": [maps.max((1, 2))]}
@@ -159,24 +159,24 @@ def test_dropout_keeps_the_mean_and_needs_a_key_in_training():
         head(maps, train=True)
 
 
-@pytest.mark.parametrize(("wanted", "products"), [((0,), 2), ((1,), 2), ((0, 1), 3)])
-def test_a_kernels_gradient_comes_first_where_both_are_wanted_and_is_not_made_where_it_is_not(wanted, products):
-    """Forward, and one convolution for each gradient that is wanted."""
+@pytest.mark.parametrize(("argnums", "convolutions"), [((0,), 2), ((1,), 2), ((0, 1), 3)])
+def test_the_kernel_gradient_comes_first_and_only_needed_gradients_are_computed(argnums, convolutions):
+    """One convolution forward, and one for each gradient that is needed."""
     layer = LayerFactory("float32", 0).conv(3, 4, 3, padding=1)
     graph, kernel = nnx.split(layer)
 
-    def cost(maps, kernel):
+    def loss(maps, kernel):
         return jnp.square(nnx.merge(graph, kernel)(maps)).sum()
 
-    def plain(maps, kernel):
+    def xla_loss(maps, kernel):
         dimensions = ("NHWC", "HWIO", "NHWC")
-        made = jax.lax.conv_general_dilated(maps, kernel["kernel"][...], (1, 1), "SAME", dimension_numbers=dimensions)
-        return jnp.square(made).sum()
+        result = jax.lax.conv_general_dilated(maps, kernel["kernel"][...], (1, 1), "SAME", dimension_numbers=dimensions)
+        return jnp.square(result).sum()
 
     maps = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
-    gradient = jax.jit(jax.grad(cost, wanted))
+    gradient = jax.jit(jax.grad(loss, argnums))
     text = gradient.lower(maps, kernel).compile().as_text()
-    assert len(re.findall(r" convolution\(", text)) == products
-    assert ("optimization_barrier" in str(gradient.trace(maps, kernel).jaxpr)) == (len(wanted) == 2)
-    for found, expected in zip(gradient(maps, kernel), jax.grad(plain, wanted)(maps, kernel), strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    assert len(re.findall(r" convolution\(", text)) == convolutions
+    assert ("optimization_barrier" in str(gradient.trace(maps, kernel).jaxpr)) == (len(argnums) == 2)
+    for ours, expected in zip(gradient(maps, kernel), jax.grad(xla_loss, argnums)(maps, kernel), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected)

@@ -18,7 +18,7 @@ def tiny(**changes) -> Network:
     return Network.from_model(create("densenet_small", **{"classes": 2, **TINY, **changes}))
 
 
-def test_there_and_back_is_the_same_network():
+def test_model_and_from_model_are_inverse():
     model = create("densenet_small", classes=2, **TINY)
     network = Network.from_model(model)
     again = Network.from_model(network.model())
@@ -28,16 +28,16 @@ def test_there_and_back_is_the_same_network():
     np.testing.assert_allclose(network.apply(IMAGES)[0], expected, rtol=1e-6)
 
 
-def test_its_trees_are_plain_dicts_with_names_as_keys():
+def test_trees_are_plain_dicts_with_names_as_keys():
     network = tiny()
 
     def walk(tree):
         if isinstance(tree, jax.Array):
             return
         assert type(tree) is dict
-        for name, part in tree.items():
+        for name, subtree in tree.items():
             assert type(name) is str
-            walk(part)
+            walk(subtree)
 
     walk(network.params)
     walk(network.stats)
@@ -69,7 +69,7 @@ def test_weights_depend_on_the_seed_alone():
     assert any(not np.array_equal(one, other) for one, other in zip(leaves[0], leaves[2], strict=True))
 
 
-def test_initial_weights_are_distributed_as_torchvision_draws_them():
+def test_initial_weights_are_distributed_as_torchvisions():
     network = Network.from_model(create("densenet121", classes=14))
     kernel = np.asarray(network.params["denseblock4"]["denselayer16"]["conv1"]["kernel"])  # 992 inputs
     assert abs(kernel.mean()) < 3e-4
@@ -102,5 +102,5 @@ def test_monte_carlo_dropout_varies_with_the_key_only():
     one, same, other = (apply(network, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
-    bare = dataclasses.replace(network, params=jax.tree.map(jnp.copy, network.params))
-    np.testing.assert_array_equal(network.apply(IMAGES)[0], bare.apply(IMAGES)[0])
+    copied = dataclasses.replace(network, params=jax.tree.map(jnp.copy, network.params))
+    np.testing.assert_array_equal(network.apply(IMAGES)[0], copied.apply(IMAGES)[0])

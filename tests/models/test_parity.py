@@ -1,4 +1,4 @@
-"""Every network that has a fixture computes what the published implementation computes."""
+"""Networks with a parity fixture compute what the published implementation computes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,8 +23,8 @@ FIXTURES = [
     pytest.param("timm-hrnet_w32", marks=pytest.mark.slow),
 ]
 
-# The values before some ReLUs are so near 0 that rounding decides their sign, and one sign is up to 1 % of a gradient.
-# (bias, channel, by) nudges such a value to the side on which it is in the reference's own float32 pass.
+# Some values before a ReLU are so near 0 that rounding decides their sign, and one sign is up to 1 % of a gradient.
+# (bias, channel, offset) moves such a value to the side it has in the reference's own float32 pass.
 NUDGES = {
     ("tv-densenet121", "inference"): [("denseblock1.denselayer3.norm2.bias", 81, 1e-6)],
     ("tv-resnet50", "inference"): [
@@ -96,9 +96,9 @@ def parity(request, shared) -> Parity:
 
 @pytest.fixture
 def compiled(parity, monkeypatch) -> Callable[[Callable], Callable]:
-    """What compiles a function of a network.
+    """The function that compiles a function of a network.
 
-    HRNet's 300 convolutions compile in a fifth of the time layer by layer, as equal layers then compile once.
+    HRNet's 300 convolutions compile in a fifth of the time layer by layer, since equal layers compile once.
     """
     if "hrnet" not in parity.name:
         return partial(jax.jit, compiler_options=FAST_COMPILE)
@@ -112,33 +112,33 @@ def compiled(parity, monkeypatch) -> Callable[[Callable], Callable]:
     return lambda run: run
 
 
-def name_of(parity: Parity) -> str:
+def network_name(parity: Parity) -> str:
     return parity.about["arch"].split(":")[1]
 
 
 def reference(parity: Parity, dtype: str, mode: str) -> Network:
-    """The fixture's network, nudged for "inference" or "training"."""
+    """The fixture's network, with the nudges for "inference" or "training"."""
     with skip_init():
-        model = create(name_of(parity), classes=1000, dtype=dtype, dropout=0.0)
+        model = create(network_name(parity), classes=1000, dtype=dtype, dropout=0.0)
     load_published(model, parity.state_dict())
     network = Network.from_model(model)
-    for path, channel, by in NUDGES.get((parity.name, mode), ()):
+    for path, channel, offset in NUDGES.get((parity.name, mode), ()):
         *modules, bias = path.split(".")
-        norm = at(network.params, tuple(modules))
-        norm[bias] = norm[bias].at[channel].add(by)
+        norm = get_path(network.params, tuple(modules))
+        norm[bias] = norm[bias].at[channel].add(offset)
     return network
 
 
 def compares_gradients(parity: Parity, dtype: str, mode: str) -> bool:
-    """Whether gradients are compared in this type; skips a type that adds nothing."""
-    wide = (parity.name, mode) in FLOAT64_GRADIENTS
-    if dtype == "float64" and not wide:
+    """Whether gradients are compared in this type; skips float64 where float32 has the same bounds."""
+    in_float64 = (parity.name, mode) in FLOAT64_GRADIENTS
+    if dtype == "float64" and not in_float64:
         pytest.skip("float32 is held to the same bounds")
-    return dtype == "float64" or not wide
+    return dtype == "float64" or not in_float64
 
 
-def at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf of nested dicts; numbers in paths (of lists) are whole numbers in the dicts."""
+def get_path(tree: Any, path: tuple[str, ...]) -> Any:
+    """A leaf of nested dicts; list indices are integers in the dicts."""
     return reduce(lambda node, name: node[name] if name in node else node[int(name)], path, tree)
 
 
@@ -151,18 +151,18 @@ def paths(name: str) -> dict[str, tuple[str, ...]]:
 
 def path_of(parity: Parity, key: str) -> tuple[str, ...]:
     """Our path of an array that the fixture names."""
-    return paths(name_of(parity))[parity.about[key]]
+    return paths(network_name(parity))[parity.about[key]]
 
 
-def differentiated(function: Callable[[Any], Any], argument: Any, gradients: bool) -> tuple[Any, Any]:
-    """The gradient of a function with further results, and these; the argument itself where no gradient is wanted."""
+def grad_and_aux(function: Callable[[Any], Any], argument: Any, gradients: bool) -> tuple[Any, Any]:
+    """The gradient of a function and its auxiliary output; without gradients, the argument in the gradient's place."""
     if gradients:
         return jax.grad(function, has_aux=True)(argument)
     return argument, function(argument)[1]
 
 
-def test_parameter_counts_are_the_published_ones(parity):
-    assert parameter_count(create(name_of(parity), classes=1000)) == parity.about["parameters"]
+def test_parameter_counts_are_as_published(parity):
+    assert parameter_count(create(network_name(parity), classes=1000)) == parity.about["parameters"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -176,7 +176,7 @@ def test_inference_agrees(parity, compiled, dtype):
             logits = model.head(features)
             return logits[:, 3].sum(), (features["final"], logits)
 
-        gradient, (maps, logits) = differentiated(class_sum, images, gradients)
+        gradient, (maps, logits) = grad_and_aux(class_sum, images, gradients)
         return maps, logits, gradient
 
     with jax.enable_x64(dtype == "float64"):
@@ -193,7 +193,7 @@ def test_inference_agrees(parity, compiled, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_training_agrees(parity, compiled, dtype):
     gradients = compares_gradients(parity, dtype, "training")
-    at_path = {key: path_of(parity, key) for key in ("first_conv", "classifier", "first_bn", "last_bn")}
+    path_by_key = {key: path_of(parity, key) for key in ("first_conv", "classifier", "first_bn", "last_bn")}
 
     def run(network: Network, images: jax.Array) -> Any:
         def loss(params):
@@ -201,9 +201,9 @@ def test_training_agrees(parity, compiled, dtype):
             logits = model(images, train=True)
             return logits[0, 3] - 0.5 * logits[1, 3], (logits, Network.from_model(model).stats)
 
-        gradient, (logits, stats) = differentiated(loss, network.params, gradients)
-        first, row = at(gradient, at_path["first_conv"]), at(gradient, at_path["classifier"])[:, 3]
-        return logits, first, row, at(stats, at_path["first_bn"]), at(stats, at_path["last_bn"])
+        gradient, (logits, stats) = grad_and_aux(loss, network.params, gradients)
+        first, row = get_path(gradient, path_by_key["first_conv"]), get_path(gradient, path_by_key["classifier"])[:, 3]
+        return logits, first, row, get_path(stats, path_by_key["first_bn"]), get_path(stats, path_by_key["last_bn"])
 
     with jax.enable_x64(dtype == "float64"):
         images = jnp.asarray(parity.images(), dtype)

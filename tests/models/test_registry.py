@@ -39,13 +39,13 @@ from cxrjax.models.registry import abstract
         ("attention_fusion_small", {"efficient": 8}, "efficient must hold options of that trunk"),
     ],
 )
-def test_what_is_wrong_is_named(name, options, message):
+def test_errors_are_named(name, options, message):
     with pytest.raises(CxrError, match=message):
         create(name, **{"classes": 3, **options})
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),  # of widths that no other test has: what was compiled before is not compiled again
+    ("name", "options"),  # widths that no other test uses: what is compiled already is not compiled again
     [
         ("densenet_small", {"growth_rate": 13, "stem_channels": 11}),
         ("resnet_small", {"width": 11, "block": "bottleneck"}),
@@ -58,10 +58,10 @@ def test_what_is_wrong_is_named(name, options, message):
 def test_building_a_network_compiles_nothing(name, options):
     compiled = []
 
-    def notice(event: str, _seconds: float, **_about: object) -> None:
+    def record(event: str, _seconds: float, **_about: object) -> None:
         compiled.append(event)
 
-    jax.monitoring.register_event_duration_secs_listener(notice)
+    jax.monitoring.register_event_duration_secs_listener(record)
     try:
         create(name, classes=17, **options)
         with skip_init():
@@ -69,18 +69,18 @@ def test_building_a_network_compiles_nothing(name, options):
         built, compiled = compiled, []
         jax.jit(lambda x: x + 1)(np.float32(1))
     finally:
-        jax.monitoring.unregister_event_duration_listener(notice)
-    assert "/jax/core/compile/backend_compile_duration" in compiled  # it would be noticed
+        jax.monitoring.unregister_event_duration_listener(record)
+    assert "/jax/core/compile/backend_compile_duration" in compiled  # it would be recorded
     assert built == []
 
 
-def test_types_and_their_names_are_the_same():
+def test_dtype_is_a_name_or_a_type():
     by_name, by_type = (create("simple_cnn", classes=2, dtype=dtype) for dtype in ("float32", np.float32))
     assert by_name.dtype == by_type.dtype == np.dtype("float32")
 
 
-def test_the_small_densenet_is_the_one_described():
-    """Counted by hand: growth_rate 8, bottleneck 2x, blocks (2, 2, 2), 5x5 stem of 16, both poolings in the head."""
+def test_the_small_densenet_has_the_parameters_of_its_options():
+    """Counted by hand: growth rate 8, bn_size 2, blocks (2, 2, 2), 5x5 stem of 16 channels, both poolings."""
     stem = 5 * 5 * 16 + 2 * 16
     layer = lambda channels: 2 * channels + channels * 16 + 2 * 16 + 3 * 3 * 16 * 8  # noqa: E731
     block = layer(16) + layer(24)
@@ -89,7 +89,7 @@ def test_the_small_densenet_is_the_one_described():
     assert parameter_count(create("densenet_small", classes=7)) == stem + 3 * block + 2 * transition + head
 
 
-def test_a_dict_changes_single_entries_of_an_option():
+def test_a_dict_option_updates_single_entries():
     wider, same = (
         create("attention_fusion_small", classes=2, dense={"growth_rate": growth_rate}, efficient={})
         for growth_rate in (8, 4)
@@ -102,17 +102,17 @@ def test_a_dict_changes_single_entries_of_an_option():
             "densenet_small", classes=1, growth_rate=8, block_config=(1, 1, 1), bn_size=2, stem_channels=8
         ).channels
     )
-    whole = {"growth_rate": 4, "block_config": (1, 1), "stem_channels": 4}
-    assert create("attention_fusion", classes=2, dense=whole).dense.norm5 is None
+    small = {"growth_rate": 4, "block_config": (1, 1), "stem_channels": 4}
+    assert create("attention_fusion", classes=2, dense=small).dense.norm5 is None
 
 
-def test_an_abstract_network_is_the_real_one_without_values():
-    outline = abstract("densenet_small", classes=3, dtype="bfloat16", growth_rate=4)
+def test_an_abstract_network_has_the_shapes_of_the_real_one():
+    shapes = abstract("densenet_small", classes=3, dtype="bfloat16", growth_rate=4)
     network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth_rate=4))
-    assert outline.definition == network.definition
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), outline) == jax.tree.map(
+    assert shapes.definition == network.definition
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), network
     )
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(outline))
-    assert parameter_count(outline) == parameter_count(network)
-    assert np.any(network.params["conv0"]["kernel"])  # values are drawn again afterwards
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
+    assert parameter_count(shapes) == parameter_count(network)
+    assert np.any(network.params["conv0"]["kernel"])  # later networks have initial values again

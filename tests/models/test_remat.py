@@ -1,4 +1,4 @@
-"""Recomputing changes nothing but memory: every family, every policy."""
+"""Rematerialisation changes memory only: every family, every level."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from cxrjax.models import create
 from cxrjax.models.layers import REMATS
 from cxrjax.models.network import Network
 
-# What is bfloat16 is rounded, also where it is not stored, and no sum is taken with others, in an order of XLA's.
+# Round every bfloat16 value, stored or not, and do not fuse sums, which would change their order.
 ROUNDED = {"xla_allow_excess_precision": False, "xla_disable_hlo_passes": "fusion"}
 CASES = {
     "densenet": ("densenet_small", {"growth_rate": 4, "block_config": (2, 1), "stem_channels": 4, "stem_pool": "3x3"}),
@@ -32,7 +32,7 @@ CASES = {
 }  # fmt: skip
 
 
-def step_of(case: str, remat: str, dtype: str, **compiler):
+def make_step(case: str, remat: str, dtype: str, **compiler):
     """The jitted gradient of a loss, and the network."""
     name, options = CASES[case]
     network = Network.from_model(create(name, classes=3, dtype=dtype, remat=remat, seed=1, **options))
@@ -49,39 +49,39 @@ def step_of(case: str, remat: str, dtype: str, **compiler):
 @pytest.mark.usefixtures("shallow_branches")
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_and_statistics_are_the_same(case):
-    """ "full" recomputes what the others do, and more; of the DenseNet each is tried."""
+    """For all levels with DenseNet; for the other families "full", which includes the others."""
     with jax.enable_x64(True):
         results, regions = {}, {}
         for remat in REMATS if case == "densenet" else ("none", "full"):
-            step, network = step_of(case, remat, "float64")
+            step, network = make_step(case, remat, "float64")
             regions[remat] = str(step.trace(network.params).jaxpr).count("prevent_cse")
             results[remat] = jax.device_get(step(network.params))
-        kept = results.pop("none")
-        assert kept[0][0].dtype == np.float64
-        before, after = jax.tree.leaves(network.stats), jax.tree.leaves(kept[0][1][1])
-        assert not any(map(np.array_equal, before, after))  # those of every layer have moved
+        stored = results.pop("none")
+        assert stored[0][0].dtype == np.float64
+        before, after = jax.tree.leaves(network.stats), jax.tree.leaves(stored[0][1][1])
+        assert not any(map(np.array_equal, before, after))  # those of every layer are updated
         for remat in results:
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), kept, results[remat])
-    assert list(regions.values()) == sorted(set(regions.values()))  # else nothing is compared
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), stored, results[remat])
+    assert list(regions.values()) == sorted(set(regions.values()))  # otherwise nothing is compared
 
 
-def test_in_bfloat16_every_bit_is_the_same():
+def test_bfloat16_results_are_bitwise_equal():
     results = []
     for remat in REMATS:
-        step, network = step_of("densenet", remat, "bfloat16", **ROUNDED)
+        step, network = make_step("densenet", remat, "bfloat16", **ROUNDED)
         results.append(jax.device_get(step(network.params)))
     for result in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, results[0], result)
 
 
 @pytest.mark.parametrize(
-    ("remat", "kept"),
+    ("remat", "stored"),
     [("layer", [(128, 1), (32, 8), (32, 4), (32, 4), (32, 4), (16, 10), (16, 4), (16, 4), (16, 4)]),
      ("block", [(128, 1), (32, 8), (16, 10)]),
      ("full", [(128, 1)])],
 )  # fmt: skip
-def test_what_is_kept(remat, kept):
-    """Images, then maps (side, channels) that the forward pass hands to the backward pass; the head needs none."""
+def test_stored_maps(remat, stored):
+    """Images, then maps (side, channels) that the forward pass stores for the backward pass; the head needs none."""
     options = {"growth_rate": 4, "block_config": (3, 3), "stem_channels": 8}
     network = Network.from_model(create("densenet_small", classes=2, remat=remat, **options))
 
@@ -92,4 +92,4 @@ def test_what_is_kept(remat, kept):
         return jax.vjp(logits, network.params)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(backward, network, jax.ShapeDtypeStruct((2, 128, 128, 1), jnp.uint8)))
-    assert [leaf.shape[2:] for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] == 2] == kept
+    assert [leaf.shape[2:] for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] == 2] == stored

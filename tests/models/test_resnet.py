@@ -19,7 +19,7 @@ TINY = {"layers": (1, 2), "width": 4}
 
 
 @cache
-def built(name: str) -> Any:
+def cached_model(name: str) -> Any:
     return create(name, classes=2)
 
 
@@ -33,10 +33,10 @@ def grey(count: int, height: int, width: int) -> jax.Array:
 )
 def test_parameter_counts_are_torchvisions(name, published):
     features = (512 if name in ("resnet18", "resnet34") else 2048) + 1
-    assert parameter_count(built(name)) == published - 998 * features  # 2 classes instead of 1000
+    assert parameter_count(cached_model(name)) == published - 998 * features  # 2 classes instead of 1000
 
 
-def test_the_small_resnet_is_the_one_described():
+def test_the_small_resnet_has_the_parameters_of_its_options():
     """Counted by hand: basic blocks (1, 1, 1) of 16, 32, 64 channels, 5x5 stem, both poolings in the head."""
     stem = 5 * 5 * 16 + 2 * 16
     first = 2 * (3 * 3 * 16 * 16 + 2 * 16)
@@ -67,8 +67,8 @@ def test_bfloat16_is_close_to_float32():
     assert 1e-5 < relative_error(logits["bfloat16"], logits["float32"]) < 0.03
 
 
-def test_initial_values_are_drawn_as_torchvision_draws_them():
-    layer2 = built("resnet50").layer2[0]
+def test_initial_values_are_distributed_as_torchvisions():
+    layer2 = cached_model("resnet50").layer2[0]
     for conv, fan_out in ((layer2.conv1, 128), (layer2.conv2, 9 * 128), (layer2.downsample[0], 512)):
         kernel = np.asarray(conv.kernel[...])
         assert abs(kernel.std() / np.sqrt(2 / fan_out) - 1) < 0.01
@@ -89,31 +89,31 @@ def test_initial_values_are_drawn_as_torchvision_draws_them():
     ],
 )
 def test_receptive_fields(name, sizes):
-    fields = receptive_fields(Network.from_model(built(name)))
+    fields = receptive_fields(Network.from_model(cached_model(name)))
     assert tuple(field.size for field in fields.values()) == sizes
     assert [field.stride for field in fields.values()] == [4, 4, 8, 16, 32]
     assert not any(field.whole for field in fields.values())
 
 
 @pytest.mark.parametrize(("name", "published"), [("resnet50", 483), ("resnet101", 1027)])
-def test_receptive_fields_are_the_published_ones_where_strides_come_last(name, published):
+def test_receptive_fields_are_as_published_with_late_strides(name, published):
     """Araujo, Norris & Sim 2019 calculated TF-Slim's networks, where a stage's last block has the stride of the next.
 
     torchvision's first block of a stage has it, so its fields are smaller: 427 and 971 px.
     """
     model = create(name, classes=2)
-    make, channels = LayerFactory(jnp.float32, 0), 64
+    factory, channels = LayerFactory(jnp.float32, 0), 64
     for stage, width in ((1, 64), (2, 128), (3, 256), (4, 512)):
         blocks = nnx.List()
         last = len(getattr(model, f"layer{stage}")) - 1
         for number in range(last + 1):
-            blocks.append(Bottleneck(make, channels, width, stride=2 if number == last and stage < 4 else 1))
+            blocks.append(Bottleneck(factory, channels, width, stride=2 if number == last and stage < 4 else 1))
             channels = 4 * width
         setattr(model, f"layer{stage}", blocks)
     assert theoretical(Network.from_model(model)).size == published
 
 
-def test_the_smallest_images_leave_one_position():
+def test_one_pixel_images_leave_one_position():
     """As in torchvision: all convolutions are padded."""
     network = Network.from_model(create("resnet50", classes=2, width=4))
     image = jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.float32)
@@ -134,6 +134,6 @@ def test_the_smallest_images_leave_one_position():
         ({"growth_rate": 8}, "unknown option of resnet_small 'growth_rate'"),
     ],
 )
-def test_what_is_wrong_is_named(options, message):
+def test_bad_options_are_named(options, message):
     with pytest.raises(CxrError, match=message):
         create("resnet_small", classes=3, **options)

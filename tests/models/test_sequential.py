@@ -26,12 +26,12 @@ def grey(count: int, size: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(7).integers(0, 256, (count, size, size, 1), np.uint8))
 
 
-def test_they_have_as_many_parameters_as_published():
+def test_parameter_counts_are_as_published():
     published = dict(zip(NAMES, (167_750, 167_750, 16_851_398), strict=True))
     assert {name: parameter_count(create(name, classes=6)) for name in NAMES} == published
 
 
-def test_version_3_is_the_papers_summary_line_by_line():
+def test_version_3_matches_the_papers_summary():
     network = Network.from_model(create("sequential_cnn", classes=6))
     paths = [("stage1",), ("stage2",), ("stage3",), ("dense",), ("classifier",)]
     assert [parameter_count(network.params[path]) for (path,) in paths] == [896, 9248, 9248, 147_584, 774]
@@ -41,11 +41,11 @@ def test_version_3_is_the_papers_summary_line_by_line():
     assert {name: maps.shape for name, maps in features.items()} == shapes
 
 
-def at(tree: Any, path: Sequence[str | int]) -> Any:
+def get_path(tree: Any, path: Sequence[str | int]) -> Any:
     return reduce(getitem, path, tree)
 
 
-def by_scipy(name: str, network: Network, images: np.ndarray, train: bool) -> tuple[np.ndarray, dict]:
+def scipy_forward(name: str, network: Network, images: np.ndarray, train: bool) -> tuple[np.ndarray, dict]:
     """Logits of prepared images, and batch means and unbiased variances by module; float64."""
     params, stats = jax.device_get((network.params, network.stats))
     statistics = {}
@@ -53,7 +53,7 @@ def by_scipy(name: str, network: Network, images: np.ndarray, train: bool) -> tu
     def norm(values: np.ndarray, params: dict, *path: str | int) -> np.ndarray:
         if "norm" not in params:
             return values
-        rows, running = values.reshape(-1, values.shape[-1]), at(stats, path)
+        rows, running = values.reshape(-1, values.shape[-1]), get_path(stats, path)
         statistics[path] = {"mean": rows.mean(0), "var": rows.var(0, ddof=1)}
         mean, var = (rows.mean(0), rows.var(0)) if train else (running["norm"]["mean"], running["norm"]["var"])
         return (values - mean) / np.sqrt(var + 1e-5) * params["norm"]["scale"] + params["norm"]["bias"]
@@ -81,7 +81,7 @@ def by_scipy(name: str, network: Network, images: np.ndarray, train: bool) -> tu
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_they_compute_what_scipy_computes(name, train):
+def test_outputs_equal_scipys(name, train):
     size = 9 if name.endswith("v2") else 31
     rng = np.random.default_rng(0)
     images = rng.random((4, size, size, 3))
@@ -99,34 +99,34 @@ def test_they_compute_what_scipy_computes(name, train):
             return model(images, train=train), Network.from_model(model).stats
 
         logits, stats = jax.device_get(run(network, images))
-    expected, statistics = by_scipy(name, network, images, train)
+    expected, statistics = scipy_forward(name, network, images, train)
     np.testing.assert_allclose(logits, expected, rtol=1e-11)
     assert len(statistics) == (5 if name.endswith("v2") else 0)
     before = jax.device_get(network.stats)
     for path, batch in statistics.items():
-        for leaf, value in at(before, path)["norm"].items():
-            moved = 0.9 * value + 0.1 * batch[leaf] if train else value
-            np.testing.assert_allclose(at(stats, path)["norm"][leaf], moved, rtol=1e-11)
+        for leaf, value in get_path(before, path)["norm"].items():
+            updated = 0.9 * value + 0.1 * batch[leaf] if train else value
+            np.testing.assert_allclose(get_path(stats, path)["norm"][leaf], updated, rtol=1e-11)
 
 
-def test_a_key_drops_in_every_stage_and_the_head_draws_the_last():
+def test_a_key_activates_dropout_in_every_stage():
     model = create("sequential_cnn", classes=6, seed=1)
     images = jnp.asarray(np.random.default_rng(0).random((2, 64, 64, 3)), jnp.float32)
     plain = model.features(images)
     drawn, again, other = (model.features(images, key=jax.random.key(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(drawn["stage1"], plain["stage1"])  # named before its own dropout
+    np.testing.assert_array_equal(drawn["stage1"], plain["stage1"])  # before its own dropout
     for name in ("stage2", "final"):
         np.testing.assert_array_equal(drawn[name], again[name])
         assert not np.array_equal(drawn[name], other[name])
         assert not np.array_equal(drawn[name], plain[name])
     # Monte Carlo dropout: draws of the head alone, about the prediction.
     draws = jax.vmap(lambda key: model.head(plain, key=key))(jax.random.split(jax.random.key(2), 500))
-    centre = model(images)
+    prediction = model(images)
     assert draws.std(0).min() > 0.01
-    assert relative_error(draws.mean(0), centre) < 0.2
+    assert relative_error(draws.mean(0), prediction) < 0.2
 
 
-def test_the_heads_dropout_drops_the_stated_share_of_the_flattened_maps():
+def test_the_heads_dropout_rate():
     model: Any = create("sequential_cnn", classes=6, dropout=0.4)
     model.dense[0].linear.kernel[...] = jnp.zeros((1152, 128)).at[:, 0].set(1.0)
     model.classifier.output.kernel[...] = jnp.zeros((128, 6)).at[0].set(1.0)
@@ -136,7 +136,7 @@ def test_the_heads_dropout_drops_the_stated_share_of_the_flattened_maps():
     assert abs(kept.std() - np.sqrt(0.6 * 0.4 / 1152)) < 0.003
 
 
-def test_version_1_draws_nothing():
+def test_version_1_has_no_dropout():
     network = Network.from_model(create("sequential_cnn_v1", classes=6))
     images = grey(2, 64)
     without, _ = network.apply(images, train=True)
@@ -168,7 +168,7 @@ def test_receptive_fields_and_grad_cam():
     assert maps.max((2, 3)).min() > 0
 
 
-def test_other_sizes_are_refused():
+def test_other_image_sizes_are_refused():
     network = Network.from_model(create("sequential_cnn", classes=6))
     for shape in ((2, 72, 72, 1), (2, 64, 96, 1)):
         with pytest.raises(CxrError, match=r"64 x 64 px, .* option image_size"):
@@ -197,7 +197,7 @@ def test_training_with_dropout_needs_a_key():
         ({"drop": 0.1}, "unknown option of sequential_cnn 'drop': did you mean 'dropout'"),
     ],
 )
-def test_what_is_wrong_is_named(options, message):
+def test_bad_options_are_named(options, message):
     with pytest.raises(CxrError, match=message):
         create("sequential_cnn", classes=6, **options)
 

@@ -1,4 +1,4 @@
-"""Operations on maps whose rows several devices share: the values of one device, and only what must be is sent."""
+"""Operations on sharded rows: the values of a single device, and no more communication than needed."""
 
 from functools import partial
 
@@ -36,24 +36,24 @@ def attention(maps):
     return _map_attention(maps, jnp.tanh(maps), maps)
 
 
-def region(maps):
+def crop(maps):
     return crop_and_resize(maps, jnp.array([[0.1, 0.2, 0.6, 0.9], [0.0, 0.0, 1.0, 0.5]]), 8)
 
 
-# An operation, and the most bytes that one exchange may have, as a part of an image's maps; a device has a quarter.
+# An operation, and the largest size of one exchange, as a fraction of an image's maps; a device holds a quarter.
 EXCHANGED = {
     "3x3": (partial(conv, kernel=3, stride=1), 1 / 16),
     "7x7, stride 2": (partial(conv, kernel=7, stride=2), 1 / 4),
     "depthwise 5x5, stride 2": (partial(conv, kernel=5, stride=2, groups=C), 1 / 4),
     "max pooling": (partial(max_pool, window=3, stride=2, padding=1), 1 / 8),
     "average pooling": (partial(average_pool, window=2, stride=2), 1 / 8),
-    "enlargement": (partial(upsample_nearest, factor=2), 0),
-    "bilinear enlargement": (upsample_bilinear_2x, 1 / 32),
+    "nearest upsampling": (partial(upsample_nearest, factor=2), 0),
+    "bilinear upsampling": (upsample_bilinear_2x, 1 / 32),
 }
 
 
 def with_gradient(operation, mesh, maps):
-    """The operation's value and gradient on the mesh, and what the devices send each other."""
+    """The operation's value and gradient on the mesh, and the collectives it compiles to."""
 
     def both(maps):
         value, backward = jax.vjp(operation, maps)
@@ -65,11 +65,11 @@ def with_gradient(operation, mesh, maps):
 
 
 def compare(operation, maps):
-    alone, none = with_gradient(operation, make_mesh(1, 1), maps)
+    expected, none = with_gradient(operation, make_mesh(1, 1), maps)
     assert not none
-    shared, calls = with_gradient(operation, make_mesh(2, 4), maps)
-    for found, expected in zip(shared, alone, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12 * np.abs(expected).max())
+    sharded, calls = with_gradient(operation, make_mesh(2, 4), maps)
+    for result, reference in zip(sharded, expected, strict=True):
+        np.testing.assert_allclose(result, reference, rtol=1e-10, atol=1e-12 * np.abs(reference).max())
     return calls
 
 
@@ -82,11 +82,11 @@ def test_neighbours_exchange_rows(name):
     assert max([call.bytes for call in calls], default=0) <= most * H * W * C * 8
 
 
-def test_attention_passes_keys_and_values_around():
+def test_attention_sends_keys_and_values_around_the_ring():
     with jax.enable_x64(True):
         calls = compare(attention, random(B, 8, W, C))
     assert {call.kind for call in calls} == {"collective-permute"}, calls
-    assert {call.bytes for call in calls} == {2 * W * C * 8}  # a device's share of them
+    assert {call.bytes for call in calls} == {2 * W * C * 8}  # a device's shard of them
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 2, 1)])
@@ -97,14 +97,14 @@ def test_upsampling_is_bilinear(shape):
         np.testing.assert_allclose(upsample_bilinear_2x(maps), expected, rtol=1e-12)
 
 
-def test_a_region_is_cut_out_without_the_whole_image():
+def test_a_crop_does_not_gather_the_image():
     with jax.enable_x64(True):
-        calls = compare(region, random(B, H, W, C))
+        calls = compare(crop, random(B, H, W, C))
     assert {call.kind for call in calls} == {"all-reduce"}, calls
-    assert max(call.bytes for call in calls) == 8 * 8 * C * 8  # the region
+    assert max(call.bytes for call in calls) == 8 * 8 * C * 8  # the crop
 
 
-@pytest.mark.parametrize(("operation", "rows"), [(partial(conv, kernel=3, stride=2), 20), (attention, 6), (region, 18)])
-def test_rows_that_do_not_divide_are_held_whole(operation, rows):
+@pytest.mark.parametrize(("operation", "rows"), [(partial(conv, kernel=3, stride=2), 20), (attention, 6), (crop, 18)])
+def test_rows_that_do_not_divide_evenly_are_replicated(operation, rows):
     with jax.enable_x64(True):
         compare(operation, random(B, rows, W, C))

@@ -7,12 +7,12 @@ ERRORS: dict[tuple[str, str], dict[str, float]] = {}
 
 @pytest.fixture
 def report_errors(name):
-    """`report_errors(kind, errors)` puts a network's errors, by name, into the table at the end of the session."""
+    """`report_errors(kind, errors)` adds a row of a network's errors by name to the table after the session."""
     return lambda kind, errors: ERRORS.__setitem__((name, kind), errors)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How far apart the two are, as one table; beside it how far PyTorch in float32 is from itself in float64."""
+    """Print the errors of our networks, and of PyTorch's float32 against its float64, as one table."""
     if not ERRORS:
         return
     columns = list(next(iter(ERRORS.values())))
