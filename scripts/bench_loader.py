@@ -144,7 +144,7 @@ def original(path: Path, images: Path | None, number: int) -> None:
     import cv2
     import numpy as np
 
-    from cxrjax.data.phantom import population, render
+    from cxrjax.data.phantom import sample_population, render
 
     if path.exists():
         return
@@ -152,7 +152,7 @@ def original(path: Path, images: Path | None, number: int) -> None:
         files = sorted(file for file in images.iterdir() if file.suffix in (".png", ".jpg"))
         image = cv2.imread(str(files[number % len(files)]), cv2.IMREAD_GRAYSCALE)
     else:
-        image = render(population(seed=0, patients=number + 1)[number], 1024)
+        image = render(sample_population(seed=0, patients=number + 1)[number], 1024)
     assert image is not None
     large = cv2.resize(image, ORIGINAL[::-1], interpolation=cv2.INTER_CUBIC).astype(np.float32)
     noise = np.random.default_rng(number).standard_normal(ORIGINAL, np.float32)

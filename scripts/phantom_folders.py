@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cxrjax.data.images import encode
-from cxrjax.data.phantom import population, render, with_findings
+from cxrjax.data.phantom import sample_population, render, with_findings
 from cxrjax.files import atomic_path
 from cxrjax.findings import SIX_CLASS
 
@@ -42,7 +42,7 @@ def main() -> None:
 
 def draw(out: Path, patients: int, size: int, seed: int) -> None:
     """One image a patient, classes in turn, and `metadata.csv` with what is known of each image."""
-    people = {radiograph.patient: radiograph for radiograph in population(seed, patients)}
+    people = {radiograph.patient: radiograph for radiograph in sample_population(seed, patients)}
     order = np.random.default_rng(seed).permutation(len(people))
     edges = np.cumsum([round(share * len(people)) for share in list(PARTS.values())[:-1]])
     rows = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from cxrjax.data.phantom import Radiograph, masks, population, render, with_findings
+from cxrjax.data.phantom import Radiograph, render_masks, sample_population, render, with_findings
 from cxrjax.findings import PHANTOM
 
 GAP, CAPTION = 6, 26
@@ -40,7 +40,7 @@ def main() -> None:
 def sheet(seed: int, rows: int, size: int, outlined: bool) -> np.ndarray:
     """A grid of radiographs: a row per patient, a column without finding and one for each finding alone."""
     views = ("PA", "AP", "PA")
-    people = {view: [r for r in population(seed, 40) if r.view == view] for view in views}
+    people = {view: [r for r in sample_population(seed, 40) if r.view == view] for view in views}
     chosen = [people[views[row % 3]][3 * row] for row in range(rows)]
     columns = ("No finding", *PHANTOM)
     step = size + GAP
@@ -58,7 +58,7 @@ def sheet(seed: int, rows: int, size: int, outlined: bool) -> np.ndarray:
 
 def _outlined(radiograph: Radiograph, size: int) -> np.ndarray:
     image = render(radiograph, size)
-    for mask in masks(radiograph, size).values():
+    for mask in render_masks(radiograph, size).values():
         contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(image, contours, -1, 255, 1)
     return image
@@ -67,7 +67,7 @@ def _outlined(radiograph: Radiograph, size: int) -> np.ndarray:
 def speed(size: int, seconds: float = 2.0) -> float:
     """Images drawn per second of processor time, on one thread."""
     cv2.setNumThreads(1)
-    people = population(0, 400)
+    people = sample_population(0, 400)
     for radiograph in people[:20]:
         render(radiograph, size)
     start, drawn = time.process_time(), 0

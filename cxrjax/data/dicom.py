@@ -1,4 +1,4 @@
-"""DICOM radiographs to grey uint8, as a viewer would first show them."""
+"""Decode DICOM radiographs to grey uint8, in the grey window that a viewer shows first."""
 
 import io
 from typing import Any
@@ -10,26 +10,26 @@ from cxrjax.errors import CxrError
 
 Values = Num[np.ndarray, "H W"]
 
-_FAR = 1e30  # beyond every window
+_FAR = 1e30  # outside every window
 
 
 def decode(data: bytes, name: str) -> UInt8[np.ndarray, "H W"]:
-    """Decodes a grey DICOM image of one frame, by DICOM PS3.3 C.11.1 and C.11.2.
+    """Decode a single-frame grey DICOM image, following DICOM PS3.3 C.11.1 and C.11.2.
 
-    The stored values go through the modality table, or rescale slope and intercept; then through the first table or
-    window of interest. What these can give at least and at most becomes 0 and 255; without either, the least and the
-    largest value of the image do (padding left out), and 8-bit values without a rescale stay as they are. MONOCHROME1
-    is inverted, so that air is black.
+    The stored values go through the modality LUT, or rescale slope and intercept, and then through the first VOI LUT or
+    window. The smallest and largest values that these can give become 0 and 255. Without a VOI LUT or window, those of
+    the image do (without padding), and 8-bit values without a rescale are kept. MONOCHROME1 is inverted, so that air is
+    black.
 
     Args:
-      data: the whole file.
-      name: the file or record, for the error message.
+      data: content of the file.
+      name: name of the file or record, for error messages.
 
     Returns:
-      uint8[H, W], 0 black.
+      uint8[H, W], 0 is black.
 
     Raises:
-      CxrError: pydicom is not installed, the file is damaged or holds no single grey image, or its compression needs a
+      CxrError: pydicom is not installed, the file is damaged or is not a single grey image, or its compression needs a
         decoder that is not installed.
     """
     try:
@@ -40,16 +40,16 @@ def decode(data: bytes, name: str) -> UInt8[np.ndarray, "H W"]:
         ) from error
     try:
         image = pydicom.dcmread(io.BytesIO(data))
-        _check(image, name)
-        return _shown(_stored(image, name), image)
+        _check_image(image, name)
+        return _to_grey(_read_pixels(image, name), image)
     except CxrError:
         raise
-    except Exception as error:  # whatever damage, or values that contradict the standard, make of it
+    except Exception as error:  # pydicom raises many types for damage and for values that violate the standard
         message = " ".join(str(error).split())
         raise CxrError(f"{name}: the DICOM file is damaged ({message}); fetch it again") from error
 
 
-def _check(image: Any, name: str) -> None:
+def _check_image(image: Any, name: str) -> None:
     kind = image.get("PhotometricInterpretation")
     if kind is None or "PixelData" not in image:
         raise CxrError(f"{name}: a DICOM file without an image ({image.get('Modality') or 'no modality'})")
@@ -57,69 +57,69 @@ def _check(image: Any, name: str) -> None:
         raise CxrError(f"{name}: a DICOM image in colour ({kind}); if it is a radiograph, convert it to 8-bit grey PNG")
     frames = int(image.get("NumberOfFrames") or 1)
     if frames != 1:
-        raise CxrError(f"{name}: a DICOM file of {frames} frames; give one image a file")
+        raise CxrError(f"{name}: a DICOM file with {frames} frames; give one image per file")
 
 
-def _stored(image: Any, name: str) -> Values:
+def _read_pixels(image: Any, name: str) -> Values:
     try:
         return image.pixel_array
-    except (RuntimeError, NotImplementedError) as error:  # no plugin, or none that could
+    except (RuntimeError, NotImplementedError) as error:  # no decoder plugin, or none that succeeded
         syntax = image.file_meta.TransferSyntaxUID.name
         raise CxrError(
-            f"{name}: DICOM pixels that are {syntax} cannot be decoded ({' '.join(str(error).split())}); where a "
-            "decoder is missing, install pylibjpeg[all], or convert the file to 8-bit grey PNG"
+            f"{name}: DICOM pixels in {syntax} cannot be decoded ({' '.join(str(error).split())}); install "
+            "pylibjpeg[all] if a decoder is missing, or convert the file to 8-bit grey PNG"
         ) from error
 
 
-def _shown(stored: Values, image: Any) -> UInt8[np.ndarray, "H W"]:
-    """The grey levels. Each depends on its stored value alone, so a value is worked out once."""
+def _to_grey(stored: Values, image: Any) -> UInt8[np.ndarray, "H W"]:
+    """Map stored values to grey levels, each distinct value once."""
     low, high = int(stored.min()), int(stored.max())
     if high - low >= 2**16:
-        return _grey(stored, _extremes(stored, image), image)
+        return _map_levels(stored, _value_range(stored, image), image)
     levels = np.arange(low, high + 1)
-    return _grey(levels, _extremes(stored, image), image)[stored.astype(np.int64) - low]
+    return _map_levels(levels, _value_range(stored, image), image)[stored.astype(np.int64) - low]
 
 
-def _grey(stored: np.ndarray, extremes: np.ndarray, image: Any) -> np.ndarray:
+def _map_levels(stored: np.ndarray, value_range: np.ndarray, image: Any) -> np.ndarray:
     from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
-    def measured(values: np.ndarray) -> np.ndarray:
+    def apply_modality(values: np.ndarray) -> np.ndarray:
         if image.get("ModalityLUTSequence"):
-            return _looked_up(values, image.ModalityLUTSequence[0], image)
+            return _apply_lut(values, image.ModalityLUTSequence[0], image)
         return apply_modality_lut(values, image)
 
-    values = measured(stored)
+    values = apply_modality(stored)
     if image.get("VOILUTSequence"):
-        table = image.VOILUTSequence[0]
-        values, black, white = _looked_up(values, table, image), 0, 2 ** table.LUTDescriptor[2] - 1
+        lut = image.VOILUTSequence[0]
+        values, black, white = _apply_lut(values, lut, image), 0, 2 ** lut.LUTDescriptor[2] - 1
     elif image.get("WindowWidth") is not None and image.get("WindowCenter") is not None:
-        with np.errstate(over="ignore"):  # of a sigmoid window, far below it
+        with np.errstate(over="ignore"):  # far below a sigmoid window
             values = apply_windowing(values, image)
             black, white = apply_windowing(np.array([-_FAR, _FAR]), image)
     elif values is stored and image.BitsStored == 8 and not image.PixelRepresentation:
         black, white = 0, 255
     else:
-        black, white = np.sort(measured(extremes))
+        black, white = np.sort(apply_modality(value_range))
     scale = 255 / (float(white) - float(black)) if white != black else 0.0
     grey = np.clip(np.rint((values.astype(float) - float(black)) * scale), 0, 255).astype(np.uint8)
     return 255 - grey if image.PhotometricInterpretation == "MONOCHROME1" else grey
 
 
-def _looked_up(values: Values, table: Any, image: Any) -> Values:
-    """The entries of a table. pydicom's own way loses input above 255 of 8-bit tables, and refuses 12-bit modality."""
-    count, first, _ = table.LUTDescriptor
-    entries = table.LUTData
+def _apply_lut(values: Values, lut: Any, image: Any) -> Values:
+    """Apply a LUT. pydicom's function loses input above 255 of 8-bit LUTs and refuses 12-bit modality LUTs."""
+    count, first, _ = lut.LUTDescriptor
+    entries = lut.LUTData
     if isinstance(entries, bytes):
         entries = np.frombuffer(entries, "<u2" if image.original_encoding[1] else ">u2")
     entries = np.asarray(entries)[: count or 2**16]
     return entries[np.clip(np.rint(values).astype(np.int64) - first, 0, len(entries) - 1)]
 
 
-def _extremes(stored: Values, image: Any) -> np.ndarray:
-    """The least and the largest stored value that is not padding (PS3.3 C.7.5.1.1.2)."""
-    value = image.get("PixelPaddingValue")
-    if value is not None:
-        limit = image.get("PixelPaddingRangeLimit", value)
-        real = stored[(stored < min(value, limit)) | (stored > max(value, limit))]
+def _value_range(stored: Values, image: Any) -> np.ndarray:
+    """Return the smallest and the largest stored value that is not padding (PS3.3 C.7.5.1.1.2)."""
+    padding = image.get("PixelPaddingValue")
+    if padding is not None:
+        limit = image.get("PixelPaddingRangeLimit", padding)
+        real = stored[(stored < min(padding, limit)) | (stored > max(padding, limit))]
         stored = real if real.size else stored
     return np.array([stored.min(), stored.max()])

@@ -1,4 +1,4 @@
-"""DICOM files: pydicom's own, and written ones whose grey levels are worked out by hand from PS3.3."""
+"""DICOM files: pydicom's test files, and synthetic ones with grey levels computed by hand from PS3.3."""
 
 import io
 import sys
@@ -19,8 +19,8 @@ from cxrjax.errors import CxrError
 STORED = np.array([[0, 100, 1000], [2047, 2048, 4095]], np.uint16)
 
 
-def written(pixels=STORED, *, bits=12, syntax=ExplicitVRLittleEndian, data=None, **more) -> bytes:
-    """A file with this image and these elements."""
+def make_dicom(pixels=STORED, *, bits=12, syntax=ExplicitVRLittleEndian, data=None, **elements) -> bytes:
+    """Make a file with an image and further elements."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = syntax
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"  # digital X-ray, for presentation
@@ -33,59 +33,59 @@ def written(pixels=STORED, *, bits=12, syntax=ExplicitVRLittleEndian, data=None,
     image.BitsStored, image.HighBit, image.PixelRepresentation = bits, bits - 1, int(pixels.dtype.kind == "i")
     ordered = pixels.astype(pixels.dtype.newbyteorder("<" if little else ">"))
     image.PixelData = data or ordered.tobytes() + b"\0" * (pixels.nbytes % 2)
-    for name, value in more.items():
+    for name, value in elements.items():
         setattr(image, name, value)
     stream = io.BytesIO()
     image.save_as(stream, enforce_file_format=True)
     return stream.getvalue()
 
 
-def table(data, first, bits, order="") -> list[Dataset]:
-    """A lookup table's sequence, its entries as numbers or as words in the order given."""
+def lut(data, first, bits, order="") -> list[Dataset]:
+    """Make the sequence of a LUT, with entries as numbers, or as 16-bit words in a byte order."""
     item = Dataset()
     item.add_new("LUTDescriptor", "US", [len(data), first, bits])
     item.add_new("LUTData", *(("OW", np.array(data, f"{order}u2").tobytes()) if order else ("US", data)))
     return [item]
 
 
-def grey(*args, **more):
-    return decode(written(*args, **more), "x.dcm")
+def grey(*args, **kwargs):
+    return decode(make_dicom(*args, **kwargs), "x.dcm")
 
 
 @pytest.mark.parametrize(
     ("elements", "expected"),
     [
-        # least and largest value of the image: 255 x / 4095
+        # smallest and largest value of the image: 255 x / 4095
         ({}, [[0, 6, 62], [127, 128, 255]]),
         # PS3.3 C.11.2.1.2.1, c = 1000, w = 2000: 255 ((x - 999.5) / 1999 + 0.5)
         ({"WindowCenter": 1000, "WindowWidth": 2000}, [[0, 13, 128], [255, 255, 255]]),
-        # the exact one: 255 ((x - 1000) / 2000 + 0.5)
+        # linear exact: 255 ((x - 1000) / 2000 + 0.5)
         ({"WindowCenter": 1000, "WindowWidth": 2000, "VOILUTFunction": "LINEAR_EXACT"}, [[0, 13, 128], [255] * 3]),
-        # a sigmoid: 255 / (1 + exp(-4 (x - 1000) / 2000))
+        # sigmoid: 255 / (1 + exp(-4 (x - 1000) / 2000))
         ({"WindowCenter": 1000, "WindowWidth": 2000, "VOILUTFunction": "SIGMOID"}, [[30, 36, 128], [227, 227, 254]]),
         # the first of two windows
         ({"WindowCenter": [1000, 50], "WindowWidth": [2000, 10]}, [[0, 13, 128], [255, 255, 255]]),
-        # rescaled first: x / 2 - 100 in a window from -100 to 900
+        # after rescaling: x / 2 - 100 in a window from -100 to 900
         (
             {"RescaleSlope": 0.5, "RescaleIntercept": -100, "WindowCenter": 400, "WindowWidth": 1000},
             [[0, 13, 128], [255, 255, 255]],
         ),
         # a window wider than the data does not stretch them
         ({"WindowCenter": 8192, "WindowWidth": 16384}, [[0, 2, 16], [32, 32, 64]]),
-        # padding (4095) does not count: 255 x / 2048
+        # without padding (4095): 255 x / 2048
         ({"PixelPaddingValue": 4095}, [[0, 12, 125], [255, 255, 255]]),
         ({"PixelPaddingValue": 2048, "PixelPaddingRangeLimit": 4095}, [[0, 12, 125], [255, 255, 255]]),
     ],
 )
 def test_grey_levels_by_hand(elements, expected):
-    got = grey(**elements)
-    assert got.dtype == np.uint8
-    np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(grey(PhotometricInterpretation="MONOCHROME1", **elements), 255 - got)
+    actual = grey(**elements)
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(grey(PhotometricInterpretation="MONOCHROME1", **elements), 255 - actual)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.uint32])
-def test_the_whole_range_of_a_type(dtype):
+def test_full_range_of_a_type(dtype):
     least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
     pixels = np.linspace(least, most, 256).reshape(16, 16).astype(dtype)
     np.testing.assert_array_equal(grey(pixels, bits=8 * pixels.itemsize).ravel(), np.arange(256))
@@ -108,49 +108,49 @@ def test_signed_values():
         (ExplicitVRBigEndian, ">"),
     ],
 )
-def test_tables_of_interest(bits, syntax, order):
+def test_voi_luts(bits, syntax, order):
     top = 2**bits - 1
     data = [round(top * (k / 3000) ** 0.5) for k in range(3001)]
-    got = grey(VOILUTSequence=table(data, 100, bits, order), syntax=syntax, WindowCenter=5, WindowWidth=2)
+    actual = grey(VOILUTSequence=lut(data, 100, bits, order), syntax=syntax, WindowCenter=5, WindowWidth=2)
     expected = [[0, 0, 255 * 0.3**0.5], [255 * (1947 / 3000) ** 0.5, 255 * (1948 / 3000) ** 0.5, 255]]
-    np.testing.assert_allclose(got, expected, atol=0.6)
+    np.testing.assert_allclose(actual, expected, atol=0.6)
     if bits == 12:
-        image = pydicom.dcmread(io.BytesIO(written(VOILUTSequence=table(data, 100, bits))))
-        theirs = apply_voi_lut(image.pixel_array, image)
-        np.testing.assert_array_equal(got, np.rint(theirs / 4095 * 255))
+        image = pydicom.dcmread(io.BytesIO(make_dicom(VOILUTSequence=lut(data, 100, bits))))
+        reference = apply_voi_lut(image.pixel_array, image)
+        np.testing.assert_array_equal(actual, np.rint(reference / 4095 * 255))
 
 
-def test_a_modality_table_comes_before_the_window():
+def test_modality_lut_is_applied_before_the_window():
     data = list(range(4096))[::-1]  # densities: 4095 - x
-    modality = table(data, 0, 12)
+    modality = lut(data, 0, 12)
     modality[0].ModalityLUTType = "OD"
-    got = grey(ModalityLUTSequence=modality, WindowCenter=2048, WindowWidth=4096)
-    np.testing.assert_array_equal(got, 255 - grey(WindowCenter=2048, WindowWidth=4096))
+    actual = grey(ModalityLUTSequence=modality, WindowCenter=2048, WindowWidth=4096)
+    np.testing.assert_array_equal(actual, 255 - grey(WindowCenter=2048, WindowWidth=4096))
 
 
-def test_eight_bits_stay_as_they_are():
+def test_eight_bits_are_kept():
     pixels = np.random.default_rng(0).integers(40, 90, (5, 7), np.uint8)
     np.testing.assert_array_equal(grey(pixels, bits=8), pixels)
     np.testing.assert_array_equal(grey(pixels, bits=8, PhotometricInterpretation="MONOCHROME1"), 255 - pixels)
 
 
-def test_one_value_everywhere():
+def test_constant_image():
     np.testing.assert_array_equal(grey(np.full((2, 2), 700, np.uint16)), np.zeros((2, 2)))
     np.testing.assert_array_equal(grey(np.full((2, 2), 700, np.uint16), PixelPaddingValue=700), np.zeros((2, 2)))
 
 
-def test_a_compressed_radiograph():
+def test_compressed_radiograph():
     pixels = np.tile(np.arange(64, dtype=np.uint8) * 3, (48, 1))
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=95)
-    data = written(pixels, bits=8, syntax=JPEGBaseline8Bit, data=encapsulate([stream.getvalue()]))
+    data = make_dicom(pixels, bits=8, syntax=JPEGBaseline8Bit, data=encapsulate([stream.getvalue()]))
     np.testing.assert_array_equal(decode(data, "x.dcm"), np.asarray(Image.open(stream)))
 
 
-# --- pydicom's own files
+# --- pydicom's test files
 
 
-def theirs(name: str) -> bytes:
+def read_test_file(name: str) -> bytes:
     path = get_testdata_file(name, download=False)
     assert isinstance(path, str)
     with open(path, "rb") as file:
@@ -165,47 +165,47 @@ def theirs(name: str) -> bytes:
     ],
 )  # fmt: skip
 def test_one_image_in_six_encodings(name):
-    image = pydicom.dcmread(io.BytesIO(theirs("MR_small.dcm")))
+    image = pydicom.dcmread(io.BytesIO(read_test_file("MR_small.dcm")))
     pixels = image.pixel_array.astype(float)
-    window = np.clip((pixels - 599.5) / 1599 + 0.5, 0, 1)  # its centre is 600, its width 1600
-    np.testing.assert_array_equal(decode(theirs(name), name), np.rint(255 * window))
+    window = np.clip((pixels - 599.5) / 1599 + 0.5, 0, 1)  # centre 600, width 1600
+    np.testing.assert_array_equal(decode(read_test_file(name), name), np.rint(255 * window))
 
 
 def test_rescaled_ct_without_a_window():
-    image = pydicom.dcmread(io.BytesIO(theirs("CT_small.dcm")))
+    image = pydicom.dcmread(io.BytesIO(read_test_file("CT_small.dcm")))
     values = apply_modality_lut(image.pixel_array, image)
     expected = np.rint(255 * (values - values.min()) / np.ptp(values))
-    np.testing.assert_array_equal(decode(theirs("CT_small.dcm"), "x"), expected)
+    np.testing.assert_array_equal(decode(read_test_file("CT_small.dcm"), "x"), expected)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("SC_rgb_small_odd.dcm", r"x: a DICOM image in colour \(RGB\)"),
-        ("rtdose.dcm", "x: a DICOM file of 15 frames; give one image a file"),
+        ("rtdose.dcm", "x: a DICOM file with 15 frames; give one image per file"),
         ("test-SR.dcm", r"x: a DICOM file without an image \(SR\)"),
         ("MR_truncated.dcm", r"x: the DICOM file is damaged \(The number of bytes of pixel data is less"),
-        ("JPGExtended.dcm", r"x: DICOM pixels that are JPEG Extended .* cannot be decoded .*install pylibjpeg\[all\]"),
-        ("MR_small_jpeg_ls_lossless.dcm", r"pixels that are JPEG-LS Lossless Image Compression cannot .* pylibjpeg"),
+        ("JPGExtended.dcm", r"x: DICOM pixels in JPEG Extended .* cannot be decoded .*install pylibjpeg\[all\]"),
+        ("MR_small_jpeg_ls_lossless.dcm", r"pixels in JPEG-LS Lossless Image Compression cannot .* pylibjpeg"),
     ],
 )
-def test_what_is_no_radiograph_is_named(name, message):
+def test_unsupported_file_is_an_error_that_names_it(name, message):
     with pytest.raises(CxrError, match=message):
-        decode(theirs(name), "x")
+        decode(read_test_file(name), "x")
 
 
 @pytest.mark.parametrize("lost", [2, 12, 40, 200])
-def test_a_file_that_is_cut_off(lost):
+def test_truncated_file_is_an_error(lost):
     with pytest.raises(CxrError, match=r"x: (the DICOM file is damaged|a DICOM file without an image)"):
-        decode(written()[:-lost], "x")
+        decode(make_dicom()[:-lost], "x")
 
 
-def test_a_window_that_makes_no_sense():
+def test_invalid_window_is_an_error():
     with pytest.raises(CxrError, match=r"x: the DICOM file is damaged \(The \(0028,1051\) Window Width must be"):
-        decode(written(WindowCenter=5, WindowWidth=0), "x")
+        decode(make_dicom(WindowCenter=5, WindowWidth=0), "x")
 
 
-def test_without_pydicom_the_extra_is_named(monkeypatch):
+def test_missing_pydicom_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     data = bytes(128) + b"DICM" + bytes(64)
     with pytest.raises(CxrError, match=r"x\.dcm: a DICOM file, which needs the package pydicom: .*--extra dicom"):

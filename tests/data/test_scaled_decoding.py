@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from cxrjax.data.images import _shrink, decode, decode_resized, encode, resize
-from cxrjax.data.phantom import population, render
+from cxrjax.data.phantom import sample_population, render
 from cxrjax.errors import CxrError
 
 
 @pytest.fixture(scope="module")
 def radiograph():
     """A phantom radiograph of 1000 x 900 px with noise."""
-    return np.ascontiguousarray(render(population(patients=9, seed=0)[0], 1000)[:, :900])
+    return np.ascontiguousarray(render(sample_population(patients=9, seed=0)[0], 1000)[:, :900])
 
 
 def test_scaled_jpeg_is_close_to_the_area_mean(radiograph):

@@ -40,7 +40,7 @@ def leftovers(folder):
 
 def test_records_are_the_population(drawn):
     prepared, records = drawn
-    population = phantom.population(0, 12)
+    population = phantom.sample_population(0, 12)
     assert (prepared.images, prepared.patients) == (len(population), 12)
     assert records.findings == PHANTOM
     assert records.id.tolist() == [radiograph.id for radiograph in population]
@@ -55,8 +55,8 @@ def test_records_are_the_population(drawn):
 
 def test_masks_are_exact(drawn):
     _, records = drawn
-    for row, radiograph in enumerate(phantom.population(0, 12)):
-        truth = phantom.masks(radiograph, 64)
+    for row, radiograph in enumerate(phantom.sample_population(0, 12)):
+        truth = phantom.render_masks(radiograph, 64)
         for finding in PHANTOM:
             mask = records.mask(row, finding, 64)
             assert (mask is None) == (finding not in truth)
@@ -123,7 +123,7 @@ def test_many_shards_keep_the_order(tmp_path, monkeypatch):
     prepared, records = draw(tmp_path)
     shards = sorted(path.name for path in prepared.directory.glob("*.array_record*"))
     assert len(shards) == -(-prepared.images // 3)
-    population = phantom.population(0, 12)
+    population = phantom.sample_population(0, 12)
     for row in range(prepared.images):
         np.testing.assert_array_equal(records.image(row), phantom.render(population[row], 64))
     assert len(Builder(data_dir=tmp_path, config="64").as_data_source("all")) == prepared.images

@@ -47,7 +47,7 @@ class Builder(RadiographBuilder):
         return {**super().options, "patients": self.patients, "seed": self.seed}
 
     def _read_records(self, dl_manager: tfds.download.DownloadManager | None) -> Sequence[Record]:
-        population = phantom.population(self.seed, self.patients)
+        population = phantom.sample_population(self.seed, self.patients)
         self._radiographs = {radiograph.id: radiograph for radiograph in population}
         return [
             Record(
@@ -77,7 +77,7 @@ class Builder(RadiographBuilder):
 def _draw(radiograph: phantom.Radiograph, size: int) -> StoredImage:
     image = phantom.render(radiograph, size)
     bits = np.zeros_like(image)
-    for finding, mask in phantom.masks(radiograph, size).items():
+    for finding, mask in phantom.render_masks(radiograph, size).items():
         bits |= mask.astype(np.uint8) << PHANTOM.index(finding)
     digest = hashlib.sha256(image.tobytes() + bits.tobytes()).hexdigest()
     return StoredImage(encode(image, "png"), digest, encode(bits, "png"))

@@ -1,7 +1,7 @@
-"""Procedural radiographs with known findings and masks: the data set that comes with the program."""
+"""The phantom: synthetic radiographs with exactly known findings and masks."""
 
-from cxrjax.data.phantom.anatomy import anatomy
-from cxrjax.data.phantom.population import Radiograph, population, with_findings
-from cxrjax.data.phantom.rendering import masks, render
+from cxrjax.data.phantom.anatomy import make_anatomy
+from cxrjax.data.phantom.population import Radiograph, sample_population, with_findings
+from cxrjax.data.phantom.rendering import render, render_masks
 
-__all__ = ["Radiograph", "anatomy", "masks", "population", "render", "with_findings"]
+__all__ = ["Radiograph", "make_anatomy", "render", "render_masks", "sample_population", "with_findings"]

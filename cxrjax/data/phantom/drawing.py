@@ -1,7 +1,7 @@
-"""Sub-pixel drawing in unit coordinates: contours, films, pencils of known width, banks of noise.
+"""Sub-pixel drawing in unit coordinates: curves, a canvas with lines of known width, and banks of noise.
 
-A point is (x, y) in image widths, the origin at the centre of the image, y downwards; so a drawing does not
-know how many pixels it will have. Layers are uint8 grids on which OpenCV draws anti-aliased in fixed point.
+A point is (x, y) in image widths, with the origin at the centre of the image and y downwards, so shapes do not depend
+on the image size. Layers are uint8 grids on which OpenCV draws with anti-aliasing in fixed point.
 """
 
 import functools
@@ -15,12 +15,12 @@ Points = Float[np.ndarray, "... n 2"]
 Layer = UInt8[np.ndarray, "size size"]
 
 _SHIFT = 6  # fractional bits of OpenCV's fixed-point coordinates
-_PENCILS = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31)  # thicknesses tried
+_THICKNESSES = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31)  # nominal line thicknesses of OpenCV to choose from
 
 
 @functools.lru_cache(maxsize=256)
 def _catmull_rom(points: int, samples: int, closed: bool) -> Float[np.ndarray, "m n"]:
-    """The matrix that turns control points into the points of their Catmull-Rom spline."""
+    """Return the matrix from control points to the points of their Catmull-Rom spline."""
     segments = points if closed else points - 1
     t = np.arange(samples) / samples
     weights = 0.5 * np.stack(
@@ -38,38 +38,38 @@ def _catmull_rom(points: int, samples: int, closed: bool) -> Float[np.ndarray, "
 
 
 def spline(points: Points, *, closed: bool = False, samples: int = 6) -> Points:
-    """A smooth curve through control points (Catmull-Rom), `samples` points per segment.
+    """Return a smooth curve through control points (Catmull-Rom).
 
     Args:
       points: control points; leading axes are separate curves.
-      closed: whether the last point is joined to the first.
-      samples: points of the result per segment.
+      closed: whether the curve is closed.
+      samples: number of points per segment.
     """
     return _catmull_rom(points.shape[-2], samples, closed) @ points
 
 
 @functools.lru_cache(maxsize=1)
-def _pencil_widths() -> Float[np.ndarray, " pencils"]:
-    """How many pixels wide each pencil really draws (light across the line, over its brightness).
+def _measure_line_widths() -> Float[np.ndarray, " thicknesses"]:
+    """Measure the width in px of a line of each thickness: its total light across, divided by its brightness.
 
-    OpenCV's anti-aliased lines are wider than their nominal thickness, by an amount that depends on its version.
+    OpenCV's anti-aliased lines are wider than nominal, by an amount that depends on its version.
     """
     widths = []
-    for pencil in _PENCILS:
+    for thickness in _THICKNESSES:
         layer = np.zeros((96, 96), np.uint8)
-        ends = np.array([[-2000, 800], [8200, 5200]], np.int32)  # a slanted line across all columns
-        cv2.polylines(layer, [ends], False, 255, pencil, cv2.LINE_AA, _SHIFT)
+        ends = np.array([[-2000, 800], [8200, 5200]], np.int32)  # an oblique line across all columns
+        cv2.polylines(layer, [ends], False, 255, thickness, cv2.LINE_AA, _SHIFT)
         slope = (ends[1, 1] - ends[0, 1]) / (ends[1, 0] - ends[0, 0])
         widths.append(layer[:, 32:64].sum() / 255 / 32 * np.cos(np.arctan(slope)))
     return np.array(widths)
 
 
-class Film:
-    """A square pixel grid on which a posed patient is drawn.
+class Canvas:
+    """A square pixel grid on which a patient in a given pose is drawn.
 
     Args:
-      size: pixels along each side.
-      pose: affine map (2x3) from the patient's unit coordinates to the image's.
+      size: side in px.
+      pose: affine map (2x3) from the patient's to the image's unit coordinates.
     """
 
     def __init__(self, size: int, pose: Float[np.ndarray, "2 3"]):
@@ -78,51 +78,51 @@ class Film:
         self._offset = ((pose[:, 2] + 0.5) * size - 0.5) * 2**_SHIFT
 
     def blank(self, value: int = 0) -> Layer:
-        """A new layer of one grey."""
+        """Return a new layer with one grey level."""
         return np.full((self.size, self.size), value, np.uint8)
 
     def pixels(self, points: Points) -> Int[np.ndarray, "... n 2"]:
-        """Patient coordinates as OpenCV's fixed-point pixel coordinates."""
+        """Convert the patient's coordinates to OpenCV's fixed-point pixel coordinates."""
         return np.rint(points @ self._linear + self._offset).astype(np.int32)
 
-    def _many(self, lines: Points | Iterable[Points]) -> Sequence[Int[np.ndarray, "n 2"]]:
-        """Pixel coordinates of several lines; quick for an array of them."""
+    def _to_pixels(self, lines: Points | Iterable[Points]) -> Sequence[Int[np.ndarray, "n 2"]]:
+        """Convert several lines to pixel coordinates, an array of them at once."""
         return list(self.pixels(lines)) if isinstance(lines, np.ndarray) else [self.pixels(line) for line in lines]
 
     def fill(self, layer: Layer, contours: Iterable[Points], value: float) -> Layer:
-        """Paint each contour's inside with `value`, smooth at its edge."""
-        for contour in self._many(contours):
+        """Fill each contour with `value`, anti-aliased."""
+        for contour in self._to_pixels(contours):
             cv2.fillPoly(layer, [contour], float(value), cv2.LINE_AA, _SHIFT)
         return layer
 
     def stroke(
         self, layer: Layer, lines: Points | Sequence[Points], width: float, value: float, *, closed: bool = False
     ) -> Layer:
-        """Draw lines, or the edges of closed contours, of a width in image widths.
+        """Draw lines, or the edges of closed contours, with a width in image widths.
 
-        A line thinner than the finest pencil is drawn fainter instead, so its light is the same at every size.
+        A line narrower than OpenCV's thinnest is drawn fainter instead, so its total light is the same at every size.
         """
-        widths = _pencil_widths()
-        wanted = width * self.size
-        pencil = int(np.argmax(1.5 * widths >= wanted)) if 1.5 * widths[-1] >= wanted else len(widths) - 1
-        strength = value * min(wanted / widths[pencil], 1.5)
-        cv2.polylines(layer, self._many(lines), closed, min(strength, 255.0), _PENCILS[pencil], cv2.LINE_AA, _SHIFT)
+        widths = _measure_line_widths()
+        target = width * self.size
+        k = int(np.argmax(1.5 * widths >= target)) if 1.5 * widths[-1] >= target else len(widths) - 1
+        strength = value * min(target / widths[k], 1.5)
+        cv2.polylines(layer, self._to_pixels(lines), closed, min(strength, 255.0), _THICKNESSES[k], cv2.LINE_AA, _SHIFT)
         return layer
 
     def inside(self, contours: Iterable[Points]) -> Layer:
-        """A hard mask (0 or 255) of the contours' union; a contour in the image marks at least one pixel."""
+        """Return a hard mask (0 or 255) of the union of contours, each with at least one pixel."""
         layer = self.blank()
-        for contour in self._many(contours):
+        for contour in self._to_pixels(contours):
             cv2.fillPoly(layer, [contour], 255.0, cv2.LINE_8, _SHIFT)
         return layer
 
     def trace(self, lines: Sequence[Points], width: float) -> Layer:
-        """A hard mask (0 or 255) of lines of a width in image widths, at least one pixel."""
-        drawn = [np.rint(line / 2**_SHIFT).astype(np.int32) for line in self._many(lines)]
-        return cv2.polylines(self.blank(), drawn, False, 255, max(1, round(width * self.size)))
+        """Return a hard mask (0 or 255) of lines with a width in image widths, at least one pixel."""
+        pixels = [np.rint(line / 2**_SHIFT).astype(np.int32) for line in self._to_pixels(lines)]
+        return cv2.polylines(self.blank(), pixels, False, 255, max(1, round(width * self.size)))
 
     def smooth(self, layer: Layer, sigma: float) -> Layer:
-        """The layer blurred by a Gaussian of `sigma` image widths; below a third of a pixel it stays as it is."""
+        """Blur a layer with a Gaussian of `sigma` image widths, unless that is below a third of a pixel."""
         pixels = sigma * self.size
         return cv2.GaussianBlur(layer, (0, 0), pixels) if pixels > 1 / 3 else layer
 
@@ -130,7 +130,7 @@ class Film:
 def ellipse(
     centre: Sequence[float] | np.ndarray, radii: Sequence[float], angle: float = 0.0, points: int = 28
 ) -> Points:
-    """The contour of an ellipse turned by `angle` radians."""
+    """Return the outline of an ellipse rotated by `angle` radians."""
     t = np.linspace(0, 2 * np.pi, points, endpoint=False)
     x, y = radii[0] * np.cos(t), radii[1] * np.sin(t)
     c, s = np.cos(angle), np.sin(angle)
@@ -138,7 +138,7 @@ def ellipse(
 
 
 def outline(lines: Points, width: float | Float[np.ndarray, "n 1"]) -> Points:
-    """The outline of a band of a width along each line: down its one edge and back up the other."""
+    """Return the outline of a band around each line: down one edge and back up the other."""
     along = np.empty_like(lines)
     along[..., 1:-1, :] = lines[..., 2:, :] - lines[..., :-2, :]
     along[..., 0, :], along[..., -1, :] = lines[..., 1, :] - lines[..., 0, :], lines[..., -1, :] - lines[..., -2, :]
@@ -147,21 +147,21 @@ def outline(lines: Points, width: float | Float[np.ndarray, "n 1"]) -> Points:
 
 
 @functools.lru_cache(maxsize=1)
-def grain() -> Int8[np.ndarray, "bank bank"]:
-    """A bank of white noise of standard deviation 32, from which quantum noise is cut."""
+def noise_bank() -> Int8[np.ndarray, "bank bank"]:
+    """Return a bank of white noise with standard deviation 32, from which quantum noise is cut."""
     noise = np.random.default_rng(20180829).standard_normal((1536, 1536), np.float32) * 32
     return noise.clip(-127, 127).astype(np.int8)
 
 
-MESH_DENSITY = 512  # pixels of the mesh bank per image width
+MESH_DENSITY = 512  # pixels of the texture bank per image width
 
 
 @functools.lru_cache(maxsize=1)
-def mesh(period: float = 6 / 256) -> Float32[np.ndarray, "bank bank"]:
-    """A bank of reticular texture: a net of bright ridges about `period` image widths apart.
+def mesh_texture(period: float = 6 / 256) -> Float32[np.ndarray, "bank bank"]:
+    """Return a tileable bank of reticular texture: a net of bright ridges about `period` image widths apart.
 
-    Made of the zero crossings of band-passed noise, freed of everything coarser than the period so that averaging
-    over a few periods leaves nothing; mean 0, standard deviation 1; it tiles.
+    It consists of the zero crossings of band-passed noise, high-passed so that averaging over a few periods leaves
+    nothing; mean 0, standard deviation 1.
     """
     side = 1024
     rng = np.random.default_rng(20201103)

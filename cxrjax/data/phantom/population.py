@@ -1,4 +1,4 @@
-"""Patients, their studies and what each image truly shows, drawn independently of how it was taken."""
+"""Population of patients and studies with the true findings of each image, independent of its exposure."""
 
 from dataclasses import dataclass, replace
 
@@ -8,26 +8,26 @@ from cxrjax.errors import CxrError
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, PHANTOM, POSITIVE, UNCERTAIN, positions
 
 PREVALENCE = {finding: 0.30 if finding == "Cardiomegaly" else 0.25 for finding in PHANTOM}
-"""Share of studies in which each finding is present."""
+"""Fraction of studies with each finding."""
 UNCERTAIN_PRESENT, UNCERTAIN_ABSENT, UNMENTIONED_ABSENT = 0.05, 0.02, 0.25
-"""How reports hide the truth: a present finding may be called uncertain, an absent one also not be mentioned."""
+"""Label noise of reports: a present finding may be uncertain, an absent one uncertain or not mentioned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Radiograph:
-    """The description of one image; `render` and `masks` turn it into pixels of any size.
+    """Description of one image, which `render` and `render_masks` draw at any size.
 
     Attributes:
-      id: unique key, such as `p00012_s1_0` (patient, study, image).
-      patient: key of the patient.
-      study: key of the study; its images show the same findings.
+      id: unique, such as `p00012_s1_0` (patient, study, image).
+      patient: the patient's id.
+      study: the study's id; its images show the same findings.
       view: "PA" or "AP".
-      age: years.
+      age: in years.
       sex: "F" or "M".
-      labels: per finding of `PHANTOM` 1, 0, -1 (uncertain) or -2 (not mentioned), as a report would have it.
-      present: per finding of `PHANTOM` whether the image truly shows it.
+      labels: reported label of each finding of `PHANTOM`, encoded as in `Record`.
+      present: whether each finding of `PHANTOM` is truly present.
       body: seed of the patient's anatomy.
-      disease: seed of the findings' place, size and strength.
+      disease: seed of the findings' position, size and contrast.
       exposure: seed of pose, exposure, noise, electrodes and markers.
     """
 
@@ -44,26 +44,26 @@ class Radiograph:
     exposure: int
 
     def shows(self, finding: str) -> bool:
-        """Whether the finding of `PHANTOM` is truly present."""
+        """Return whether a finding of `PHANTOM` is truly present."""
         return self.present[PHANTOM.index(finding)]
 
 
-def population(seed: int, patients: int) -> list[Radiograph]:
-    """Describe a population: about 1.6 images per patient, in the order of patients, studies and images.
+def sample_population(seed: int, patients: int) -> list[Radiograph]:
+    """Sample a population with about 1.6 images per patient, ordered by patient, study and image.
 
-    Three in ten patients come back once or twice; one study in seven has a second image. Findings are drawn per
-    study, independently of each other, of the patient and of the view. A longer population begins with the
-    shorter one of the same seed.
+    Three in ten patients return once or twice, and one study in seven has a second image. Findings are sampled per
+    study, independently of each other, the patient and the view. A larger population starts with the smaller one of
+    the same seed.
 
     Args:
-      seed: any non-negative integer.
-      patients: how many patients.
+      seed: a non-negative integer.
+      patients: number of patients.
 
     Raises:
-      CxrError: if `seed` or `patients` is negative.
+      CxrError: `seed` or `patients` is negative.
     """
     if seed < 0 or patients < 0:
-        raise CxrError(f"population: seed and patients must not be negative, got {seed} and {patients}")
+        raise CxrError(f"phantom: seed and patients must not be negative, got {seed} and {patients}")
     prevalence = np.array(list(PREVALENCE.values()))
     radiographs = []
     for number in range(patients):
@@ -73,7 +73,7 @@ def population(seed: int, patients: int) -> list[Radiograph]:
         for study_number in range(1, 1 + int(np.searchsorted([0.7, 0.9], rng.random(), side="right")) + 1):
             study = f"{patient}_s{study_number}"
             present = rng.random(len(PHANTOM)) < prevalence
-            labels = _reported(present, rng.random(len(PHANTOM)))
+            labels = _report(present, rng.random(len(PHANTOM)))
             disease = int(rng.integers(2**62))
             for image in range(1 + int(rng.random() < 1 / 7)):
                 radiographs.append(
@@ -87,20 +87,20 @@ def population(seed: int, patients: int) -> list[Radiograph]:
     return radiographs
 
 
-def _reported(present: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """The labels a report gives: the truth, except for what is called uncertain or left out."""
+def _report(present: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """Return the reported labels: the truth, except for uncertain and omitted findings."""
     labels = np.where(present, POSITIVE, NEGATIVE)
-    unclear = chance < np.where(present, UNCERTAIN_PRESENT, UNCERTAIN_ABSENT)
-    unsaid = ~present & (chance > 1 - UNMENTIONED_ABSENT)
-    return np.where(unclear, UNCERTAIN, np.where(unsaid, NOT_MENTIONED, labels)).astype(np.int8)
+    uncertain = chance < np.where(present, UNCERTAIN_PRESENT, UNCERTAIN_ABSENT)
+    omitted = ~present & (chance > 1 - UNMENTIONED_ABSENT)
+    return np.where(uncertain, UNCERTAIN, np.where(omitted, NOT_MENTIONED, labels)).astype(np.int8)
 
 
 def with_findings(radiograph: Radiograph, *findings: str) -> Radiograph:
-    """The same patient, pose and exposure with exactly these findings present, and labelled so.
+    """Return the same patient, pose and exposure with exactly these findings present and labelled.
 
     Raises:
-      CxrError: on a finding that is not one of `PHANTOM`.
+      CxrError: a finding is not in `PHANTOM`.
     """
-    wanted = set(positions(findings, PHANTOM))
-    present = tuple(k in wanted for k in range(len(PHANTOM)))
+    selected = set(positions(findings, PHANTOM))
+    present = tuple(k in selected for k in range(len(PHANTOM)))
     return replace(radiograph, present=present, labels=tuple(POSITIVE if p else NEGATIVE for p in present))
