@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# The same run on every host of a TPU pod slice, one process a host.
+# Start the same run on every host of a TPU pod slice, one process per host.
 #
 #   ZONE=us-east5-a scripts/tpu_pod.sh my-v5e-256 resolution:2048 gs-mount/runs/2048 \
 #       --config.train.batch=64 --config.mesh.space=4
 #
-# The chips over mesh.space must divide the batch: here one image on each four of 256.
-# Each host needs this clone in ~/cxrjax with `uv sync --extra tpu`, and the data and the run's directory at the same
-# path of a shared file system. VERB="study resolution" makes it a study; DRY_RUN=1 prints the command instead of running
-# it.
+# The number of chips divided by mesh.space must divide the batch: here each image is on 4 of 256 chips.
+# Each host needs this clone in ~/cxrjax with `uv sync --extra tpu`, and the data and the run directory at the same path
+# of a shared file system. COMMAND="study resolution" runs a study; DRY_RUN=1 prints the command and does not run it.
 set -euo pipefail
 
-usage="usage: [ZONE=Z] [PROJECT=P] [VERB=V] [DRY_RUN=1] $0 TPU CONFIG RUN [--config.key=value ...]"
+usage="usage: [ZONE=Z] [PROJECT=P] [COMMAND=C] [DRY_RUN=1] $0 TPU CONFIG RUN [--config.key=value ...]"
 tpu=${1:?"$usage"}
 config=${2:?"$usage"}
 run=${3:?"$usage"}
 
-read -ra verb <<<"${VERB:-train}"
+read -ra subcommand <<<"${COMMAND:-train}"
 
-printf -v words '%q ' uv run --no-sync cxrjax "${verb[@]}" --config "$config" --workdir "$run" --coordinator auto "${@:4}"
-command=(gcloud compute tpus tpu-vm ssh "$tpu" --worker=all --command "cd ~/cxrjax && $words")
+printf -v remote '%q ' uv run --no-sync cxrjax "${subcommand[@]}" --config "$config" --workdir "$run" --coordinator auto "${@:4}"
+command=(gcloud compute tpus tpu-vm ssh "$tpu" --worker=all --command "cd ~/cxrjax && $remote")
 [ -z "${ZONE:-}" ] || command+=(--zone "$ZONE")
 [ -z "${PROJECT:-}" ] || command+=(--project "$PROJECT")
 if [ -n "${DRY_RUN:-}" ]; then

@@ -1,4 +1,4 @@
-"""The launch scripts, as far as they can be tried without the cluster: with stand-ins for its commands."""
+"""The launch scripts, with stand-ins for the commands of the cluster."""
 
 import os
 import re
@@ -17,20 +17,20 @@ from cxrjax.distributed.mesh import check_divides
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
-def understood(words: list[str]):
-    """The arguments of `cxrjax`, as its own parser reads them."""
-    return make_parser().parse_known_args(words[words.index("cxrjax") + 1 :])[0]
+def parse(command: list[str]):
+    """Parse the arguments after `cxrjax` with its own parser."""
+    return make_parser().parse_known_args(command[command.index("cxrjax") + 1 :])[0]
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """`cluster(code) -> (environment, log)`: a `srun` that writes down its words and ends with `code`."""
+    """`cluster(code) -> (environment, log)`: an `srun` that logs its arguments and exits with `code`."""
 
     def make(code: int):
         log = tmp_path / "log"
-        for name, end in (("srun", code), ("scontrol", 0)):
+        for name, status in (("srun", code), ("scontrol", 0)):
             file = tmp_path / name
-            file.write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >> {log}\necho >> {log}\nexit {end}\n')
+            file.write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >> {log}\necho >> {log}\nexit {status}\n')
             file.chmod(0o755)
         path = f"{tmp_path}:{os.environ['PATH']}"
         return {**os.environ, "PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}, log
@@ -38,33 +38,33 @@ def cluster(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("code", "after"), [(0, []), (143, ["scontrol requeue 7 "]), (1, [])])
-def test_slurm_starts_the_run_and_queues_it_again_when_it_was_stopped(cluster, code, after):
+@pytest.mark.parametrize(("code", "requeue"), [(0, []), (143, ["scontrol requeue 7 "]), (1, [])])
+def test_slurm_starts_the_run_and_requeues_it_when_it_was_stopped(cluster, code, requeue):
     environment, log = cluster(code)
-    words = ["bash", str(SCRIPTS / "slurm.sbatch"), "resolution:2048", "my runs/a", "--config.mesh.space=4"]
-    ended = subprocess.run(words, env=environment, check=False)
+    script = ["bash", str(SCRIPTS / "slurm.sbatch"), "resolution:2048", "my runs/a", "--config.mesh.space=4"]
+    ended = subprocess.run(script, env=environment, check=False)
     assert ended.returncode == (1 if code == 1 else 0)
     first, *rest = log.read_text().splitlines()
-    assert rest == after
-    arguments = understood(shlex.split(first))
+    assert rest == requeue
+    arguments = parse(shlex.split(first))
     assert (arguments.config, str(arguments.workdir)) == ("resolution:2048", "my runs/a")
     assert arguments.coordinator == "auto"
 
 
 def test_slurm_and_the_pod_script_start_studies_too(cluster):
     environment, log = cluster(0)
-    environment |= {"VERB": "study resolution", "DRY_RUN": "1"}
+    environment |= {"COMMAND": "study resolution", "DRY_RUN": "1"}
     subprocess.run(["bash", str(SCRIPTS / "slurm.sbatch"), "resolution", "runs/s"], env=environment, check=True)
-    words = ["bash", str(SCRIPTS / "tpu_pod.sh"), "pod", "resolution", "runs/s"]
-    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    script = ["bash", str(SCRIPTS / "tpu_pod.sh"), "pod", "resolution", "runs/s"]
+    printed = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
     command = shlex.split(printed)
-    for given in (log.read_text(), command[command.index("--command") + 1]):
-        arguments = understood(shlex.split(given))
+    for started in (log.read_text(), command[command.index("--command") + 1]):
+        arguments = parse(shlex.split(started))
         assert (arguments.command, arguments.what, arguments.coordinator) == ("study", "resolution", "auto")
         assert (arguments.config, str(arguments.workdir)) == ("resolution", "runs/s")
 
 
-def test_slurm_without_its_words_says_how(cluster):
+def test_slurm_without_arguments_prints_its_usage(cluster):
     ended = subprocess.run(
         ["bash", str(SCRIPTS / "slurm.sbatch")], env=cluster(0)[0], capture_output=True, text=True, check=False
     )
@@ -72,23 +72,23 @@ def test_slurm_without_its_words_says_how(cluster):
     assert "usage: sbatch" in ended.stderr
 
 
-def test_the_pod_script_prints_what_it_would_run():
-    words = ["bash", str(SCRIPTS / "tpu_pod.sh"), "pod", "resolution:1024", "runs/it's mine", "--config.mesh.space=2"]
+def test_a_dry_run_of_the_pod_script_prints_the_command():
+    script = ["bash", str(SCRIPTS / "tpu_pod.sh"), "pod", "resolution:1024", "runs/it's mine", "--config.mesh.space=2"]
     environment = {**os.environ, "DRY_RUN": "1", "ZONE": "here"}
-    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
     command = shlex.split(printed)
     assert command[-2:] == ["--zone", "here"]
-    arguments = understood(shlex.split(command[command.index("--command") + 1]))
+    arguments = parse(shlex.split(command[command.index("--command") + 1]))
     assert (str(arguments.workdir), arguments.coordinator) == ("runs/it's mine", "auto")
 
 
-def test_the_jobset_counts_its_machines_alike():
+def test_the_numbers_of_the_jobset_agree():
     jobset = yaml.safe_load((SCRIPTS / "jobset.yaml").read_text())
     [workers] = jobset["spec"]["replicatedJobs"]
     job = workers["template"]["spec"]
     [container] = job["template"]["spec"]["containers"]
-    words = [word.replace("$(JOB_COMPLETION_INDEX)", "0") for word in (*container["command"], *container["args"])]
-    arguments = understood(words)
+    command = [text.replace("$(JOB_COMPLETION_INDEX)", "0") for text in (*container["command"], *container["args"])]
+    arguments = parse(command)
     assert arguments.processes == job["parallelism"] == job["completions"]
     name = f"{jobset['metadata']['name']}-{workers['name']}-0-0.{jobset['metadata']['name']}"
     assert arguments.coordinator == f"{name}:{container['ports'][0]['containerPort']}"
@@ -96,7 +96,7 @@ def test_the_jobset_counts_its_machines_alike():
     assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
 
 
-def test_kubernetes_knows_all_that_the_jobs_of_the_jobset_say():
+def test_the_jobs_of_the_jobset_follow_the_schema_of_kubernetes():
     jobset = yaml.safe_load((SCRIPTS / "jobset.yaml").read_text())
     [workers] = jobset["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": workers["name"]}, **workers["template"]}
@@ -107,24 +107,24 @@ def test_kubernetes_knows_all_that_the_jobs_of_the_jobset_say():
 
 
 def examples() -> dict[str, tuple[int, list[str]]]:
-    """Where the scripts are shown in use: devices, and the words of the run."""
+    """Return the documented uses of the scripts: the number of devices and the arguments of the run."""
     readme = (SCRIPTS.parent / "README.md").read_text()
-    shown = {name: re.search(rf"^{start}.*?(?= +#)", readme, re.MULTILINE) for name, start in
-             (("sbatch in README", "sbatch"), ("tpu_pod.sh in README", "scripts/tpu_pod"))}  # fmt: skip
+    matches = {name: re.search(rf"^{start}.*?(?= +#)", readme, re.MULTILINE) for name, start in
+               (("sbatch in README", "sbatch"), ("tpu_pod.sh in README", "scripts/tpu_pod"))}  # fmt: skip
     comments = {name: re.sub(r"\\\n#", "", (SCRIPTS / name).read_text()) for name in ("slurm.sbatch", "tpu_pod.sh")}
-    shown |= {name: re.search(r"^# +(?:sbatch|ZONE=).*", text, re.MULTILINE) for name, text in comments.items()}
+    matches |= {name: re.search(r"^# +(?:sbatch|ZONE=).*", text, re.MULTILINE) for name, text in comments.items()}
     [job] = yaml.safe_load((SCRIPTS / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
     [container] = job["template"]["spec"]["template"]["spec"]["containers"]
-    words = {name: shlex.split(found[0]) for name, found in shown.items() if found} | {"jobset": container["args"]}
-    return {name: (32 if name == "jobset" else 16 if "sbatch" in name else 256, said) for name, said in words.items()}
+    runs = {name: shlex.split(match[0]) for name, match in matches.items() if match} | {"jobset": container["args"]}
+    return {name: (32 if name == "jobset" else 16 if "sbatch" in name else 256, run) for name, run in runs.items()}
 
 
 @pytest.mark.parametrize("name", ["sbatch in README", "tpu_pod.sh in README", "slurm.sbatch", "tpu_pod.sh", "jobset"])
-def test_the_runs_that_are_shown_fit_their_machines(name):
-    devices, words = examples()[name]
-    (recipe,) = {word for word in words if "resolution:2048" in word}
-    overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
-    config = load(recipe.removeprefix("--config="), [word for word in overrides if not word.startswith("data.dir")])
+def test_documented_runs_fit_their_machines(name):
+    devices, arguments = examples()[name]
+    (recipe,) = {text for text in arguments if "resolution:2048" in text}
+    overrides = [text.removeprefix("--config.") for text in arguments if text.startswith("--config.")]
+    config = load(recipe.removeprefix("--config="), overrides)
     space, data = config.mesh.space, devices // config.mesh.space
     check_divides("the batch", config.train.batch, "data", data)
     check_divides("the rows", config.data.size, "space", space)
