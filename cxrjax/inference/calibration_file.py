@@ -11,10 +11,10 @@ from cxrjax.console import progress_bar
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 from cxrjax.inference.mc_dropout import has_dropout, stochastic_logits
-from cxrjax.metrics.calibration import Temperatures, fit
+from cxrjax.metrics.calibration import Temperatures, fit_temperatures
 from cxrjax.metrics.predictions import Predictions, probabilities
-from cxrjax.metrics.thresholds import choose
-from cxrjax.metrics.uncertainty import Uncertainty, choose_threshold, summarise
+from cxrjax.metrics.thresholds import choose_thresholds
+from cxrjax.metrics.uncertainty import Uncertainty, uncertainty_threshold, summarize_passes
 from cxrjax.models.network import Network
 from cxrjax.train.experiment import Experiment
 
@@ -78,17 +78,17 @@ def fit_run(experiment: Experiment, network: Network, checkpoint: dict[str, Any]
     """Fit on the predictions of a run's validation part, and on stochastic passes where the network has dropout."""
     config = experiment.config
     exclusive = config.loss.name == "cross_entropy"
-    temperatures = fit(validation, exclusive=exclusive)
+    temperatures = fit_temperatures(validation, exclusive=exclusive)
     calibrated = temperatures.apply(validation).probability
-    entropy = choose_threshold(summarise([calibrated], exclusive=exclusive).entropy.mean(1), FLAGGED)
-    points = choose(validation, "youden")
+    entropy = uncertainty_threshold(summarize_passes([calibrated], exclusive=exclusive).entropy.mean(1), FLAGGED)
+    points = choose_thresholds(validation, "youden")
     called = [
         None if not np.isfinite(t) else float(p) for t, p in zip(points.threshold, points.probability, strict=True)
     ]
     passes, deviation = 0, 0.0
     if has_dropout(network, (config.data.size, config.data.size)):
         passes = max(config.study.passes, 2)
-        deviation = choose_threshold(_passes(experiment, network, passes).image, FLAGGED)
+        deviation = uncertainty_threshold(_passes(experiment, network, passes).per_image, FLAGGED)
     return Fitted(checkpoint, len(validation), temperatures, tuple(called), entropy, passes, deviation)
 
 
@@ -99,4 +99,4 @@ def _passes(experiment: Experiment, network: Network, passes: int) -> Uncertaint
             network, examples, experiment.mesh, size=config.data.size, batch=config.evaluate.batch, passes=passes,
             seed=config.seed, threads=config.data.threads, advance=advance,
         )  # fmt: skip
-    return summarise(probabilities(each, config.loss.name) for each in logits)
+    return summarize_passes(probabilities(each, config.loss.name) for each in logits)

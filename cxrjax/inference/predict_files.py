@@ -20,7 +20,7 @@ from cxrjax.inference.load_run import Trained
 from cxrjax.inference.mc_dropout import has_dropout, make_step
 from cxrjax.metrics import tables
 from cxrjax.metrics.predictions import log_odds, probabilities
-from cxrjax.metrics.uncertainty import summarise
+from cxrjax.metrics.uncertainty import summarize_passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +218,7 @@ def classify(
         measure = f"standard deviation of {manner.passes} passes with dropout"
     else:
         of = probability if calibrated is None else calibrated
-        uncertainty = summarise([of], exclusive=trained.exclusive).entropy
+        uncertainty = summarize_passes([of], exclusive=trained.exclusive).entropy
         measure = f"entropy of the {'' if calibrated is None else 'calibrated '}probability, in nats"
     return Classified(
         id=_ids([row.name for row in rows]), file=tuple(row.file for row in rows), findings=trained.findings,
@@ -263,7 +263,7 @@ class _Step:
         if passes is None:
             return np.zeros_like(odds)
         each = np.asarray(passes)[: len(odds)].swapaxes(0, 1)
-        return summarise(probabilities(logits, self._loss) for logits in each).deviation
+        return summarize_passes(probabilities(logits, self._loss) for logits in each).std
 
 
 def _grey(

@@ -36,7 +36,7 @@ class Ranking:
     reason: str = ""
 
     @classmethod
-    def of(
+    def from_scores(
         cls,
         score: Float[np.ndarray, " N"],
         label: Shaped[np.ndarray, " N"],
@@ -51,7 +51,7 @@ class Ranking:
         """
         label_mask = np.ones(len(score), bool) if label_mask is None else np.asarray(label_mask, bool)
         label = np.asarray(label) > 0
-        reason = undefined(label, label_mask) or (
+        reason = undefined_reason(label, label_mask) or (
             "a score is not a number" if np.isnan(score[label_mask]).any() else ""
         )
         rows = np.flatnonzero(label_mask)
@@ -89,7 +89,7 @@ class Ranking:
         return np.where(one_class, np.nan, auroc), np.where(one_class, np.nan, average_precision)
 
 
-class Curve(NamedTuple):
+class RocCurve(NamedTuple):
     """A receiver operating characteristic from (0, 0) to (1, 1): rates, and the score reached or exceeded there."""
 
     fpr: Float64[np.ndarray, " n"]
@@ -97,7 +97,7 @@ class Curve(NamedTuple):
     threshold: Float64[np.ndarray, " n"]
 
 
-def undefined(label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"]) -> str:
+def undefined_reason(label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"]) -> str:
     """Why these labels define no ranking quality: a short reason, or an empty string if they do."""
     positives, count = int(np.count_nonzero(np.asarray(label)[label_mask] > 0)), int(np.count_nonzero(label_mask))
     if count == 0:
@@ -124,7 +124,7 @@ def auroc(
     Returns:
       0 to 1, or NaN where `undefined` gives a reason.
     """
-    return float(Ranking.of(score, label, label_mask).measure(_weights(score, weight))[0][0])
+    return float(Ranking.from_scores(score, label, label_mask).measure(_weights(score, weight))[0][0])
 
 
 def average_precision(
@@ -134,18 +134,18 @@ def average_precision(
     weight: Num[np.ndarray, " N"] | None = None,
 ) -> float:
     """Area under the precision-recall steps of one finding, 0 to 1 or NaN; arguments as in `auroc`."""
-    return float(Ranking.of(score, label, label_mask).measure(_weights(score, weight))[1][0])
+    return float(Ranking.from_scores(score, label, label_mask).measure(_weights(score, weight))[1][0])
 
 
 def roc_curve(
     score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
-) -> Curve | None:
+) -> RocCurve | None:
     """The corners of one finding's ROC curve; points on a straight piece are left out. Arguments as in `auroc`.
 
     Returns:
       The curve, its first threshold infinite; None where `undefined` gives a reason.
     """
-    ranking = Ranking.of(score, label, label_mask)
+    ranking = Ranking.from_scores(score, label, label_mask)
     if ranking.reason:
         return None
     falling = score[ranking.order].astype(np.float64)
@@ -154,7 +154,7 @@ def roc_curve(
     misses = np.append(0, ends) - hits
     turns = np.diff(hits[1:]) * np.diff(misses[:-1]) != np.diff(hits[:-1]) * np.diff(misses[1:])
     corner = np.concatenate([[True], turns, [True]])
-    return Curve(misses[corner] / misses[-1], hits[corner] / hits[-1], np.append(np.inf, falling[ends - 1])[corner])
+    return RocCurve(misses[corner] / misses[-1], hits[corner] / hits[-1], np.append(np.inf, falling[ends - 1])[corner])
 
 
 def mean_auroc(
@@ -191,7 +191,7 @@ def _weights(score: Float[np.ndarray, " N"], weight: Num[np.ndarray, " N"] | Non
     return np.ones((len(score), 1), np.int64) if weight is None else np.asarray(weight, np.float64)[:, None]
 
 
-def trapezoid(
+def trapezoid_auc(
     score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> float:
     """Area below the straight lines between the points of the empirical ROC curve; arguments as in `auc.auroc`."""
@@ -199,7 +199,7 @@ def trapezoid(
     return float("nan") if curve is None else float(np.trapezoid(curve.tpr, curve.fpr))
 
 
-def binormal(
+def binormal_auc(
     score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> float:
     """Area under the ROC curve of two normal distributions with the scores' own means and standard deviations.
@@ -227,10 +227,10 @@ def binormal(
     return float(ndtr((groups[0].mean() - groups[1].mean()) / spread)) if spread > 0 else float("nan")
 
 
-ESTIMATORS = {"trapezoid": trapezoid, "mann_whitney": auroc, "binormal": binormal}
+AUC_ESTIMATORS = {"trapezoid": trapezoid_auc, "mann_whitney": auroc, "binormal": binormal_auc}
 
 
-def estimate(predictions: Predictions) -> list[dict[str, Any]]:
+def auc_report(predictions: Predictions) -> list[dict[str, Any]]:
     """All three for every finding and on average.
 
     Returns:
@@ -240,11 +240,11 @@ def estimate(predictions: Predictions) -> list[dict[str, Any]]:
     p = predictions
     rows: list[dict[str, Any]] = [
         {"finding": finding}
-        | {name: f(p.logit[:, k], p.label[:, k], p.label_mask[:, k]) for name, f in ESTIMATORS.items()}
-        | {"reason": undefined(p.label[:, k], p.label_mask[:, k])}
+        | {name: f(p.logit[:, k], p.label[:, k], p.label_mask[:, k]) for name, f in AUC_ESTIMATORS.items()}
+        | {"reason": undefined_reason(p.label[:, k], p.label_mask[:, k])}
         for k, finding in enumerate(p.findings)
     ]
-    missing = {name: sum(np.isnan(row[name]) for row in rows) for name in ESTIMATORS}
+    missing = {name: sum(np.isnan(row[name]) for row in rows) for name in AUC_ESTIMATORS}
     words = ", ".join(f"{name} {count}" for name, count in missing.items() if count)
-    means = {name: mean_defined([row[name] for row in rows]) for name in ESTIMATORS}
+    means = {name: mean_defined([row[name] for row in rows]) for name in AUC_ESTIMATORS}
     return [*rows, {"finding": "mean"} | means | {"reason": f"undefined: {words}" if words else ""}]

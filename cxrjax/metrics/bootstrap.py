@@ -36,7 +36,7 @@ class Interval:
     undefined: int = 0
 
 
-def bootstrap(
+def bootstrap_scores(
     rankings: Sequence[Ranking], patient: Shaped[np.ndarray, " N"], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[Float64[np.ndarray, "R K"], Float64[np.ndarray, "R K"]]:
     """Measure every finding on draws of patients with replacement.
@@ -68,7 +68,7 @@ def bootstrap(
     return auroc, average_precision
 
 
-def interval(values: Float64[np.ndarray, " R"], confidence: float = 0.95) -> Interval:
+def percentile_interval(values: Float64[np.ndarray, " R"], confidence: float = 0.95) -> Interval:
     """The percentile interval of a bootstrap distribution, NaN marking undefined draws.
 
     Raises:
@@ -84,7 +84,7 @@ def interval(values: Float64[np.ndarray, " R"], confidence: float = 0.95) -> Int
     return Interval(float(low), float(high), undefined)
 
 
-def mean_by_patient(
+def bootstrap_mean(
     values: Float64[np.ndarray, "N K"],
     counts: Bool[np.ndarray, "N K"],
     patient: Shaped[np.ndarray, " N"],
@@ -110,7 +110,7 @@ def mean_by_patient(
         weight = _draws(len(names), seed, range(start, min(start + _AT_ONCE, resamples)))
         with np.errstate(invalid="ignore"):  # a draw in which nothing counts has no mean
             means.append((total @ weight) / (count @ weight))
-    return float(total.sum() / count.sum()), interval(np.concatenate(means), confidence)
+    return float(total.sum() / count.sum()), percentile_interval(np.concatenate(means), confidence)
 
 
 def _draws(patients: int, seed: int, numbers: range) -> Int32[np.ndarray, "patients R"]:
@@ -124,7 +124,7 @@ def _draws(patients: int, seed: int, numbers: range) -> Int32[np.ndarray, "patie
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class BootstrapResult:
     """AUROC (0) and average precision (1) of G tables and K findings, and of R draws of the patients.
 
     Attributes:
@@ -145,7 +145,7 @@ class Sample:
     reasons: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, tables: Sequence[Predictions], *, resamples: int = 1000, seed: int = 0) -> "Sample":
+    def from_tables(cls, tables: Sequence[Predictions], *, resamples: int = 1000, seed: int = 0) -> "BootstrapResult":
         """Measure a model.
 
         Args:
@@ -165,13 +165,13 @@ class Sample:
         values, draws, reasons = [], [], []
         for table, number in zip(tables, stratum.tolist(), strict=True):
             label_mask = [(table.logit[:, k], table.label[:, k], table.label_mask[:, k]) for k in range(len(findings))]
-            rankings = [Ranking.of(*columns) for columns in label_mask]
+            rankings = [Ranking.from_scores(*columns) for columns in label_mask]
             every = np.ones((len(table), 1), np.int64)
             measured = [np.concatenate(ranking.measure(every)) for ranking in rankings]
             values.append(np.array(measured).reshape(len(findings), 2).T)
             nothing = np.empty((2, 0, len(findings)))
             draws.append(
-                np.stack(bootstrap(rankings, table.patient, resamples=resamples, seed=seed + number))
+                np.stack(bootstrap_scores(rankings, table.patient, resamples=resamples, seed=seed + number))
                 if resamples else nothing
             )  # fmt: skip
             reasons.append(tuple(ranking.reason for ranking in rankings))

@@ -11,7 +11,7 @@ from scipy.optimize import root_scalar
 from scipy.special import expit, log_expit, softmax
 
 from cxrjax.errors import CxrError, check_choice, check_positive
-from cxrjax.metrics.auc import mean_defined, undefined
+from cxrjax.metrics.auc import mean_defined, undefined_reason
 from cxrjax.metrics.predictions import Predictions, log_odds
 
 SPACINGS = ("width", "mass")
@@ -19,7 +19,7 @@ SPACINGS = ("width", "mass")
 
 
 @dataclass(frozen=True, eq=False)
-class Reliability:
+class ReliabilityDiagram:
     """Predictions in B bins of probability, and what became of them; the data of a reliability diagram.
 
     Attributes:
@@ -42,14 +42,14 @@ class Reliability:
         return float(np.nansum(gaps * self.count) / self.count.sum()) if self.count.any() else math.nan
 
 
-def reliability(
+def reliability_diagram(
     probability: Float64[np.ndarray, " N"],
     label: Shaped[np.ndarray, " N"],
     label_mask: Bool[np.ndarray, " N"] | None = None,
     *,
     bins: int = 15,
     spacing: str = "width",
-) -> Reliability:
+) -> ReliabilityDiagram:
     """Sort one finding's predictions into bins, as scikit-learn's `calibration_curve` does.
 
     Args:
@@ -75,11 +75,11 @@ def reliability(
     count = np.bincount(which, minlength=bins)
     sums = [np.bincount(which, weights=values, minlength=bins) for values in (p, there)]
     means = [np.divide(total, count, out=np.full(bins, np.nan), where=count > 0) for total in sums]
-    return Reliability(edges, count, *means)
+    return ReliabilityDiagram(edges, count, *means)
 
 
 @dataclass(frozen=True)
-class Brier:
+class BrierScore:
     """The mean squared error of probabilities, and its parts: score = reliability - resolution + uncertainty.
 
     Attributes:
@@ -96,27 +96,27 @@ class Brier:
     uncertainty: float
 
 
-def brier(
+def brier_score(
     probability: Float64[np.ndarray, " N"],
     label: Shaped[np.ndarray, " N"],
     label_mask: Bool[np.ndarray, " N"] | None = None,
     *,
     bins: int = 15,
     spacing: str = "width",
-) -> Brier:
+) -> BrierScore:
     """The Brier score of one finding and its parts, NaN without known labels; arguments as in `reliability`."""
     label_mask = np.ones(len(probability), bool) if label_mask is None else np.asarray(label_mask, bool)
     if not label_mask.any():
-        return Brier(math.nan, math.nan, math.nan, math.nan)
-    diagram = reliability(probability, label, label_mask, bins=bins, spacing=spacing)
+        return BrierScore(math.nan, math.nan, math.nan, math.nan)
+    diagram = reliability_diagram(probability, label, label_mask, bins=bins, spacing=spacing)
     there = (np.asarray(label)[label_mask] > 0).astype(np.float64)
     score = float(np.mean((np.asarray(probability, np.float64)[label_mask] - there) ** 2))
     gaps = float(np.nansum(diagram.count * (diagram.observed - diagram.predicted) ** 2) / len(there))
     variance = float(there.mean() * (1 - there.mean()))
-    return Brier(score, gaps, gaps + variance - score, variance)
+    return BrierScore(score, gaps, gaps + variance - score, variance)
 
 
-def calibration(predictions: Predictions, *, bins: int = 15) -> list[dict[str, Any]]:
+def calibration_report(predictions: Predictions, *, bins: int = 15) -> list[dict[str, Any]]:
     """How well a table is calibrated, finding by finding and on average.
 
     Returns:
@@ -127,8 +127,8 @@ def calibration(predictions: Predictions, *, bins: int = 15) -> list[dict[str, A
     p, probability, rows = predictions, predictions.probability, []
     for k, finding in enumerate(p.findings):
         cells = (probability[:, k], p.label[:, k], p.label_mask[:, k])
-        errors = {f"ece_{spacing}": reliability(*cells, bins=bins, spacing=spacing).error for spacing in SPACINGS}
-        parts = brier(*cells, bins=bins)
+        errors = {f"ece_{spacing}": reliability_diagram(*cells, bins=bins, spacing=spacing).error for spacing in SPACINGS}
+        parts = brier_score(*cells, bins=bins)
         label_mask = int(p.label_mask[:, k].sum())
         rows.append(
             {"finding": finding, **errors, "brier": parts.score, "brier_reliability": parts.reliability}
@@ -142,7 +142,7 @@ def calibration(predictions: Predictions, *, bins: int = 15) -> list[dict[str, A
     return [*rows, {"finding": "mean"} | mean | {"known": int(p.label_mask.sum()), "reason": words}]
 
 
-HOTTEST = 100.0
+MAX_TEMPERATURE = 100.0
 """The largest temperature; the smallest is 1 / HOTTEST."""
 
 _LEAST = -1e6  # stands for the logarithm of a probability of 0, far beyond any network's
@@ -187,7 +187,7 @@ class Temperatures:
         return np.clip(logit / divisors, -1e300, 1e300)
 
 
-def fit(validation: Predictions, *, exclusive: bool = False) -> Temperatures:
+def fit_temperatures(validation: Predictions, *, exclusive: bool = False) -> Temperatures:
     """Fit each finding's temperature on validation (Guo et al., ICML 2017, one finding at a time).
 
     It minimises the mean binary cross-entropy of sigmoid(logit / T), or over exclusive classes the categorical one of
@@ -208,7 +208,7 @@ def fit(validation: Predictions, *, exclusive: bool = False) -> Temperatures:
         return Temperatures(p.findings, (1 / sharpness,) * count, (reason,) * count, exclusive=True)
     for k in range(len(p.findings)):
         label_mask = p.label_mask[:, k]
-        reasons.append(undefined(p.label[:, k], label_mask))
+        reasons.append(undefined_reason(p.label[:, k], label_mask))
         sharpness = 1.0 if reasons[-1] else _sharpness(p.logit[label_mask, k], p.label[label_mask, k] > 0)
         values.append(1 / sharpness)
         reasons[-1] = reasons[-1] or _limit(sharpness)
@@ -217,7 +217,7 @@ def fit(validation: Predictions, *, exclusive: bool = False) -> Temperatures:
 
 def _limit(sharpness: float) -> str:
     """Why a temperature is at its limit; empty where it is not."""
-    if sharpness not in (1 / HOTTEST, HOTTEST):
+    if sharpness not in (1 / MAX_TEMPERATURE, MAX_TEMPERATURE):
         return ""
     why = "the logits say nothing or the opposite" if sharpness < 1 else "the logits separate the labels"
     return f"at the limit of {1 / sharpness:g}: {why}"
@@ -244,7 +244,7 @@ def _sharpness_of_classes(log_p: Float64[np.ndarray, "N K"], actual: Int[np.ndar
 
 
 def _zero(slope: Callable[[float], float]) -> float:
-    low, high = 1 / HOTTEST, HOTTEST
+    low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE
     if slope(low) >= 0:
         return low
     return high if slope(high) <= 0 else root_scalar(slope, bracket=(low, high), xtol=1e-12, rtol=1e-12).root

@@ -14,7 +14,7 @@ from scipy.stats import t
 
 from cxrjax.errors import CxrError
 from cxrjax.findings import positions
-from cxrjax.metrics.bootstrap import Sample, interval, same_images, strata
+from cxrjax.metrics.bootstrap import BootstrapResult, percentile_interval, same_images, strata
 from cxrjax.metrics.delong import Estimate, delong
 from cxrjax.metrics.ensemble import align
 from cxrjax.metrics.predictions import Predictions
@@ -28,14 +28,14 @@ class Difference:
       value: the difference.
       low, high: its percentile interval.
       left_out: findings that some table's labels leave undefined.
-      each: the difference in each table (fold or seed) by itself.
+      per_table: the difference in each table (fold or seed) by itself.
     """
 
     value: float
     low: float
     high: float
     left_out: tuple[str, ...] = ()
-    each: tuple[float, ...] = ()
+    per_table: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         without = f", without {', '.join(self.left_out)} (one class only)" if self.left_out else ""
@@ -66,14 +66,14 @@ def difference(
       CxrError: the tables are of different images, or a finding is missing.
     """
     one, other = (
-        Sample.of([table.select(findings) for table in tables], resamples=resamples, seed=seed)
+        BootstrapResult.from_tables([table.select(findings) for table in tables], resamples=resamples, seed=seed)
         for tables in (first, second)
     )
-    return sampled_difference(one, other, findings, confidence=confidence)
+    return difference_from_bootstrap(one, other, findings, confidence=confidence)
 
 
-def sampled_difference(
-    first: Sample, second: Sample, findings: Sequence[str], *, confidence: float = 0.95
+def difference_from_bootstrap(
+    first: BootstrapResult, second: BootstrapResult, findings: Sequence[str], *, confidence: float = 0.95
 ) -> Difference:
     """`difference` of models that were measured before, on the same draws.
 
@@ -91,11 +91,11 @@ def sampled_difference(
     columns = [of[defined] for of in places]
     gaps = first.value[0][:, columns[0]].mean(1) - second.value[0][:, columns[1]].mean(1)
     draws = [sample.draws[0][:, :, of].mean((0, 2)) for sample, of in zip((first, second), columns, strict=True)]
-    spread = interval(draws[0] - draws[1], confidence)
+    spread = percentile_interval(draws[0] - draws[1], confidence)
     return Difference(float(gaps.mean()), spread.low, spread.high, left_out, tuple(map(float, gaps)))
 
 
-def by_finding(
+def compare_findings(
     first: Predictions | Sequence[Predictions],
     second: Predictions | Sequence[Predictions],
     *,
@@ -150,7 +150,7 @@ def _contrast(pairs: Sequence[Sequence[Predictions]], k: int, tables: int) -> tu
 
 
 @dataclass(frozen=True)
-class OverFolds:
+class FoldMean:
     """A mean over folds with Student's distribution around it; NaN where there are fewer than two folds.
 
     Attributes:
@@ -182,7 +182,7 @@ class OverFolds:
         return float(2 * t.sf(abs(self.value) / self.error, self.freedom)) if self.freedom else math.nan
 
 
-def over_folds(each: Sequence[float], *, test_to_train: float) -> OverFolds:
+def mean_over_folds(each: Sequence[float], *, test_to_train: float) -> FoldMean:
     """The mean of one value a fold, by the corrected t-test (Nadeau & Bengio, Machine Learning 2003).
 
     Folds share training images, so that their values are correlated and the plain variance of the mean, s^2 / k, is too
@@ -199,7 +199,7 @@ def over_folds(each: Sequence[float], *, test_to_train: float) -> OverFolds:
         raise CxrError(f"{len(each)} folds with {test_to_train} test images for each of training have no mean")
     values, folds = np.asarray(each, np.float64), len(each)
     spread = float(values.std(ddof=1)) if folds > 1 else math.nan
-    return OverFolds(float(values.mean()), spread * math.sqrt(1 / folds + test_to_train), folds - 1)
+    return FoldMean(float(values.mean()), spread * math.sqrt(1 / folds + test_to_train), folds - 1)
 
 
 def holm(p: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:

@@ -13,13 +13,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.predictions import Predictions, logits
+from cxrjax.metrics.predictions import Predictions, logits_from_probabilities
 
-OTHERS = "other sources"
+OTHER_SOURCES = "other sources"
 """What sources of too few patients are pooled under."""
 
 
-def border(images: UInt8[np.ndarray, "N H W"], share: float = 0.05) -> Float32[np.ndarray, "N F"]:
+def border_pixels(images: UInt8[np.ndarray, "N H W"], share: float = 0.05) -> Float32[np.ndarray, "N F"]:
     """The outer pixels of each image, 0 to 1: those within `share` of the side of an edge, at least one.
 
     There is hardly any lung here, so what can be predicted from it is no finding.
@@ -36,13 +36,13 @@ def border(images: UInt8[np.ndarray, "N H W"], share: float = 0.05) -> Float32[n
     return images[:, outer].astype(np.float32) / 255
 
 
-def pooled_sources(source: np.ndarray, patient: np.ndarray, least: int = 10) -> np.ndarray:
+def pool_rare_sources(source: np.ndarray, patient: np.ndarray, least: int = 10) -> np.ndarray:
     """Sources, those of fewer than `least` patients under one name, unless that leaves one only; str[N]."""
     names = np.asarray(source, np.str_)
     few = [name for name in np.unique(names) if len(np.unique(patient[names == name])) < least]
     if len(few) == len(np.unique(names)):
         return names
-    return np.where(np.isin(names, few), OTHERS, names)
+    return np.where(np.isin(names, few), OTHER_SOURCES, names)
 
 
 def predict_source(
@@ -91,12 +91,12 @@ def predict_source(
     first = 1 if len(names) == 2 else 0
     label = number[:, None] == np.arange(first, len(names))
     return Predictions(
-        id=id, patient=patient, findings=tuple(map(str, names[first:])), logit=logits(probability[:, first:]),
+        id=id, patient=patient, findings=tuple(map(str, names[first:])), logit=logits_from_probabilities(probability[:, first:]),
         label=label.astype(np.float64), label_mask=np.ones(label.shape, bool),
     )  # fmt: skip
 
 
-def accuracy_from_source(
+def majority_class_accuracy(
     source: np.ndarray, label: Shaped[np.ndarray, " N"], other_source: np.ndarray, other_label: Shaped[np.ndarray, " M"]
 ) -> float:
     """How many images one gets right by saying each time the commonest class of its source; 0 to 1.

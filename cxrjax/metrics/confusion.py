@@ -10,9 +10,9 @@ from jaxtyping import Int, Int64
 from cxrjax.errors import CxrError, check_choice
 from cxrjax.metrics.auc import mean_defined
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.thresholds import Counts
+from cxrjax.metrics.thresholds import ConfusionCounts
 
-REPORT = (
+REPORT_COLUMNS = (
     "sensitivity", "specificity", "ppv", "npv", "precision", "recall", "f1", "prevalence", "detection_rate",
     "detection_prevalence", "balanced_accuracy",
 )  # fmt: skip
@@ -22,7 +22,7 @@ _SAME = {"precision": "ppv", "recall": "sensitivity"}
 
 
 @dataclass(frozen=True, eq=False)
-class Confusion:
+class ConfusionMatrix:
     """How often each class was predicted as each.
 
     Attributes:
@@ -34,7 +34,7 @@ class Confusion:
     matrix: Int64[np.ndarray, "K K"]
 
     @classmethod
-    def of(cls, actual: Int[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], classes: Sequence[str]) -> "Confusion":
+    def from_classes(cls, actual: Int[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], classes: Sequence[str]) -> "ConfusionMatrix":
         """Count pairs of class numbers, each 0 to K - 1.
 
         Raises:
@@ -50,7 +50,7 @@ class Confusion:
         return cls(tuple(classes), cells.reshape(count, count).astype(np.int64))
 
     @classmethod
-    def of_predictions(cls, predictions: Predictions) -> "Confusion":
+    def from_predictions(cls, predictions: Predictions) -> "ConfusionMatrix":
         """Take the class with the highest logit as predicted; images without known labels are left out.
 
         Raises:
@@ -69,7 +69,7 @@ class Confusion:
                 f"confusion: row {wrong[0] + 1} (id {p.id[wrong[0]]}) is labelled {' and '.join(names) or 'nothing'}; "
                 "exclusive classes need exactly one, and all labels known"
             )
-        return cls.of(p.label[rows].argmax(axis=1), p.logit[rows].argmax(axis=1), p.findings)
+        return cls.from_classes(p.label[rows].argmax(axis=1), p.logit[rows].argmax(axis=1), p.findings)
 
     def oriented(self, rows: str = "actual") -> Int64[np.ndarray, "K K"]:
         """The matrix with "actual" classes as rows, or with "predicted" ones, as the six-class paper prints it.
@@ -84,10 +84,10 @@ class Confusion:
         )
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> ConfusionCounts:
         """Each class against the rest."""
         tp, called, there = np.diag(self.matrix), self.matrix.sum(axis=0), self.matrix.sum(axis=1)
-        return Counts(tp=tp, fp=called - tp, fn=there - tp, tn=self.matrix.sum() - called - there + tp)
+        return ConfusionCounts(tp=tp, fp=called - tp, fn=there - tp, tn=self.matrix.sum() - called - there + tp)
 
     @property
     def accuracy(self) -> float:
@@ -103,7 +103,7 @@ class Confusion:
     def report(self) -> list[dict[str, Any]]:
         """A flat row per class: class, the columns of `REPORT` (0 to 1 or NaN), support."""
         counts = self.counts
-        columns = {name: getattr(counts, _SAME.get(name, name)) for name in REPORT}
+        columns = {name: getattr(counts, _SAME.get(name, name)) for name in REPORT_COLUMNS}
         return [
             {"class": name}
             | {column: float(values[k]) for column, values in columns.items()}

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from scipy.stats import norm, rankdata
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.auc import undefined
+from cxrjax.metrics.auc import undefined_reason
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, eq=False)
-class Areas:
+class CorrelatedAurocs:
     """AUROCs of M models on the same images, with what their covariance is made of.
 
     Attributes:
@@ -102,7 +102,7 @@ def delong(
     label: Shaped[np.ndarray, " N"],
     label_mask: Bool[np.ndarray, " N"] | None = None,
     patient: Shaped[np.ndarray, " N"] | None = None,
-) -> Areas:
+) -> CorrelatedAurocs:
     """AUROCs of M models for one finding on the same N images.
 
     Args:
@@ -118,9 +118,9 @@ def delong(
     label_mask = np.ones(scores.shape[1], bool) if label_mask is None else np.asarray(label_mask, bool)
     there = np.asarray(label)[label_mask] > 0
     models, nothing = len(scores), np.full((len(scores), 1), np.nan)
-    reason = undefined(np.asarray(label), label_mask)
+    reason = undefined_reason(np.asarray(label), label_mask)
     if reason:
-        return Areas(np.full(models, np.nan), nothing, nothing, (1.0, 1.0, 1.0), reason)
+        return CorrelatedAurocs(np.full(models, np.nan), nothing, nothing, (1.0, 1.0, 1.0), reason)
     scores = scores[:, label_mask]
     owner = (
         np.arange(label_mask.sum())
@@ -137,12 +137,12 @@ def delong(
     with_positive, with_negative = len(np.unique(owner[there])), len(np.unique(owner[~there]))
     if min(with_positive, with_negative) < 2:
         few = "positive" if with_positive < 2 else "negative"
-        return Areas(auroc, nothing, nothing, (1.0, 1.0, 1.0), f"only one patient has a {few} example")
+        return CorrelatedAurocs(auroc, nothing, nothing, (1.0, 1.0, 1.0), f"only one patient has a {few} example")
     patients = owner.max() + 1
     scale = with_positive / (with_positive - 1), with_negative / (with_negative - 1), patients / (patients - 1)
     positive = _sums((above - auroc[:, None]) / positives, owner[there], patients)
     negative = _sums((below - auroc[:, None]) / negatives, owner[~there], patients)
-    return Areas(auroc, positive, negative, scale)
+    return CorrelatedAurocs(auroc, positive, negative, scale)
 
 
 def _sums(

@@ -18,11 +18,11 @@ from scipy.special import log_expit, logsumexp, softmax
 from sklearn.linear_model import LogisticRegression
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.auc import undefined
+from cxrjax.metrics.auc import undefined_reason
 from cxrjax.metrics.predictions import Predictions
 
 
-class Fit(NamedTuple):
+class StackingFit(NamedTuple):
     """Weights f64[K, S], each row summing to 1, and the loss before each epoch and after the last, f64[epochs + 1]."""
 
     weights: Float64[np.ndarray, "K S"]
@@ -37,7 +37,7 @@ def fit_weights(
     rate: float = 0.1,
     decay: float = 0.99,
     epochs: int = 100,
-) -> Fit:
+) -> StackingFit:
     """Learn how far each finding should trust each scale, all findings at once.
 
     Adam (0.9, 0.999) on the whole set, one step an epoch, at rate x decay^epoch. The study gives the rate, the epochs
@@ -58,7 +58,7 @@ def fit_weights(
     if not (rate > 0 and 0 < decay <= 1 and epochs >= 0):
         raise CxrError(f"ensemble: rate={rate}, decay={decay}, epochs={epochs} are out of range")
 
-    likelihood = Likelihood.of(logits, labels, label_mask)
+    likelihood = MixtureLikelihood.from_logits(logits, labels, label_mask)
     v = np.zeros((logits.shape[2], logits.shape[0]))
     moment, square, losses = np.zeros_like(v), np.zeros_like(v), []
     for epoch in range(epochs):
@@ -68,10 +68,10 @@ def fit_weights(
         square = 0.999 * square + 0.001 * gradient**2
         step = (moment / (1 - 0.9 ** (epoch + 1))) / (np.sqrt(square / (1 - 0.999 ** (epoch + 1))) + 1e-8)
         v -= rate * decay**epoch * step
-    return Fit(softmax(v, axis=1), np.array([*losses, likelihood.loss(v)[0]]))
+    return StackingFit(softmax(v, axis=1), np.array([*losses, likelihood.loss(v)[0]]))
 
 
-class Likelihood(NamedTuple):
+class MixtureLikelihood(NamedTuple):
     """How well each scale alone predicts each label, which is all that the fit needs to know.
 
     Attributes:
@@ -85,12 +85,12 @@ class Likelihood(NamedTuple):
     label_mask: Float64[np.ndarray, "K N"]
 
     @classmethod
-    def of(
+    def from_logits(
         cls,
         logits: Float64[np.ndarray, "S N K"],
         labels: Shaped[np.ndarray, "N K"],
         label_mask: Bool[np.ndarray, "N K"],
-    ) -> "Likelihood":
+    ) -> "MixtureLikelihood":
         """Compute it once for all epochs."""
         log_probability = log_expit(np.where(labels > 0, logits, -logits)).transpose(2, 0, 1)
         best = log_probability.max(axis=1)
@@ -139,7 +139,7 @@ def uniform(findings: int, scales: int) -> Float64[np.ndarray, "K S"]:
     return np.full((findings, scales), 1 / scales)
 
 
-class Logistic(NamedTuple):
+class LogisticStacking(NamedTuple):
     """Logistic regressions of K findings on the logits of S scales.
 
     Attributes:
@@ -164,7 +164,7 @@ def fit_logistic(
     label_mask: Bool[np.ndarray, "N K"],
     *,
     strength: float = 1.0,
-) -> Logistic:
+) -> LogisticStacking:
     """Logistic stacking: a regression of each finding on the scales' logits (scikit-learn's, by Newton's method).
 
     Args:
@@ -182,13 +182,13 @@ def fit_logistic(
         raise CxrError(f"ensemble: strength={strength} is out of range: give a number above 0")
     scales, _, findings = logits.shape
     coefficients, intercept = np.zeros((findings, scales)), np.zeros(findings)
-    voted = tuple(undefined(labels[:, k], label_mask[:, k]) for k in range(findings))
+    voted = tuple(undefined_reason(labels[:, k], label_mask[:, k]) for k in range(findings))
     for k in range(findings):
         if not voted[k]:
             model = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10, max_iter=1000)
             model.fit(logits[:, label_mask[:, k], k].T, labels[label_mask[:, k], k] > 0)
             coefficients[k], intercept[k] = model.coef_[0], np.asarray(model.intercept_).item()
-    return Logistic(coefficients, intercept, voted)
+    return LogisticStacking(coefficients, intercept, voted)
 
 
 def _checked(
@@ -230,7 +230,7 @@ def align(tables: Sequence[Predictions]) -> list[Predictions]:
     return aligned
 
 
-def combine(tables: Sequence[Predictions], learnt: Float[np.ndarray, "K S"] | Logistic | None = None) -> Predictions:
+def combine(tables: Sequence[Predictions], learnt: Float[np.ndarray, "K S"] | LogisticStacking | None = None) -> Predictions:
     """The ensemble's own predictions: by these weights, by these regressions, or by voting.
 
     Raises:
@@ -240,7 +240,7 @@ def combine(tables: Sequence[Predictions], learnt: Float[np.ndarray, "K S"] | Lo
     logits = np.stack([table.logit for table in tables])
     if learnt is None:
         return replace(tables[0], logit=vote(logits))
-    return replace(tables[0], logit=learnt.combine(logits) if isinstance(learnt, Logistic) else stack(logits, learnt))
+    return replace(tables[0], logit=learnt.combine(logits) if isinstance(learnt, LogisticStacking) else stack(logits, learnt))
 
 
 def _same_truth(table: Predictions, first: Predictions, number: int) -> None:

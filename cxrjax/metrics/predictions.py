@@ -20,13 +20,13 @@ from cxrjax.errors import CxrError
 from cxrjax.findings import LabelPolicy, positions, targets
 from cxrjax.metrics import tables
 
-AS_KNOWN = LabelPolicy(uncertain="ignore", not_mentioned="unknown")
+SCORING_POLICY = LabelPolicy(uncertain="ignore", not_mentioned="unknown")
 """Scores count only what somebody said plainly: an uncertain or empty label is unknown."""
 
 _MOST = 1e300  # stands for an infinite logit: it ranks alike, and sums of it stay finite
 
 
-SOFTMAX = ("cross_entropy", "softmax")
+SOFTMAX_LOSSES = ("cross_entropy", "softmax")
 """Those after which the probabilities of an image are the softmax of its logits; else each is a logistic function."""
 
 
@@ -55,7 +55,7 @@ class Predictions:
 
     def __post_init__(self):
         """Bring all to their types and refuse what no statistic could be made of."""
-        types = {"id": np.str_, "patient": np.str_, "logit": np.float64, "label": np.float64, "known": np.bool_}
+        types = {"id": np.str_, "patient": np.str_, "logit": np.float64, "label": np.float64, "label_mask": np.bool_}
         for name, dtype in types.items():
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
         object.__setattr__(self, "findings", tuple(self.findings))
@@ -94,12 +94,12 @@ class Predictions:
           CxrError: one of them is not in the table.
         """
         columns = positions(findings, self.findings)
-        cells = {name: getattr(self, name)[:, columns] for name in ("logit", "label", "known")}
+        cells = {name: getattr(self, name)[:, columns] for name in ("logit", "label", "label_mask")}
         return replace(self, findings=tuple(findings), **cells)
 
     def take(self, rows: Int[np.ndarray, " M"] | Bool[np.ndarray, " N"]) -> "Predictions":
         """These rows, by number in this order or by a mask."""
-        arrays = ("id", "patient", "logit", "label", "known")
+        arrays = ("id", "patient", "logit", "label", "label_mask")
         return replace(self, **{name: getattr(self, name)[rows] for name in arrays})
 
     def write(self, path: Path) -> None:
@@ -115,7 +115,7 @@ class Predictions:
         tables.write(Path(path), pa.table(columns))
 
     @classmethod
-    def read(cls, path: Path, policy: LabelPolicy = AS_KNOWN) -> "Predictions":
+    def read(cls, path: Path, policy: LabelPolicy = SCORING_POLICY) -> "Predictions":
         """Read a table of ours or of a peer; see the head of this file for the columns.
 
         Args:
@@ -146,13 +146,13 @@ class Predictions:
             id=ids,
             patient=ids if patient_column is None else table.strings(patient_column),
             findings=findings,
-            logit=np.clip(values, -_MOST, _MOST) if kind == "logit" else logits(values),
+            logit=np.clip(values, -_MOST, _MOST) if kind == "logit" else logits_from_probabilities(values),
             label=label,
             label_mask=label_mask,
         )
 
 
-def logits(probability: Float[np.ndarray, "N K"]) -> Float64[np.ndarray, "N K"]:
+def logits_from_probabilities(probability: Float[np.ndarray, "N K"]) -> Float64[np.ndarray, "N K"]:
     """log(p / (1 - p)) of each column, finite and in exactly the order of the probabilities.
 
     Rounding would make ties of probabilities that differ (near 0, logits are coarser than probabilities), and 0 and 1
@@ -201,7 +201,7 @@ def log_odds(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray,
       loss: the name of the loss that it was trained with, which says what its probabilities are.
     """
     logits = np.asarray(logits, np.float64)
-    return softmax_odds(logits) if loss in SOFTMAX else logits
+    return softmax_log_odds(logits) if loss in SOFTMAX_LOSSES else logits
 
 
 def probabilities(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray, "N K"]:
@@ -209,7 +209,7 @@ def probabilities(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.nda
     return expit(log_odds(logits, loss))
 
 
-def softmax_odds(logits: Float[np.ndarray, "N K"]) -> Float64[np.ndarray, "N K"]:
+def softmax_log_odds(logits: Float[np.ndarray, "N K"]) -> Float64[np.ndarray, "N K"]:
     """The logarithm of p / (1 - p), p being the softmax of each row."""
     logits = np.asarray(logits, np.float64)
     others: list[Any] = [logsumexp(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]

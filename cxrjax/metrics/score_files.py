@@ -12,14 +12,14 @@ from jaxtyping import Int8
 from cxrjax.errors import CxrError
 from cxrjax.findings import NIH14, LabelPolicy, targets
 from cxrjax.metrics import tables
-from cxrjax.metrics.predictions import AS_KNOWN, Predictions
+from cxrjax.metrics.predictions import SCORING_POLICY, Predictions
 from cxrjax.metrics.scores import Scores, score
 
 NO_FINDING = "No Finding"
 
 
 @dataclass(frozen=True, eq=False)
-class Labels:
+class LabelTable:
     """What is true of N images.
 
     Attributes:
@@ -42,7 +42,7 @@ def score_files(
     labels: Path | None = None,
     *,
     findings: Sequence[str] | None = None,
-    policy: LabelPolicy = AS_KNOWN,
+    policy: LabelPolicy = SCORING_POLICY,
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -63,15 +63,15 @@ def score_files(
     """
     table = Predictions.read(predictions, policy)
     if findings is not None:
-        table = table.select([match(finding, table.findings, predictions) for finding in findings])
+        table = table.select([match_finding(finding, table.findings, predictions) for finding in findings])
     if labels is not None:
-        table = labelled(table, read_labels(labels, table.findings), policy)
+        table = with_labels(table, read_labels(labels, table.findings), policy)
     elif not table.label_mask.any():
         raise CxrError(f"{predictions} holds no labels: name the file that does with --labels")
     return score(table, resamples=resamples, seed=seed, confidence=confidence)
 
 
-def read_labels(path: Path, findings: Sequence[str]) -> Labels:
+def read_labels(path: Path, findings: Sequence[str]) -> LabelTable:
     """Read the labels of these findings.
 
     Args:
@@ -87,10 +87,10 @@ def read_labels(path: Path, findings: Sequence[str]) -> Labels:
     patient = table.find(tables.PATIENT)
     listed = table.find(["Finding Labels"])
     label = _from_columns(table, findings) if listed is None else _from_list(table, listed, findings)
-    return Labels(Path(path), ids, None if patient is None else table.strings(patient), tuple(findings), label)
+    return LabelTable(Path(path), ids, None if patient is None else table.strings(patient), tuple(findings), label)
 
 
-def labelled(predictions: Predictions, labels: Labels, policy: LabelPolicy = AS_KNOWN) -> Predictions:
+def with_labels(predictions: Predictions, labels: LabelTable, policy: LabelPolicy = SCORING_POLICY) -> Predictions:
     """The predictions with these labels, and these patients where the labels' file names them.
 
     Raises:
@@ -110,14 +110,14 @@ def labelled(predictions: Predictions, labels: Labels, policy: LabelPolicy = AS_
     return replace(predictions, patient=patient, label=label, label_mask=label_mask)
 
 
-def match(finding: str, available: Sequence[str], path: Path) -> str:
+def match_finding(finding: str, available: Sequence[str], path: Path) -> str:
     """The available finding of this name, up to case, spaces and underscores.
 
     Raises:
       CxrError: there is none.
     """
     for name in available:
-        if tables.folded(name) == tables.folded(finding):
+        if tables.normalize_name(name) == tables.normalize_name(finding):
             return name
     raise CxrError(f"{path}: no finding named {finding!r}; found {', '.join(available)}")
 
@@ -125,16 +125,16 @@ def match(finding: str, available: Sequence[str], path: Path) -> str:
 def _from_list(table: tables.Table, column: str, findings: Sequence[str]) -> Int8[np.ndarray, "N K"]:
     """NIH's way: each image lists its findings; what is not listed is absent."""
     vocabulary = (*NIH14, NO_FINDING)
-    wanted = [vocabulary.index(match(finding, vocabulary, table.path)) for finding in findings]
+    wanted = [vocabulary.index(match_finding(finding, vocabulary, table.path)) for finding in findings]
     lists = table.arrow[column].dictionary_encode().combine_chunks()
-    label_mask = {tables.folded(name): k for k, name in enumerate(vocabulary)}
+    label_mask = {tables.normalize_name(name): k for k, name in enumerate(vocabulary)}
     kinds = np.zeros((len(lists.dictionary), len(vocabulary)), np.int8)  # few hundred different lists in 112,120 rows
     for kind, text in enumerate(lists.dictionary.to_pylist()):
         for name in text.split("|"):
-            if tables.folded(name) not in label_mask:
+            if tables.normalize_name(name) not in label_mask:
                 row = lists.indices.to_pylist().index(kind) + 1
                 raise CxrError(f"{table.path}: row {row} lists {name!r}, which is none of {', '.join(vocabulary)}")
-            kinds[kind, label_mask[tables.folded(name)]] = 1
+            kinds[kind, label_mask[tables.normalize_name(name)]] = 1
     return kinds[lists.indices.to_numpy()][:, wanted]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cxrjax.metrics.auc import mean_defined
-from cxrjax.metrics.bootstrap import Interval, Sample, interval
+from cxrjax.metrics.bootstrap import Interval, BootstrapResult, percentile_interval
 from cxrjax.metrics.predictions import Predictions
 
 MEAN = "mean"
@@ -96,11 +96,11 @@ def score(predictions: Predictions, *, resamples: int = 1000, seed: int = 0, con
     Raises:
       CxrError: a negative number of resamples or seed, or a confidence that is not between 0 and 1.
     """
-    interval(np.zeros(1), confidence)  # a bad confidence is refused before the work, not after
-    return score_sample(Sample.of([predictions], resamples=resamples, seed=seed), confidence=confidence)
+    percentile_interval(np.zeros(1), confidence)  # a bad confidence is refused before the work, not after
+    return scores_from_bootstrap(BootstrapResult.from_tables([predictions], resamples=resamples, seed=seed), confidence=confidence)
 
 
-def score_sample(sample: Sample, *, confidence: float = 0.95) -> Scores:
+def scores_from_bootstrap(sample: BootstrapResult, *, confidence: float = 0.95) -> Scores:
     """Score a model that was measured on one table or on several: values are means over the tables that define them.
 
     Args:
@@ -119,9 +119,9 @@ def score_sample(sample: Sample, *, confidence: float = 0.95) -> Scores:
         for i, of in enumerate(sample.draws):
             drawn = [of[defined[:, k], :, k].mean(axis=0) for k in np.flatnonzero(some)]
             for k, values in zip(np.flatnonzero(some), drawn, strict=True):
-                spreads[k][i] = interval(values, confidence)
+                spreads[k][i] = percentile_interval(values, confidence)
             if drawn:  # the same findings in each draw
-                mean_spread[i] = interval(np.mean(drawn, axis=0), confidence)
+                mean_spread[i] = percentile_interval(np.mean(drawn, axis=0), confidence)
 
     positives, negatives = _counts(sample)
     findings = tuple(
@@ -140,7 +140,7 @@ def score_sample(sample: Sample, *, confidence: float = 0.95) -> Scores:
     return Scores(findings, mean, images, patients, sample.resamples, sample.seed, confidence)
 
 
-def _counts(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+def _counts(sample: BootstrapResult) -> tuple[np.ndarray, np.ndarray]:
     """Known positive and negative labels of each finding, every image once."""
     positives = sum((table.label_mask & (table.label > 0)).sum(0) for table in sample.distinct)
     label_mask = sum(table.label_mask.sum(0) for table in sample.distinct)

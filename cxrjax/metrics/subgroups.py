@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64
 from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
 from cxrjax.metrics.auc import Ranking, mean_defined
-from cxrjax.metrics.bootstrap import Interval, bootstrap, interval
+from cxrjax.metrics.bootstrap import Interval, bootstrap_scores, percentile_interval
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import MEAN
 
@@ -41,7 +41,7 @@ class Subgroups:
     gaps: tuple[dict[str, Any], ...]
 
 
-def attributes(records: Records, predictions: Predictions, ages: Sequence[float] = AGES) -> dict[str, np.ndarray]:
+def subgroup_attributes(records: Records, predictions: Predictions, ages: Sequence[float] = AGES) -> dict[str, np.ndarray]:
     """Sex, age band and view of the predicted images.
 
     Args:
@@ -86,7 +86,7 @@ def age_bands(age: Float[np.ndarray, " N"], ages: Sequence[float] = AGES) -> np.
     return np.where(usable, np.array(names)[np.searchsorted(ages, np.where(usable, age, 0), side="right")], UNKNOWN)
 
 
-def subgroups(
+def score_subgroups(
     predictions: Predictions,
     attributes: Mapping[str, np.ndarray],
     *,
@@ -112,7 +112,7 @@ def subgroups(
     Raises:
       CxrError: an attribute does not fit the predictions, or a setting is out of range.
     """
-    interval(np.zeros(1), confidence)
+    percentile_interval(np.zeros(1), confidence)
     if resamples < 0 or least < 1:
         raise CxrError(
             f"resamples={resamples}, least={least}: give at least 0 resamples and groups of at least 1 image"
@@ -142,7 +142,7 @@ class _Group:
     @classmethod
     def of(cls, p: Predictions, attribute: str, name: str, inside: np.ndarray) -> "_Group":
         rankings = (
-            Ranking.of(p.logit[:, k], p.label[:, k], p.label_mask[:, k] & inside) for k in range(len(p.findings))
+            Ranking.from_scores(p.logit[:, k], p.label[:, k], p.label_mask[:, k] & inside) for k in range(len(p.findings))
         )
         return cls(attribute, str(name), tuple(rankings), int(inside.sum()), len(np.unique(p.patient[inside])))
 
@@ -154,7 +154,7 @@ class _Group:
         auroc = np.array([ranking.measure(every)[0][0] for ranking in self.rankings])
         if resamples == 0:
             return auroc, np.zeros((0, len(auroc)))
-        return auroc, bootstrap(self.rankings, patient, resamples=resamples, seed=seed)[0]
+        return auroc, bootstrap_scores(self.rankings, patient, resamples=resamples, seed=seed)[0]
 
     def rows(
         self, findings: Sequence[str], auroc: Float64[np.ndarray, " K"], draws: Float64[np.ndarray, "R K"], level: float
@@ -206,5 +206,5 @@ def _mean(draws: Float64[np.ndarray, "R K"]) -> Float64[np.ndarray, " R"]:
 
 
 def _bounds(draws: Float64[np.ndarray, " R"], level: float) -> dict[str, float]:
-    spread = interval(draws, level) if len(draws) else Interval(math.nan, math.nan)
+    spread = percentile_interval(draws, level) if len(draws) else Interval(math.nan, math.nan)
     return {"low": spread.low, "high": spread.high}

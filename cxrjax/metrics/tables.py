@@ -22,7 +22,7 @@ PATIENT = ("patient", "Patient ID", "subject_id")
 """Columns that may name the patient, the first found counting."""
 
 
-def folded(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A name without what people write in different ways: case, spaces and underscores."""
     return name.casefold().replace("_", "").replace(" ", "")
 
@@ -50,7 +50,7 @@ class Table:
           CxrError: two columns do.
         """
         for name in names:
-            found = [column for column in self.arrow.column_names if folded(column) == folded(name)]
+            found = [column for column in self.arrow.column_names if normalize_name(column) == normalize_name(name)]
             if len(found) > 1:
                 raise CxrError(f"{self.path}: columns {' and '.join(map(repr, found))} both mean {name!r}; keep one")
             if found:
@@ -78,7 +78,7 @@ class Table:
         for column in self.arrow.column_names:
             head, underscore, finding = column.partition("_")
             if head.casefold() == prefix and underscore and finding:
-                again = next((label_mask for label_mask in found if folded(label_mask) == folded(finding)), None)
+                again = next((label_mask for label_mask in found if normalize_name(label_mask) == normalize_name(finding)), None)
                 if again is not None:
                     raise CxrError(f"{self.path}: columns {found[again]!r} and {column!r} are of one finding; keep one")
                 found[finding] = column
@@ -152,7 +152,7 @@ def read(path: Path) -> Table:
     if not path.is_file():
         raise CxrError(f"{path}: no such file")
     try:
-        arrow = pyarrow.parquet.read_table(path) if kind_of(path) == ".parquet" else _read_csv(path)
+        arrow = pyarrow.parquet.read_table(path) if table_format(path) == ".parquet" else _read_csv(path)
     except (pa.ArrowException, OSError) as error:
         raise CxrError(f"{path} cannot be read: {str(error).splitlines()[0]}; write or download it again") from None
     if arrow.num_rows == 0:
@@ -166,7 +166,7 @@ def write(path: Path, table: pa.Table) -> None:
     Raises:
       CxrError: the name ends otherwise.
     """
-    kind = kind_of(path)
+    kind = table_format(path)
     with atomic_path(path) as temporary:
         if kind == ".parquet":
             pyarrow.parquet.write_table(table, temporary)
@@ -175,7 +175,7 @@ def write(path: Path, table: pa.Table) -> None:
                 pyarrow.csv.write_csv(table, file)
 
 
-def kind_of(path: Path) -> str:
+def table_format(path: Path) -> str:
     """How the name of a table ends.
 
     Raises:
@@ -190,6 +190,6 @@ def kind_of(path: Path) -> str:
 def _read_csv(path: Path) -> pa.Table:
     with pyarrow.csv.open_csv(path) as start:
         names = start.schema.names
-    texts = {folded(name) for name in (*ID, *PATIENT, "Finding Labels")}  # "00000001" is a name, not a number
-    types = {name: pa.string() for name in names if folded(name) in texts}
+    texts = {normalize_name(name) for name in (*ID, *PATIENT, "Finding Labels")}  # "00000001" is a name, not a number
+    types = {name: pa.string() for name in names if normalize_name(name) in texts}
     return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types))

@@ -19,7 +19,7 @@ RATES = ("sensitivity", "specificity", "ppv", "npv", "accuracy", "f1")
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
+class ConfusionCounts:
     """How often K findings were called and there, called and absent, missed, and rightly not called.
 
     The rates are fractions from 0 to 1, NaN where nothing was there to count. Their names and definitions are those of
@@ -35,9 +35,9 @@ class Counts:
     tn: Int[np.ndarray, " K"]
 
     @classmethod
-    def of(
+    def from_decisions(
         cls, called: Bool[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
-    ) -> "Counts":
+    ) -> "ConfusionCounts":
         """Count calls against labels (positive where true or 1) over the known ones."""
         there = np.asarray(label) > 0
         kinds = (called & there, called & ~there, ~called & there, ~called & ~there)
@@ -124,10 +124,10 @@ class OperatingPoints:
         """The thresholds as probabilities."""
         return expit(self.threshold)
 
-    def counts(self, predictions: Predictions) -> Counts:
+    def counts(self, predictions: Predictions) -> ConfusionCounts:
         """Right and wrong calls of a table; nothing is counted of a finding without a threshold."""
         table = predictions.select(self.findings)
-        return Counts.of(table.logit >= self.threshold, table.label, table.label_mask & ~np.isnan(self.threshold))
+        return ConfusionCounts.from_decisions(table.logit >= self.threshold, table.label, table.label_mask & ~np.isnan(self.threshold))
 
     def apply(self, predictions: Predictions) -> list[dict[str, Any]]:
         """How these thresholds do on a table, a flat row per finding.
@@ -149,7 +149,7 @@ class OperatingPoints:
         ]
 
 
-def choose(validation: Predictions, rule: str = "youden", target: float = 0.9) -> OperatingPoints:
+def choose_thresholds(validation: Predictions, rule: str = "youden", target: float = 0.9) -> OperatingPoints:
     """Choose each finding's threshold on validation; on test images it would flatter.
 
     Args:
@@ -168,7 +168,7 @@ def choose(validation: Predictions, rule: str = "youden", target: float = 0.9) -
     p, thresholds, reasons = validation, [], []
     for k in range(len(p.findings)):
         score, label, label_mask = p.logit[:, k], p.label[:, k], p.label_mask[:, k]
-        reasons.append(Ranking.of(score, label, label_mask).reason)
+        reasons.append(Ranking.from_scores(score, label, label_mask).reason)
         if reasons[-1]:
             thresholds.append(math.nan)
         elif rule == "youden":
@@ -184,7 +184,7 @@ def choose(validation: Predictions, rule: str = "youden", target: float = 0.9) -
     return OperatingPoints(p.findings, np.array(thresholds), tuple(reasons), words)
 
 
-def accuracy(predictions: Predictions, threshold: float = 0.5) -> float:
+def accuracy_at_threshold(predictions: Predictions, threshold: float = 0.5) -> float:
     """How many of all known labels, whatever their finding, a threshold on the probability gets right; 0 to 1, or NaN.
 
     Raises:

@@ -17,7 +17,7 @@ class Uncertainty:
     Attributes:
       passes: T.
       mean: f64[N, K], the probability: the mean of the passes.
-      deviation: f64[N, K], standard deviation of the passes (divided by T, not T - 1); 0 to 0.5.
+      std: f64[N, K], standard deviation of the passes (divided by T, not T - 1); 0 to 0.5.
       entropy: f64[N, K] in nats, of the mean: all that is unsure. [N, 1] over exclusive classes.
       mutual_information: as `entropy`, the part of it about which the passes disagree: entropy of the mean less mean
         of the entropies; 0 to `entropy`. The rest is noise in the images or labels, on which the passes agree.
@@ -25,21 +25,21 @@ class Uncertainty:
 
     passes: int
     mean: Float64[np.ndarray, "N K"]
-    deviation: Float64[np.ndarray, "N K"]
+    std: Float64[np.ndarray, "N K"]
     entropy: Float64[np.ndarray, "N k"]
     mutual_information: Float64[np.ndarray, "N k"]
 
     @property
-    def image(self) -> Float64[np.ndarray, " N"]:
+    def per_image(self) -> Float64[np.ndarray, " N"]:
         """The uncertainty of each image: the mean over findings of their standard deviations."""
-        return self.deviation.mean(axis=1)
+        return self.std.mean(axis=1)
 
     def flagged(self, threshold: float = 0.1) -> Bool[np.ndarray, " N"]:
         """Which images are too uncertain to be trusted: above the threshold."""
-        return self.image > threshold
+        return self.per_image > threshold
 
 
-def choose_threshold(validation: Float64[np.ndarray, " N"], share: float = 0.1) -> float:
+def uncertainty_threshold(validation: Float64[np.ndarray, " N"], share: float = 0.1) -> float:
     """The least threshold that flags at most this share of validation images, by the uncertainty of each.
 
     Raises:
@@ -50,7 +50,7 @@ def choose_threshold(validation: Float64[np.ndarray, " N"], share: float = 0.1) 
     return float(np.quantile(validation, 1 - share, method="inverted_cdf"))
 
 
-def summarise(passes: Iterable[Float[np.ndarray, "N K"]], *, exclusive: bool = False) -> Uncertainty:
+def summarize_passes(passes: Iterable[Float[np.ndarray, "N K"]], *, exclusive: bool = False) -> Uncertainty:
     """Sum up stochastic passes; only running sums are held, whatever T is.
 
     Args:

@@ -14,11 +14,11 @@ from cxrjax.console import progress_bar
 from cxrjax.distributed.runtime import broadcast_from_main, on_main_process, is_distributed
 from cxrjax.files import write_json
 from cxrjax.inference.load_run import open_run, predict
-from cxrjax.metrics.bootstrap import Sample
-from cxrjax.metrics.comparison import Difference, OverFolds, over_folds, sampled_difference
-from cxrjax.metrics.ensemble import Logistic, align, combine, fit_logistic, fit_weights
+from cxrjax.metrics.bootstrap import BootstrapResult
+from cxrjax.metrics.comparison import Difference, FoldMean, mean_over_folds, difference_from_bootstrap
+from cxrjax.metrics.ensemble import LogisticStacking, align, combine, fit_logistic, fit_weights
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.scores import Scores, score_sample
+from cxrjax.metrics.scores import Scores, scores_from_bootstrap
 from cxrjax.models.network import Network
 from cxrjax.train.experiment import Experiment
 
@@ -169,7 +169,7 @@ class Study:
         return np.mean(list(self.weights.values()), axis=0)
 
     @cached_property
-    def regressions(self) -> dict[Group, Logistic]:
+    def regressions(self) -> dict[Group, LogisticStacking]:
         """The logistic ensemble of each group, learnt on its validation part."""
         return {group: fit_logistic(*_learnt_from(members)) for group, members in self.members.items()}
 
@@ -186,13 +186,13 @@ class Study:
         return tables
 
     @cached_property
-    def samples(self) -> dict[str, Sample]:
+    def samples(self) -> dict[str, BootstrapResult]:
         """Each model measured on all its tables; there are always draws, for the intervals of differences."""
         resamples = self.config.evaluate.resamples or 1000
         with progress_bar("drawing patients", len(self.tables), unit="models") as advance:
             measured = {}
             for name, tables in self.tables.items():
-                measured[name] = Sample.of(tables, resamples=resamples)
+                measured[name] = BootstrapResult.from_tables(tables, resamples=resamples)
                 advance()
         return measured
 
@@ -202,8 +202,8 @@ class Study:
         evaluate = self.config.evaluate
         samples = self.samples
         if not evaluate.resamples:
-            samples = {name: Sample.of(tables, resamples=0) for name, tables in self.tables.items()}
-        return {name: score_sample(sample, confidence=evaluate.confidence) for name, sample in samples.items()}
+            samples = {name: BootstrapResult.from_tables(tables, resamples=0) for name, tables in self.tables.items()}
+        return {name: scores_from_bootstrap(sample, confidence=evaluate.confidence) for name, sample in samples.items()}
 
     def gain(self, first: str, second: str, findings: Sequence[str]) -> Difference:
         """The mean AUROC of one model over some findings less that of another.
@@ -211,11 +211,11 @@ class Study:
         Its interval comes of drawing test patients in pairs; over folds it is `widened`.
         """
         confidence = self.config.evaluate.confidence
-        found = sampled_difference(self.samples[first], self.samples[second], findings, confidence=confidence)
-        low, high = self.widened(found.low, found.high, found.each)
+        found = difference_from_bootstrap(self.samples[first], self.samples[second], findings, confidence=confidence)
+        low, high = self.widened(found.low, found.high, found.per_table)
         return replace(found, low=low, high=high)
 
-    def over_folds(self, each: Sequence[float]) -> OverFolds | None:
+    def over_folds(self, each: Sequence[float]) -> FoldMean | None:
         """What the folds say of the mean of one value a group; None where there are not several."""
         folds = [group.fold for group in self.groups]
         if len(set(folds)) < 2 or not len(each):
@@ -223,7 +223,7 @@ class Study:
         values = [float(np.mean([v for v, of in zip(each, folds, strict=True) if of == fold])) for fold in set(folds)]
         train, validation, _ = self.config.split.fractions
         tested = 1 / self.config.split.folds
-        return over_folds(values, test_to_train=tested / ((1 - tested) * train / (train + validation)))
+        return mean_over_folds(values, test_to_train=tested / ((1 - tested) * train / (train + validation)))
 
     def widened(self, low: float, high: float, each: Sequence[float]) -> tuple[float, float]:
         """An interval that comes of the test patients, widened to the one that comes of how folds differ.
@@ -240,7 +240,7 @@ class Study:
         """In how many groups a difference has the sign of its mean, as the end of a sentence."""
         if not self.several or np.isnan(gain.value):
             return ""
-        same = sum(np.sign(each) == np.sign(gain.value) for each in gain.each)
+        same = sum(np.sign(each) == np.sign(gain.value) for each in gain.per_table)
         return f"; {'below' if gain.value < 0 else 'above'} 0 in {same} of {self.several}"
 
 

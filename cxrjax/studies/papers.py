@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from cxrjax.metrics.auc import mean_defined
-from cxrjax.metrics.tables import folded
+from cxrjax.metrics.tables import normalize_name
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Paper:
 
     def auc_of(self, arm: str, finding: str) -> float | None:
         """One AUC, whether the finding is written with spaces or underscores; None where it is not printed."""
-        printed = {folded(name): value for name, value in self.auc.get(arm, {}).items()}
-        return printed.get(folded(finding))
+        printed = {normalize_name(name): value for name, value in self.auc.get(arm, {}).items()}
+        return printed.get(normalize_name(finding))
 
     def mean_auc(self, arm: str) -> float | None:
         """The mean of the printed AUCs of an arm, computed here; None where fewer than two are printed."""

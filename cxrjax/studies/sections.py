@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from cxrjax.metrics.calibration import calibration, fit, reliability
-from cxrjax.metrics.comparison import by_finding
+from cxrjax.metrics.calibration import calibration_report, fit_temperatures, reliability_diagram
+from cxrjax.metrics.comparison import compare_findings
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import MEAN
-from cxrjax.metrics.subgroups import UNKNOWN, attributes, subgroups
-from cxrjax.metrics.tables import folded
-from cxrjax.metrics.thresholds import choose
+from cxrjax.metrics.subgroups import UNKNOWN, subgroup_attributes, score_subgroups
+from cxrjax.metrics.tables import normalize_name
+from cxrjax.metrics.thresholds import choose_thresholds
 from cxrjax.report.content import Claim, Diagrams, Reliability, Section, Table
 from cxrjax.runs.evaluate_run import describe_intervals
 from cxrjax.studies.framework import ArmStudy
@@ -29,7 +29,7 @@ def compared(study: ArmStudy) -> Chapter:
     """Each arm less the first, finding by finding and on average."""
     first, tables, numbers = study.members[0], [], {}
     for member in study.members[1:]:
-        rows = by_finding(member.test, first.test, confidence=study.config.evaluate.confidence)
+        rows = compare_findings(member.test, first.test, confidence=study.config.evaluate.confidence)
         gain = study.gain(member, first)
         numbers[member.name] = {"mean": vars(gain), "findings": rows}
         means = [number(study.scores[each.name].mean.auroc) for each in (member, first)]
@@ -65,7 +65,7 @@ def operating(study: ArmStudy) -> Chapter:
     }  # fmt: skip
     tables, numbers = {}, {}
     for member in study.members:
-        rows = choose(member.validation, "youden").apply(member.test)
+        rows = choose_thresholds(member.validation, "youden").apply(member.test)
         numbers[member.name] = rows
         cells = [[_with_reason(row), *(number(row[name]) for name in columns)] for row in rows]
         tables[member.name] = Table(
@@ -84,8 +84,8 @@ def calibrated(study: ArmStudy) -> Chapter:
     """Calibration on the test part, before and after temperatures fitted on validation."""
     rows, details, numbers = [], [], {}
     for member in study.members:
-        temperatures = fit(member.validation, exclusive=_exclusive(study))
-        before, after = calibration(member.test), calibration(temperatures.apply(member.test))
+        temperatures = fit_temperatures(member.validation, exclusive=_exclusive(study))
+        before, after = calibration_report(member.test), calibration_report(temperatures.apply(member.test))
         numbers[member.name] = {
             "temperatures": dict(zip(temperatures.findings, temperatures.values, strict=True)),
             "before": before, "after": after,
@@ -121,7 +121,7 @@ def calibrated(study: ArmStudy) -> Chapter:
 def _diagrams(test: Predictions) -> dict[str, Reliability]:
     drawn = {}
     for k, finding in enumerate(test.findings):
-        bins = reliability(test.probability[:, k], test.label[:, k], test.label_mask[:, k])
+        bins = reliability_diagram(test.probability[:, k], test.label[:, k], test.label_mask[:, k])
         filled = bins.count >= min(_FEWEST, bins.count.max())
         if bins.count.any():
             drawn[finding] = Reliability(bins.predicted[filled], bins.observed[filled], bins.count[filled])
@@ -137,12 +137,12 @@ def grouped(study: ArmStudy) -> Chapter | None:
     member = study.best
     label_mask = {
         name: values
-        for name, values in attributes(member.experiment.records, member.test).items()
+        for name, values in subgroup_attributes(member.experiment.records, member.test).items()
         if not (values == UNKNOWN).all()
     }
     if not label_mask:
         return None
-    found = subgroups(member.test, label_mask, seed=study.config.seed, **study.drawing)
+    found = score_subgroups(member.test, label_mask, seed=study.config.seed, **study.drawing)
     rows = [
         [row["attribute"], row["group"], row["images"], row["patients"], number(row["auroc"]),
          between(row["low"], row["high"]), row["reason"] or None]
@@ -188,9 +188,9 @@ def beside_paper(study: ArmStudy) -> tuple[Section, list[Claim]] | None:
     arms = [name for name in study.arms if any(paper.auc_of(name, finding) for finding in _printed(study))]
     if not arms:
         return None
-    same = {folded(finding) for finding in study.findings}
+    same = {normalize_name(finding) for finding in study.findings}
     rows = []
-    for finding in (*study.findings, *(name for name in _printed(study) if folded(name) not in same)):
+    for finding in (*study.findings, *(name for name in _printed(study) if normalize_name(name) not in same)):
         cells = [(interval_cell(ours[name].get(finding)), paper.auc_of(name, finding)) for name in arms]
         rows.append([finding, *(cell for pair in cells for cell in pair)])
     means = [(interval_cell(ours[name][MEAN]), paper.mean_auc(name)) for name in arms]

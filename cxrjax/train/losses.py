@@ -17,7 +17,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Float64, Shaped
 
 from cxrjax.errors import CxrError, check_choice
-from cxrjax.metrics.predictions import softmax_odds
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,9 @@ class Loss:
         if self.exclusive:
             right, counts = logits.argmax(1) == label.argmax(1), label_mask.all(1)
         else:
-            odds = softmax_odds(logits) if self.softmax else logits
+            from cxrjax.metrics.predictions import softmax_log_odds  # needs pyarrow, which a step does not
+
+            odds = softmax_log_odds(logits) if self.softmax else logits
             right, counts = (odds > 0) == (label > 0.5), label_mask
         return float(right[counts].mean()) if counts.any() else float("nan")
 

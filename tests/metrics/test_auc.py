@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from cxrjax.metrics.auc import Ranking, auroc, average_precision, mean_auroc, roc_curve, undefined
+from cxrjax.metrics.auc import Ranking, auroc, average_precision, mean_auroc, roc_curve, undefined_reason
 
 examples = st.lists(
     st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 4), st.booleans()), min_size=2, max_size=40
@@ -32,7 +32,7 @@ def test_agrees_with_sklearn_under_ties_and_weights(rows):
 @given(examples)
 def test_unknown_labels_do_not_count(rows):
     score, label, _, label_mask = columns(rows)
-    if undefined(label, label_mask):
+    if undefined_reason(label, label_mask):
         assert np.isnan(auroc(score, label, label_mask))
         assert np.isnan(average_precision(score, label, label_mask))
     else:
@@ -75,7 +75,7 @@ def test_curve_leaves_out_straight_pieces():
 def test_several_weightings_at_once():
     rng = np.random.default_rng(0)
     score, label, weight = rng.normal(size=50).round(1), rng.random(50) < 0.3, rng.random((50, 7))
-    at_once = Ranking.of(score, label).measure(weight)
+    at_once = Ranking.from_scores(score, label).measure(weight)
     for r in range(7):
         assert at_once[0][r] == pytest.approx(
             metrics.roc_auc_score(label, score, sample_weight=weight[:, r]), abs=1e-12
@@ -103,13 +103,13 @@ def test_known_values():
 )
 def test_what_the_labels_do_not_define_is_nan_with_a_reason(label, label_mask, reason):
     score, label, label_mask = np.array([0.2, 0.5, 0.9]), np.array(label), np.array(label_mask, bool)
-    assert undefined(label, label_mask) == Ranking.of(score, label, label_mask).reason == reason
+    assert undefined_reason(label, label_mask) == Ranking.from_scores(score, label, label_mask).reason == reason
     assert np.isnan(auroc(score, label, label_mask)) == bool(reason)
     assert (roc_curve(score, label, label_mask) is None) == bool(reason)
 
 
 def test_a_weighting_of_one_class_is_nan_and_the_others_are_not():
-    ranking = Ranking.of(np.array([3.0, 2.0, 1.0]), np.array([1, 0, 1]))
+    ranking = Ranking.from_scores(np.array([3.0, 2.0, 1.0]), np.array([1, 0, 1]))
     values = ranking.measure(np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0]]))
     np.testing.assert_array_equal(values[0], [0.5, np.nan, np.nan])
     np.testing.assert_array_equal(np.isnan(values[1]), [False, True, True])

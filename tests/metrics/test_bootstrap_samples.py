@@ -7,11 +7,11 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.bootstrap import Sample
-from cxrjax.metrics.comparison import by_finding, difference
+from cxrjax.metrics.bootstrap import BootstrapResult
+from cxrjax.metrics.comparison import compare_findings, difference
 from cxrjax.metrics.delong import delong
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.scores import score, score_sample
+from cxrjax.metrics.scores import score, scores_from_bootstrap
 
 
 def table(fold=0, strength=1.0, noise=0, n=60):
@@ -38,7 +38,7 @@ FOLDS = [table(0, n=60), table(1, n=80), table(2, n=50)]
 
 
 def test_scores_of_folds_are_means_and_their_draws_are_of_each_folds_own_patients():
-    found = score_sample(Sample.of(FOLDS, resamples=100, seed=4), confidence=0.9)
+    found = scores_from_bootstrap(BootstrapResult.from_tables(FOLDS, resamples=100, seed=4), confidence=0.9)
     for k in range(2):
         assert found.findings[k].auroc == pytest.approx(np.mean([auc(fold, k) for fold in FOLDS]))
         precision = [average_precision_score(fold.label[:, k], fold.logit[:, k]) for fold in FOLDS]
@@ -58,28 +58,28 @@ def test_scores_of_folds_are_means_and_their_draws_are_of_each_folds_own_patient
 
 def test_scores_of_networks_on_other_scales_are_never_ranked_against_each_other():
     apart = [dataclasses.replace(fold, logit=fold.logit * 3 - 50 * f) for f, fold in enumerate(FOLDS)]
-    assert score_sample(Sample.of(apart, resamples=20)) == score_sample(Sample.of(FOLDS, resamples=20))
+    assert scores_from_bootstrap(BootstrapResult.from_tables(apart, resamples=20)) == scores_from_bootstrap(BootstrapResult.from_tables(FOLDS, resamples=20))
 
 
 def test_seeds_share_their_patients_and_their_draws():
     seeds = [table(noise=1), table(noise=2)]
-    sample = Sample.of(seeds, resamples=20)
+    sample = BootstrapResult.from_tables(seeds, resamples=20)
     assert sample.stratum.tolist() == [0, 0]
-    alone = [Sample.of([each], resamples=20) for each in seeds]
+    alone = [BootstrapResult.from_tables([each], resamples=20) for each in seeds]
     np.testing.assert_array_equal(sample.draws, np.concatenate([each.draws for each in alone], axis=1))
-    found = score_sample(sample)
+    found = scores_from_bootstrap(sample)
     assert (found.images, found.patients) == (60, 30), "every image once"
     assert found.findings[0].positives == int(seeds[0].label[:, 0].sum())
-    assert score_sample(Sample.of([table(), table()])) == score(table())
+    assert scores_from_bootstrap(BootstrapResult.from_tables([table(), table()])) == score(table())
 
 
 def test_a_finding_that_some_folds_leave_undefined_is_the_mean_of_the_others_and_says_so():
     lacking = dataclasses.replace(FOLDS[1], label=FOLDS[1].label * [1, 0])
-    found = score_sample(Sample.of([FOLDS[0], lacking, FOLDS[2]], resamples=20))
+    found = scores_from_bootstrap(BootstrapResult.from_tables([FOLDS[0], lacking, FOLDS[2]], resamples=20))
     assert found.findings[1].auroc == pytest.approx(np.mean([auc(FOLDS[0], 1), auc(FOLDS[2], 1)]))
     assert found.findings[1].reason == "no positive example in 1 of 3 test parts"
     assert (found.mean.findings, found.mean.reason) == (2, "")
-    nothing = score_sample(Sample.of([lacking], resamples=20))
+    nothing = scores_from_bootstrap(BootstrapResult.from_tables([lacking], resamples=20))
     assert nothing.mean.reason == "left out: B (no positive example)"
     gain = difference([FOLDS[0], lacking], [FOLDS[0], lacking], ["A", "B"], resamples=20)
     assert gain.left_out == ("B",)
@@ -89,7 +89,7 @@ def test_differences_of_folds_are_means_of_pairs():
     first, second = [[table(f, strength) for f in range(3)] for strength in (1.5, 0.5)]
     found = difference(first, second, ["A", "B"], resamples=50, seed=3)
     each = [np.mean([auc(a, k) - auc(b, k) for k in range(2)]) for a, b in zip(first, second, strict=True)]
-    assert found.each == pytest.approx(tuple(each))
+    assert found.per_table == pytest.approx(tuple(each))
     assert found.value == pytest.approx(np.mean(each))
     gains = [
         np.mean([
@@ -103,7 +103,7 @@ def test_differences_of_folds_are_means_of_pairs():
 
 def test_tests_by_finding_take_folds_as_independent_and_seeds_as_one():
     first, second = [[table(f, strength) for f in range(3)] for strength in (1.5, 0.5)]
-    for k, row in enumerate(by_finding(first, second)):
+    for k, row in enumerate(compare_findings(first, second)):
         gaps = [
             delong(np.stack([a.logit[:, k], b.logit[:, k]]), a.label[:, k], patient=a.patient).difference()
             for a, b in zip(first, second, strict=True)
@@ -111,7 +111,7 @@ def test_tests_by_finding_take_folds_as_independent_and_seeds_as_one():
         assert row["difference"] == pytest.approx(np.mean([gap.value for gap in gaps]))
         assert row["difference"] / row["z"] == pytest.approx(np.sqrt(sum(gap.error**2 for gap in gaps)) / 3)
         assert row["first"] == pytest.approx(np.mean([auc(fold, k) for fold in first]))
-    once, twice = by_finding(first[0], second[0]), by_finding(first[:1] * 2, second[:1] * 2)
+    once, twice = compare_findings(first[0], second[0]), compare_findings(first[:1] * 2, second[:1] * 2)
     for one, two in zip(once, twice, strict=True):  # a seed that repeats another adds nothing
         assert {key: value for key, value in two.items() if key != "finding"} == pytest.approx(
             {key: value for key, value in one.items() if key != "finding"}
@@ -120,21 +120,21 @@ def test_tests_by_finding_take_folds_as_independent_and_seeds_as_one():
 
 def test_tests_by_finding_agree_with_the_bootstrap_over_folds():
     first, second = [[table(f, strength, n=1200) for f in range(3)] for strength in (1.2, 0.9)]
-    for row in by_finding(first, second):
+    for row in compare_findings(first, second):
         drawn = difference(first, second, [row["finding"]], resamples=1000)
         assert (row["low"], row["high"]) == pytest.approx((drawn.low, drawn.high), abs=0.003)
 
 
 def test_tables_that_do_not_belong_together_are_refused():
     with pytest.raises(CxrError, match=r"share 29 patients \(the first is a0\)"):
-        Sample.of([table(n=60), table(n=58)])
+        BootstrapResult.from_tables([table(n=60), table(n=58)])
     with pytest.raises(CxrError, match="share 30 patients"):
-        Sample.of([table(), table().take(np.arange(60)[::-1])])
+        BootstrapResult.from_tables([table(), table().take(np.arange(60)[::-1])])
     with pytest.raises(CxrError, match="same findings"):
-        Sample.of([table(0), table(1).select(["B", "A"])])
+        BootstrapResult.from_tables([table(0), table(1).select(["B", "A"])])
     with pytest.raises(CxrError, match="no predictions"):
-        Sample.of([])
+        BootstrapResult.from_tables([])
     with pytest.raises(CxrError, match="same images"):
         difference([table(0)], [table(0), table(1)], ["A"], resamples=5)
     with pytest.raises(CxrError, match="1 and 2 tables"):
-        by_finding([table(0)], [table(0), table(1)])
+        compare_findings([table(0)], [table(0), table(1)])

@@ -9,7 +9,7 @@ from sklearn import calibration as sklearn_calibration
 from sklearn import metrics
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.calibration import brier, calibration, reliability
+from cxrjax.metrics.calibration import brier_score, calibration_report, reliability_diagram
 from cxrjax.metrics.predictions import Predictions
 
 examples = st.lists(
@@ -22,7 +22,7 @@ examples = st.lists(
 @given(examples, st.integers(1, 12), st.sampled_from([("width", "uniform"), ("mass", "quantile")]))
 def test_bins_are_sklearns(rows, bins, spacing):
     probability, label = (np.array(column) for column in zip(*rows, strict=True))
-    found = reliability(probability, label, bins=bins, spacing=spacing[0])
+    found = reliability_diagram(probability, label, bins=bins, spacing=spacing[0])
     observed, predicted = sklearn_calibration.calibration_curve(label, probability, n_bins=bins, strategy=spacing[1])
     full = found.count > 0
     np.testing.assert_allclose(found.observed[full], observed, atol=1e-12)
@@ -36,7 +36,7 @@ def test_bins_are_sklearns(rows, bins, spacing):
 @given(examples, st.integers(1, 12), st.sampled_from(["width", "mass"]))
 def test_brier_is_sklearns_and_its_parts_add_up(rows, bins, spacing):
     probability, label = (np.array(column) for column in zip(*rows, strict=True))
-    parts = brier(probability, label, bins=bins, spacing=spacing)
+    parts = brier_score(probability, label, bins=bins, spacing=spacing)
     assert parts.score == pytest.approx(metrics.brier_score_loss(label, probability), abs=1e-12)
     assert parts.score == pytest.approx(parts.reliability - parts.resolution + parts.uncertainty, abs=1e-12)
     assert parts.uncertainty == pytest.approx(label.var(), abs=1e-12)
@@ -46,7 +46,7 @@ def test_brier_is_sklearns_and_its_parts_add_up(rows, bins, spacing):
 def test_murphys_decomposition_of_a_few_distinct_forecasts():
     probability = np.repeat([0.1, 0.4, 0.8], [10, 20, 30])
     label = np.concatenate([np.arange(10) < 2, np.arange(20) < 10, np.arange(30) < 27])
-    parts = brier(probability, label, bins=10)
+    parts = brier_score(probability, label, bins=10)
     rate = np.array([0.2, 0.5, 0.9])  # of each forecast; nothing varies inside a bin (Murphy 1973)
     share = np.array([10, 20, 30]) / 60
     assert parts.reliability == pytest.approx(share @ (np.array([0.1, 0.4, 0.8]) - rate) ** 2)
@@ -55,18 +55,18 @@ def test_murphys_decomposition_of_a_few_distinct_forecasts():
 
 def test_expected_calibration_error_by_hand():
     probability, label = np.array([0.1, 0.2, 0.7, 0.9, 0.9]), np.array([0, 1, 1, 1, 0])
-    found = reliability(probability, label, bins=2)
+    found = reliability_diagram(probability, label, bins=2)
     np.testing.assert_array_equal(found.count, [2, 3])
     assert found.error == pytest.approx(0.4 * abs(0.5 - 0.15) + 0.6 * abs(2 / 3 - 2.5 / 3))
-    whole = reliability(probability, label, bins=1, spacing="mass")
+    whole = reliability_diagram(probability, label, bins=1, spacing="mass")
     assert whole.error == pytest.approx(abs(0.6 - 2.8 / 5))
 
 
 def test_bins_of_equal_mass_are_of_equal_mass():
     probability = np.random.default_rng(0).beta(0.5, 20, size=3000)  # findings are rare: most of it is near 0
-    found = reliability(probability, probability > 0.1, bins=15, spacing="mass")
+    found = reliability_diagram(probability, probability > 0.1, bins=15, spacing="mass")
     np.testing.assert_array_equal(found.count, 200)
-    assert reliability(probability, probability > 0.1, bins=15).count[0] > 2000
+    assert reliability_diagram(probability, probability > 0.1, bins=15).count[0] > 2000
 
 
 def simulated(n=20_000, sharpness=(1.0, 2.5), seed=0):
@@ -80,7 +80,7 @@ def simulated(n=20_000, sharpness=(1.0, 2.5), seed=0):
 
 
 def test_an_honest_model_is_calibrated_and_an_overconfident_one_is_not():
-    rows = calibration(simulated())
+    rows = calibration_report(simulated())
     assert [row["finding"] for row in rows] == ["A", "B", "mean"]
     for name in ("ece_width", "ece_mass"):
         assert rows[0][name] < 0.015
@@ -92,10 +92,10 @@ def test_an_honest_model_is_calibrated_and_an_overconfident_one_is_not():
 def test_unknown_labels_do_not_count():
     table = simulated(300)
     label_mask = table.label_mask[:, 0]
-    masked = reliability(table.probability[:, 0], table.label[:, 0], label_mask)
-    cut = reliability(table.probability[label_mask, 0], table.label[label_mask, 0])
+    masked = reliability_diagram(table.probability[:, 0], table.label[:, 0], label_mask)
+    cut = reliability_diagram(table.probability[label_mask, 0], table.label[label_mask, 0])
     np.testing.assert_array_equal(masked.observed, cut.observed)
-    assert brier(table.probability[:, 0], table.label[:, 0], label_mask) == brier(
+    assert brier_score(table.probability[:, 0], table.label[:, 0], label_mask) == brier_score(
         table.probability[label_mask, 0], table.label[label_mask, 0]
     )
 
@@ -105,7 +105,7 @@ def test_nothing_known_is_nan():
     nothing = Predictions(
         table.id, table.patient, table.findings, table.logit, table.label, table.label_mask & [True, False]
     )
-    rows = calibration(nothing)
+    rows = calibration_report(nothing)
     assert np.isnan([rows[1]["ece_width"], rows[1]["ece_mass"], rows[1]["brier"], rows[1]["brier_resolution"]]).all()
     assert rows[1]["reason"] == "no known label"
     assert rows[2]["ece_width"] == rows[0]["ece_width"]
@@ -119,4 +119,4 @@ def test_nothing_known_is_nan():
 def test_bad_arguments(arguments, message):
     probability = np.array([0.5, arguments.pop("probability", 0.5)])
     with pytest.raises(CxrError, match=message):
-        reliability(probability, np.array([0, 1]), **arguments)
+        reliability_diagram(probability, np.array([0, 1]), **arguments)

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.comparison import by_finding, difference
+from cxrjax.metrics.comparison import compare_findings, difference
 from cxrjax.metrics.delong import delong
 from cxrjax.metrics.predictions import Predictions
 
@@ -59,7 +59,7 @@ def test_other_images_are_refused():
 
 def test_findings_are_tested_by_patients_and_adjusted_together():
     first, second = table(0, 1.5), table(1, 0.5)
-    rows = by_finding(first, second)
+    rows = compare_findings(first, second)
     assert [row["finding"] for row in rows] == ["A", "B"]
     for k, row in enumerate(rows):
         exact = [roc_auc_score(t.label[:, k], t.logit[:, k]) for t in (first, second)]
@@ -74,21 +74,21 @@ def test_findings_are_tested_by_patients_and_adjusted_together():
 
 def test_tests_agree_with_the_paired_bootstrap():
     first, second = table(0, 1.2, n=2000), table(1, 0.9, n=2000)
-    for row in by_finding(first, second):
+    for row in compare_findings(first, second):
         drawn = difference([first], [second], [row["finding"]], resamples=1000)
         assert (row["low"], row["high"]) == pytest.approx((drawn.low, drawn.high), abs=0.004)
 
 
 def test_rows_of_the_second_table_may_be_in_another_order():
     first, second = table(0, 1.5), table(1, 0.5)
-    assert by_finding(first, second.take(np.arange(60)[::-1])) == by_finding(first, second)
+    assert compare_findings(first, second.take(np.arange(60)[::-1])) == compare_findings(first, second)
     with pytest.raises(CxrError, match="differ in 2 images"):
-        by_finding(first, table(0, 1, n=58))
+        compare_findings(first, table(0, 1, n=58))
 
 
 def test_a_finding_that_cannot_be_tested_is_nan_and_not_counted():
     first, second = (dataclasses.replace(t, label=t.label * [1, 0]) for t in (table(0, 1.5), table(1, 0.5)))
-    rows = by_finding(first, second)
+    rows = compare_findings(first, second)
     assert rows[1]["reason"] == "no positive example"
     assert np.isnan([rows[1][name] for name in ("first", "difference", "low", "z", "p", "p_holm")]).all()
     assert rows[0]["p_holm"] == rows[0]["p"]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.confounding import OTHERS, accuracy_from_source, border, pooled_sources, predict_source
+from cxrjax.metrics.confounding import OTHER_SOURCES, majority_class_accuracy, border_pixels, pool_rare_sources, predict_source
 from cxrjax.metrics.scores import score
 
 COUNT = 120
@@ -26,7 +26,7 @@ def test_the_border_is_all_but_the_middle(height, width, share):
     images = np.random.default_rng(0).integers(0, 256, (2, height, width)).astype(np.uint8)
     down, across = max(1, round(share * height)), max(1, round(share * width))
     middle = images[:, down : height - down, across : width - across]
-    outer = border(images, share)
+    outer = border_pixels(images, share)
     assert outer.shape[1] == height * width - middle[0].size
     np.testing.assert_allclose(
         outer.sum(1) * 255, images.sum((1, 2), dtype=np.int64) - middle.sum((1, 2), dtype=np.int64), rtol=1e-5
@@ -37,7 +37,7 @@ def test_the_border_is_all_but_the_middle(height, width, share):
 def test_a_mark_in_the_border_is_found_and_its_absence_too(rng, mark, low, high):
     images = rng.integers(0, 200, (COUNT, 20, 20)).astype(np.uint8)
     images[SOURCE == "clinic", 0] += np.uint8(mark)
-    table = predict_source(border(images), SOURCE, id=ID, patient=PATIENT)
+    table = predict_source(border_pixels(images), SOURCE, id=ID, patient=PATIENT)
     assert table.findings == ("hospital",)
     found = score(table, resamples=20).findings[0]
     assert low <= found.auroc <= high
@@ -54,16 +54,16 @@ def test_what_is_known_of_a_patient_only_does_not_help(rng):
 
 def test_three_sources_are_three_findings_and_small_ones_are_pooled(rng):
     source = np.where(np.arange(COUNT) < 6, "tiny", np.where(np.arange(COUNT) < 12, "small", SOURCE))
-    pooled = pooled_sources(source, PATIENT, least=5)
-    assert set(pooled) == {OTHERS, "clinic", "hospital"}
-    assert (pooled == OTHERS).sum() == 12
+    pooled = pool_rare_sources(source, PATIENT, least=5)
+    assert set(pooled) == {OTHER_SOURCES, "clinic", "hospital"}
+    assert (pooled == OTHER_SOURCES).sum() == 12
     table = predict_source(rng.normal(size=(COUNT, 3)), pooled, id=ID, patient=PATIENT)
-    assert table.findings == ("clinic", "hospital", OTHERS)
+    assert table.findings == ("clinic", "hospital", OTHER_SOURCES)
     np.testing.assert_allclose(table.probability.sum(1), 1, atol=1e-9)
 
 
 def test_sources_that_are_all_small_stay_apart():
-    assert set(pooled_sources(SOURCE, PATIENT, least=COUNT)) == {"clinic", "hospital"}
+    assert set(pool_rare_sources(SOURCE, PATIENT, least=COUNT)) == {"clinic", "hospital"}
 
 
 def test_what_cannot_be_tried_is_said():
@@ -74,11 +74,11 @@ def test_what_cannot_be_tried_is_said():
     with pytest.raises(CxrError, match="source once has a single patient"):
         predict_source(features, once, id=ID, patient=PATIENT)
     with pytest.raises(CxrError, match=r"share=0\.5"):
-        border(np.zeros((1, 8, 8), np.uint8), 0.5)
+        border_pixels(np.zeros((1, 8, 8), np.uint8), 0.5)
 
 
 def test_the_commonest_class_of_a_source_is_guessed():
     source, label = np.array(["a", "a", "a", "b", "b"]), np.array([2, 2, 1, 0, 0])
     other = np.array(["a", "b", "b", "c"])
     # a -> 2, b -> 0, unseen -> the commonest of all, of equals the first: 0
-    assert accuracy_from_source(source, label, other, np.array([2, 0, 1, 0])) == 0.75
+    assert majority_class_accuracy(source, label, other, np.array([2, 0, 1, 0])) == 0.75

@@ -10,13 +10,13 @@ from sklearn import metrics
 
 from cxrjax.errors import CxrError
 from cxrjax.findings import SIX_CLASS
-from cxrjax.metrics.confusion import REPORT, Confusion
+from cxrjax.metrics.confusion import REPORT_COLUMNS, ConfusionMatrix
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.thresholds import Counts
+from cxrjax.metrics.thresholds import ConfusionCounts
 
 # A matrix (rows actual) with the paper's supports, hits and numbers of predictions per class; which class is mistaken
 # for which is not printed and does not enter the report.
-PAPER = Confusion(
+PAPER = ConfusionMatrix(
     SIX_CLASS,
     np.array(
         [
@@ -34,7 +34,7 @@ def test_the_papers_nine_rows_are_reproduced(shared):
     total = support.sum()
     hits = np.rint(printed["sensitivity"] * support).astype(int)
     called = np.rint(printed["detection_prevalence"] * total).astype(int)
-    counts = Counts(tp=hits, fp=called - hits, fn=support - hits, tn=total - called - support + hits)
+    counts = ConfusionCounts(tp=hits, fp=called - hits, fn=support - hits, tn=total - called - support + hits)
     assert len(printed) == 9
     for name, row in printed.items():
         np.testing.assert_allclose(getattr(counts, name), row, rtol=0, atol=5.1e-8, err_msg=name)
@@ -46,9 +46,9 @@ def test_the_papers_nine_rows_are_reproduced(shared):
 def test_the_papers_report_from_a_matrix():
     rows = PAPER.report()
     assert [row["class"] for row in rows] == list(SIX_CLASS)
-    assert all(tuple(row) == ("class", *REPORT, "support") for row in rows)
+    assert all(tuple(row) == ("class", *REPORT_COLUMNS, "support") for row in rows)
     covid = [0.7625, 0.9959405, 0.953125, 0.9748344, 0.953125, 0.7625, 0.8472222, 0.0976801, 0.0744811, 0.0781441]
-    np.testing.assert_allclose([rows[0][name] for name in REPORT], [*covid, 0.8792202], atol=5e-8)  # as printed
+    np.testing.assert_allclose([rows[0][name] for name in REPORT_COLUMNS], [*covid, 0.8792202], atol=5e-8)  # as printed
     assert [row["support"] for row in rows] == [80, 140, 136, 182, 136, 145]
     assert round(PAPER.accuracy, 7) == 0.8095238
     assert round(PAPER.balanced_accuracy, 3) == 0.891
@@ -61,7 +61,7 @@ pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, ma
 @given(pairs)
 def test_agrees_with_sklearn(rows):
     actual, predicted = np.array(rows).T
-    confusion = Confusion.of(actual, predicted, "abcd")
+    confusion = ConfusionMatrix.from_classes(actual, predicted, "abcd")
     expected = metrics.confusion_matrix(actual, predicted, labels=range(4))
     np.testing.assert_array_equal(confusion.matrix, expected)
     np.testing.assert_array_equal(confusion.oriented("actual"), expected)
@@ -98,7 +98,7 @@ def predictions(label, logit, label_mask=None):
 def test_predictions_are_of_the_highest_logit_and_unlabelled_images_are_left_out():
     label_mask = np.array([[True] * 3, [True] * 3, [False] * 3])
     table = predictions(np.eye(3), [[3, 2, 1], [-1, -2, -3], [0, 0, 1]], label_mask)
-    confusion = Confusion.of_predictions(table)
+    confusion = ConfusionMatrix.from_predictions(table)
     np.testing.assert_array_equal(confusion.matrix, [[1, 0, 0], [1, 0, 0], [0, 0, 0]])
     assert confusion.classes == ("a", "b", "c")
 
@@ -113,16 +113,16 @@ def test_predictions_are_of_the_highest_logit_and_unlabelled_images_are_left_out
 )
 def test_images_of_no_class_or_two_are_refused(label, label_mask, words):
     with pytest.raises(CxrError, match=words):
-        Confusion.of_predictions(predictions([[1, 0, 0], label], np.zeros((2, 3)), [[True] * 3, label_mask]))
+        ConfusionMatrix.from_predictions(predictions([[1, 0, 0], label], np.zeros((2, 3)), [[True] * 3, label_mask]))
 
 
 def test_bad_numbers_and_words_are_refused():
     with pytest.raises(CxrError, match="predicted classes go from 0 to 1, not 0 to 2"):
-        Confusion.of(np.array([0, 1]), np.array([2, 0]), "ab")
+        ConfusionMatrix.from_classes(np.array([0, 1]), np.array([2, 0]), "ab")
     with pytest.raises(CxrError, match="did you mean 'predicted'"):
         PAPER.oriented("predictd")
 
 
 def test_nothing_counted_is_nan():
-    empty = Confusion.of(np.zeros(0, int), np.zeros(0, int), "ab")
+    empty = ConfusionMatrix.from_classes(np.zeros(0, int), np.zeros(0, int), "ab")
     assert np.isnan([empty.accuracy, empty.balanced_accuracy, empty.report()[0]["prevalence"]]).all()

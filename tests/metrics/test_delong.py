@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from cxrjax.errors import CxrError
 from cxrjax.metrics.auc import Ranking
-from cxrjax.metrics.bootstrap import bootstrap
+from cxrjax.metrics.bootstrap import bootstrap_scores
 from cxrjax.metrics.delong import Estimate, delong
 
 # The ovarian cancer data of DeLong et al. (1988) without missing values, as SAS/STAT prints them in the example
@@ -82,7 +82,7 @@ def test_images_of_a_patient_are_one_unit_as_in_the_bootstrap():
     label = rng.random(2000) < 0.2 + 0.4 * (patient % 2)  # some patients have more, and both kinds of image
     shared = rng.normal(size=500)[patient]
     scores = np.stack([label + shared + rng.normal(size=2000), 0.7 * label + shared + rng.normal(size=2000)])
-    draws = bootstrap([Ranking.of(s, label) for s in scores], patient, resamples=2000, seed=1)[0]
+    draws = bootstrap_scores([Ranking.from_scores(s, label) for s in scores], patient, resamples=2000, seed=1)[0]
     areas = delong(scores, label, patient=patient)
     np.testing.assert_allclose(np.sqrt(np.diag(areas.covariance)), draws.std(axis=0, ddof=1), rtol=0.06)
     assert areas.difference().error == pytest.approx((draws[:, 0] - draws[:, 1]).std(ddof=1), rel=0.06)

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit, softmax
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.ensemble import Likelihood, align, combine, fit_logistic, fit_weights, stack, uniform, vote
+from cxrjax.metrics.ensemble import MixtureLikelihood, align, combine, fit_logistic, fit_weights, stack, uniform, vote
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import score
 
@@ -36,7 +36,7 @@ def plain_loss(v, logits, labels, label_mask):
 def test_loss_and_gradient_agree_with_the_equations_and_jax_grad():
     logits, labels, label_mask = simulated()
     v = np.random.default_rng(1).normal(size=(4, 3))
-    loss, gradient = Likelihood.of(logits, labels, label_mask).loss(v)
+    loss, gradient = MixtureLikelihood.from_logits(logits, labels, label_mask).loss(v)
     with jax.enable_x64(True):
         expected = jax.value_and_grad(plain_loss)(*map(jnp.asarray, (v, logits, labels, label_mask)))
     assert loss == pytest.approx(float(expected[0]), abs=1e-13)
@@ -90,14 +90,14 @@ def test_certain_and_wrong_models_stay_finite():
     labels = np.array([[1.0], [0.0], [1.0], [0.0]])
     logits = np.array([[[-100.0], [100.0], [-100.0], [100.0]], [[100.0], [-100.0], [100.0], [100.0]]])
     label_mask = np.ones((4, 1), bool)
-    loss, gradient = Likelihood.of(logits, labels, label_mask).loss(np.zeros((1, 2)))
+    loss, gradient = MixtureLikelihood.from_logits(logits, labels, label_mask).loss(np.zeros((1, 2)))
     assert loss == pytest.approx((3 * np.log(2) + 100) / 4)  # three shares of a half, one certain mistake of both
     assert np.isfinite(gradient).all()
     assert gradient[0, 0] > 0.3
     fit = fit_weights(logits, labels, label_mask)
     assert np.isfinite(fit.loss).all()
     assert fit.weights[0, 1] > 0.99
-    both_wrong = Likelihood.of(np.full((2, 1, 1), -1000.0), np.ones((1, 1)), np.ones((1, 1), bool))
+    both_wrong = MixtureLikelihood.from_logits(np.full((2, 1, 1), -1000.0), np.ones((1, 1)), np.ones((1, 1), bool))
     assert both_wrong.loss(np.zeros((1, 2)))[0] == 1000
     assert np.isfinite(fit_weights(logits, labels, label_mask, rate=1e3, decay=1).loss).all()
 

@@ -14,7 +14,7 @@ from cxrjax.errors import CxrError
 from cxrjax.findings import LabelPolicy
 from cxrjax.metrics import tables
 from cxrjax.metrics.auc import auroc
-from cxrjax.metrics.predictions import Predictions, logits
+from cxrjax.metrics.predictions import Predictions, logits_from_probabilities
 
 
 def some(n=5, findings=("Mass", "Pleural Effusion")):
@@ -41,7 +41,7 @@ def test_what_is_written_is_read(tmp_path, name):
     before.write(tmp_path / "new folder" / name)
     after = Predictions.read(tmp_path / "new folder" / name)
     assert after.findings == before.findings
-    for field in ("id", "patient", "logit", "known"):
+    for field in ("id", "patient", "logit", "label_mask"):
         np.testing.assert_array_equal(getattr(after, field), getattr(before, field))  # to the last bit
     np.testing.assert_array_equal(after.label[before.label_mask], before.label[before.label_mask])
     assert [file.name for file in (tmp_path / "new folder").iterdir()] == [name]
@@ -104,7 +104,7 @@ def test_logits_keep_the_order_and_ties_of_probabilities(values, steps):
     p = np.array(values)
     close = np.clip(p + steps * np.spacing(p), 0, 1)  # neighbours that rounding would merge
     p = np.concatenate([p, close])
-    values = logits(p[:, None])[:, 0]
+    values = logits_from_probabilities(p[:, None])[:, 0]
     assert np.isfinite(values).all()
     np.testing.assert_array_equal(np.unique(p, return_inverse=True)[1], np.unique(values, return_inverse=True)[1])
     inside = (p > 0) & (p < 1)
@@ -115,7 +115,7 @@ def test_auc_does_not_change_where_plain_logits_would_make_ties():
     p = 1e-200 * (1 + np.arange(8) * 2.0**-52)
     assert len(np.unique(np.log(p))) == 1
     label = np.array([0, 0, 1, 0, 1, 0, 1, 1])
-    assert auroc(logits(p[:, None])[:, 0], label) == auroc(p, label) == 13 / 16
+    assert auroc(logits_from_probabilities(p[:, None])[:, 0], label) == auroc(p, label) == 13 / 16
 
 
 def test_select():
@@ -139,7 +139,7 @@ def test_select():
 def test_tables_that_no_statistic_could_use_are_refused(change, message):
     good = {
         "id": np.array(["a", "b", "c"]), "patient": np.array(["p", "p", "q"]), "findings": ("Mass",),
-        "logit": np.zeros((3, 1)), "label": np.zeros((3, 1)), "known": np.ones((3, 1), bool),
+        "logit": np.zeros((3, 1)), "label": np.zeros((3, 1)), "label_mask": np.ones((3, 1), bool),
     }  # fmt: skip
     Predictions(**good)
     with pytest.raises(CxrError, match=message):

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from cxrjax.data.records import Record, Records
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.subgroups import UNKNOWN, age_bands, attributes, subgroups
+from cxrjax.metrics.subgroups import UNKNOWN, age_bands, subgroup_attributes, score_subgroups
 
 FINDINGS = ("Mass", "Nodule")
 
@@ -33,7 +33,7 @@ def find(rows, **wanted):
 
 def test_each_group_is_scored_on_its_own_images():
     table, group = predictions()
-    found = subgroups(table, {"kind": group}, resamples=0)
+    found = score_subgroups(table, {"kind": group}, resamples=0)
     assert [(row["group"], row["finding"]) for row in found.groups] == [
         (g, f) for g in "ab" for f in (*FINDINGS, "mean")
     ]
@@ -56,7 +56,7 @@ def test_each_group_is_scored_on_its_own_images():
 
 def test_gaps_are_between_the_best_and_the_worst_on_the_same_draws():
     table, group = predictions(strength=(2.5, 0.8))
-    found = subgroups(table, {"kind": group}, resamples=60, seed=2)
+    found = score_subgroups(table, {"kind": group}, resamples=60, seed=2)
     names, owner = np.unique(table.patient, return_inverse=True)
     draws = []
     for r in range(60):
@@ -88,11 +88,11 @@ def test_small_and_unknown_groups_are_shown_but_in_no_gap():
     table, group = predictions()
     group = group.astype("U8")
     group[:6], group[6:160] = "tiny", UNKNOWN
-    found = subgroups(table, {"kind": group}, resamples=0, least=50)
+    found = score_subgroups(table, {"kind": group}, resamples=0, least=50)
     assert {row["group"] for row in found.groups} == {"a", "b", "tiny", UNKNOWN}
     for gap in found.gaps:
         assert {gap["best"], gap["worst"]} == {"a", "b"}
-    few = subgroups(table, {"kind": group}, resamples=0, least=10_000).gaps
+    few = score_subgroups(table, {"kind": group}, resamples=0, least=10_000).gaps
     assert [row["reason"] for row in few] == ["fewer than two groups that define it"] * 3
     assert all(math.isnan(row["gap"]) for row in few)
 
@@ -101,7 +101,7 @@ def test_a_finding_that_a_group_does_not_define_is_in_no_gap_of_the_mean():
     table, group = predictions()
     label = np.where((group == "b")[:, None] & [True, False], 0, table.label)
     table = Predictions(table.id, table.patient, FINDINGS, table.logit, label, table.label_mask)
-    found = subgroups(table, {"kind": group}, resamples=20)
+    found = score_subgroups(table, {"kind": group}, resamples=20)
     row = find(found.groups, group="b", finding="Mass")
     assert (row["reason"], row["findings"], math.isnan(row["auroc"])) == ("no positive example", 0, True)
     mean = find(found.groups, group="b", finding="mean")
@@ -113,7 +113,7 @@ def test_a_finding_that_a_group_does_not_define_is_in_no_gap_of_the_mean():
 
 def test_equal_groups_have_gaps_around_zero():
     table, group = predictions(2000)
-    gap = find(subgroups(table, {"kind": group}, resamples=200).gaps, finding="mean")
+    gap = find(score_subgroups(table, {"kind": group}, resamples=200).gaps, finding="mean")
     assert gap["low"] < 0 < gap["high"]
 
 
@@ -126,12 +126,12 @@ def test_attributes_come_from_the_records_in_the_order_of_the_predictions():
     records = Records.from_records(images, FINDINGS, dataset="nih")
     zeros = np.zeros((2, 2))
     table = Predictions(["z", "y"], ["p", "p"], FINDINGS, zeros, zeros, zeros > 1)
-    found = attributes(records, table)
+    found = subgroup_attributes(records, table)
     assert {name: list(values) for name, values in found.items()} == {
         "sex": ["F", UNKNOWN], "age": ["80+", UNKNOWN], "view": [UNKNOWN, "AP"],
     }  # fmt: skip
     with pytest.raises(CxrError, match=r"1 predicted images \(q, ...\) are not records of nih"):
-        attributes(records, Predictions(["q"], ["p"], FINDINGS, zeros[:1], zeros[:1], zeros[:1] > 1))
+        subgroup_attributes(records, Predictions(["q"], ["p"], FINDINGS, zeros[:1], zeros[:1], zeros[:1] > 1))
 
 
 def test_age_bands():
@@ -152,12 +152,12 @@ def test_age_bands():
 def test_bad_arguments(arguments, message):
     table, group = predictions(20)
     with pytest.raises(CxrError, match=message):
-        subgroups(table, {"kind": group}, **arguments)
+        score_subgroups(table, {"kind": group}, **arguments)
     with pytest.raises(CxrError, match="attribute kind has shape"):
-        subgroups(table, {"kind": group[1:]})
+        score_subgroups(table, {"kind": group[1:]})
 
 
 def test_tables_are_plain_rows():
     table, group = predictions(200)
-    found = subgroups(table, {"kind": group}, resamples=20)
+    found = score_subgroups(table, {"kind": group}, resamples=20)
     assert json.loads(json.dumps([*found.groups, *found.gaps]))[0]["group"] == "a"

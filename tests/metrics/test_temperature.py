@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 
 from cxrjax.errors import CxrError
 from cxrjax.metrics.auc import auroc
-from cxrjax.metrics.calibration import HOTTEST, calibration, fit
+from cxrjax.metrics.calibration import MAX_TEMPERATURE, calibration_report, fit_temperatures
 from cxrjax.metrics.predictions import Predictions, log_odds
 
 
@@ -32,7 +32,7 @@ def table(logit, label, label_mask=None):
 
 def test_equals_logistic_regression_without_intercept():
     validation = simulated(2000, (0.4, 1.0, 3.0))
-    found = fit(validation)
+    found = fit_temperatures(validation)
     for k, value in enumerate(found.values):
         label_mask = validation.label_mask[:, k]
         peer = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
@@ -47,13 +47,13 @@ def test_is_the_minimum_of_the_loss():
     label_mask = validation.label_mask[:, 0]
     signed = np.where(validation.label[label_mask, 0] > 0, 1, -1) * validation.logit[label_mask, 0]
     least = minimize_scalar(lambda t: -log_expit(signed / t).mean(), bounds=(0.01, 100), method="bounded")
-    assert fit(validation).values[0] == pytest.approx(least.x, rel=1e-4)
+    assert fit_temperatures(validation).values[0] == pytest.approx(least.x, rel=1e-4)
 
 
 def test_calibration_on_other_images_gets_better_and_ranking_stays():
     validation, test = (simulated(4000, (1.0, 3.0), seed=seed) for seed in (0, 1))
-    scaled = fit(validation).apply(test)
-    before, after = calibration(test), calibration(scaled)
+    scaled = fit_temperatures(validation).apply(test)
+    before, after = calibration_report(test), calibration_report(scaled)
     assert after[1]["ece_width"] < 0.25 * before[1]["ece_width"]
     assert after[1]["brier"] < before[1]["brier"]
     for k in range(2):
@@ -64,7 +64,7 @@ def test_calibration_on_other_images_gets_better_and_ranking_stays():
 
 
 def test_findings_are_matched_by_name():
-    temperatures = fit(simulated(500, (1.0, 3.0)))
+    temperatures = fit_temperatures(simulated(500, (1.0, 3.0)))
     test = simulated(50, (1.0, 3.0), seed=1)
     np.testing.assert_array_equal(
         temperatures.apply(test.select("B")).logit[:, 0], temperatures.apply(test).logit[:, 1]
@@ -74,7 +74,7 @@ def test_findings_are_matched_by_name():
 
 
 def test_what_labels_do_not_define_stays_as_it_is():
-    found = fit(table(np.ones((3, 2)), [[1, 0], [1, 1], [1, 0]], np.array([[True, False]] * 3)))
+    found = fit_temperatures(table(np.ones((3, 2)), [[1, 0], [1, 1], [1, 0]], np.array([[True, False]] * 3)))
     assert found.values == (1, 1)
     assert found.reasons == ("no negative example", "no known label")
 
@@ -82,13 +82,13 @@ def test_what_labels_do_not_define_stays_as_it_is():
 @pytest.mark.parametrize(
     ("logit", "label", "value", "words"),
     [
-        ([-2, -1, 1, 2], [0, 0, 1, 1], 1 / HOTTEST, "separate"),
-        ([-2, -1, 1, 2], [1, 1, 0, 0], HOTTEST, "the opposite"),
-        ([0, 0, 0, 0], [1, 0, 0, 1], HOTTEST, "say nothing"),
+        ([-2, -1, 1, 2], [0, 0, 1, 1], 1 / MAX_TEMPERATURE, "separate"),
+        ([-2, -1, 1, 2], [1, 1, 0, 0], MAX_TEMPERATURE, "the opposite"),
+        ([0, 0, 0, 0], [1, 0, 0, 1], MAX_TEMPERATURE, "say nothing"),
     ],
 )
 def test_limits_are_named(logit, label, value, words):
-    found = fit(table(logit, label))
+    found = fit_temperatures(table(logit, label))
     assert found.values[0] == pytest.approx(value)
     assert words in found.reasons[0]
 
@@ -98,7 +98,7 @@ def test_infinite_logits_do_not_overflow():
     logit = rng.normal(size=200) * 2
     label = rng.random(200) < 1 / (1 + np.exp(-logit))
     logit[:2], label[:2] = 1e300, [True, False]  # certain, and once wrong
-    found = fit(table(logit, label))
+    found = fit_temperatures(table(logit, label))
     assert math.isfinite(found.values[0])
     assert np.isfinite(found.apply(table(logit, label)).logit).all()
 
@@ -113,7 +113,7 @@ def exclusive(n, sharpness, seed=0):
 
 def test_exclusive_classes_have_one_temperature_which_is_the_minimum_of_their_loss():
     validation, logits = exclusive(3000, 2.5)
-    found = fit(validation, exclusive=True)
+    found = fit_temperatures(validation, exclusive=True)
 
     def loss(t):
         return log_loss(validation.label, softmax(logits / t, axis=1))
@@ -131,9 +131,9 @@ def test_exclusive_classes_have_one_temperature_which_is_the_minimum_of_their_lo
 
 def test_exclusive_classes_that_say_everything_or_nothing():
     sure = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3))
-    assert fit(sure, exclusive=True).values[0] == pytest.approx(1 / HOTTEST)
-    assert "separate" in fit(sure, exclusive=True).reasons[2]
+    assert fit_temperatures(sure, exclusive=True).values[0] == pytest.approx(1 / MAX_TEMPERATURE)
+    assert "separate" in fit_temperatures(sure, exclusive=True).reasons[2]
     wrong = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3)[[1, 2, 0]])
-    assert fit(wrong, exclusive=True).values[0] == pytest.approx(HOTTEST)
+    assert fit_temperatures(wrong, exclusive=True).values[0] == pytest.approx(MAX_TEMPERATURE)
     nobody = table(log_odds(np.eye(3), "cross_entropy"), np.eye(3), np.zeros((3, 3), bool))
-    assert (fit(nobody, exclusive=True).values, fit(nobody, exclusive=True).reasons[0]) == ((1,) * 3, "no known label")
+    assert (fit_temperatures(nobody, exclusive=True).values, fit_temperatures(nobody, exclusive=True).reasons[0]) == ((1,) * 3, "no known label")

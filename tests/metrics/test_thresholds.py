@@ -10,7 +10,7 @@ from sklearn import metrics
 
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.thresholds import Counts, OperatingPoints, accuracy, choose
+from cxrjax.metrics.thresholds import ConfusionCounts, OperatingPoints, accuracy_at_threshold, choose_thresholds
 
 
 def table(score, label, label_mask=None, findings=None):
@@ -42,13 +42,13 @@ def test_thresholds_are_the_best_of_all(rows, target):
         return called[label].mean(), (~called)[~label].mean()
 
     every = [*np.unique(score), np.inf]  # all there are
-    youden = choose(validation)
+    youden = choose_thresholds(validation)
     fpr, tpr, _ = metrics.roc_curve(label, score)
     assert sum(rates(youden.threshold[0])) - 1 == pytest.approx(max(tpr - fpr))
-    found = choose(validation, "sensitivity", target)
+    found = choose_thresholds(validation, "sensitivity", target)
     reaching = [t for t in every if rates(t)[0] >= target - 1e-9]
     assert found.threshold[0] == max(reaching)
-    left = choose(validation, "specificity", target)
+    left = choose_thresholds(validation, "specificity", target)
     assert rates(left.threshold[0])[1] >= target - 1e-9
     assert rates(left.threshold[0]) == rates(min(t for t in every if rates(t)[1] >= target - 1e-9))
 
@@ -56,7 +56,7 @@ def test_thresholds_are_the_best_of_all(rows, target):
 def test_rates_on_other_images_are_sklearns():
     validation, test = simulated(seed=0), simulated(seed=1)
     for rule in ("youden", "sensitivity", "specificity"):
-        points = choose(validation, rule, 0.8)
+        points = choose_thresholds(validation, rule, 0.8)
         for k, row in enumerate(points.apply(test)):
             label_mask = test.label_mask[:, k]
             actual, called = test.label[label_mask, k] > 0, test.logit[label_mask, k] >= points.threshold[k]
@@ -73,15 +73,15 @@ def test_rates_on_other_images_are_sklearns():
 
 def test_a_fixed_sensitivity_is_kept_on_validation():
     validation = simulated()
-    points = choose(validation, "sensitivity", 0.9)
+    points = choose_thresholds(validation, "sensitivity", 0.9)
     assert points.rule == "sensitivity >= 0.9"
     for row in points.apply(validation):
         assert 0.9 <= row["sensitivity"] < 0.9 + 0.1
-    assert choose(table([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0], [1] * 10 + [0]), "sensitivity", 0.7).threshold[0] == 4
+    assert choose_thresholds(table([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0], [1] * 10 + [0]), "sensitivity", 0.7).threshold[0] == 4
 
 
 def test_a_useless_score_calls_nothing():
-    points = choose(table([0, 1, 2, 3], [1, 1, 0, 0]))
+    points = choose_thresholds(table([0, 1, 2, 3], [1, 1, 0, 0]))
     assert points.threshold[0] == np.inf
     row = points.apply(table([5, 9], [1, 0]))[0]
     assert (row["threshold"], row["sensitivity"], row["specificity"]) == (1, 0, 1)
@@ -90,7 +90,7 @@ def test_a_useless_score_calls_nothing():
 
 def test_without_a_choice_there_are_no_rates_but_a_reason():
     validation = table(np.zeros((3, 2)), [[1, 0], [0, 0], [1, 0]])
-    points = choose(validation)
+    points = choose_thresholds(validation)
     row = points.apply(simulated().select("AB"))[1]
     assert row["reason"] == "no positive example"
     assert np.isnan([row["threshold"], row["sensitivity"], row["npv"], row["accuracy"]]).all()
@@ -98,7 +98,7 @@ def test_without_a_choice_there_are_no_rates_but_a_reason():
 
 
 def test_findings_are_matched_by_name():
-    points = choose(simulated())
+    points = choose_thresholds(simulated())
     turned = simulated(seed=1).select("CBA")
     assert points.apply(turned) == points.apply(simulated(seed=1))
     with pytest.raises(CxrError, match="unknown finding 'C'"):
@@ -109,15 +109,15 @@ def test_accuracy_over_all_labels():
     predictions = simulated()
     label_mask = predictions.label_mask
     expected = metrics.accuracy_score(predictions.label[label_mask] > 0, predictions.probability[label_mask] >= 0.5)
-    assert accuracy(predictions) == pytest.approx(expected)
+    assert accuracy_at_threshold(predictions) == pytest.approx(expected)
     expected = metrics.accuracy_score(predictions.label[label_mask] > 0, predictions.probability[label_mask] >= 0.2)
-    assert accuracy(predictions, 0.2) == pytest.approx(expected)
-    assert accuracy(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1  # a probability of just 0.5 is a yes
-    assert math.isnan(accuracy(table([0.0], [1], [0])))
+    assert accuracy_at_threshold(predictions, 0.2) == pytest.approx(expected)
+    assert accuracy_at_threshold(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1  # a probability of just 0.5 is a yes
+    assert math.isnan(accuracy_at_threshold(table([0.0], [1], [0])))
 
 
 def test_counts_of_nothing_are_nan():
-    counts = Counts.of(np.zeros((2, 1), bool), np.ones((2, 1)), np.array([[True], [False]]))
+    counts = ConfusionCounts.from_decisions(np.zeros((2, 1), bool), np.ones((2, 1)), np.array([[True], [False]]))
     assert (counts.tp[0], counts.fp[0], counts.fn[0], counts.tn[0]) == (0, 0, 1, 0)
     assert (counts.sensitivity[0], counts.f1[0], counts.prevalence[0], counts.npv[0]) == (0, 0, 1, 0)
     assert np.isnan([counts.ppv[0], counts.specificity[0], counts.balanced_accuracy[0]]).all()
@@ -126,10 +126,10 @@ def test_counts_of_nothing_are_nan():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: choose(t, "yuden"), "did you mean 'youden'"),
-        (lambda t: choose(t, "sensitivity", 90), "target=90"),
-        (lambda t: choose(t, "sensitivity", 0), "target=0"),
-        (lambda t: accuracy(t, 1), "threshold=1"),
+        (lambda t: choose_thresholds(t, "yuden"), "did you mean 'youden'"),
+        (lambda t: choose_thresholds(t, "sensitivity", 90), "target=90"),
+        (lambda t: choose_thresholds(t, "sensitivity", 0), "target=0"),
+        (lambda t: accuracy_at_threshold(t, 1), "threshold=1"),
     ],
 )
 def test_bad_arguments(call, message):

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.uncertainty import choose_threshold, summarise
+from cxrjax.metrics.uncertainty import uncertainty_threshold, summarize_passes
 
 passes = hnp.arrays(np.float64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.floats(0, 1))
 
@@ -21,11 +21,11 @@ def of_two(p):
 @settings(deadline=None)
 @given(passes)
 def test_agrees_with_numpy_and_scipy(p):
-    found = summarise(p)
+    found = summarize_passes(p)
     assert found.passes == len(p)
     np.testing.assert_allclose(found.mean, p.mean(0), atol=1e-12)
-    np.testing.assert_allclose(found.deviation, p.std(0), atol=1e-12)
-    np.testing.assert_allclose(found.image, p.std(0).mean(1), atol=1e-12)
+    np.testing.assert_allclose(found.std, p.std(0), atol=1e-12)
+    np.testing.assert_allclose(found.per_image, p.std(0).mean(1), atol=1e-12)
     np.testing.assert_allclose(found.entropy, of_two(p.mean(0)), atol=1e-12)
     np.testing.assert_allclose(found.mutual_information, of_two(p.mean(0)) - of_two(p).mean(0), atol=1e-12)
     assert (found.mutual_information >= 0).all()
@@ -35,37 +35,37 @@ def test_agrees_with_numpy_and_scipy(p):
 @given(passes)
 def test_exclusive_classes(p):
     p = (p + 1e-3) / (p + 1e-3).sum(axis=2, keepdims=True)
-    found = summarise(p, exclusive=True)
+    found = summarize_passes(p, exclusive=True)
     total = entropy(p.mean(0), axis=1)
     np.testing.assert_allclose(found.entropy[:, 0], total, atol=1e-12)
     np.testing.assert_allclose(found.mutual_information[:, 0], total - entropy(p, axis=2).mean(0), atol=1e-12)
-    np.testing.assert_allclose(found.deviation, p.std(0), atol=1e-12)
+    np.testing.assert_allclose(found.std, p.std(0), atol=1e-12)
 
 
 def test_passes_that_contradict_each_other_and_passes_that_agree_on_a_coin():
     torn, coin = np.array([[[0.0]], [[1.0]]]), np.full((2, 1, 1), 0.5)
-    assert summarise(torn).entropy == summarise(torn).mutual_information == pytest.approx(np.log(2))
-    assert summarise(torn).deviation == 0.5
-    assert summarise(coin).entropy == pytest.approx(np.log(2))
-    assert summarise(coin).mutual_information == summarise(coin).deviation == 0
+    assert summarize_passes(torn).entropy == summarize_passes(torn).mutual_information == pytest.approx(np.log(2))
+    assert summarize_passes(torn).std == 0.5
+    assert summarize_passes(coin).entropy == pytest.approx(np.log(2))
+    assert summarize_passes(coin).mutual_information == summarize_passes(coin).std == 0
 
 
 def test_images_above_the_threshold_are_flagged():
     spread = np.array([0.05, 0.1, 0.15, 0.3])
     p = np.stack([0.5 + spread, 0.5 - spread])[:, :, None]
-    found = summarise(np.concatenate([p, 0 * p + 0.5], axis=2))  # a second class that never varies halves them
-    np.testing.assert_allclose(found.image, spread / 2)
+    found = summarize_passes(np.concatenate([p, 0 * p + 0.5], axis=2))  # a second class that never varies halves them
+    np.testing.assert_allclose(found.per_image, spread / 2)
     np.testing.assert_array_equal(found.flagged(), [False, False, False, True])
     np.testing.assert_array_equal(found.flagged(0.07), [False, False, True, True])
 
 
 def test_passes_may_come_one_by_one_in_any_float():
     p = np.random.default_rng(0).random((100, 5, 3)).astype(np.float32)
-    found, streamed = summarise(p), summarise(one for one in p)
-    for name in ("mean", "deviation", "entropy", "mutual_information"):
+    found, streamed = summarize_passes(p), summarize_passes(one for one in p)
+    for name in ("mean", "std", "entropy", "mutual_information"):
         np.testing.assert_array_equal(getattr(found, name), getattr(streamed, name))
         assert getattr(found, name).dtype == np.float64
-    np.testing.assert_allclose(found.deviation, p.astype(np.float64).std(0), rtol=1e-12)
+    np.testing.assert_allclose(found.std, p.astype(np.float64).std(0), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,12 @@ def test_passes_may_come_one_by_one_in_any_float():
 )
 def test_bad_passes(p, message):
     with pytest.raises(CxrError, match=message):
-        summarise(p)
+        summarize_passes(p)
 
 
 @given(hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 0.5)), st.floats(0.01, 0.5))
 def test_a_threshold_is_the_least_that_flags_no_more_than_its_share(validation, share):
-    threshold = choose_threshold(validation, share)
+    threshold = uncertainty_threshold(validation, share)
     assert (validation > threshold).mean() <= share + 1e-9
     lower = validation[validation < threshold]
     if len(lower):
@@ -94,4 +94,4 @@ def test_a_threshold_is_the_least_that_flags_no_more_than_its_share(validation, 
 
 def test_a_threshold_needs_images():
     with pytest.raises(CxrError, match="no validation images"):
-        choose_threshold(np.zeros(0))
+        uncertainty_threshold(np.zeros(0))

@@ -11,7 +11,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.predictions import SOFTMAX, log_odds
+from cxrjax.metrics.predictions import SOFTMAX_LOSSES, log_odds
 from cxrjax.train.losses import LOSSES, make_loss, masked_bce, prevalence_of
 
 PREVALENCE = np.array([0.1, 0.5, 0.25])
@@ -151,7 +151,7 @@ def test_unknown_and_padding_have_no_gradient(name):
     gradient = np.asarray(jax.grad(total)(jnp.ones((3, 3))))
     counts = np.broadcast_to(loss.counts(label_mask, example_mask), (3, 3))
     np.testing.assert_array_equal(gradient != 0, counts)
-    assert counts.sum() == (3 if name in SOFTMAX else 5)
+    assert counts.sum() == (3 if name in SOFTMAX_LOSSES else 5)
 
 
 def test_parts_of_a_batch_add_up():

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-from cxrjax.metrics.comparison import by_finding, holm
+from cxrjax.metrics.comparison import compare_findings, holm
 from cxrjax.report.content import Claim, Field, Table
 from cxrjax.studies.members import STACKED, Study
 from cxrjax.studies.resolution import statements
@@ -95,7 +95,7 @@ def gains_by_finding(study: Study) -> list[dict[str, Any]]:
     By DeLong's test, patients of folds being independent; over folds, intervals and p are widened as those of `gain`.
     """
     confidence = study.config.evaluate.confidence
-    rows = {name: by_finding(study.tables[STACKED], study.tables[name], confidence=confidence) for name in study.sizes}
+    rows = {name: compare_findings(study.tables[STACKED], study.tables[name], confidence=confidence) for name in study.sizes}
     found = []
     for k in range(len(study.findings)):
         best = max(study.sizes, key=lambda name: np.nan_to_num(rows[name][k]["second"], nan=-1))

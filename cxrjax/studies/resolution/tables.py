@@ -8,7 +8,7 @@ import numpy as np
 
 from cxrjax.metrics.auc import mean_defined
 from cxrjax.metrics.scores import MEAN
-from cxrjax.metrics.tables import folded
+from cxrjax.metrics.tables import normalize_name
 from cxrjax.report.content import Section, Table
 from cxrjax.runs.evaluate_run import describe_intervals, read_provenance
 from cxrjax.studies.members import LOGISTIC, STACKED, VOTED, Study
@@ -140,7 +140,7 @@ def _theirs(paper: Paper, model: str, finding: str) -> str | None:
 
 
 def _of_finding(printed: Mapping[str, float], finding: str) -> float:
-    return next(value for name, value in printed.items() if folded(name) == folded(finding))
+    return next(value for name, value in printed.items() if normalize_name(name) == normalize_name(finding))
 
 
 def _printed(paper: Paper) -> Table:

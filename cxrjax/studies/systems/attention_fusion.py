@@ -7,7 +7,7 @@ from cxrjax.console import progress_bar
 from cxrjax.inference.mc_dropout import stochastic_logits
 from cxrjax.metrics.auc import auroc
 from cxrjax.metrics.predictions import probabilities
-from cxrjax.metrics.uncertainty import Uncertainty, summarise
+from cxrjax.metrics.uncertainty import Uncertainty, summarize_passes
 from cxrjax.models.network import parameter_count
 from cxrjax.report.content import Claim, Histogram, Section, Table
 from cxrjax.studies.framework import ArmStudy, Extra
@@ -66,14 +66,14 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
     passes = _passes(member, keys.passes)
     loss = member.experiment.config.loss.name
     probability = np.stack([probabilities(each, loss) for each in passes])
-    found, test = summarise(probability, exclusive=loss == "cross_entropy"), member.test
+    found, test = summarize_passes(probability, exclusive=loss == "cross_entropy"), member.test
     flagged = found.flagged(keys.uncertain)
     image, k = _example(found, member)
     finding = test.findings[k]
     values = probability[:, image, k]
     figure = Histogram(
         f"The {found.passes} passes of the test image {test.id[image]} for {finding}: mean {values.mean():.4f}, "
-        f"standard deviation {values.std():.4f}, uncertainty of the image {found.image[image]:.4f}.",
+        f"standard deviation {values.std():.4f}, uncertainty of the image {found.per_image[image]:.4f}.",
         values, f"probability of {finding}", {"mean": float(values.mean())},
     )  # fmt: skip
     wide = found.entropy.shape[1] > 1
@@ -81,20 +81,20 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
     for k, name in enumerate(test.findings):
         cells = (test.label[:, k], test.label_mask[:, k])
         rows.append(
-            [name, float(found.mean[:, k].mean()), float(found.deviation[:, k].mean()),
+            [name, float(found.mean[:, k].mean()), float(found.std[:, k].mean()),
              float(found.entropy[:, k].mean()) if wide else None,
              float(found.mutual_information[:, k].mean()) if wide else None,
              number(auroc(test.logit[:, k], *cells)), number(auroc(found.mean[:, k], *cells))]
         )  # fmt: skip
     rows.append(
-        ["Mean", *(float(values.mean()) for values in (found.mean, found.deviation, found.entropy,
+        ["Mean", *(float(values.mean()) for values in (found.mean, found.std, found.entropy,
                                                        found.mutual_information)), None, None]
     )  # fmt: skip
     example = study.paper.numbers["uncertainty"]
     text = (
         f"{found.passes} passes over {len(test):,} test images, in which only the dropout of the head is random. An "
         "image's uncertainty is the mean over findings of the standard deviations of its passes: "
-        f"{found.image.mean():.4f} on average, {found.image.max():.4f} at most. {int(flagged.sum()):,} images "
+        f"{found.per_image.mean():.4f} on average, {found.per_image.max():.4f} at most. {int(flagged.sum()):,} images "
         f"({flagged.mean():.1%}) are above {keys.uncertain:g} and are flagged.",
         "Entropy (nats) is of the mean probability, all that is unsure; mutual information the part about which the "
         f"passes disagree. The paper's example: {example['finding']}, probability {example['probability']}, "
@@ -104,7 +104,7 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
                "dropout", "AUC, mean of passes")  # fmt: skip
     numbers = {
         "passes": found.passes, "threshold": keys.uncertain, "flagged": int(flagged.sum()), "images": len(test),
-        "mean image uncertainty": float(found.image.mean()), "example": str(test.id[image]),
+        "mean image uncertainty": float(found.per_image.mean()), "example": str(test.id[image]),
     }  # fmt: skip
     table = Table("Stochastic passes, means over test images.", columns, rows)
     return Section("Uncertainty", text, {"passes": figure}, [table]), numbers
@@ -123,6 +123,6 @@ def _passes(member: Member, passes: int) -> np.ndarray:
 def _example(found: Uncertainty, member: Member) -> tuple[int, int]:
     """The test image and finding about which the passes differ most, among findings that are there."""
     there = (member.test.label > 0) & member.test.label_mask
-    spread = np.where(there, found.deviation, -1) if there.any() else found.deviation
+    spread = np.where(there, found.std, -1) if there.any() else found.std
     image, k = np.unravel_index(spread.argmax(), spread.shape)
     return int(image), int(k)

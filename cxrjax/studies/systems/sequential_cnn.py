@@ -7,12 +7,12 @@ from cxrjax.errors import CxrError
 from cxrjax.inference.load_run import predict
 from cxrjax.inference.mc_dropout import make_pooled_step
 from cxrjax.metrics.auc import mean_defined
-from cxrjax.metrics.bootstrap import mean_by_patient
-from cxrjax.metrics.confounding import accuracy_from_source, border, pooled_sources, predict_source
-from cxrjax.metrics.confusion import REPORT, Confusion
+from cxrjax.metrics.bootstrap import bootstrap_mean
+from cxrjax.metrics.confounding import majority_class_accuracy, border_pixels, pool_rare_sources, predict_source
+from cxrjax.metrics.confusion import REPORT_COLUMNS, ConfusionMatrix
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import Scores, score
-from cxrjax.metrics.tables import folded
+from cxrjax.metrics.tables import normalize_name
 from cxrjax.report.content import Claim, Matrix, Section, Table
 from cxrjax.runs.explain_run import load_images
 from cxrjax.studies.framework import ArmStudy, Extra
@@ -27,7 +27,7 @@ _SIDE = 64  # px at which borders are compared: coarse enough for a linear model
 def add(study: ArmStudy) -> Extra:
     """Confusion and report of the first arm, accuracy of all, and the check of the sources."""
     first = study.members[0]
-    confusion = Confusion.of_predictions(first.test)
+    confusion = ConfusionMatrix.from_predictions(first.test)
     accuracies, accuracy_numbers = _accuracies(study)
     sources, claims, source_numbers = _sources(study, first)
     sections = [accuracies, _confusion(study, first, confusion), _report(study, first, confusion), sources]
@@ -56,7 +56,7 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict]:
         for part, table in tables.items():
             right = np.take_along_axis(table.label, table.logit.argmax(1)[:, None], axis=1)  # 1 at the true class
             label_mask = np.all(table.label_mask, axis=1)[:, None]
-            value, spread = mean_by_patient(right, label_mask, table.patient, **study.drawing)
+            value, spread = bootstrap_mean(right, label_mask, table.patient, **study.drawing)
             loss = _loss(table)
             numbers[member.name][part] = {"images": len(table), "accuracy": value, "loss": number(loss)}
             rows.append(
@@ -68,7 +68,7 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict]:
     return Section("Accuracy", (comparability(study),), tables=[table]), numbers
 
 
-def _confusion(study: ArmStudy, first: Member, confusion: Confusion) -> Section:
+def _confusion(study: ArmStudy, first: Member, confusion: ConfusionMatrix) -> Section:
     figures = {
         f"confusion-{rows}": Matrix(
             f"{first.name}: rows are {rows} classes, columns {columns} ones; shades are shares of a row.",
@@ -76,7 +76,7 @@ def _confusion(study: ArmStudy, first: Member, confusion: Confusion) -> Section:
         )
         for rows, columns in (("actual", "predicted"), ("predicted", "actual"))
     }  # fmt: skip
-    others = [(member.name, Confusion.of_predictions(member.test)) for member in study.members[1:]]
+    others = [(member.name, ConfusionMatrix.from_predictions(member.test)) for member in study.members[1:]]
     details = [
         Table(f"{name}: actual classes down, predicted ones across.", ("Actual", *each.classes),
               [[row, *map(int, counts)] for row, counts in zip(each.classes, each.matrix, strict=True)])
@@ -86,18 +86,18 @@ def _confusion(study: ArmStudy, first: Member, confusion: Confusion) -> Section:
     return Section("Which class was taken for which", text, figures, details=details)
 
 
-def _report(study: ArmStudy, first: Member, confusion: Confusion) -> Section:
+def _report(study: ArmStudy, first: Member, confusion: ConfusionMatrix) -> Section:
     """Ours and the paper's, class by class, each against the rest."""
-    theirs = {folded(name): values for name, values in study.paper.numbers["report"].items()}
+    theirs = {normalize_name(name): values for name, values in study.paper.numbers["report"].items()}
     rows, printed = [], []
     for row in confusion.report():
-        paper = theirs.get(folded(row["class"]), {})
+        paper = theirs.get(normalize_name(row["class"]), {})
         same = {"precision": "ppv", "recall": "sensitivity"}
-        rows.append([row["class"], row["support"], *(number(row[name]) for name in REPORT)])
+        rows.append([row["class"], row["support"], *(number(row[name]) for name in REPORT_COLUMNS)])
         support = study.paper.numbers["support"].get(row["class"])
-        printed.append([row["class"], support, *(paper.get(same.get(name, name)) for name in REPORT)])
+        printed.append([row["class"], support, *(paper.get(same.get(name, name)) for name in REPORT_COLUMNS)])
     macro = mean_defined([values["balanced_accuracy"] for values in theirs.values()])
-    names = {name: name.replace("_", " ").capitalize() for name in REPORT} | {"ppv": "PPV", "npv": "NPV"}
+    names = {name: name.replace("_", " ").capitalize() for name in REPORT_COLUMNS} | {"ppv": "PPV", "npv": "NPV"}
     measures = ("Images", *names.values())
     text = (
         f"{first.name}, each class against the rest. Accuracy {confusion.accuracy:.4f}; mean balanced accuracy "
@@ -117,18 +117,18 @@ def _sources(study: ArmStudy, first: Member) -> tuple[Section, list[Claim], dict
     config, records, rows = experiment.config, experiment.records, experiment.examples("test").row
     source, patient = records.source[rows], records.patient[rows]
     train = experiment.examples("train")
-    guess = accuracy_from_source(records.source[train.row], train.label.argmax(1), source, test.label.argmax(1))
+    guess = majority_class_accuracy(records.source[train.row], train.label.argmax(1), source, test.label.argmax(1))
     title, crossed = "Could it have learnt the source?", _crossed(test, source)
     label_mask = (
         f"Naming each source's commonest class, without a look at the image, gets {guess:.1%} of the test part right."
     )
-    pooled = pooled_sources(source, patient)
+    pooled = pool_rare_sources(source, patient)
     images = load_images(experiment, rows, min(config.data.size, _SIDE))[..., 0]
     features = logits_of(
         first.network, experiment.examples("test"), make_pooled_step(experiment.mesh), experiment.mesh,
         size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads,
     )  # fmt: skip
-    inputs = {"Border, outer 5 % of the pixels": border(images), "The network's last features": features}
+    inputs = {"Border, outer 5 % of the pixels": border_pixels(images), "The network's last features": features}
     try:
         found = {
             name: _told(study, predict_source(values, pooled, id=test.id, patient=patient))

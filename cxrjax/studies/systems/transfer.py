@@ -3,10 +3,10 @@
 import numpy as np
 
 from cxrjax.inference.load_run import predict
-from cxrjax.metrics.auc import ESTIMATORS, estimate
-from cxrjax.metrics.bootstrap import mean_by_patient
+from cxrjax.metrics.auc import AUC_ESTIMATORS, auc_report
+from cxrjax.metrics.bootstrap import bootstrap_mean
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.thresholds import accuracy
+from cxrjax.metrics.thresholds import accuracy_at_threshold
 from cxrjax.report.content import Cam, Claim, Section, Table
 from cxrjax.runs.explain_run import make_cam, compute_cams
 from cxrjax.studies.framework import ArmStudy, Extra
@@ -46,12 +46,12 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict[str, dict[str, float | N
     rows, numbers = [], {}
     for member in study.members:
         train, test = predict(member.experiment, member.network, "train"), member.test
-        value, spread = mean_by_patient(_right(test), test.label_mask, test.patient, **study.drawing)
+        value, spread = bootstrap_mean(_right(test), test.label_mask, test.patient, **study.drawing)
         never = float((test.label <= 0)[test.label_mask].mean())
         paper = study.paper.of_arm("accuracy", member.name) or {}
-        numbers[member.name] = {"train": number(accuracy(train)), "test": value, "nothing called": never}
+        numbers[member.name] = {"train": number(accuracy_at_threshold(train)), "test": value, "nothing called": never}
         rows.append(
-            [member.name, number(accuracy(train)), paper.get("train"), value, between(spread.low, spread.high),
+            [member.name, number(accuracy_at_threshold(train)), paper.get("train"), value, between(spread.low, spread.high),
              paper.get("test"), never]
         )  # fmt: skip
     text = (
@@ -65,7 +65,7 @@ def _accuracies(study: ArmStudy) -> tuple[Section, dict[str, dict[str, float | N
 def _more_accurate(study: ArmStudy, first: str, second: str, statement: str) -> Claim:
     tables = [study.arm(name).test for name in (first, second)]
     difference = _right(tables[0]) - _right(tables[1])
-    value, spread = mean_by_patient(difference, tables[0].label_mask, tables[0].patient, **study.drawing)
+    value, spread = bootstrap_mean(difference, tables[0].label_mask, tables[0].patient, **study.drawing)
     return Claim(
         statement,
         verdict(spread.low > 0, spread.high < 0),
@@ -97,9 +97,9 @@ def _above_half(study: ArmStudy) -> Claim:
 def _estimators(study: ArmStudy) -> tuple[Section, dict[str, list]]:
     tables, numbers, undefined = [], {}, []
     for member in study.members:
-        rows = numbers[member.name] = estimate(member.test)
+        rows = numbers[member.name] = auc_report(member.test)
         cells = [
-            ["Mean" if row is rows[-1] else row["finding"], *(number(row[name]) for name in ESTIMATORS), row["reason"]]
+            ["Mean" if row is rows[-1] else row["finding"], *(number(row[name]) for name in AUC_ESTIMATORS), row["reason"]]
             for row in rows
         ]
         columns = ("Finding", "Trapezoid", "Mann-Whitney", "Binormal", "Note")

@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from cxrjax import config
-from cxrjax.metrics.comparison import sampled_difference
+from cxrjax.metrics.comparison import difference_from_bootstrap
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.report.content import Field
 from cxrjax.studies.members import Group, Member, Study
@@ -114,14 +114,14 @@ def test_intervals_of_differences_are_the_wider_of_patients_and_folds(as_printed
         np.mean([auroc(members[2].test, k) - auroc(members[0].test, k) for k in range(len(FINDINGS))])
         for members in as_printed.members.values()
     ])  # fmt: skip
-    assert gain.each == pytest.approx(tuple(each))
-    patients = sampled_difference(as_printed.samples["128 px"], as_printed.samples["32 px"], FINDINGS)
+    assert gain.per_table == pytest.approx(tuple(each))
+    patients = difference_from_bootstrap(as_printed.samples["128 px"], as_printed.samples["32 px"], FINDINGS)
     # Of the images of a fold a fifth is for testing, and seven eighths of the rest for training.
     half = stats.t.ppf(0.975, 4) * each.std(ddof=1) * np.sqrt(1 / 5 + 0.2 / (0.8 * 0.7 / 0.8))
     assert gain.low == pytest.approx(min(patients.low, each.mean() - half))
     assert gain.high == pytest.approx(max(patients.high, each.mean() + half))
     seeds = simulated(MIDDLE, groups=(Group(0), Group(1)), n=100)
-    drawn = sampled_difference(seeds.samples["128 px"], seeds.samples["32 px"], FINDINGS)
+    drawn = difference_from_bootstrap(seeds.samples["128 px"], seeds.samples["32 px"], FINDINGS)
     assert seeds.gain("128 px", "32 px", FINDINGS) == drawn, "seeds are no folds"
 
 

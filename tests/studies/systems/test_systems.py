@@ -9,7 +9,7 @@ from sklearn import metrics
 
 from cxrjax.cli.main import main
 from cxrjax.findings import SIX_CLASS
-from cxrjax.metrics.comparison import by_finding
+from cxrjax.metrics.comparison import compare_findings
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.studies.system_study import plain
 
@@ -48,7 +48,7 @@ def test_a_study_says_what_its_tables_say(transfer):
         assert result["accuracy"][arm]["test"] == pytest.approx(right[predictions.label_mask].mean())
     same(
         result["comparison"]["resnet_augmented"]["findings"],
-        by_finding(table(transfer, TRANSFER[2]), table(transfer, TRANSFER[0])),
+        compare_findings(table(transfer, TRANSFER[2]), table(transfer, TRANSFER[0])),
     )
     validation, test = table(transfer, TRANSFER[1], "validation"), table(transfer, TRANSFER[1])
     for k, row in enumerate(result["operating"]["densenet_augmented"]):
@@ -165,7 +165,7 @@ def test_mistakes_are_found_before_training(capsys, tmp_path, tiny_overrides, sy
     recipe.write_text(RECIPE.format(arms=names, more=""))
     words = ["study", system, "--config", str(recipe), "--workdir", str(tmp_path / "study")]
     overrides = [*tiny_overrides, *FEW, *([override] if override else [])]
-    assert main.main([*words, *(f"--config.{each}" for each in overrides)]) == 1
+    assert main([*words, *(f"--config.{each}" for each in overrides)]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "study").exists()
 
@@ -174,7 +174,7 @@ def test_arms_tested_on_other_images_are_refused(capsys, tmp_path, tiny_override
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(arms=TRANSFER, more="    config.split.seed = ARMS.index(arm)\n"))
     words = ["study", "transfer", "--config", str(recipe), "--workdir", str(tmp_path / "study")]
-    assert main.main([*words, *(f"--config.{each}" for each in [*tiny_overrides, *FEW])]) == 1
+    assert main([*words, *(f"--config.{each}" for each in [*tiny_overrides, *FEW])]) == 1
     assert "differ in the images, findings or labels of the validation part" in " ".join(
         capsys.readouterr().err.split()
     )
