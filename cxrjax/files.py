@@ -1,11 +1,14 @@
-"""Atomic file writes: a file is written under a temporary name and then renamed."""
+"""Read text files, and write files atomically under a temporary name."""
 
+import gzip
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cxrjax.errors import CxrError
 
 
 @contextmanager
@@ -18,6 +21,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path: Path, fix: str = "check the file") -> str:
+    """Read a UTF-8 text file, plain or compressed (`.gz`).
+
+    Raises:
+      CxrError: the file cannot be read; the message ends with `fix`.
+    """
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise CxrError(f"{path} cannot be read: {error}; {fix}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 import abc
 import csv
-import gzip
 import io
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 from cxrjax.data.images import square_margins
 from cxrjax.data.records import Box, Record
 from cxrjax.errors import CxrError, list_some
+from cxrjax.files import read_text
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, POSITIVE, UNCERTAIN
 from tfds_builders.builder import RadiographBuilder, StoredImage, encode_file
 
@@ -223,16 +223,3 @@ def read_label(row: dict[str, str], finding: str, where: str) -> int:
     if label is None:
         raise CxrError(f"{where}: {finding} is {text!r}; a label is 1, 0, -1 (uncertain) or empty (not mentioned)")
     return label
-
-
-def read_text(path: Path, fix: str) -> str:
-    """Read a text file, plain or compressed (`.gz`).
-
-    Raises:
-      CxrError: it cannot be read.
-    """
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise CxrError(f"{path} cannot be read: {error}; {fix}") from error

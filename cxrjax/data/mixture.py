@@ -164,9 +164,8 @@ def _table(source: Records, findings: Sequence[str]) -> pa.Table:
 
 def _say_shared(records: Pooled, parts: SplitRows) -> None:
     """Tell of images that two data sets have in different parts; of those of one data set its own split tells."""
-    between = [
-        text for text in find_shared_images(records, parts) if len({name.split("/")[0] for name in text.split(" = ")}) > 1
-    ]
+    pairs = find_shared_images(records, parts)
+    between = [text for text in pairs if len({name.split("/")[0] for name in text.split(" = ")}) > 1]
     if between:
         more = f" and {len(between) - 5:,} more" if len(between) > 5 else ""
         stderr.print(

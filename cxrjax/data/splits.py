@@ -1,7 +1,6 @@
 """Splits into training, validation and test by patient, checked for leakage and saved as a CSV of `id,split`."""
 
 import csv
-import gzip
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from jaxtyping import Int, Int32
 from cxrjax.console import log
 from cxrjax.data.records import Records
 from cxrjax.errors import CxrError, list_some
-from cxrjax.files import atomic_path
+from cxrjax.files import atomic_path, read_text
 from cxrjax.findings import POSITIVE
 
 SplitRows = Mapping[str, Int32[np.ndarray, " n"]]
@@ -99,18 +98,16 @@ def make_split(
     if by not in ("patient", "image") or (by == "image" and name != "stratified"):
         raise CxrError(f"a {name} split by {by} does not exist; split by patient, or by image with stratified")
     if name == "official":
-        rows = _split_official(records, seed, fractions)
-    elif name == "random":
+        rows = _split_official(records, seed, _check_fractions(fractions))
+    elif name in ("random", "stratified", "folds"):
         subset = _sample_patients(records, seed, subset_fraction)
-        rows = _split_patients(records, subset, seed, dict(zip(SPLITS, _check_fractions(fractions), strict=True)))
-    elif name == "stratified":
-        subset = _sample_patients(records, seed, subset_fraction)
-        rows = _split_stratified(
-            records, subset, [seed], dict(zip(SPLITS, _check_fractions(fractions), strict=True)), by
-        )
-    elif name == "folds":
-        subset = _sample_patients(records, seed, subset_fraction)
-        rows = _split_folds(records, subset, seed, fractions, folds, fold)
+        by_split = _check_fractions(fractions)
+        if name == "random":
+            rows = _split_patients(records, subset, seed, by_split)
+        elif name == "stratified":
+            rows = _split_stratified(records, subset, [seed], by_split, by)
+        else:
+            rows = _split_folds(records, subset, seed, by_split, folds, fold)
     elif name == "small":
         rows = _split_by_size(records, seed, sizes)
     elif name == "files":
@@ -186,8 +183,7 @@ def _check_split(records: Records, name: str, split_rows: SplitRows, by: str) ->
     return DataSplit(name, split_rows, compute_split_fingerprint(records, split_rows))
 
 
-def _split_official(records: Records, seed: int, fractions: Sequence[float]) -> SplitRows:
-    train, validation, _ = _check_fractions(fractions)
+def _split_official(records: Records, seed: int, fractions: Mapping[str, float]) -> SplitRows:
     unknown = np.flatnonzero(~np.isin(records.official, OFFICIAL_SPLITS))
     if len(unknown):
         raise CxrError(
@@ -195,7 +191,7 @@ def _split_official(records: Records, seed: int, fractions: Sequence[float]) -> 
             f"{records.id[unknown[0]]}; use split.name=random or split.name=files"
         )
     train_val = np.flatnonzero(records.official == "train_val")
-    drawn = _split_patients(records, train_val, seed, {"train": train, "validation": validation})
+    drawn = _split_patients(records, train_val, seed, {**fractions, "test": 0})
     given = {split: np.flatnonzero(records.official == split) for split in SPLITS}
     merged = {split: np.concatenate([rows, drawn.get(split, rows[:0])]) for split, rows in given.items()}
     return {split: rows for split, rows in merged.items() if len(rows) or split == "test" or split in drawn}
@@ -210,11 +206,10 @@ def _sample_patients(records: Records, seed: int, fraction: float) -> np.ndarray
     return np.flatnonzero(rank[owner] < round(fraction * len(patients)))
 
 
-def _check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
+def _check_fractions(fractions: Sequence[float]) -> dict[str, float]:
     if len(fractions) != 3 or min(fractions) < 0 or not np.isclose(sum(fractions), 1):
         raise CxrError(f"split fractions {tuple(fractions)} must be three non-negative numbers that sum to 1")
-    train, validation, test = fractions
-    return train, validation, test
+    return dict(zip(SPLITS, fractions, strict=True))
 
 
 def _split_patients(records: Records, rows: np.ndarray, seed: int, fractions: Mapping[str, float]) -> SplitRows:
@@ -290,14 +285,13 @@ def stratify(
 
 
 def _split_folds(
-    records: Records, rows: np.ndarray, seed: int, fractions: Sequence[float], folds: int, fold: int
+    records: Records, rows: np.ndarray, seed: int, fractions: Mapping[str, float], folds: int, fold: int
 ) -> dict[str, np.ndarray]:
     if folds < 2 or not 0 <= fold < folds:
         raise CxrError(f"there is no fold {fold} of {folds}; use at least 2 folds and count them from 0")
-    train, validation, _ = _check_fractions(fractions)
     test = _split_stratified(records, rows, [seed], {str(k): 1 / folds for k in range(folds)})[str(fold)]
     rest = np.setdiff1d(rows, test)
-    return {**_split_stratified(records, rest, [seed, fold], {"train": train, "validation": validation}), "test": test}
+    return {**_split_stratified(records, rest, [seed, fold], {**fractions, "test": 0}), "test": test}
 
 
 def _split_by_size(records: Records, seed: int, sizes: Mapping[str, int] | Sequence[int] | None) -> SplitRows:
@@ -322,7 +316,7 @@ def _split_from_files(records: Records, files: SplitFiles | None) -> SplitRows:
         raise CxrError("the files split needs split.files: a CSV of id and split, or a list of ids for each split")
     if isinstance(files, str | Path):
         split_rows = _find_rows(records, _read_split_csv(Path(files)), files, require_all=True)
-        saved = _FINGERPRINT.search(_read_lines(Path(files))[0])
+        saved = _FINGERPRINT.search(read_text(Path(files)).splitlines()[0])
         if saved and saved[1] != compute_split_fingerprint(records, split_rows):
             raise CxrError(f"{files} was edited after it was saved; delete its first line to use it anyway")
         return split_rows
@@ -355,16 +349,8 @@ def _parse_split(name: str, where: object) -> str:
     return SPLIT_ALIASES[name]
 
 
-def _read_lines(path: Path) -> list[str]:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise CxrError(f"{path} cannot be read as a list of images: {error}") from error
-
-
 def _read_split_csv(path: Path) -> Iterator[tuple[str, str]]:
-    lines = _read_lines(path)
+    lines = read_text(path).splitlines()
     comments = [line for line in lines if line.startswith("#")]
     reader = csv.DictReader(line for line in lines if not line.startswith("#"))
     if not {"id", "split"} <= set(reader.fieldnames or ()):
@@ -375,4 +361,4 @@ def _read_split_csv(path: Path) -> Iterator[tuple[str, str]]:
 
 def _read_ids(path: Path) -> Iterator[str]:
     """Yield the first field of each line, so that lists with labels after the file name can be read too."""
-    return (fields[0] for fields in map(str.split, _read_lines(path)) if fields)
+    return (fields[0] for fields in map(str.split, read_text(path).splitlines()) if fields)

@@ -105,7 +105,7 @@ def test_without_weights_every_record_comes_once_an_epoch(mixed):
     experiment = Experiment.open(mixed())
     train = experiment.examples("train")
     [whole] = experiment.sampling.strata(train.label, train.label_mask, train.dataset_index)
-    np.testing.assert_array_equal(whole.places, np.arange(len(train)))
+    np.testing.assert_array_equal(whole.index, np.arange(len(train)))
     assert len(train) == sum(len(source.parts["train"]) for source in experiment.sources)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cxrjax.data.records import Box, Record, Records
 from cxrjax.errors import CxrError
+from cxrjax.files import read_text
 from cxrjax.findings import NIH14
 from tfds_builders import sources
 from tfds_builders.sources import Files
@@ -123,7 +124,7 @@ def _read_official_splits(files: Files, source: object) -> dict[str, str]:
         path = _path(files, name)
         if path is None:
             raise CxrError(f"no {name} below {source}; get it from {PAGE}: without it there is no official split")
-        for id in filter(None, map(str.strip, sources.read_text(path, _DOWNLOAD_AGAIN).splitlines())):
+        for id in filter(None, map(str.strip, read_text(path, _DOWNLOAD_AGAIN).splitlines())):
             if split_of.setdefault(id, split) != split:
                 raise CxrError(f"image {id} is in {TRAIN_VAL_LIST} and in {TEST_LIST}; download them again from {PAGE}")
     return split_of
@@ -135,7 +136,7 @@ def _read_boxes(files: Files) -> dict[str, list[Box]]:
     path = _path(files, BOXES)
     if path is None:
         return boxes
-    for line, row in enumerate(csv.reader(sources.read_text(path, _DOWNLOAD_AGAIN).splitlines()), start=1):
+    for line, row in enumerate(csv.reader(read_text(path, _DOWNLOAD_AGAIN).splitlines()), start=1):
         if line == 1 or not row:
             continue
         try:
