@@ -1,4 +1,4 @@
-"""Progress bars: what somebody who waits sees."""
+"""Progress bars show progress and the time left."""
 
 import io
 
@@ -15,7 +15,7 @@ def terminal(monkeypatch):
     return file
 
 
-def test_a_bar_says_how_much_is_done_and_how_long_it_takes(terminal):
+def test_bar_shows_progress_and_time_left(terminal):
     with console.progress_bar("making", 3, start=1) as advance:
         advance()
     assert "making" in terminal.getvalue()
@@ -23,7 +23,7 @@ def test_a_bar_says_how_much_is_done_and_how_long_it_takes(terminal):
     assert "ETA" in terminal.getvalue()
 
 
-def test_nothing_to_do_has_no_bar(terminal):
+def test_empty_task_has_no_bar(terminal):
     with console.progress_bar("checking", 0):
         pass
     assert "checking" not in terminal.getvalue()
