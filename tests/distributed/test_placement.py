@@ -1,7 +1,6 @@
-"""Batches on a mesh of 8 simulated devices, and on two processes."""
+"""Batches placed on a mesh of 8 simulated devices, and on two processes."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import finish, free_port
 
 from cxrjax.data.batch import Batch
 from cxrjax.distributed.placement import prefetch_to_device, process_shard, put_batch
@@ -33,11 +33,11 @@ def shardings(data, space) -> Batch:
 
 
 @pytest.mark.parametrize(("data", "space"), [(8, 1), (4, 2), (2, 4), (1, 8), (1, 1), (2, 1)])
-def test_every_device_gets_its_rows_of_the_batch_and_of_the_images(data, space):
-    batch, where = host_batch(), shardings(data, space)
-    placed = put_batch(batch, where)
+def test_every_device_gets_its_images_and_their_rows(data, space):
+    batch, layout = host_batch(), shardings(data, space)
+    placed = put_batch(batch, layout)
     assert isinstance(placed, Batch)
-    for array, original, sharding in zip(placed, batch, where, strict=True):
+    for array, original, sharding in zip(placed, batch, layout, strict=True):
         assert isinstance(array, jax.Array)
         assert array.sharding == sharding
         assert array.dtype == original.dtype
@@ -49,12 +49,12 @@ def test_every_device_gets_its_rows_of_the_batch_and_of_the_images(data, space):
         np.testing.assert_array_equal(shard.data, batch.image[i * b : (i + 1) * b, j * h : (j + 1) * h])
 
 
-def test_one_process_loads_everything():
+def test_a_single_process_loads_whole_batches():
     assert process_shard(shardings(4, 2).example_mask) == (0, 1)
 
 
-class Streamed:
-    """Counts what has been taken from a stream."""
+class CountingStream:
+    """Counts the batches taken from a stream."""
 
     def __init__(self, count, fail_at=None):
         self.taken, self.closed = 0, False
@@ -72,18 +72,18 @@ class Streamed:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
-def test_depth_batches_wait_on_the_devices(depth):
-    source, where = Streamed(9), shardings(4, 2)
+def test_depth_batches_are_prefetched(depth):
+    source, layout = CountingStream(9), shardings(4, 2)
     taken = []
-    for k, batch in enumerate(prefetch_to_device(source.stream, lambda b: put_batch(b, where), depth)):
+    for k, batch in enumerate(prefetch_to_device(source.stream, lambda b: put_batch(b, layout), depth)):
         assert batch.record[0] == 100 * k
         taken.append(source.taken)
     assert taken == [min(k + 1 + depth, 9) for k in range(9)]
     assert source.closed
 
 
-def test_closing_closes_the_stream_below():
-    source = Streamed(9)
+def test_closing_closes_the_source():
+    source = CountingStream(9)
     batches = prefetch_to_device(source.stream, lambda b: b)
     next(batches)
     assert not source.closed
@@ -91,8 +91,8 @@ def test_closing_closes_the_stream_below():
     assert source.closed
 
 
-def test_a_failure_below_arrives():
-    source = Streamed(9, fail_at=4)
+def test_an_error_of_the_source_is_raised():
+    source = CountingStream(9, fail_at=4)
     batches = prefetch_to_device(source.stream, lambda b: b, depth=2)
     with pytest.raises(RuntimeError, match="a bad record"):
         list(batches)
@@ -111,7 +111,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cxrjax.data.batch import Batch
-from cxrjax.distributed.placement import put_batch, process_shard
+from cxrjax.distributed.placement import process_shard, put_batch
 
 whole = Batch(
     image=np.random.default_rng(0).integers(0, 256, (8, 16, 4, 1), np.uint8),
@@ -121,39 +121,30 @@ whole = Batch(
     record=np.arange(8, dtype=np.int32),
 )
 assert jax.device_count() == 8 and jax.local_device_count() == 4
-for data, parts in ((8, 2), (4, 2), (2, 2), (1, 1)):
+for data, shards in ((8, 2), (4, 2), (2, 2), (1, 1)):
     mesh = Mesh(np.array(jax.devices()).reshape(data, 8 // data), ("data", "space"))
     rows = NamedSharding(mesh, P("data"))
-    part, count = process_shard(rows)
-    assert (part, count) == (jax.process_index() if parts == 2 else 0, parts), (data, part, count)
-    share = 8 // count
-    local = Batch(*(field[part * share : (part + 1) * share] for field in whole))
+    shard, count = process_shard(rows)
+    assert (shard, count) == (jax.process_index() if shards == 2 else 0, shards), (data, shard, count)
+    size = 8 // count
+    local = Batch(*(field[shard * size : (shard + 1) * size] for field in whole))
     placed = put_batch(local, Batch(NamedSharding(mesh, P("data", "space")), rows, rows, rows, rows))
     for array, original in zip(placed, whole, strict=True):
         assert array.shape == original.shape
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, original[shard.index])
-print("placed")
 """
 
 
-def test_two_processes_place_their_parts_of_one_batch():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
+def test_two_processes_place_their_shards_of_one_batch():
+    port = str(free_port())
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, port, str(k)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", PROCESS, port, str(process)], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
         )
-        for k in range(2)
+        for process in range(2)
     ]  # fmt: skip
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=120)
-            assert (process.returncode, output) == (0, "placed\n"), errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    for code, errors in finish(processes, timeout=120):
+        assert code == 0, errors

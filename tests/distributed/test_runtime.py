@@ -1,4 +1,4 @@
-"""Distributed runs start, fail and stop together on JAX's runtime."""
+"""Distributed runs start, fail and stop together on JAX's runtime; compiled programs are cached."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from processes import finish, free_port, start
 
@@ -152,3 +153,47 @@ def test_auto_outside_a_cluster_is_refused():
 def test_invalid_process_arguments_are_refused(tmp_path, capsys, arguments, message):
     assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *arguments]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+CACHE_SETTINGS = (
+    "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache",
+)  # fmt: skip
+
+
+@pytest.fixture
+def no_cache():
+    """Unset the cache directory, as in a shell without JAX_COMPILATION_CACHE_DIR."""
+    before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.filterwarnings("default")
+def test_settings_of_the_user_take_precedence(tmp_path):
+    jax.config.update("jax_enable_compilation_cache", False)
+    runtime.enable_compilation_cache(tmp_path / "off")
+    assert jax.config.jax_compilation_cache_dir is None
+    jax.config.update("jax_enable_compilation_cache", True)
+    runtime.enable_compilation_cache(tmp_path / "on")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "on")
+    runtime.enable_compilation_cache(tmp_path / "another")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "on")
+
+
+def test_a_second_start_compiles_nothing(tiny_overrides, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    keys = ("optimizer.schedule=constant", "optimizer.warmup=0", "train.steps_per_epoch=1")
+
+    def train(epochs):
+        overrides = [f"--config.{key}" for key in (*tiny_overrides, *keys, f"train.epochs={epochs}")]
+        command = [sys.executable, "-m", "cxrjax.cli.main", "train", "--config", "demo:32", "--workdir", str(tmp_path)]
+        ended = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return {file.name for file in (tmp_path / "cache").glob("*-cache")}
+
+    programs = train(1)
+    assert {"jit_step", "jit_predict"} <= {name.partition("-")[0] for name in programs}
+    assert train(2) == programs

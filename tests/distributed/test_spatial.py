@@ -1,4 +1,4 @@
-"""A training step whose images' rows are shared by several devices is the step of one device, for every family."""
+"""A training step with image rows split over devices equals the step of one device, for every network family."""
 
 import jax
 import numpy as np
@@ -22,8 +22,8 @@ DENSENET = {"growth_rate": 4, "block_config": (1, 1, 1), "stem_channels": 4}
 HRNET = {"num_modules": (1, 1), "width": 4, "stem_channels": 4, "neck": "eighth"}
 EFFICIENTNET = {"block_config": ((1, 3, 1, 8, 1), (4, 3, 2, 8, 1), (4, 5, 2, 8, 2))}
 
-# A network, its options, the images' rows and columns, and meshes of data x space devices. Maps of 72 rows become 36,
-# 18 and 9, and those of 64 become 4: fewer than devices, or not divisible among them.
+# Network, options, rows and columns of the images, meshes of data x space devices. Maps of 72 rows become 36, 18 and 9,
+# and those of 64 become 4: fewer than there are devices, or not divisible by their number.
 CASES = [
     ("densenet_small", DENSENET | {"pooling": "log-sum-exp"}, (72, 32), [(1, 8)]),
     ("resnet_small", {"pooling": "average+max"}, (72, 32), [(2, 4), (4, 2)]),
@@ -37,7 +37,7 @@ CASES = [
     ("sequential_cnn_v2", {"image_size": 24, "units": (8,), "widths": (4, 8)}, (24, 24), [(1, 8)]),
 ]
 
-# As cases, but with maps that all divide evenly among the devices: none is gathered.
+# Like CASES, but all maps divide evenly among the devices, so that none is gathered.
 EVEN = [
     ("densenet_small", DENSENET | {"stem_pool": "3x3", "stem_kernel": 7}, (64, 32), [(1, 2), (2, 4)]),
     ("resnet_small", {"block": "bottleneck", "width": 4, "stem_pool": "3x3"}, (128, 32), [(1, 8)]),
@@ -47,7 +47,7 @@ EVEN = [
 ]
 
 
-def batch_of(rows, columns, n=4):
+def make_batch(rows, columns, n=4):
     rng = np.random.default_rng(0)
     return Batch(
         image=rng.integers(0, 256, (n, rows, columns, 1), np.uint8),
@@ -58,37 +58,35 @@ def batch_of(rows, columns, n=4):
     )
 
 
-def after_a_step(network, shape, mesh):
-    """Gradients, running statistics and loss, and what the devices send each other.
-
-    The optimiser does nothing but keep the gradient.
-    """
+def run_step(network, shape, mesh):
+    """Return gradients, running statistics and loss of one step, and its collectives; the optimizer keeps gradients."""
     optimizer = optax.trace(decay=0.0)
     step = make_train_step(network, optimizer, optax.constant_schedule(0.1), mesh)
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
-    batch = put_batch(batch_of(*shape), batch_shardings(mesh))
+    batch = put_batch(make_batch(*shape), batch_shardings(mesh))
     compiled = step.lower(state, batch).compile(compiler_options=QUICK)
     state, metrics = compiled(state, batch)
-    return jax.device_get((state.optimizer.trace, state.stats, metrics["loss"])), parse_collectives(compiled.as_text() or "")
+    collectives = parse_collectives(compiled.as_text() or "")
+    return jax.device_get((state.optimizer.trace, state.stats, metrics["loss"])), collectives
 
 
-def relative(found, expected):
-    flat = [np.concatenate([np.zeros(0), *map(np.ravel, jax.tree.leaves(t))]) for t in (found, expected)]
-    size = np.linalg.norm(flat[1])
-    return np.linalg.norm(flat[0] - flat[1]) / size if size else float(np.any(flat[0]))
+def relative_error(tree, expected):
+    flat = [np.concatenate([np.zeros(0), *map(np.ravel, jax.tree.leaves(t))]) for t in (tree, expected)]
+    norm = np.linalg.norm(flat[1])
+    return np.linalg.norm(flat[0] - flat[1]) / norm if norm else float(np.any(flat[0]))
 
 
 def compare(name, options, shape, meshes, dtype):
-    """The largest relative errors of gradients, statistics and loss, and what was sent."""
+    """Return the largest relative errors of gradients, statistics and loss over the meshes, and the collectives."""
     network = Network.from_model(create(name, classes=3, dtype=dtype, **options))
-    alone, _ = after_a_step(network, shape, make_mesh(1, 1))
-    assert np.isfinite(relative(jax.tree.map(np.zeros_like, alone[0]), alone[0]))
-    errors, calls = [], []
+    single, _ = run_step(network, shape, make_mesh(1, 1))
+    assert np.isfinite(relative_error(jax.tree.map(np.zeros_like, single[0]), single[0]))
+    errors, collectives = [], []
     for mesh in meshes:
-        shared, sent = after_a_step(network, shape, make_mesh(*mesh))
-        calls += sent
-        errors.append([relative(found, expected) for found, expected in zip(shared, alone, strict=True)])
-    return np.max(errors, axis=0), calls
+        results, calls = run_step(network, shape, make_mesh(*mesh))
+        collectives += calls
+        errors.append([relative_error(*pair) for pair in zip(results, single, strict=True)])
+    return np.max(errors, axis=0), collectives
 
 
 @pytest.mark.usefixtures("shallow_branches")
@@ -118,19 +116,19 @@ def test_float64_without_gathering(name, options, shape, meshes):
     ],
 )
 def test_rounding(name, options, shape, bound):
-    """Sharing rows changes the order of sums: by units of 6e-8 in single precision.
+    """Splitting rows changes the order of sums, and so the rounding: by units of 6e-8 in float32.
 
-    In bfloat16 a unit is 4e-3 and decides which ReLUs are active. Over 12 batches DenseNet's gradient of one device was
-    off by 0.02 to 0.09, that of shared rows by 0.02 to 0.11; with this batch those of the others by 0.14 and 0.12
-    (ResNet), 0.31 and 0.39 (HRNet), 0.02 and 0.02 (EfficientNet), 0.04 and 0.03 (fusion).
+    In bfloat16 a unit is 4e-3 and decides which ReLUs are active. Over 12 batches the error of DenseNet's gradient was
+    0.02 to 0.09 on one device and 0.02 to 0.11 with split rows. With this batch it was 0.14 and 0.12 (ResNet), 0.31 and
+    0.39 (HRNet), 0.02 and 0.02 (EfficientNet), 0.04 and 0.03 (fusion).
     """
 
     def results(dtype, *mesh):
         network = Network.from_model(create(name, classes=3, dtype=dtype, **options, pooling="average"))
-        return after_a_step(network, shape, make_mesh(*mesh))[0]
+        return run_step(network, shape, make_mesh(*mesh))[0]
 
-    def errors(of):
-        return np.array([relative(*pair) for pair in zip(of, exact, strict=True)])
+    def errors(values):
+        return np.array([relative_error(*pair) for pair in zip(values, exact, strict=True)])
 
     exact = results("float32", 1, 1)
     assert (errors(results("float32", 2, 4)) < [1e-5, 1e-6, 1e-6]).all()
@@ -138,7 +136,7 @@ def test_rounding(name, options, shape, bound):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (
             "mesh.space=3",
@@ -151,6 +149,6 @@ def test_rounding(name, options, shape, bound):
         ),
     ],
 )
-def test_what_the_mesh_does_not_divide_is_refused_before_training(tiny, override, said):
-    with pytest.raises(CxrError, match=said):
+def test_what_the_mesh_does_not_divide_is_refused_before_training(tiny, override, message):
+    with pytest.raises(CxrError, match=message):
         _ = Experiment.open(tiny(override)).accumulate
