@@ -1,14 +1,14 @@
-"""Measures this package and PyTorch on one device, each alone on it; prints ratios.
+"""Benchmark this package against PyTorch on one device and print ratios.
 
-python scripts/bench_against_torch.py                  # on a GPU, 8 minutes at most: the cases of the goals
+python scripts/bench_against_torch.py                  # on a GPU, at most 8 minutes
 python scripts/bench_against_torch.py densenet121:64:2 --variants float32 --dtypes float32 --remats none
 
-It needs JAX, Flax, optax, PyTorch, torchvision, timm and this repository; nothing has to be installed of it. Several
-compile at once, which takes most of the time (a training step 90 s beside an H200), and then are timed one after the
-other. What has not compiled after three quarters of the time is left out; programs are kept in --cache, so that the
-same command goes on where it was. A case's ratios take the fastest of our ways that could be measured, and the fastest
-of PyTorch's; for memory the most frugal of ours against PyTorch's `amp` and `ckpt`. Rows are JSON lines (--out keeps
-them); goals are for an H200.
+Needs JAX, Flax, optax, PyTorch, torchvision, timm and this repository, which need not be installed. Every measurement
+runs in a process of its own. Several compile at once, which takes most of the time (90 s for a training step on an
+H200), and are then timed one after the other. Measurements that have not compiled after three quarters of the time are
+left out; compiled programs are kept in --cache, so rerunning the command continues. Speed ratios take the fastest
+variant of each side; memory ratios take our smallest against PyTorch's `amp` and `ckpt`. Rows are JSON lines (--out
+writes them to a file). The goals are for an H200.
 """
 
 import argparse
@@ -33,32 +33,35 @@ sys.path.insert(0, str(ROOT))
 from cxrjax.planning import benchmark  # noqa: E402  (found by the line above where nothing is installed)
 
 CASES = ("densenet121:2048:2", "densenet121:256:64", "densenet121:1024:8", "densenet121:512:32")
-SPEED = {256: 1.3, 512: 1.3, 1024: 1.5, 2048: 1.5}
-"""Goals: our training images/s over the best of PyTorch's, by size in px."""
-MEMORY = {("amp", 2048): 0.35, ("ckpt", 2048): 0.7}
-"""Goals: our peak memory over that of PyTorch's variant, at a size in px."""
-COMPILING = 0.75
-"""Share of the time by which all must have compiled: who has not is left out, so that the others are timed alone."""
+SPEED_GOALS = {256: 1.3, 512: 1.3, 1024: 1.5, 2048: 1.5}
+"""Our training images/s over the best of PyTorch's, by image side in px."""
+MEMORY_GOALS = {("amp", 2048): 0.35, ("ckpt", 2048): 0.7}
+"""Our peak memory over that of a PyTorch variant, at an image side in px."""
+COMPILE_FRACTION = 0.75
+"""Fraction of the time after which compilation stops, so that the rest can be timed alone."""
+
+Lines = queue.Queue["tuple[Measurement, str | None]"]
+"""Lines that the processes print; None when a process has ended."""
 
 
 @dataclass(eq=False)
 class Measurement:
-    """One process: it compiles, says that it is ready, and is timed when it gets a line.
+    """A process that compiles, prints that it is ready, and is timed when it receives a line.
 
     Attributes:
       case: ARCH:SIZE:BATCH.
-      ours: whether it is this package's.
-      about: what its row says of it.
-      words: its command.
+      ours: whether it measures this package.
+      columns: further columns of its row.
+      command: its command.
       printed: the lines it printed.
-      process: what runs.
-      errors: what it writes to its standard error.
+      process: the running process.
+      errors: its standard error.
     """
 
     case: str
     ours: bool
-    about: dict[str, Any]
-    words: list[str]
+    columns: dict[str, Any]
+    command: list[str]
     printed: list[str] = field(default_factory=list)
     process: Any = None
     errors: IO[str] | None = None
@@ -66,182 +69,183 @@ class Measurement:
     @property
     def slow(self) -> bool:
         """Whether it compiles for minutes."""
-        return not self.ours and self.about["variant"] == "compile"
+        return not self.ours and self.columns["variant"] == "compile"
 
-    def start(self, said: "queue.Queue[tuple[Measurement, str | None]]", cache: Path) -> None:
-        """Run it, programs kept in `cache`; each line that it prints comes to `said`, and None when it has ended."""
+    def start(self, lines: Lines, cache: Path) -> None:
+        """Start the process; compiled programs are kept in `cache`."""
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (until `row` has read it)
-        # A process takes of the GPU's memory what it needs, so that the others can compile.
-        kept = {"JAX_COMPILATION_CACHE_DIR": str(cache / "jax"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch")}
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ | kept
+        caches = {"JAX_COMPILATION_CACHE_DIR": str(cache / "jax"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch")}
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ | caches  # others need GPU memory, too
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            self.words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env=environment, cwd=ROOT,
         )  # fmt: skip
-        threading.Thread(target=self._read, args=(said,), daemon=True).start()
+        threading.Thread(target=self._read, args=(lines,), daemon=True).start()
 
-    def _read(self, said: "queue.Queue[tuple[Measurement, str | None]]") -> None:
-        with self.process.stdout as printed:
-            for line in printed:
-                said.put((self, line.strip()))
+    def _read(self, lines: Lines) -> None:
+        with self.process.stdout as stdout:
+            for line in stdout:
+                lines.put((self, line.strip()))
         self.process.wait()
-        said.put((self, None))
+        lines.put((self, None))
 
-    def go(self) -> None:
-        """It is its turn."""
-        with suppress(BrokenPipeError):  # it died since; its row says why
+    def start_timing(self) -> None:
+        """Tell the process to time its steps."""
+        with suppress(BrokenPipeError):  # it has died; its row says why
             self.process.stdin.write("\n")
             self.process.stdin.flush()
 
-    def row(self, out_of_time: bool = False) -> dict[str, Any]:
-        """What it measured, or why it could not; out of time, its process is ended."""
-        about = self.about | {"case": self.case, "ours": self.ours}
+    def row(self, timed_out: bool = False) -> dict[str, Any]:
+        """Return the measurement or the error; kills the process if it timed out."""
+        row = self.columns | {"case": self.case, "ours": self.ours}
         if self.process is None:
-            return about | {"error": "out of time"}
+            return row | {"error": "timed out"}
         assert self.errors is not None
         with suppress(BrokenPipeError), self.process.stdin:
             pass
         with self.errors as errors:
-            if out_of_time:
+            if timed_out:
                 self.process.kill()
                 self.process.wait()
-                return about | {"error": "out of time"}
+                return row | {"error": "timed out"}
             errors.seek(0)
-            return about | benchmark.found(self.process.returncode, "\n".join(self.printed), errors.read())
+            return row | benchmark.parse_output(self.process.returncode, "\n".join(self.printed), errors.read())
 
 
-def measurements(options: argparse.Namespace) -> list[Measurement]:
-    """Those of all cases, case by case, ours and PyTorch's."""
-    made: list[Measurement] = []
-    for word in options.cases:
-        _, size, batch = word.split(":")
-        about: dict[str, Any] = {"resolution": int(size), "batch": int(batch)}
-        for case in benchmark.cases([word], options.dtypes, options.remats, options.steps):
-            kind = about | {"variant": f"{case.dtype}, remat {case.remat}"}
-            made.append(Measurement(word, True, kind, benchmark.command(case, in_turn=True)))
-        inference = benchmark.cases([word], options.dtypes[:1], ["none"], options.steps)[0]
-        words = benchmark.command(replace(inference, inference=True), in_turn=True)
-        made.append(Measurement(word, True, about | {"variant": f"{inference.dtype}, inference"}, words))
+def make_measurements(options: argparse.Namespace) -> list[Measurement]:
+    """Return the measurements of all cases, ours and PyTorch's."""
+    measurements: list[Measurement] = []
+    for spec in options.cases:
+        _, size, batch = spec.split(":")
+        columns: dict[str, Any] = {"resolution": int(size), "batch": int(batch)}
+
+        def add(variant: str, command: list[str], *, ours: bool, spec=spec, columns=columns) -> None:
+            measurements.append(Measurement(spec, ours, columns | {"variant": variant}, command))
+
+        for case in benchmark.parse_cases([spec], options.dtypes, options.remats, steps=options.steps):
+            add(f"{case.dtype}, remat {case.remat}", benchmark.case_command(case, wait=True), ours=True)
+        [case] = benchmark.parse_cases([spec], options.dtypes[:1], steps=options.steps)
+        command = benchmark.case_command(replace(case, inference=True), wait=True)
+        add(f"{case.dtype}, inference", command, ours=True)
         for variant in options.variants:
-            words = [
-                options.peer_python, "scripts/bench_torch.py", word, "--variants", variant, "--steps",
-                str(options.steps), "--in-turn",
+            command = [
+                options.torch_python, "scripts/bench_torch.py", spec, "--variants", variant, "--steps",
+                str(options.steps), "--wait",
             ]  # fmt: skip
-            made.append(Measurement(word, False, about | {"variant": variant}, words))
-    return made
+            add(variant, command, ours=False)
+    return measurements
 
 
-def measured(wanted: Sequence[Measurement], jobs: int, seconds: float, cache: Path) -> list[dict[str, Any]]:
-    """Their rows: so many compile at a time, and all that could in time are then timed one by one."""
-    end, latest = time.monotonic() + seconds, time.monotonic() + COMPILING * seconds
-    said: queue.Queue[tuple[Measurement, str | None]] = queue.Queue()
+def run(measurements: Sequence[Measurement], jobs: int, seconds: float, cache: Path) -> list[dict[str, Any]]:
+    """Run all measurements and return their rows: `jobs` compile at once, then each is timed alone."""
+    end, compile_end = time.monotonic() + seconds, time.monotonic() + COMPILE_FRACTION * seconds
+    lines: Lines = queue.Queue()
     compiling, ready, ended, rows = set(), [], set(), []
-    slow, waiting = (deque(each for each in wanted if each.slow is which) for which in (True, False))
+    slow, fast = (deque(m for m in measurements if m.slow is is_slow) for is_slow in (True, False))
 
     def start_next() -> None:
-        """One in four at most is slow, as long as there are others: else they would have no turn."""
-        first = slow and (not waiting or sum(each.slow for each in compiling) < jobs // 4)
-        each = (slow if first else waiting).popleft()
-        compiling.add(each)
-        each.start(said, cache)
+        """Start the next one; at most a quarter of the jobs are slow ones, so that the others get their turn."""
+        slow_next = slow and (not fast or sum(m.slow for m in compiling) < jobs // 4)
+        measurement = (slow if slow_next else fast).popleft()
+        compiling.add(measurement)
+        measurement.start(lines, cache)
 
-    def heard(until: float) -> Measurement | None:
-        """Who was next to say that it is ready, or to print something, or to end; None where the time is over."""
+    def next_event(until: float) -> Measurement | None:
+        """Return the next process that is ready, prints a line or ends; None when the time is over."""
         try:
-            each, line = said.get(timeout=max(until - time.monotonic(), 0.01))
+            measurement, line = lines.get(timeout=max(until - time.monotonic(), 0.01))
         except queue.Empty:
             return None
         if line is None:
-            ended.add(each)
+            ended.add(measurement)
         elif line == benchmark.READY:
-            ready.append(each)
+            ready.append(measurement)
         else:
-            each.printed.append(line)
-        return each
+            measurement.printed.append(line)
+        return measurement
 
-    def done(each: Measurement, *, out_of_time: bool = False) -> None:
-        rows.append(each.row(out_of_time))
+    def finish(measurement: Measurement, *, timed_out: bool = False) -> None:
+        rows.append(measurement.row(timed_out))
         print(json.dumps(rows[-1]), flush=True)
 
-    while slow or waiting or compiling:
-        while (slow or waiting) and len(compiling) < jobs:
+    while slow or fast or compiling:
+        while (slow or fast) and len(compiling) < jobs:
             start_next()
-        each = heard(latest)
-        if each is None:
+        measurement = next_event(compile_end)
+        if measurement is None:
             break
-        if each in compiling and (each in ended or each in ready):
-            compiling.remove(each)
-            if each not in ready:
-                done(each)
-    for each in (*compiling, *waiting, *slow):
-        done(each, out_of_time=True)
-    for each in list(ready):
-        each.go()
-        while each not in ended and heard(end) is not None:
+        if measurement in compiling and (measurement in ended or measurement in ready):
+            compiling.remove(measurement)
+            if measurement not in ready:
+                finish(measurement)
+    for measurement in (*compiling, *fast, *slow):
+        finish(measurement, timed_out=True)
+    for measurement in list(ready):
+        measurement.start_timing()
+        while measurement not in ended and next_event(end) is not None:
             pass
-        done(each, out_of_time=each not in ended)
+        finish(measurement, timed_out=measurement not in ended)
     return rows
 
 
 def ratios(size: int, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
-    """What is compared, with its goal; steady: of steps that do not wait for each other."""
+    """Return the comparisons of a case with their goals; steady: consecutive steps without waiting in between."""
     lines = []
-    for what, goal in (("train", SPEED.get(size)), ("train_steady", None), ("infer", None), ("infer_steady", None)):
-        key = f"{what}_images_per_s"
-        both = [[row for row in rows if row.get(key)] for rows in (ours, theirs)]
-        if all(both):
-            mine, other = (max(rows, key=lambda row, key=key: row[key]) for rows in both)
-            names = f"{mine['variant']} against {other['variant']}"
-            named = f"{what.replace('_', ', ')} images/s, {names}"
-            lines.append(_line(named, mine[key] / other[key], goal))
-    held = [row["train_peak_bytes"] for row in ours if row.get("train_peak_bytes")]
+    for mode, goal in (("train", SPEED_GOALS.get(size)), ("train_steady", None), ("infer", None),
+                       ("infer_steady", None)):  # fmt: skip
+        key = f"{mode}_images_per_s"
+        measured = [[row for row in rows if row.get(key)] for rows in (ours, theirs)]
+        if all(measured):
+            best, other = (max(rows, key=lambda row, key=key: row[key]) for rows in measured)
+            name = f"{mode.replace('_', ', ')} images/s, {best['variant']} against {other['variant']}"
+            lines.append(_ratio_line(name, best[key] / other[key], goal))
+    peaks = [row["train_peak_bytes"] for row in ours if row.get("train_peak_bytes")]
     for row in theirs:
-        if held and row.get("train_peak_bytes"):
-            goal = MEMORY.get((row["variant"], size))
-            lines.append(_line(f"train peak bytes against {row['variant']}", min(held) / row["train_peak_bytes"], goal))
+        if peaks and row.get("train_peak_bytes"):
+            goal = MEMORY_GOALS.get((row["variant"], size))
+            ratio = min(peaks) / row["train_peak_bytes"]
+            lines.append(_ratio_line(f"train peak bytes against {row['variant']}", ratio, goal))
     return lines
 
 
-def _line(what: str, ratio: float, goal: float | None) -> str:
-    return f"# {what}: {ratio:.2f}" + (f" (goal {goal})" if goal else "")
+def _ratio_line(name: str, ratio: float, goal: float | None) -> str:
+    return f"# {name}: {ratio:.2f}" + (f" (goal {goal})" if goal else "")
 
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command's words; by default those that the program was started with."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=CASES, metavar="ARCH:SIZE:BATCH")
-    parser.add_argument("--variants", nargs="*", default=["amp", "ckpt", "compile"], help="PyTorch's")
-    parser.add_argument("--remats", nargs="+", default=["none", "layer"], help="ours")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="ours")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=8, help="what is not measured by then is left out")
-    cores = os.cpu_count() or 1
+    parser.add_argument("--variants", nargs="*", default=["amp", "ckpt", "compile"], help="variants of PyTorch")
+    parser.add_argument("--remats", nargs="+", default=["none", "layer"], help="our rematerialisation policies")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="our compute types")
+    parser.add_argument("--steps", type=int, default=10, help="steps per measurement (default: 10)")
+    parser.add_argument("--minutes", type=float, default=8, help="total time; the rest is left out (default: 8)")
     parser.add_argument(
-        "--jobs",
-        type=int,
-        default=max(1, cores // 4),
-        metavar="N",
-        help="how many compile at once (default: cores / 4)",
-    )
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4), metavar="N",
+        help="measurements that compile at once (default: cores / 4)",
+    )  # fmt: skip
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "cxrjax-bench", metavar="DIR",
-        help="programs that were compiled (default: %(default)s)",
+        help="directory of compiled programs (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--peer-python", default=sys.executable, metavar="FILE", help="the Python that has PyTorch")
-    parser.add_argument("--out", type=Path, help="keep all rows, one JSON line each")
-    return parser.parse_args(words)
+    parser.add_argument("--torch-python", default=sys.executable, metavar="FILE", help="Python with PyTorch")
+    parser.add_argument("--out", type=Path, help="write all rows to a file, as JSON lines")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    """Measures and prints."""
-    options = arguments()
-    rows = measured(measurements(options), options.jobs, 60 * options.minutes, options.cache)
+    """Measure, and print rows and ratios."""
+    options = parse_arguments()
+    rows = run(make_measurements(options), options.jobs, 60 * options.minutes, options.cache)
     if options.out:
         options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for case in options.cases:
-        mine, other = ([row for row in rows if row["case"] == case and row["ours"] is ours] for ours in (True, False))
-        print("\n".join([f"# {case}", *ratios(int(case.split(":")[1]), mine, other)]))
+        ours, theirs = (
+            [row for row in rows if row["case"] == case and row["ours"] is is_ours] for is_ours in (True, False)
+        )
+        print("\n".join([f"# {case}", *ratios(int(case.split(":")[1]), ours, theirs)]))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Measures the loader against torch's DataLoader with PIL and torchvision, on the same images: a JSON line per case.
+"""Benchmark the loader against PyTorch's DataLoader with PIL and torchvision; one JSON line per case.
 
-python scripts/bench_loader.py --peer-python ENV/bin/python [--images FOLDER] [--sizes 256 512 1024 2048] [--work DIR]
+python scripts/bench_loader.py --torch-python ENV/bin/python [--images FOLDER] [--sizes 256 512 1024 2048] [--work DIR]
 
-Makes originals of 2544x3056 px from the radiographs in FOLDER (or drawn ones): enlarged, with as much noise as makes a
-JPEG of quality 95 as large as MIMIC-CXR-JPG's are on average. Prepares them at every size, and writes the prepared
-images as files for the peer. Then, each case in a process of its own, with two threads or two workers:
+Enlarges the radiographs in FOLDER (default: phantoms) to 2544x3056 px and adds noise until a JPEG of quality 95 is as
+large as MIMIC-CXR-JPG's average. Prepares these originals at every size and writes the prepared images as files for
+PyTorch. Then runs each case in a process of its own, with two threads or workers:
 
   torch originals   decode, resize, flip, rotate (PIL, bilinear), normalise to float32: DataLoader, 2 workers
-  torch resized     the same from files that have the size already
-  ours prepared     training batches of the prepared store, with the same flip and rotation
+  torch resized     the same from files of the right size
+  ours prepared     training batches from the prepared records, with the same flip and rotation
   ours plain        the same without augmentation
-  floor             nothing but libjpeg-turbo decoding the same bytes in two threads, each image left behind
-  ours on the fly   training batches of the originals (stored size native), with flip and rotation
+  floor             only decoding the same bytes with libjpeg-turbo, in two threads
+  ours on the fly   training batches from the originals (stored size native), with flip and rotation
 
-Memory is the largest sum of proportional set sizes over the process tree, libraries included. `--tables FILE` prints
-the lines of an earlier run as docs/loader.md has them.
+Memory is the peak of the proportional set size, summed over the process tree, libraries included. `--tables FILE`
+prints the lines of an earlier run as the tables of docs/loader.md.
 """
 
 import argparse
@@ -45,17 +45,17 @@ CASES = ("torch originals", "torch resized", "ours prepared", "ours plain", "flo
 
 
 def main() -> None:
-    """Runs all cases, or in a child one of them."""
+    """Run all cases, or one of them in a child process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", default=sys.executable, help="of an environment with torch and torchvision")
-    parser.add_argument("--images", type=Path, help="folder of radiographs; default: drawn ones")
-    parser.add_argument("--count", type=int, default=32, help="how many originals")
+    parser.add_argument("--torch-python", default=sys.executable, help="Python with torch and torchvision")
+    parser.add_argument("--images", type=Path, help="folder of radiographs (default: phantoms)")
+    parser.add_argument("--count", type=int, default=32, help="number of originals (default: 32)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
-    parser.add_argument("--seconds", type=float, default=5, help="at least, of each case")
-    parser.add_argument("--threads", type=int, default=2, help="or workers")
-    parser.add_argument("--work", type=Path, help="where images are made, and kept; default: a temporary folder")
-    parser.add_argument("--tables", type=Path, help="JSON lines of an earlier run")
+    parser.add_argument("--seconds", type=float, default=5, help="minimum time per case (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, help="threads or workers (default: 2)")
+    parser.add_argument("--work", type=Path, help="folder for images, kept (default: a temporary one)")
+    parser.add_argument("--tables", type=Path, help="print the JSON lines of an earlier run as tables")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tables:
@@ -71,26 +71,26 @@ def main() -> None:
         for size in options.sizes:
             results = {}
             for case in options.cases:
-                python = options.peer_python if case.startswith("torch") else sys.executable
+                python = options.torch_python if case.startswith("torch") else sys.executable
                 results[case] = run(python, case, size, work, options)
                 print(json.dumps({"size": size, "case": case} | results[case]), flush=True)
             print(json.dumps({"size": size} | ratios(results, size)), flush=True)
 
 
 def ratios(results: dict[str, dict[str, Any]], size: int) -> dict[str, Any]:
-    """The comparisons that these cases allow, by images/s and by CPU time, with their goals."""
-    found = {}
+    """Return the ratios of the measured cases, by images/s and by CPU time, with their goals."""
+    ratios = {}
     for name, goals in GOALS.items():
         one, other = name.split(" / ")
         if one in results and other in results:
             by_speed = results[one]["images_per_s"] / results[other]["images_per_s"]
             by_cpu = results[other]["cpu_ms_per_image"] / results[one]["cpu_ms_per_image"]
-            found[name] = {"ratio": round(by_speed, 2), "by_cpu": round(by_cpu, 2), "goal": goals.get(size)}
-    return found
+            ratios[name] = {"ratio": round(by_speed, 2), "by_cpu": round(by_cpu, 2), "goal": goals.get(size)}
+    return ratios
 
 
 def tables(lines: list[dict[str, Any]]) -> str:
-    """Two tables in Markdown: what each case does, and the comparisons with their goals."""
+    """Return Markdown tables of the cases and of the ratios with their goals."""
     sizes = list(dict.fromkeys(line["size"] for line in lines))
     cases = {(line["case"], line["size"]): line for line in lines if "case" in line}
     compared = {(name, line["size"]): line[name] for line in lines for name in GOALS if name in line}
@@ -111,11 +111,11 @@ def tables(lines: list[dict[str, Any]]) -> str:
     return "\n".join([*table("images/s / CPU ms / MB", CASES, case), "", *table("ratio", GOALS, comparison)])
 
 
-# --- the images
+# Images
 
 
 def make(work: Path, images: Path | None, count: int, sizes: list[int]) -> None:
-    """Originals, prepared stores and resized files, unless they are there."""
+    """Write originals, prepared records and resized files, unless they exist."""
     from concurrent.futures import ThreadPoolExecutor
 
     from cxrjax.data.records import open_records
@@ -140,11 +140,11 @@ def make(work: Path, images: Path | None, count: int, sizes: list[int]) -> None:
 
 
 def original(path: Path, images: Path | None, number: int) -> None:
-    """A radiograph enlarged, with as much noise as makes its JPEG as large as it should be."""
+    """Write an enlarged radiograph with noise that brings its JPEG to `KILOBYTES`."""
     import cv2
     import numpy as np
 
-    from cxrjax.data.phantom import sample_population, render
+    from cxrjax.data.phantom import render, sample_population
 
     if path.exists():
         return
@@ -165,23 +165,23 @@ def original(path: Path, images: Path | None, number: int) -> None:
     path.write_bytes(data)
 
 
-# --- the cases: endless batches, as how many images each has
+# Cases: endless generators of the number of images in each batch
 
 
 def batches(case: str, size: int, work: Path, threads: int) -> Generator[int, None, None]:
-    """The stream of a case."""
+    """Return the batches of a case."""
     if case == "floor":
         return floor(work / str(size), threads)
     if case.startswith("torch"):
         resized = case == "torch resized"
-        return peer(work / str(size) if resized else work / "originals", 0 if resized else size, threads)
+        return torch_batches(work / str(size) if resized else work / "originals", 0 if resized else size, threads)
     return ours(
         work / "data", "native" if case == "ours on the fly" else str(size), size, case != "ours plain", threads
     )
 
 
 def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> Generator[int, None, None]:
-    """Batches as training takes them."""
+    """Yield training batches."""
     import numpy as np
 
     from cxrjax.data.images import Augment
@@ -191,18 +191,18 @@ def ours(data: Path, stored: str, size: int, augmented: bool, threads: int) -> G
 
     records = open_records(data, "bench", stored)
     augment = Augment(flip=0.5, rotation=ROTATION) if augmented else Augment()
-    some = make_examples(records, np.tile(np.arange(len(records)), 4096), records.findings, LabelPolicy())
-    for batch in training_batches(some, size=size, batch_size=BATCH, augment=augment, seed=0, threads=threads):
+    examples = make_examples(records, np.tile(np.arange(len(records)), 4096), records.findings, LabelPolicy())
+    for batch in training_batches(examples, size=size, batch_size=BATCH, augment=augment, seed=0, threads=threads):
         yield len(batch.image)
 
 
-def peer(folder: Path, size: int, workers: int) -> Generator[int, None, None]:
-    """What a user of PyTorch would write; `size` 0 leaves the images as they are."""
+def torch_batches(folder: Path, size: int, workers: int) -> Generator[int, None, None]:
+    """Yield batches of a usual PyTorch loader; `size` 0 does not resize."""
     import torch  # pyright: ignore[reportMissingImports]
 
     try:
         from torchvision import transforms  # pyright: ignore[reportMissingImports]
-    except RuntimeError:  # a build without compiled operators, which transforms do not need
+    except RuntimeError:  # built without compiled operators, which transforms do not need
         from torch import library as operators  # pyright: ignore[reportMissingImports]
 
         missing = operators.Library("torchvision", "DEF")
@@ -237,7 +237,7 @@ def peer(folder: Path, size: int, workers: int) -> Generator[int, None, None]:
 
 
 def floor(folder: Path, threads: int) -> Generator[int, None, None]:
-    """Threads that decode and do nothing else; the faster of simplejpeg and OpenCV where both are installed."""
+    """Decode in threads and discard the images, with the faster of simplejpeg and OpenCV."""
     import cv2
     import numpy as np
 
@@ -285,11 +285,11 @@ def floor(folder: Path, threads: int) -> Generator[int, None, None]:
             thread.join()
 
 
-# --- measuring
+# Measuring
 
 
 def measure(stream: Generator[int, None, None], seconds: float) -> dict[str, Any]:
-    """Images, seconds and CPU seconds of the process tree, in the steady state."""
+    """Measure images/s, CPU time and memory of the process tree in the steady state."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -305,7 +305,7 @@ def measure(stream: Generator[int, None, None], seconds: float) -> dict[str, Any
         count += next(stream)
         taken += 1
     wall, cpu = time.perf_counter() - wall, tree_seconds() - cpu
-    watcher.start()  # only now, for watching costs time
+    watcher.start()  # after timing, since it costs CPU time
     until = time.perf_counter() + 1.5
     while time.perf_counter() < until:
         next(stream)
@@ -320,37 +320,37 @@ def measure(stream: Generator[int, None, None], seconds: float) -> dict[str, Any
 
 
 def run(python: str, case: str, size: int, work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A case in a process of its own."""
-    words = [python, __file__, "--case", case, "--sizes", size, "--work", work, "--seconds", options.seconds]
+    """Run a case in a process of its own."""
+    command = [python, __file__, "--case", case, "--sizes", size, "--work", work, "--seconds", options.seconds]
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [str(word) for word in (*words, "--threads", options.threads)],
+    result = subprocess.run(
+        [str(argument) for argument in (*command, "--threads", options.threads)],
         stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}, check=False,
     )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{case} at {size} px failed with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if result.returncode:
+        raise SystemExit(f"{case} at {size} px failed with exit code {result.returncode}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-def tree() -> list[int]:
-    """This process and all below it."""
-    parent = {}
-    for place in Path("/proc").glob("[0-9]*/stat"):
+def process_tree() -> list[int]:
+    """Return the ids of this process and of its descendants."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent[int(place.parent.name)] = int(place.read_text().rpartition(")")[2].split()[1])
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = [os.getpid()]
-    for process in found:
-        found += [child for child, above in parent.items() if above == process]
-    return found
+    processes = [os.getpid()]
+    for process in processes:
+        processes += [child for child, parent in parents.items() if parent == process]
+    return processes
 
 
 def tree_seconds() -> float:
-    """CPU time of the tree, living and waited for."""
+    """Return the CPU time of the process tree in seconds."""
     ticks = 0
-    for process in tree():
+    for process in process_tree():
         try:
             ticks += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]))
         except OSError:
@@ -359,9 +359,9 @@ def tree_seconds() -> float:
 
 
 def tree_memory() -> int:
-    """Bytes of the tree; what processes share counts once."""
+    """Return the memory of the process tree in bytes; shared memory counts once."""
     total = 0
-    for process in tree():
+    for process in process_tree():
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:

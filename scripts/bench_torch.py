@@ -1,11 +1,11 @@
-"""Measures PyTorch's training and inference of the networks that torchvision and timm have, one JSON line per case.
+"""Benchmark training and inference of torchvision's and timm's networks in PyTorch; one JSON line per case.
 
 python scripts/bench_torch.py densenet121:1024:8 hrnet_w18:512:16 --variants amp ckpt compile   # uv sync --group parity
 
-The counterpart of `cxrjax bench`, with its names: 14 findings, Adam, a grey batch of bytes that already lies on the
-device. Variants, each what a user of PyTorch would take; all keep maps channels-last, which is its faster layout:
+The counterpart of `cxrjax bench`, with the same column names: 14 findings, Adam, a batch of grey bytes on the device.
+All variants use channels-last, PyTorch's faster layout:
 
-  float32  no mixed precision
+  float32  full precision
   amp      bfloat16 autocast, fused Adam
   ckpt     amp, and torchvision's memory_efficient=True (DenseNet only)
   compile  amp, and torch.compile
@@ -25,21 +25,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def network(name: str, variant: str) -> Any:
-    """The network as its library makes it, initial values drawn."""
+    """Return a randomly initialised network."""
     if name.startswith("hrnet"):
         import timm  # pyright: ignore[reportMissingImports]
 
         return timm.create_model(name, pretrained=False, num_classes=FINDINGS)
     import torchvision  # pyright: ignore[reportMissingImports]
 
-    efficient = {"memory_efficient": True} if variant == "ckpt" and name.startswith("densenet") else {}
-    return getattr(torchvision.models, name)(weights=None, num_classes=FINDINGS, **efficient)
+    memory_options = {"memory_efficient": True} if variant == "ckpt" and name.startswith("densenet") else {}
+    return getattr(torchvision.models, name)(weights=None, num_classes=FINDINGS, **memory_options)
 
 
 def measure(
-    name: str, size: int, batch: int, variant: str, steps: int, turn: Callable[[], object] = lambda: None
+    name: str, size: int, batch: int, variant: str, steps: int, before_timing: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """One case, on the first GPU or else on the CPU; `turn` is called when all is compiled, before it is timed."""
+    """Measure a case on the first GPU, or on the CPU; `before_timing` is called when everything is compiled."""
     import torch  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +67,7 @@ def measure(
         with torch.no_grad():
             logits()
 
-    def timed(what: str, call: Callable[[], None]) -> dict[str, Any]:
+    def timed(mode: str, call: Callable[[], None]) -> dict[str, Any]:
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -86,11 +86,11 @@ def measure(
             torch.cuda.synchronize()
         steady = (time.perf_counter() - start) / steps
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-        found = {"s": seconds, "cpu_s": cpu, "images_per_s": batch / seconds, "peak_bytes": peak}
-        found["steady_images_per_s"] = batch / steady
-        return {f"{what}_{key}": value for key, value in found.items()}
+        values = {"s": seconds, "cpu_s": cpu, "images_per_s": batch / seconds, "peak_bytes": peak}
+        values["steady_images_per_s"] = batch / steady
+        return {f"{mode}_{key}": value for key, value in values.items()}
 
-    about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    device_name = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     if variant == "compile":
         step()
         model.eval()
@@ -99,28 +99,28 @@ def measure(
         optimizer.zero_grad(set_to_none=True)
         if device == "cuda":
             torch.cuda.empty_cache()
-    turn()
-    trained = timed("train", step)
+    before_timing()
+    training = timed("train", step)
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
     model.eval()
-    return about | trained | timed("infer", infer)
+    return device_name | training | timed("infer", infer)
 
 
 def main() -> None:
-    """Prints one line per case and variant; what cannot be measured says why."""
+    """Print one line per case and variant, with an `error` if it cannot be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="ARCH:SIZE:BATCH")
     parser.add_argument("--variants", nargs="+", default=["amp"], choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument(
-        "--in-turn", action="store_true", help="print 'ready' when all is compiled, and wait for a line before timing"
+        "--wait", action="store_true", help="print 'ready' once compiled, and wait for a line before timing"
     )
     options = parser.parse_args()
     import torch  # pyright: ignore[reportMissingImports]
 
-    def turn() -> None:
-        if options.in_turn:
+    def wait() -> None:
+        if options.wait:
             print("ready", flush=True)
             sys.stdin.readline()
 
@@ -130,10 +130,10 @@ def main() -> None:
             row: dict[str, Any] = {"framework": f"torch {torch.__version__}", "arch": name, "resolution": int(size)}
             row |= {"batch": int(batch), "variant": variant}
             try:
-                row |= measure(name, int(size), int(batch), variant, options.steps, turn)
+                row |= measure(name, int(size), int(batch), variant, options.steps, wait)
             except torch.cuda.OutOfMemoryError:
                 row["error"] = "out of memory"
-            except RuntimeError as error:  # a compiler's fault, a network without the variant
+            except RuntimeError as error:  # a compiler error, or a network without the variant
                 row["error"] = f"{type(error).__name__}: {error}"[:300]
             print(json.dumps(row), flush=True)
 

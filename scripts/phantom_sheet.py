@@ -1,4 +1,4 @@
-"""Draw a contact sheet of phantom radiographs, one finding per column, or time their drawing.
+"""Draw a contact sheet of phantom radiographs, one finding per column, or time the rendering.
 
 python scripts/phantom_sheet.py --out docs/phantom.png
 python scripts/phantom_sheet.py --time
@@ -11,21 +11,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from cxrjax.data.phantom import Radiograph, render_masks, sample_population, render, with_findings
+from cxrjax.data.phantom import Radiograph, render, render_masks, sample_population, with_findings
 from cxrjax.findings import PHANTOM
 
 GAP, CAPTION = 6, 26
 
 
 def main() -> None:
-    """Read the command line; draw or time."""
+    """Parse the arguments; draw or time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="PNG file to write")
-    parser.add_argument("--size", type=int, default=256, help="pixels along each radiograph's side")
-    parser.add_argument("--seed", type=int, default=7, help="seed of the population")
-    parser.add_argument("--rows", type=int, default=3, help="patients shown")
-    parser.add_argument("--masks", action="store_true", help="outline the findings' masks")
-    parser.add_argument("--time", action="store_true", help="measure images per second of one core instead")
+    parser.add_argument("--size", type=int, default=256, help="image side in px (default: 256)")
+    parser.add_argument("--seed", type=int, default=7, help="random seed (default: 7)")
+    parser.add_argument("--rows", type=int, default=3, help="number of patients (default: 3)")
+    parser.add_argument("--masks", action="store_true", help="outline the masks of the findings")
+    parser.add_argument("--time", action="store_true", help="print the images per second of one core")
     args = parser.parse_args()
     if args.time:
         for size in (64, 128, 256, 512, 1024, 2048):
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def sheet(seed: int, rows: int, size: int, outlined: bool) -> np.ndarray:
-    """A grid of radiographs: a row per patient, a column without finding and one for each finding alone."""
+    """Return a grid of radiographs: a row per patient, a column without findings and one for each finding."""
     views = ("PA", "AP", "PA")
     people = {view: [r for r in sample_population(seed, 40) if r.view == view] for view in views}
     chosen = [people[views[row % 3]][3 * row] for row in range(rows)]
@@ -65,7 +65,7 @@ def _outlined(radiograph: Radiograph, size: int) -> np.ndarray:
 
 
 def speed(size: int, seconds: float = 2.0) -> float:
-    """Images drawn per second of processor time, on one thread."""
+    """Return the images rendered per second of CPU time, on one thread."""
     cv2.setNumThreads(1)
     people = sample_population(0, 400)
     for radiograph in people[:20]:

@@ -1,10 +1,10 @@
-"""Trains the phantom in float32 and in bfloat16 from the same seeds; do their losses differ by more than noise?
+"""Compare float32 and bfloat16 training on the phantom: do their losses differ by more than the noise between seeds?
 
 uv run cxrjax prepare cxr_phantom --data-dir data --size 128
 uv run python scripts/precision.py --data-dir data --workdir runs/precision     # a quarter of an hour on two CPU cores
 
-Runs go on where they were stopped. The noise is how two float32 runs of other seeds differ. It prints a JSON line for
-each size and writes WORKDIR/losses.svg; --config.KEY=VALUE changes the recipe `demo`.
+Rerun to resume. The noise is the difference between float32 runs with different seeds. Prints a JSON line per size and
+writes WORKDIR/losses.svg; --config.KEY=VALUE overrides the recipe `demo`.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from cxrjax.train.stages import train_stages
 TYPES = ("float32", "bfloat16")
 
 
-def trained(directory: Path, size: int, dtype: str, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
-    """One run's log lines of whole epochs."""
+def train(directory: Path, size: int, dtype: str, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
+    """Train one run and return its metrics, a row per epoch."""
     config = load(f"demo:{size}", [f"model.dtype={dtype}", f"seed={seed}", *overrides])
     run = directory / f"{size}px-{dtype}-seed{seed}"
     train_stages(config, run)
     return [row for row in read_metrics(run / "metrics.jsonl") if "val_loss" in row]
 
 
-def compared(size: int, runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
-    """Differences of the training losses, each the mean over an epoch's steps."""
+def compare(size: int, runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Return the differences of the mean training losses of each epoch."""
     wide, narrow = (np.array([[row["train_mean_loss"] for row in rows] for rows in runs[dtype]]) for dtype in TYPES)
     between = [np.abs(one - other) for i, one in enumerate(wide) for other in wide[:i]]
     error = np.sqrt((wide.var(0, ddof=1) + narrow.var(0, ddof=1)) / len(wide))
@@ -53,22 +53,22 @@ def compared(size: int, runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str
 
 
 def main() -> None:
-    """Trains, compares, draws."""
+    """Train, compare and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two or more")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two (default: 0 1 2)")
     arguments, overrides = parser.parse_known_args()
     overrides = [f"data.dir={arguments.data_dir}", *overrides]
     enable_compilation_cache(arguments.workdir / "cache")
     curves = {}
     for size in arguments.sizes:
         runs = {
-            dtype: [trained(arguments.workdir, size, dtype, seed, overrides) for seed in arguments.seeds]
+            dtype: [train(arguments.workdir, size, dtype, seed, overrides) for seed in arguments.seeds]
             for dtype in TYPES
         }
-        print(json.dumps(compared(size, runs)), flush=True)
+        print(json.dumps(compare(size, runs)), flush=True)
         curves[f"{size} px"] = runs
     style.save(plots.losses_beside(curves), arguments.workdir / "losses.svg")
 

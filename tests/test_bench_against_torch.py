@@ -1,4 +1,4 @@
-"""The comparison with PyTorch: what is timed has the device for itself, and the ratios are of the best of each side."""
+"""The comparison with PyTorch: measurements are timed alone, and ratios are between the best of each side."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ start = time.monotonic()
 time.sleep(0.1)
 print(json.dumps({"compiled": compiled, "start": start, "end": time.monotonic()}))
 """
-FAILS = "raise ValueError('3 rows do not do')"
+FAILS = "raise ValueError('wrong shape')"
 EXHAUSTED = "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes')"
 DIES = "print('ready', flush=True); raise OSError('lost its device')"
 NEVER_READY = "import time; time.sleep(600)"
@@ -31,7 +31,7 @@ def script():
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module  # where dataclasses look for it
+    sys.modules[SCRIPT.stem] = module  # dataclasses look it up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[SCRIPT.stem]
@@ -41,59 +41,61 @@ def process(script, program, name="a"):
     return script.Measurement("a:1:1", True, {"variant": name}, [sys.executable, "-c", program])
 
 
-def test_what_is_timed_is_alone_and_nothing_compiles_then(script, tmp_path):
-    wanted = [process(script, program) for program in (TIMED, FAILS, TIMED, DIES, EXHAUSTED, TIMED)]
-    rows = script.measured(wanted, jobs=2, seconds=120, cache=tmp_path)
+def test_a_measurement_is_timed_alone_and_nothing_compiles_meanwhile(script, tmp_path):
+    measurements = [process(script, program) for program in (TIMED, FAILS, TIMED, DIES, EXHAUSTED, TIMED)]
+    rows = script.run(measurements, jobs=2, seconds=120, cache=tmp_path)
     assert sorted(row.get("error", "") for row in rows) == [
-        "", "", "", "OSError: lost its device", "ValueError: 3 rows do not do", "out of memory",
+        "", "", "", "OSError: lost its device", "ValueError: wrong shape", "out of memory",
     ]  # fmt: skip
     timed = sorted((row for row in rows if "error" not in row), key=lambda row: row["start"])
     assert timed[0]["start"] > max(row["compiled"] for row in timed)
     assert all(before["end"] < after["start"] for before, after in pairwise(timed))
 
 
-def test_what_compiles_for_minutes_leaves_others_their_turn(script, tmp_path):
+def test_slow_compilations_leave_jobs_to_others(script, tmp_path):
     started = []
 
-    def noting(name, ours):
-        each = script.Measurement("a:1:1", ours, {"variant": name}, [sys.executable, "-c", TIMED])
-        start = each.start
-        each.start = lambda *given: started.append(name) or start(*given)
-        return each
+    def recording(name, ours):
+        measurement = script.Measurement("a:1:1", ours, {"variant": name}, [sys.executable, "-c", TIMED])
+        start = measurement.start
+        measurement.start = lambda *args: started.append(name) or start(*args)
+        return measurement
 
-    wanted = [noting(name, name[0] == "o") for name in ("compile", "compile", "o1", "amp", "o2", "o3", "ckpt")]
-    rows = script.measured(wanted, jobs=4, seconds=120, cache=tmp_path)
+    measurements = [recording(name, name[0] == "o") for name in ("compile", "compile", "o1", "amp", "o2", "o3", "ckpt")]
+    rows = script.run(measurements, jobs=4, seconds=120, cache=tmp_path)
     assert started[:4] == ["compile", "o1", "amp", "o2"]
     assert len(rows) == 7
     started.clear()
-    script.measured([noting(name, False) for name in ("compile", "amp")], jobs=1, seconds=120, cache=tmp_path)
+    script.run([recording(name, False) for name in ("compile", "amp")], jobs=1, seconds=120, cache=tmp_path)
     assert started == ["amp", "compile"]
 
 
 @pytest.mark.parametrize("program", [NEVER_READY, NEVER_DONE])
-def test_out_of_time(script, tmp_path, program):
-    wanted = [process(script, program), process(script, NEVER_READY)]
-    rows = script.measured(wanted, jobs=1, seconds=1, cache=tmp_path)
-    assert [row["error"] for row in rows] == ["out of time"] * 2
-    assert all(each.process is None or each.process.poll() is not None for each in wanted)
+def test_timeout(script, tmp_path, program):
+    measurements = [process(script, program), process(script, NEVER_READY)]
+    rows = script.run(measurements, jobs=1, seconds=1, cache=tmp_path)
+    assert [row["error"] for row in rows] == ["timed out"] * 2
+    assert all(m.process is None or m.process.poll() is not None for m in measurements)
 
 
 @pytest.mark.slow
-def test_a_case_of_ours_waits_for_its_turn(script, tmp_path):
-    [ours, inference] = script.measurements(
-        script.arguments(["simple_cnn:32:2", "--variants", "--remats", "none", "--dtypes", "float32", "--steps", "1"])
+def test_a_case_of_ours_waits_until_it_is_timed(script, tmp_path):
+    [training, inference] = script.make_measurements(
+        script.parse_arguments(
+            ["simple_cnn:32:2", "--variants", "--remats", "none", "--dtypes", "float32", "--steps", "1"]
+        )
     )
-    rows = script.measured([ours, inference], jobs=1, seconds=300, cache=tmp_path)
+    rows = script.run([training, inference], jobs=1, seconds=300, cache=tmp_path)
     assert rows[0]["train_images_per_s"] == pytest.approx(2 / rows[0]["train_s"])
     assert rows[1]["infer_s"] > 0
-    assert any((tmp_path / "jax").iterdir())  # programs are kept for the next try
+    assert any((tmp_path / "jax").iterdir())  # compiled programs are kept
 
 
-def test_ratios_are_of_the_best_of_each_side(script):
+def test_ratios_are_between_the_best_of_each_side(script):
     ours = [
         {"variant": "none", "train_images_per_s": 90.0, "train_peak_bytes": 30},
         {"variant": "layer", "train_images_per_s": 60.0, "train_peak_bytes": 10},
-        {"variant": "full", "error": "out of time"},
+        {"variant": "full", "error": "timed out"},
     ]
     theirs = [
         {"variant": "amp", "train_images_per_s": 40.0, "train_peak_bytes": 40},

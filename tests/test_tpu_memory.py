@@ -1,4 +1,4 @@
-"""What libtpu logs of its buffers, as it stood in a log of version 0.0.42 (times and other lines cut)."""
+"""Reading libtpu's log of buffer assignment: that of version 0.0.42, without times and other lines."""
 
 import os
 from importlib import import_module
@@ -35,7 +35,7 @@ CHILD = """\
 for flag in $XLA_FLAGS; do case $flag in --xla_dump_to=*) folder=${flag#*=};; esac; done
 cat program > "$folder/module_0000.jit_step.cl_1.after_optimizations_before_buffer_assignment.txt"
 echo half a program > "$folder/module_0000.jit_step.cl_1.after_optimizations.txt"
-echo "$$ $TPU_VMODULE $@" > words
+echo "$$ $TPU_VMODULE $@" > arguments
 cat log >&2
 exec sleep 600
 """
@@ -48,35 +48,36 @@ def script(monkeypatch):
 
 
 @pytest.fixture
-def assigned(script):
-    return script.assigned
+def assigned_bytes(script):
+    return script.assigned_bytes
 
 
-def test_arguments_and_temporaries_of_the_memory_count_not_those_on_the_chip(assigned):
-    assert assigned(LOG.splitlines(keepends=True)) == round(64.28 * 2**20) + 512 + 68157440
+def test_arguments_and_temporaries_in_device_memory_count(assigned_bytes):
+    assert assigned_bytes(LOG.splitlines(keepends=True)) == round(64.28 * 2**20) + 512 + 68157440
 
 
-@pytest.mark.parametrize("words", ["Buffer assignment done", "color 0"])
-def test_a_log_without_them_is_an_error_that_shows_it(words, assigned):
-    kept = [line for line in LOG.splitlines(keepends=True) if words not in line]
-    with pytest.raises(ValueError, match="Buffer assignment done" if words == "color 0" else "total allocation"):
-        assigned(kept if words != "color 0" else [kept[0], kept[-1]])
+@pytest.mark.parametrize("missing", ["Buffer assignment done", "color 0"])
+def test_an_incomplete_log_is_an_error_with_its_last_lines(missing, assigned_bytes):
+    lines = [line for line in LOG.splitlines(keepends=True) if missing not in line]
+    with pytest.raises(ValueError, match="Buffer assignment done" if missing == "color 0" else "total allocation"):
+        assigned_bytes(lines if missing != "color 0" else [lines[0], lines[-1]])
 
 
-def test_the_child_is_stopped_once_the_buffers_are_assigned_and_what_it_sends_is_read(script, tmp_path, monkeypatch):
+def test_the_child_is_stopped_once_its_buffers_are_assigned(script, tmp_path, monkeypatch):
     for name, text in (("program", PROGRAM), ("log", LOG), ("child", CHILD)):
         (tmp_path / name).write_text(text)
     (tmp_path / "child").chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script.sys, "executable", str(tmp_path / "child"))
-    held, calls = script.planned(["--device=v5e"])
-    assert held == script.assigned(LOG.splitlines(keepends=True))
-    assert [(call.kind, call.bytes) for call in calls] == [("collective-permute", 2048), ("all-reduce", 2048)]
-    number, logged, *words = (tmp_path / "words").read_text().split()
-    assert logged == "buffer_assignment=1"
-    assert words == ["-m", "cxrjax.cli.main", "plan", "--device=v5e"]
+    peak, collectives = script.plan(["--device=v5e"])
+    assert peak == script.assigned_bytes(LOG.splitlines(keepends=True))
+    sizes = [(collective.kind, collective.bytes) for collective in collectives]
+    assert sizes == [("collective-permute", 2048), ("all-reduce", 2048)]
+    pid, vmodule, *arguments = (tmp_path / "arguments").read_text().split()
+    assert vmodule == "buffer_assignment=1"
+    assert arguments == ["-m", "cxrjax.cli.main", "plan", "--device=v5e"]
     with pytest.raises(ProcessLookupError):
-        os.kill(int(number), 0)
-    about = {"target": "v5e", "network": "densenet121", "size": 512, "data": 1, "space": 4}
-    *_, row = script.sent([about | {"calls": calls}])
+        os.kill(int(pid), 0)
+    setting = {"accelerator": "v5e", "network": "densenet121", "size": 512, "data": 1, "space": 4}
+    *_, row = script.traffic_table([setting | {"collectives": collectives}])
     assert row == "| v5e | densenet121 | 512 | 1 x 4 | 1 | 0 | 0 | 1 | 0 | 0.000 |"
