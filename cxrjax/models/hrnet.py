@@ -138,7 +138,7 @@ class HRNet(Backbone):
 def _bottlenecks(factory: LayerFactory, channels: int, width: int, count: int) -> nnx.List:
     """Make bottlenecks in sequence, with 3x3 convolutions of `width` channels."""
     in_channels = [channels, *[width * Bottleneck.expansion] * (count - 1)]
-    return nnx.List(Bottleneck(factory, each, width, stride=1) for each in in_channels)
+    return nnx.List(Bottleneck(factory, inputs, width, stride=1) for inputs in in_channels)
 
 
 def _transition(factory: LayerFactory, before: Sequence[int], after: Sequence[int]) -> nnx.List:
@@ -191,8 +191,8 @@ class FuseLayer(nnx.List):
 
     def __init__(self, factory: LayerFactory, channels: Sequence[int], target: int):
         width, finer, coarser = channels[target], channels[: target + 1], channels[target + 1 :]
-        down = [Downsample(factory, each, width, target - source) for source, each in enumerate(finer)]
-        up = [Upsample(factory, each, width, times) for times, each in enumerate(coarser, start=1)]
+        down = [Downsample(factory, inputs, width, target - source) for source, inputs in enumerate(finer)]
+        up = [Upsample(factory, inputs, width, times) for times, inputs in enumerate(coarser, start=1)]
         super().__init__([*down, *up])
 
     def __call__(self, branches: list[Maps], train: bool) -> Maps:

@@ -141,7 +141,7 @@ def check_size(network: Network, size: int, *, batch_size: int = 1, backbone_in_
     below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
     candidates = [below + SIZE_MULTIPLE * step for step in range(NUM_CANDIDATES + 1)]
     working = [candidate for candidate in candidates if candidate and not refusal(candidate)]
-    nearest = [each for each in working if each < size][:1] + [each for each in working if each > size][:1]
+    nearest = [side for side in working if side < size][:1] + [side for side in working if side > size][:1]
     advice = f": choose data.size = {' or '.join(map(str, nearest))}" if nearest else ""
     raise CxrError(f"config key data.size = {size} does not suit the network{advice}. Its reason: {reason}")
 

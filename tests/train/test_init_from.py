@@ -51,7 +51,7 @@ def test_other_findings_get_a_fresh_output(first, tiny, capsys):
     ("override", "message"),
     [
         ("model.options.growth_rate=8", "does not fit the network"),
-        ("model.input_spec=unit", "give --config.model.input_spec=grey"),
+        ("model.input_spec=unit", "set --config.model.input_spec=grey"),
         ("model.init_from=nowhere", "nowhere/card.json is missing"),
         ("model.init_from=dense=DIR", "names dense; the networks that this one is made of: none"),
         ("model.init_from=a=b, a=c", "write DIR, or MODULE=DIR, MODULE=DIR"),

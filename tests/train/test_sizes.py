@@ -1,4 +1,4 @@
-"""A size that a network cannot take is refused before any image is read, with sizes that it can."""
+"""Image sizes that a network cannot take are refused before any image is read, and the nearest working ones named."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def network(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "mend"),
+    ("name", "size", "advice"),
     [
         ("densenet_small", 8, "data.size = 32"),
         ("hrnet_small", 8, "data.size = 32"),
@@ -36,25 +36,25 @@ def network(name):
         ("simple_cnn", 16, "data.size = 32"),
     ],
 )
-def test_sizes_that_work_are_named_and_work(name, size, mend):
-    made = network(name)
+def test_the_sizes_advised_work(name, size, advice):
+    model = network(name)
     with pytest.raises(
-        CxrError, match=rf"data\.size = {size} does not suit the network: choose {mend}\. It says"
-    ) as it:
-        check_size(made, size, batch_size=2)
-    assert str(it.value).count("data.size") == 2
-    for each in mend.removeprefix("data.size = ").split(" or "):
-        check_size(made, int(each), batch_size=2)
+        CxrError, match=rf"data\.size = {size} does not suit the network: choose {advice}\. Its reason"
+    ) as error:
+        check_size(model, size, batch_size=2)
+    assert str(error.value).count("data.size") == 2
+    for working in advice.removeprefix("data.size = ").split(" or "):
+        check_size(model, int(working), batch_size=2)
 
 
 @pytest.mark.parametrize("name", ["resnet_small", "efficientnet_small"])
 @pytest.mark.parametrize("size", [8, 30, 31])
-def test_some_take_any_size(name, size):
+def test_some_families_take_any_size(name, size):
     check_size(network(name), size, batch_size=2)
 
 
-def test_one_value_per_channel_has_no_variance():
-    with pytest.raises(CxrError, match=r"choose data\.size = 32\. It says: batch norm cannot train on one value"):
+def test_one_value_per_channel_is_refused():
+    with pytest.raises(CxrError, match=r"choose data\.size = 32\. Its reason: batch norm cannot train on one value"):
         check_size(network("resnet_small"), 8, batch_size=1)
     check_size(network("resnet_small"), 8, batch_size=1, backbone_in_training=False)
 
