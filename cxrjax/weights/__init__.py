@@ -2,9 +2,7 @@
 
 from cxrjax.weights.convert import ConversionReport, convert
 from cxrjax.weights.converted import Card, Converted, init_from_converted, load_converted, read_converted
-from cxrjax.weights.files import read_weights
 
 __all__ = [
     "Card", "ConversionReport", "Converted", "convert", "init_from_converted", "load_converted", "read_converted",
-    "read_weights",
 ]  # fmt: skip

@@ -40,15 +40,6 @@ class WeightFile:
     labels: tuple[str, ...] = ()
 
 
-def read_weights(file: Path, *, restricted: bool = False) -> dict[str, np.ndarray]:
-    """Return the arrays in a safetensors or PyTorch file, by the file's names; nothing in the file is executed.
-
-    Raises:
-      CxrError: as `read_weight_file`.
-    """
-    return read_weight_file(file, restricted=restricted).arrays
-
-
 def read_weight_file(file: Path, *, restricted: bool = False) -> WeightFile:
     """Read a file of weights; its content decides the format, not its name.
 
