@@ -1,8 +1,8 @@
-"""Area under the ROC curve and average precision, exact, with ties, weights and unknown labels.
+"""ROC AUC and average precision: exact, with ties, weights and unknown labels.
 
-Everything here counts on a `Ranking`: the examples of one finding in falling order of their score. It is sorted once
-and measured under any number of weightings, which makes the bootstrap of `intervals` cheap. A quantity that the labels
-do not define is NaN, and `undefined` says why; it never is a number.
+Everything here works on a `Ranking`: the examples of one finding in descending order of score. It is sorted once and
+evaluated under any number of weightings, which makes the bootstrap cheap. A value that the labels do not define is NaN,
+and `undefined_reason` says why.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from cxrjax.metrics.predictions import Predictions
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """The known examples of one finding in falling order of score; equal scores form one tie.
+    """The labelled examples of one finding in descending order of score. Equal scores form a tie.
 
     Attributes:
-      order: int[n], positions of the known examples.
-      positive: int[P], positions of the positive ones, in the same order.
-      before, through: int[P], how many known examples stand before a positive's tie, and up to its end.
-      positives_before, positives_through: the same counts of positive examples only.
-      reason: why nothing can be measured, empty if it can.
+      order: int[n], indices of the labelled examples.
+      positive: int[P], indices of the positive ones, in the same order.
+      before, through: int[P], the number of examples ranked before a positive's tie, and up to its end.
+      positives_before, positives_through: the same counts over positive examples only.
+      reason: why nothing can be computed, else empty.
     """
 
     order: Int[np.ndarray, " n"]
@@ -42,11 +42,11 @@ class Ranking:
         label: Shaped[np.ndarray, " N"],
         label_mask: Bool[np.ndarray, " N"] | None = None,
     ) -> "Ranking":
-        """Rank one finding's examples.
+        """Rank the examples of one finding.
 
         Args:
           score: higher means more likely positive; any increasing function of the probability.
-          label: positive where it is true or 1; ignored where unknown.
+          label: positive where it is true or 1; ignored where `label_mask` is false.
           label_mask: which examples count; None means all.
         """
         label_mask = np.ones(len(score), bool) if label_mask is None else np.asarray(label_mask, bool)
@@ -56,41 +56,41 @@ class Ranking:
         )
         rows = np.flatnonzero(label_mask)
         order = rows[np.argsort(-score[rows], kind="stable")]
-        hit = np.flatnonzero(label[order])  # where the positives stand
+        ranks = np.flatnonzero(label[order])  # of the positives
         counts = np.append(0, np.cumsum(label[order]))
-        first, last = _ties(score[order])
-        before, through = first[hit], last[hit]
-        return cls(order, order[hit], before, through, counts[before], counts[through], reason)
+        first, last = _tie_bounds(score[order])
+        before, through = first[ranks], last[ranks]
+        return cls(order, order[ranks], before, through, counts[before], counts[through], reason)
 
     def measure(self, weight: Num[np.ndarray, "N R"]) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:
-        """Measure under R weightings at once.
+        """Return AUROC and average precision under R weightings at once.
 
         Args:
           weight: >= 0, how often each example counts. Integers are summed as integers of their own width.
 
         Returns:
-          AUROC (the probability that a positive outranks a negative, ties counting half) and average precision (sum
-          over ties of precision x gain in recall), both NaN where the weighted labels are of one class only.
+          AUROC (the probability that a positive outranks a negative; ties count half) and average precision (the sum
+          over ties of precision times gain in recall). Both are NaN where the weighted labels have one class only.
         """
         if self.reason:
-            nothing = np.full(weight.shape[1], np.nan)
-            return nothing, nothing
-        total, hits = _running(weight[self.order]), _running(weight[self.positive])
+            nan = np.full(weight.shape[1], np.nan)
+            return nan, nan
+        total, positive = _prefix_sums(weight[self.order]), _prefix_sums(weight[self.positive])
         all_before, all_through = total[self.before], total[self.through]
-        hits_before, hits_through = hits[self.positives_before], hits[self.positives_through]
-        negatives_above = ((all_before - hits_before) + (all_through - hits_through)) * 0.5
+        positive_before, positive_through = positive[self.positives_before], positive[self.positives_through]
+        negatives_above = ((all_before - positive_before) + (all_through - positive_through)) * 0.5
         gain = weight[self.positive].astype(np.float64)
-        positives, negatives = hits[-1].astype(np.float64), (total[-1] - hits[-1]).astype(np.float64)
+        positives, negatives = positive[-1].astype(np.float64), (total[-1] - positive[-1]).astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             auroc = 1 - (gain * negatives_above).sum(0) / (positives * negatives)
-            precision = hits_through / np.maximum(all_through, np.finfo(np.float64).tiny)  # 0/0 has no gain either
+            precision = positive_through / np.maximum(all_through, np.finfo(np.float64).tiny)  # 0/0 has zero gain
             average_precision = (gain * precision).sum(0) / positives
         one_class = (positives <= 0) | (negatives <= 0)
         return np.where(one_class, np.nan, auroc), np.where(one_class, np.nan, average_precision)
 
 
 class RocCurve(NamedTuple):
-    """A receiver operating characteristic from (0, 0) to (1, 1): rates, and the score reached or exceeded there."""
+    """An ROC curve from (0, 0) to (1, 1), and the score threshold of each point."""
 
     fpr: Float64[np.ndarray, " n"]
     tpr: Float64[np.ndarray, " n"]
@@ -98,7 +98,7 @@ class RocCurve(NamedTuple):
 
 
 def undefined_reason(label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"]) -> str:
-    """Why these labels define no ranking quality: a short reason, or an empty string if they do."""
+    """Return why these labels define no AUROC, or an empty string if they do."""
     positives, count = int(np.count_nonzero(np.asarray(label)[label_mask] > 0)), int(np.count_nonzero(label_mask))
     if count == 0:
         return "no known label"
@@ -113,7 +113,7 @@ def auroc(
     label_mask: Bool[np.ndarray, " N"] | None = None,
     weight: Num[np.ndarray, " N"] | None = None,
 ) -> float:
-    """Area under the ROC curve of one finding: the probability that a positive outranks a negative, ties counting half.
+    """Return the area under the ROC curve: the probability that a positive outranks a negative; ties count half.
 
     Args:
       score: any increasing function of the probability.
@@ -122,7 +122,7 @@ def auroc(
       weight: >= 0; None means 1 each.
 
     Returns:
-      0 to 1, or NaN where `undefined` gives a reason.
+      0 to 1, or NaN where `undefined_reason` gives a reason.
     """
     return float(Ranking.from_scores(score, label, label_mask).measure(_weights(score, weight))[0][0])
 
@@ -133,55 +133,53 @@ def average_precision(
     label_mask: Bool[np.ndarray, " N"] | None = None,
     weight: Num[np.ndarray, " N"] | None = None,
 ) -> float:
-    """Area under the precision-recall steps of one finding, 0 to 1 or NaN; arguments as in `auroc`."""
+    """Return the average precision, 0 to 1 or NaN. Arguments as in `auroc`."""
     return float(Ranking.from_scores(score, label, label_mask).measure(_weights(score, weight))[1][0])
 
 
 def roc_curve(
     score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> RocCurve | None:
-    """The corners of one finding's ROC curve; points on a straight piece are left out. Arguments as in `auroc`.
+    """Return the ROC curve without collinear points, or None if it is undefined. Arguments as in `auroc`.
 
-    Returns:
-      The curve, its first threshold infinite; None where `undefined` gives a reason.
+    The first threshold is infinite.
     """
     ranking = Ranking.from_scores(score, label, label_mask)
     if ranking.reason:
         return None
-    falling = score[ranking.order].astype(np.float64)
-    ends = np.unique(_ties(falling)[1])
-    hits = np.append(0, np.cumsum(np.asarray(label)[ranking.order] > 0)[ends - 1])
-    misses = np.append(0, ends) - hits
-    turns = np.diff(hits[1:]) * np.diff(misses[:-1]) != np.diff(hits[:-1]) * np.diff(misses[1:])
+    descending = score[ranking.order].astype(np.float64)
+    ends = np.unique(_tie_bounds(descending)[1])
+    tp = np.append(0, np.cumsum(np.asarray(label)[ranking.order] > 0)[ends - 1])
+    fp = np.append(0, ends) - tp
+    turns = np.diff(tp[1:]) * np.diff(fp[:-1]) != np.diff(tp[:-1]) * np.diff(fp[1:])
     corner = np.concatenate([[True], turns, [True]])
-    return RocCurve(misses[corner] / misses[-1], hits[corner] / hits[-1], np.append(np.inf, falling[ends - 1])[corner])
+    return RocCurve(fp[corner] / fp[-1], tp[corner] / tp[-1], np.append(np.inf, descending[ends - 1])[corner])
 
 
 def mean_auroc(
     logits: Float[np.ndarray, "N K"], labels: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
 ) -> float:
-    """Mean AUROC over the findings that the known labels define, NaN if none does: for validation in training."""
+    """Return the mean AUROC over the findings whose labels define it; NaN if none does."""
     logits, labels, label_mask = np.asarray(logits), np.asarray(labels), np.asarray(label_mask)
-    values = [auroc(logits[:, k], labels[:, k], label_mask[:, k]) for k in range(logits.shape[1])]
-    return mean_defined(values)
+    return mean_defined([auroc(logits[:, k], labels[:, k], label_mask[:, k]) for k in range(logits.shape[1])])
 
 
 def mean_defined(values: list[float]) -> float:
-    """The mean of the values that are numbers; NaN if none is."""
+    """Return the mean of the values that are not NaN; NaN if there is none."""
     defined = [value for value in values if not np.isnan(value)]
     return float(np.mean(defined)) if defined else float("nan")
 
 
-def _ties(falling: Float[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """For each element of a sorted array, where its run of equal values begins and ends (exclusive)."""
-    begins = np.append(True, falling[1:] != falling[:-1])[: len(falling)]
-    run = np.cumsum(begins) - 1
-    bounds = np.append(np.flatnonzero(begins), len(falling))
+def _tie_bounds(ordered: Float[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Return where each element's run of equal values starts and ends (exclusive) in a sorted array."""
+    starts = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
+    run = np.cumsum(starts) - 1
+    bounds = np.append(np.flatnonzero(starts), len(ordered))
     return bounds[run], bounds[run + 1]
 
 
-def _running(values: Num[np.ndarray, "n R"]) -> Num[np.ndarray, "n+1 R"]:
-    """Running sums down the rows, starting at 0."""
+def _prefix_sums(values: Num[np.ndarray, "n R"]) -> Num[np.ndarray, "n+1 R"]:
+    """Return cumulative sums down the rows, starting at 0."""
     sums = np.zeros((len(values) + 1, values.shape[1]), values.dtype)
     np.cumsum(values, axis=0, dtype=values.dtype, out=sums[1:])
     return sums
@@ -194,7 +192,7 @@ def _weights(score: Float[np.ndarray, " N"], weight: Num[np.ndarray, " N"] | Non
 def trapezoid_auc(
     score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> float:
-    """Area below the straight lines between the points of the empirical ROC curve; arguments as in `auc.auroc`."""
+    """Return the area under the empirical ROC curve by the trapezoidal rule. Arguments as in `auroc`."""
     curve = roc_curve(score, label, label_mask)
     return float("nan") if curve is None else float(np.trapezoid(curve.tpr, curve.fpr))
 
@@ -202,26 +200,22 @@ def trapezoid_auc(
 def binormal_auc(
     score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> float:
-    """Area under the ROC curve of two normal distributions with the scores' own means and standard deviations.
+    """Return the area under the binormal ROC curve fitted to the scores' means and variances.
 
     Phi((mean_1 - mean_0) / sqrt(var_1 + var_0)), Phi being the normal distribution function (Pepe 2003, section 4.4.3).
-    Unlike the others it depends on the scores' scale: give logits, which are nearer to normal than probabilities.
-
-    Args:
-      score: finite.
-      label: positive where true or 1.
-      label_mask: which examples count; None means all.
+    Unlike the other estimators it depends on the scale of the scores: give logits, which are closer to normal than
+    probabilities. Arguments as in `auroc`; scores must be finite.
 
     Returns:
       0 to 1; NaN where a class has fewer than two examples or neither class varies.
     """
     label_mask = np.ones(len(score), bool) if label_mask is None else np.asarray(label_mask, bool)
-    there = np.asarray(label) > 0
-    groups = [score[label_mask & there].astype(np.float64), score[label_mask & ~there].astype(np.float64)]
+    positive = np.asarray(label) > 0
+    groups = [score[label_mask & positive].astype(np.float64), score[label_mask & ~positive].astype(np.float64)]
     if min(map(len, groups)) < 2:
         return float("nan")
     largest = max(np.abs(group).max() for group in groups)
-    if largest > 1e100:  # squares must not overflow; the area does not depend on the unit
+    if largest > 1e100:  # squares would overflow, and the area does not depend on the unit
         groups = [group / largest for group in groups]
     spread = np.sqrt(sum(group.var(ddof=1) for group in groups))
     return float(ndtr((groups[0].mean() - groups[1].mean()) / spread)) if spread > 0 else float("nan")
@@ -231,7 +225,7 @@ AUC_ESTIMATORS = {"trapezoid": trapezoid_auc, "mann_whitney": auroc, "binormal":
 
 
 def auc_report(predictions: Predictions) -> list[dict[str, Any]]:
-    """All three for every finding and on average.
+    """Return the AUC of every finding by each of `AUC_ESTIMATORS`.
 
     Returns:
       Flat rows: finding, trapezoid, mann_whitney, binormal, reason (why the labels define none, else empty). The last
@@ -245,6 +239,6 @@ def auc_report(predictions: Predictions) -> list[dict[str, Any]]:
         for k, finding in enumerate(p.findings)
     ]
     missing = {name: sum(np.isnan(row[name]) for row in rows) for name in AUC_ESTIMATORS}
-    words = ", ".join(f"{name} {count}" for name, count in missing.items() if count)
+    reason = ", ".join(f"{name} {count}" for name, count in missing.items() if count)
     means = {name: mean_defined([row[name] for row in rows]) for name in AUC_ESTIMATORS}
-    return [*rows, {"finding": "mean"} | means | {"reason": f"undefined: {words}" if words else ""}]
+    return [*rows, {"finding": "mean"} | means | {"reason": f"undefined: {reason}" if reason else ""}]

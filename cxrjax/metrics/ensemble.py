@@ -1,11 +1,13 @@
-"""Ensembles of models that differ in scale: each finding's probability is a weighted mean of the models' probabilities.
+"""Ensembles of models trained at different scales (resolutions).
 
-The stacked ensemble (the resolution study's equations 2 and 3) learns v f64[K, S] from zeros, w_k = softmax(v_k),
-p_k = sum over s of w_ks sigmoid(l_ks), by minimising binary cross-entropy on validation logits. Voting has equal
-weights. Both are computed from logs of probabilities, so that certain models neither overflow nor lose their gradient.
-Logistic stacking is a logistic regression of each finding on the scales' logits, which may also mend their calibration.
+- Stacking (the resolution study's equations 2 and 3): the probability is a weighted mean of the scales' probabilities,
+  p_k = sum over s of w_ks sigmoid(l_ks), with w_k = softmax(v_k). v f64[K, S] starts at zero and minimises the binary
+  cross-entropy of validation logits.
+- Voting: the same with equal weights.
+- Logistic stacking: a logistic regression of each finding on the scales' logits, which may also improve calibration.
 
-A finding is combined by itself. Of exclusive classes, voting keeps probabilities that add up to 1; the others do not.
+The first two are computed in log space, so that confident models neither overflow nor lose their gradient. Every
+finding is combined by itself: of exclusive classes, only voting keeps probabilities that sum to 1.
 """
 
 from collections.abc import Sequence
@@ -34,49 +36,49 @@ def fit_weights(
     labels: Shaped[np.ndarray, "N K"],
     label_mask: Bool[np.ndarray, "N K"],
     *,
-    rate: float = 0.1,
+    learning_rate: float = 0.1,
     decay: float = 0.99,
     epochs: int = 100,
 ) -> StackingFit:
-    """Learn how far each finding should trust each scale, all findings at once.
+    """Fit the stacking weights of all findings.
 
-    Adam (0.9, 0.999) on the whole set, one step an epoch, at rate x decay^epoch. The study gives the rate, the epochs
-    and "exponential decay"; the decay's factor and full batches are this project's choice.
+    Adam (0.9, 0.999) with full batches, one step per epoch, at learning_rate * decay^epoch. The study states the
+    learning rate, the epochs and "exponential decay"; the decay factor and full batches are this project's choice.
 
     Args:
       logits: of each scale on the validation images, finite.
       labels: 0 or 1.
       label_mask: which labels count. A finding without any keeps equal weights.
-      rate: first learning rate, above 0.
-      decay: of the rate from epoch to epoch, above 0 to 1.
+      learning_rate: of the first epoch, above 0.
+      decay: factor per epoch, above 0 to 1.
       epochs: number of steps.
 
     Raises:
       CxrError: shapes do not fit, no label is known, a logit is not finite, or a setting is out of range.
     """
-    logits, labels, label_mask = _checked(logits, labels, label_mask)
-    if not (rate > 0 and 0 < decay <= 1 and epochs >= 0):
-        raise CxrError(f"ensemble: rate={rate}, decay={decay}, epochs={epochs} are out of range")
+    logits, labels, label_mask = _check_arrays(logits, labels, label_mask)
+    if not (learning_rate > 0 and 0 < decay <= 1 and epochs >= 0):
+        raise CxrError(f"ensemble: learning_rate={learning_rate}, decay={decay}, epochs={epochs} are out of range")
 
     likelihood = MixtureLikelihood.from_logits(logits, labels, label_mask)
     v = np.zeros((logits.shape[2], logits.shape[0]))
-    moment, square, losses = np.zeros_like(v), np.zeros_like(v), []
+    mean, square, losses = np.zeros_like(v), np.zeros_like(v), []
     for epoch in range(epochs):
         loss, gradient = likelihood.loss(v)
         losses.append(loss)
-        moment = 0.9 * moment + 0.1 * gradient
+        mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient**2
-        step = (moment / (1 - 0.9 ** (epoch + 1))) / (np.sqrt(square / (1 - 0.999 ** (epoch + 1))) + 1e-8)
-        v -= rate * decay**epoch * step
+        step = (mean / (1 - 0.9 ** (epoch + 1))) / (np.sqrt(square / (1 - 0.999 ** (epoch + 1))) + 1e-8)
+        v -= learning_rate * decay**epoch * step
     return StackingFit(softmax(v, axis=1), np.array([*losses, likelihood.loss(v)[0]]))
 
 
 class MixtureLikelihood(NamedTuple):
-    """How well each scale alone predicts each label, which is all that the fit needs to know.
+    """The likelihood of each label under each scale alone, from which the mixture's loss follows.
 
     Attributes:
-      relative: f64[K, S, N], the probability a scale gives the true label, over the best scale's; 0 where unknown.
-      best: f64, the sum of the logs of the best scales' probabilities.
+      relative: f64[K, S, N], a scale's probability of the true label divided by the best scale's; 0 where unknown.
+      best: f64, the sum of the log probabilities of the best scales.
       label_mask: f64[K, N], 1 where a label counts.
     """
 
@@ -98,9 +100,9 @@ class MixtureLikelihood(NamedTuple):
         return cls(relative, float(best[label_mask.T].sum()), label_mask.T.astype(np.float64))
 
     def loss(self, v: Float64[np.ndarray, "K S"]) -> tuple[float, Float64[np.ndarray, "K S"]]:
-        """Mean binary cross-entropy of the mixture over the known labels, in nats, and its gradient by v.
+        """Return the mixture's mean binary cross-entropy over the known labels, in nats, and its gradient in v.
 
-        With r_s, a scale's share of the probability given to the true label, the gradient is the mean of w_s - r_s.
+        With r_s, a scale's share of the probability of the true label, the gradient is the mean of w_s - r_s.
         """
         weights = np.maximum(softmax(v, axis=1), 1e-300)
         mixture = np.einsum("ks,ksn->kn", weights, self.relative) + (1 - self.label_mask)  # log 1 = 0 where unknown
@@ -111,14 +113,14 @@ class MixtureLikelihood(NamedTuple):
 
 
 def stack(logits: Float[np.ndarray, "S N K"], weights: Float[np.ndarray, "K S"]) -> Float64[np.ndarray, "N K"]:
-    """The logits of the mixture, log p - log(1 - p) with p = sum over scales of weight x probability.
+    """Return the logits of the weighted mean of the scales' probabilities.
 
     Args:
       logits: of each scale.
       weights: >= 0; each finding's sum to 1.
 
     Raises:
-      CxrError: the weights are not S positive shares of 1 for each of K findings.
+      CxrError: the shapes do not fit, or a finding's weights are not positive fractions that sum to 1.
     """
     logits, weights = np.asarray(logits, np.float64), np.asarray(weights, np.float64)
     if logits.ndim != 3 or weights.shape != (logits.shape[2], logits.shape[0]):
@@ -130,22 +132,17 @@ def stack(logits: Float[np.ndarray, "S N K"], weights: Float[np.ndarray, "K S"])
 
 
 def vote(logits: Float[np.ndarray, "S N K"]) -> Float64[np.ndarray, "N K"]:
-    """The logits of the plain mean of the scales' probabilities."""
-    return stack(logits, uniform(logits.shape[2], logits.shape[0]))
-
-
-def uniform(findings: int, scales: int) -> Float64[np.ndarray, "K S"]:
-    """Equal weights."""
-    return np.full((findings, scales), 1 / scales)
+    """Return the logits of the unweighted mean of the scales' probabilities."""
+    return stack(logits, np.full((logits.shape[2], logits.shape[0]), 1 / logits.shape[0]))
 
 
 class LogisticStacking(NamedTuple):
     """Logistic regressions of K findings on the logits of S scales.
 
     Attributes:
-      coefficients: f64[K, S], of the logits; 0 where `voted` says why.
+      coefficients: f64[K, S], of the logits; 0 where `voted` gives a reason.
       intercept: f64[K].
-      voted: K reasons why a finding has no regression and is voted on, empty where it has one.
+      voted: K reasons why a finding is voted on instead, empty where it has a regression.
     """
 
     coefficients: Float64[np.ndarray, "K S"]
@@ -153,7 +150,7 @@ class LogisticStacking(NamedTuple):
     voted: tuple[str, ...]
 
     def combine(self, logits: Float[np.ndarray, "S N K"]) -> Float64[np.ndarray, "N K"]:
-        """The logits of the regressions, and of voting where there is none."""
+        """Return the logits of the regressions, or of voting where there is none."""
         regressed = np.einsum("ks,snk->nk", self.coefficients, logits) + self.intercept
         return np.where([not reason for reason in self.voted], regressed, vote(logits))
 
@@ -163,52 +160,53 @@ def fit_logistic(
     labels: Shaped[np.ndarray, "N K"],
     label_mask: Bool[np.ndarray, "N K"],
     *,
-    strength: float = 1.0,
+    inverse_regularization: float = 1.0,
 ) -> LogisticStacking:
-    """Logistic stacking: a regression of each finding on the scales' logits (scikit-learn's, by Newton's method).
+    """Fit a logistic regression of each finding on the scales' logits (scikit-learn's, by Newton's method).
 
     Args:
       logits: of each scale on the validation images, finite.
       labels: 0 or 1.
       label_mask: which labels count. A finding without both classes among them is voted on instead.
-      strength: of the ridge that keeps coefficients finite where the scales separate the classes, as scikit-learn has
-        it: the sum of the images' losses plus half the sum of squared coefficients over `strength` is minimised.
+      inverse_regularization: scikit-learn's C. The ridge keeps coefficients finite where the scales separate the
+        classes: the sum of the images' losses plus half the sum of squared coefficients over C is minimised.
 
     Raises:
-      CxrError: shapes do not fit, no label is known, a logit is not finite, or the strength is not above 0.
+      CxrError: shapes do not fit, no label is known, a logit is not finite, or C is not above 0.
     """
-    logits, labels, label_mask = _checked(logits, labels, label_mask)
-    if not strength > 0:
-        raise CxrError(f"ensemble: strength={strength} is out of range: give a number above 0")
+    logits, labels, label_mask = _check_arrays(logits, labels, label_mask)
+    if not inverse_regularization > 0:
+        raise CxrError(f"ensemble: inverse_regularization={inverse_regularization}: give a number above 0")
     scales, _, findings = logits.shape
     coefficients, intercept = np.zeros((findings, scales)), np.zeros(findings)
     voted = tuple(undefined_reason(labels[:, k], label_mask[:, k]) for k in range(findings))
     for k in range(findings):
         if not voted[k]:
-            model = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+            model = LogisticRegression(C=inverse_regularization, solver="newton-cholesky", tol=1e-10, max_iter=1000)
             model.fit(logits[:, label_mask[:, k], k].T, labels[label_mask[:, k], k] > 0)
             coefficients[k], intercept[k] = model.coef_[0], np.asarray(model.intercept_).item()
     return LogisticStacking(coefficients, intercept, voted)
 
 
-def _checked(
+def _check_arrays(
     logits: np.ndarray, labels: np.ndarray, label_mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     logits, labels, label_mask = np.asarray(logits, np.float64), np.asarray(labels), np.asarray(label_mask, bool)
     if logits.ndim != 3 or logits.shape[1:] != labels.shape or labels.shape != label_mask.shape:
-        raise CxrError(f"ensemble: logits {logits.shape} are not scales x the shape of labels {labels.shape} and known")
+        shapes = f"logits {logits.shape}, labels {labels.shape} and mask {label_mask.shape}"
+        raise CxrError(f"ensemble: {shapes} do not fit: give S x N x K logits, N x K labels and mask")
     if not label_mask.any():
-        raise CxrError("ensemble: no label is known, so there is nothing to learn the weights from")
+        raise CxrError("ensemble: no label is known to fit the weights on")
     if not np.isfinite(logits).all():
         raise CxrError(f"ensemble: a logit of scale {np.argwhere(~np.isfinite(logits))[0][0] + 1} is not finite")
     return logits, labels, label_mask
 
 
 def align(tables: Sequence[Predictions]) -> list[Predictions]:
-    """Bring predictions of the same images and findings into the order of the first table.
+    """Reorder tables of the same images and findings like the first one.
 
     Raises:
-      CxrError: there are none, or they differ in images, findings, patients or labels; the message names the first.
+      CxrError: there are none, or they differ in images, findings, patients or labels.
     """
     if not tables:
         raise CxrError("no predictions are given")
@@ -216,39 +214,43 @@ def align(tables: Sequence[Predictions]) -> list[Predictions]:
     aligned = [first]
     for number, table in enumerate(tables[1:], 2):
         if set(table.findings) != set(first.findings):
-            odd = sorted(set(table.findings) ^ set(first.findings))
-            raise CxrError(f"predictions: table {number} and the first differ in findings: {', '.join(odd)}")
-        odd = np.setxor1d(table.id, first.id)
-        if len(odd):
+            differing = sorted(set(table.findings) ^ set(first.findings))
+            raise CxrError(f"predictions: table {number} and the first differ in findings: {', '.join(differing)}")
+        differing = np.setxor1d(table.id, first.id)
+        if len(differing):
+            examples = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
             raise CxrError(
-                f"predictions: table {number} and the first differ in {len(odd):,} images ({', '.join(odd[:3])}"
-                f"{', ...' if len(odd) > 3 else ''}); predict the same images with every model"
+                f"predictions: table {number} and the first differ in {len(differing):,} images ({examples}); "
+                "predict the same images with every model"
             )
         order = np.argsort(table.id)
         aligned.append(table.take(order[np.searchsorted(table.id, first.id, sorter=order)]).select(first.findings))
-        _same_truth(aligned[-1], first, number)
+        _check_same_labels(aligned[-1], first, number)
     return aligned
 
 
-def combine(tables: Sequence[Predictions], learnt: Float[np.ndarray, "K S"] | LogisticStacking | None = None) -> Predictions:
-    """The ensemble's own predictions: by these weights, by these regressions, or by voting.
-
-    Raises:
-      CxrError: what `align` and `stack` raise.
-    """
-    tables = align(tables)
-    logits = np.stack([table.logit for table in tables])
-    if learnt is None:
-        return replace(tables[0], logit=vote(logits))
-    return replace(tables[0], logit=learnt.combine(logits) if isinstance(learnt, LogisticStacking) else stack(logits, learnt))
-
-
-def _same_truth(table: Predictions, first: Predictions, number: int) -> None:
+def _check_same_labels(table: Predictions, first: Predictions, number: int) -> None:
     differ = (table.label_mask != first.label_mask) | (first.label_mask & (table.label != first.label))
     differ |= (table.patient != first.patient)[:, None]
     if differ.any():
         row, k = np.argwhere(differ)[0]
         raise CxrError(
             f"predictions: table {number} and the first differ in the patient or the label of {first.id[row]}, "
-            f"{first.findings[k]}; evaluate every model on the same prepared data"
+            f"{first.findings[k]}; predict the same prepared data with every model"
         )
+
+
+def combine(
+    tables: Sequence[Predictions], fitted: Float[np.ndarray, "K S"] | LogisticStacking | None = None
+) -> Predictions:
+    """Return the ensemble's predictions, by stacking weights, by logistic stacking, or by voting if None.
+
+    Raises:
+      CxrError: as `align` and `stack` raise.
+    """
+    tables = align(tables)
+    logits = np.stack([table.logit for table in tables])
+    if fitted is None:
+        return replace(tables[0], logit=vote(logits))
+    stacked = fitted.combine(logits) if isinstance(fitted, LogisticStacking) else stack(logits, fitted)
+    return replace(tables[0], logit=stacked)

@@ -1,4 +1,4 @@
-"""Yes or no from a score: thresholds chosen on validation, and how they do elsewhere."""
+"""Decision thresholds: chosen on validation, then evaluated on other images."""
 
 import math
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from cxrjax.metrics.auc import Ranking, roc_curve
 from cxrjax.metrics.predictions import Predictions
 
 RULES = ("youden", "sensitivity", "specificity")
-"""Ways to choose a threshold; see `choose`."""
+"""Rules for choosing a threshold; see `choose_thresholds`."""
 
 RATES = ("sensitivity", "specificity", "ppv", "npv", "accuracy", "f1")
 
 
 @dataclass(frozen=True, eq=False)
 class ConfusionCounts:
-    """How often K findings were called and there, called and absent, missed, and rightly not called.
+    """Confusion counts of K findings, and the rates computed from them.
 
-    The rates are fractions from 0 to 1, NaN where nothing was there to count. Their names and definitions are those of
-    the R package caret, whose report the six-class paper prints.
+    Rates are 0 to 1, NaN where the denominator is 0. Their names and definitions are those of the R package caret,
+    whose report the six-class paper prints.
 
     Attributes:
       tp, fp, fn, tn: int[K], true positives, false positives, false negatives, true negatives.
@@ -36,36 +36,36 @@ class ConfusionCounts:
 
     @classmethod
     def from_decisions(
-        cls, called: Bool[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
+        cls, predicted: Bool[np.ndarray, "N K"], label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]
     ) -> "ConfusionCounts":
-        """Count calls against labels (positive where true or 1) over the known ones."""
-        there = np.asarray(label) > 0
-        kinds = (called & there, called & ~there, ~called & there, ~called & ~there)
-        return cls(*(np.count_nonzero(kind & label_mask, axis=0) for kind in kinds))
+        """Count decisions against labels (positive where true or 1) where the mask is true."""
+        actual = np.asarray(label) > 0
+        cells = (predicted & actual, predicted & ~actual, ~predicted & actual, ~predicted & ~actual)
+        return cls(*(np.count_nonzero(cell & label_mask, axis=0) for cell in cells))
 
     @property
     def total(self) -> Int[np.ndarray, " K"]:
-        """All that was counted."""
+        """The number of decisions."""
         return self.tp + self.fp + self.fn + self.tn
 
     @property
     def sensitivity(self) -> Float64[np.ndarray, " K"]:
-        """Of what is there, how much was called; also known as recall."""
+        """TP / (TP + FN), also called recall."""
         return _ratio(self.tp, self.tp + self.fn)
 
     @property
     def specificity(self) -> Float64[np.ndarray, " K"]:
-        """Of what is absent, how much was not called."""
+        """TN / (TN + FP)."""
         return _ratio(self.tn, self.tn + self.fp)
 
     @property
     def ppv(self) -> Float64[np.ndarray, " K"]:
-        """Of what was called, how much is there: positive predictive value, also known as precision."""
+        """Positive predictive value, TP / (TP + FP), also called precision."""
         return _ratio(self.tp, self.tp + self.fp)
 
     @property
     def npv(self) -> Float64[np.ndarray, " K"]:
-        """Of what was not called, how much is absent: negative predictive value."""
+        """Negative predictive value, TN / (TN + FN)."""
         return _ratio(self.tn, self.tn + self.fn)
 
     @property
@@ -75,22 +75,22 @@ class ConfusionCounts:
 
     @property
     def accuracy(self) -> Float64[np.ndarray, " K"]:
-        """How much was called or not called rightly."""
+        """(TP + TN) / total."""
         return _ratio(self.tp + self.tn, self.total)
 
     @property
     def prevalence(self) -> Float64[np.ndarray, " K"]:
-        """How much is there."""
+        """(TP + FN) / total."""
         return _ratio(self.tp + self.fn, self.total)
 
     @property
     def detection_rate(self) -> Float64[np.ndarray, " K"]:
-        """How much was called and is there, of all."""
+        """TP / total."""
         return _ratio(self.tp, self.total)
 
     @property
     def detection_prevalence(self) -> Float64[np.ndarray, " K"]:
-        """How much was called, of all."""
+        """(TP + FP) / total."""
         return _ratio(self.tp + self.fp, self.total)
 
     @property
@@ -99,19 +99,20 @@ class ConfusionCounts:
         return (self.sensitivity + self.specificity) / 2
 
 
-def _ratio(part: Int[np.ndarray, " K"], whole: Int[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+def _ratio(numerator: Int[np.ndarray, " K"], denominator: Int[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
+    nan = np.full(np.shape(denominator), np.nan)
+    return np.divide(numerator, denominator, out=nan, where=np.asarray(denominator) > 0)
 
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoints:
-    """One threshold per finding: an image is called positive where its logit is at least that.
+    """One threshold per finding: an image is positive if its logit is at least the threshold.
 
     Attributes:
       findings: K names.
-      threshold: f64[K], logits; infinite where nothing is called, NaN where the labels allowed no choice.
-      reason: K words, why a threshold is NaN, else empty.
-      rule: what they were chosen by, in words.
+      threshold: f64[K], logits; infinite if nothing is positive, NaN if the labels allow no choice.
+      reason: K reasons why a threshold is NaN, else empty.
+      rule: how they were chosen, for display.
     """
 
     findings: tuple[str, ...]
@@ -125,16 +126,17 @@ class OperatingPoints:
         return expit(self.threshold)
 
     def counts(self, predictions: Predictions) -> ConfusionCounts:
-        """Right and wrong calls of a table; nothing is counted of a finding without a threshold."""
+        """Return the confusion counts of a table; all 0 for a finding without a threshold."""
         table = predictions.select(self.findings)
-        return ConfusionCounts.from_decisions(table.logit >= self.threshold, table.label, table.label_mask & ~np.isnan(self.threshold))
+        mask = table.label_mask & ~np.isnan(self.threshold)
+        return ConfusionCounts.from_decisions(table.logit >= self.threshold, table.label, mask)
 
     def apply(self, predictions: Predictions) -> list[dict[str, Any]]:
-        """How these thresholds do on a table, a flat row per finding.
+        """Evaluate the thresholds on a table.
 
         Returns:
-          finding, threshold (a probability), sensitivity, specificity, ppv, npv, accuracy, f1, tp, fp, fn, tn, reason;
-          NaN where there is no threshold or nothing to count.
+          Flat rows: finding, threshold (a probability), sensitivity, specificity, ppv, npv, accuracy, f1, tp, fp, fn,
+          tn, reason. NaN where there is no threshold or nothing to count.
 
         Raises:
           CxrError: the table lacks a finding.
@@ -143,20 +145,20 @@ class OperatingPoints:
         return [
             {"finding": finding, "threshold": float(self.probability[k])}
             | {rate: float(getattr(counts, rate)[k]) for rate in RATES}
-            | {kind: int(getattr(counts, kind)[k]) for kind in ("tp", "fp", "fn", "tn")}
+            | {cell: int(getattr(counts, cell)[k]) for cell in ("tp", "fp", "fn", "tn")}
             | {"reason": self.reason[k]}
             for k, finding in enumerate(self.findings)
         ]
 
 
 def choose_thresholds(validation: Predictions, rule: str = "youden", target: float = 0.9) -> OperatingPoints:
-    """Choose each finding's threshold on validation; on test images it would flatter.
+    """Choose each finding's threshold on validation. Chosen on test images, its results would be too good.
 
     Args:
       validation: labelled predictions.
-      rule: "youden", the highest sensitivity + specificity - 1 (Youden 1950), of equals the highest threshold;
-        "sensitivity", the highest threshold that finds at least `target` of the positives; "specificity", the lowest
-        that leaves at least `target` of the negatives alone.
+      rule: "youden", the highest sensitivity + specificity - 1 (Youden 1950), the highest threshold among ties;
+        "sensitivity", the highest threshold with at least `target` sensitivity; "specificity", the lowest threshold
+        with at least `target` specificity.
       target: above 0 to 1, for the last two.
 
     Raises:
@@ -167,35 +169,35 @@ def choose_thresholds(validation: Predictions, rule: str = "youden", target: flo
         raise CxrError(f"target={target}: give a fraction above 0 up to 1, such as 0.9")
     p, thresholds, reasons = validation, [], []
     for k in range(len(p.findings)):
-        score, label, label_mask = p.logit[:, k], p.label[:, k], p.label_mask[:, k]
-        reasons.append(Ranking.from_scores(score, label, label_mask).reason)
+        score, label, mask = p.logit[:, k], p.label[:, k], p.label_mask[:, k]
+        reasons.append(Ranking.from_scores(score, label, mask).reason)
         if reasons[-1]:
             thresholds.append(math.nan)
         elif rule == "youden":
-            curve = roc_curve(score, label, label_mask)
+            curve = roc_curve(score, label, mask)
             thresholds.append(curve.threshold[np.argmax(curve.tpr - curve.fpr)])  # pyright: ignore - it is defined
         elif rule == "sensitivity":
-            falling = np.sort(score[label_mask & (label > 0)])[::-1]
-            thresholds.append(falling[_at_least(target, len(falling)) - 1])
+            descending = np.sort(score[mask & (label > 0)])[::-1]
+            thresholds.append(descending[_at_least(target, len(descending)) - 1])
         else:
-            rising = np.sort(score[label_mask & (label <= 0)])
-            thresholds.append(np.nextafter(rising[_at_least(target, len(rising)) - 1], np.inf))
-    words = "youden" if rule == "youden" else f"{rule} >= {target:g}"
-    return OperatingPoints(p.findings, np.array(thresholds), tuple(reasons), words)
+            ascending = np.sort(score[mask & (label <= 0)])
+            thresholds.append(np.nextafter(ascending[_at_least(target, len(ascending)) - 1], np.inf))
+    description = "youden" if rule == "youden" else f"{rule} >= {target:g}"
+    return OperatingPoints(p.findings, np.array(thresholds), tuple(reasons), description)
 
 
 def accuracy_at_threshold(predictions: Predictions, threshold: float = 0.5) -> float:
-    """How many of all known labels, whatever their finding, a threshold on the probability gets right; 0 to 1, or NaN.
+    """Return the accuracy over all known labels of all findings at one probability threshold; 0 to 1, or NaN.
 
     Raises:
       CxrError: the threshold is not between 0 and 1.
     """
     if not 0 < threshold < 1:
         raise CxrError(f"threshold={threshold}: give a probability between 0 and 1, such as 0.5")
-    right = (predictions.logit >= logit(threshold)) == (predictions.label > 0)
-    return float(right[predictions.label_mask].mean()) if predictions.label_mask.any() else math.nan
+    correct = (predictions.logit >= logit(threshold)) == (predictions.label > 0)
+    return float(correct[predictions.label_mask].mean()) if predictions.label_mask.any() else math.nan
 
 
 def _at_least(fraction: float, count: int) -> int:
-    """The smallest number of `count` that is at least that fraction, whatever the product is rounded to."""
+    """Return the smallest part of `count` that is at least `fraction` of it, tolerating rounding of the product."""
     return max(1, math.ceil(fraction * count - 1e-9))

@@ -58,7 +58,9 @@ def test_scores_of_folds_are_means_and_their_draws_are_of_each_folds_own_patient
 
 def test_scores_of_networks_on_other_scales_are_never_ranked_against_each_other():
     apart = [dataclasses.replace(fold, logit=fold.logit * 3 - 50 * f) for f, fold in enumerate(FOLDS)]
-    assert scores_from_bootstrap(BootstrapResult.from_tables(apart, resamples=20)) == scores_from_bootstrap(BootstrapResult.from_tables(FOLDS, resamples=20))
+    assert scores_from_bootstrap(BootstrapResult.from_tables(apart, resamples=20)) == scores_from_bootstrap(
+        BootstrapResult.from_tables(FOLDS, resamples=20)
+    )
 
 
 def test_seeds_share_their_patients_and_their_draws():
@@ -77,7 +79,7 @@ def test_a_finding_that_some_folds_leave_undefined_is_the_mean_of_the_others_and
     lacking = dataclasses.replace(FOLDS[1], label=FOLDS[1].label * [1, 0])
     found = scores_from_bootstrap(BootstrapResult.from_tables([FOLDS[0], lacking, FOLDS[2]], resamples=20))
     assert found.findings[1].auroc == pytest.approx(np.mean([auc(FOLDS[0], 1), auc(FOLDS[2], 1)]))
-    assert found.findings[1].reason == "no positive example in 1 of 3 test parts"
+    assert found.findings[1].reason == "no positive example in 1 of 3 test sets"
     assert (found.mean.findings, found.mean.reason) == (2, "")
     nothing = scores_from_bootstrap(BootstrapResult.from_tables([lacking], resamples=20))
     assert nothing.mean.reason == "left out: B (no positive example)"
@@ -136,5 +138,5 @@ def test_tables_that_do_not_belong_together_are_refused():
         BootstrapResult.from_tables([])
     with pytest.raises(CxrError, match="same images"):
         difference([table(0)], [table(0), table(1)], ["A"], resamples=5)
-    with pytest.raises(CxrError, match="1 and 2 tables"):
+    with pytest.raises(CxrError, match="1 and 2 prediction tables"):
         compare_findings([table(0)], [table(0), table(1)])

@@ -29,7 +29,7 @@ def test_bins_are_sklearns(rows, bins, spacing):
     np.testing.assert_allclose(found.predicted[full], predicted, atol=1e-12)
     assert np.isnan(found.observed[~full]).all()
     assert found.count.sum() == len(label)
-    assert found.error == pytest.approx((found.count[full] * abs(observed - predicted)).sum() / len(label), abs=1e-12)
+    assert found.ece == pytest.approx((found.count[full] * abs(observed - predicted)).sum() / len(label), abs=1e-12)
 
 
 @settings(deadline=None)
@@ -57,9 +57,9 @@ def test_expected_calibration_error_by_hand():
     probability, label = np.array([0.1, 0.2, 0.7, 0.9, 0.9]), np.array([0, 1, 1, 1, 0])
     found = reliability_diagram(probability, label, bins=2)
     np.testing.assert_array_equal(found.count, [2, 3])
-    assert found.error == pytest.approx(0.4 * abs(0.5 - 0.15) + 0.6 * abs(2 / 3 - 2.5 / 3))
+    assert found.ece == pytest.approx(0.4 * abs(0.5 - 0.15) + 0.6 * abs(2 / 3 - 2.5 / 3))
     whole = reliability_diagram(probability, label, bins=1, spacing="mass")
-    assert whole.error == pytest.approx(abs(0.6 - 2.8 / 5))
+    assert whole.ece == pytest.approx(abs(0.6 - 2.8 / 5))
 
 
 def test_bins_of_equal_mass_are_of_equal_mass():
@@ -114,7 +114,11 @@ def test_nothing_known_is_nan():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"bins": 0}, "above 0"), ({"spacing": "size"}, "choose from mass, width"), ({"probability": 1.5}, "1.5 is not a")],
+    [
+        ({"bins": 0}, "above 0"),
+        ({"spacing": "size"}, "choose from mass, width"),
+        ({"probability": 1.5}, "1.5 is not a"),
+    ],
 )
 def test_bad_arguments(arguments, message):
     probability = np.array([0.5, arguments.pop("probability", 0.5)])

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.confounding import OTHER_SOURCES, majority_class_accuracy, border_pixels, pool_rare_sources, predict_source
+from cxrjax.metrics.confounding import (
+    OTHER_SOURCES,
+    border_pixels,
+    majority_class_accuracy,
+    pool_rare_sources,
+    predict_source,
+)
 from cxrjax.metrics.scores import score
 
 COUNT = 120
@@ -54,7 +60,7 @@ def test_what_is_known_of_a_patient_only_does_not_help(rng):
 
 def test_three_sources_are_three_findings_and_small_ones_are_pooled(rng):
     source = np.where(np.arange(COUNT) < 6, "tiny", np.where(np.arange(COUNT) < 12, "small", SOURCE))
-    pooled = pool_rare_sources(source, PATIENT, least=5)
+    pooled = pool_rare_sources(source, PATIENT, min_patients=5)
     assert set(pooled) == {OTHER_SOURCES, "clinic", "hospital"}
     assert (pooled == OTHER_SOURCES).sum() == 12
     table = predict_source(rng.normal(size=(COUNT, 3)), pooled, id=ID, patient=PATIENT)
@@ -63,12 +69,12 @@ def test_three_sources_are_three_findings_and_small_ones_are_pooled(rng):
 
 
 def test_sources_that_are_all_small_stay_apart():
-    assert set(pool_rare_sources(SOURCE, PATIENT, least=COUNT)) == {"clinic", "hospital"}
+    assert set(pool_rare_sources(SOURCE, PATIENT, min_patients=COUNT)) == {"clinic", "hospital"}
 
 
 def test_what_cannot_be_tried_is_said():
     features = np.zeros((COUNT, 2))
-    with pytest.raises(CxrError, match="all images come from here"):
+    with pytest.raises(CxrError, match="come from 1 source .here."):
         predict_source(features, np.full(COUNT, "here"), id=ID, patient=PATIENT)
     once = np.where(np.arange(COUNT) < 2, "once", "often")
     with pytest.raises(CxrError, match="source once has a single patient"):

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit, softmax
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.ensemble import MixtureLikelihood, align, combine, fit_logistic, fit_weights, stack, uniform, vote
+from cxrjax.metrics.ensemble import MixtureLikelihood, align, combine, fit_logistic, fit_weights, stack, vote
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import score
 
@@ -22,6 +22,10 @@ def simulated(seed=0, scales=3, images=400, findings=4, noise=1.5):
     skill = rng.uniform(0.3, 1.5, (scales, 1, findings))
     logits = skill * np.where(labels, 1.5, -1.5) + noise * rng.normal(size=(scales, images, findings))
     return logits, labels, rng.random((images, findings)) < 0.9
+
+
+def uniform(findings, scales):
+    return np.full((findings, scales), 1 / scales)
 
 
 def plain_loss(v, logits, labels, label_mask):
@@ -99,13 +103,13 @@ def test_certain_and_wrong_models_stay_finite():
     assert fit.weights[0, 1] > 0.99
     both_wrong = MixtureLikelihood.from_logits(np.full((2, 1, 1), -1000.0), np.ones((1, 1)), np.ones((1, 1), bool))
     assert both_wrong.loss(np.zeros((1, 2)))[0] == 1000
-    assert np.isfinite(fit_weights(logits, labels, label_mask, rate=1e3, decay=1).loss).all()
+    assert np.isfinite(fit_weights(logits, labels, label_mask, learning_rate=1e3, decay=1).loss).all()
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.01])
 def test_logistic_stacking_is_where_scipy_finds_the_least_loss(strength):
     logits, labels, label_mask = simulated()
-    found = fit_logistic(logits, labels, label_mask, strength=strength)
+    found = fit_logistic(logits, labels, label_mask, inverse_regularization=strength)
     for k in range(4):
         x, y = logits[:, label_mask[:, k], k].T, labels[label_mask[:, k], k]
 
@@ -193,7 +197,7 @@ def test_align_refuses_tables_of_other_things():
         align([first, second.select(["A", "B", "C"])])
     with pytest.raises(CxrError, match=r"table 2 .* 2 images \(i\d\d, x\)"):
         align([first, replace(second, id=np.array(["x", *second.id[1:]]))])
-    with pytest.raises(CxrError, match=r"the label of i\d\d, [A-D]; evaluate"):
+    with pytest.raises(CxrError, match=r"the label of i\d\d, [A-D]; predict"):
         align([first, replace(second, label=1 - second.label)])
     with pytest.raises(CxrError, match="no predictions"):
         align([])
@@ -201,7 +205,7 @@ def test_align_refuses_tables_of_other_things():
 
 def test_bad_input_is_refused():
     logits, labels, label_mask = simulated()
-    with pytest.raises(CxrError, match="not scales x"):
+    with pytest.raises(CxrError, match="do not fit"):
         fit_weights(logits[:, 1:], labels, label_mask)
     with pytest.raises(CxrError, match="no label is known"):
         fit_weights(logits, labels, np.zeros_like(label_mask))
@@ -209,8 +213,8 @@ def test_bad_input_is_refused():
         fit_weights(np.where(np.arange(3)[:, None, None] == 1, np.nan, logits), labels, label_mask)
     with pytest.raises(CxrError, match="out of range"):
         fit_weights(logits, labels, label_mask, decay=1.5)
-    with pytest.raises(CxrError, match=r"strength=0 is out of range"):
-        fit_logistic(logits, labels, label_mask, strength=0)
+    with pytest.raises(CxrError, match=r"inverse_regularization=0"):
+        fit_logistic(logits, labels, label_mask, inverse_regularization=0)
     with pytest.raises(CxrError, match="no label is known"):
         fit_logistic(logits, labels, np.zeros_like(label_mask))
     with pytest.raises(CxrError, match="findings x scales"):

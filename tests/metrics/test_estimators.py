@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, norm
 from sklearn import metrics
 
-from cxrjax.metrics.auc import AUC_ESTIMATORS, binormal_auc, auc_report, trapezoid_auc
+from cxrjax.metrics.auc import AUC_ESTIMATORS, auc_report, binormal_auc, trapezoid_auc
 from cxrjax.metrics.predictions import Predictions
 
 both_classes = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2, max_size=40).filter(

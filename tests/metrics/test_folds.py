@@ -47,7 +47,7 @@ def test_one_fold_has_no_spread_and_equal_ones_none():
 def test_bad_input_is_refused():
     with pytest.raises(CxrError, match="0 folds"):
         mean_over_folds([], test_to_train=0.2)
-    with pytest.raises(CxrError, match="have no mean"):
+    with pytest.raises(CxrError, match="give at least 1 fold"):
         mean_over_folds(EACH, test_to_train=-1)
     with pytest.raises(CxrError, match="confidence=95"):
         mean_over_folds(EACH, test_to_train=0.2).interval(95)

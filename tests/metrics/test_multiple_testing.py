@@ -39,5 +39,5 @@ def test_false_rejections_are_as_rare_as_promised():
 
 
 def test_what_is_no_p_value_is_refused():
-    with pytest.raises(CxrError, match="from 0 to 1"):
+    with pytest.raises(CxrError, match="between 0 and 1"):
         holm(np.array([0.5, 1.5]))

@@ -149,8 +149,8 @@ def test_tables_that_no_statistic_could_use_are_refused(change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,prob_Mass\na,0.5\n", "no column named 'id' or 'Image Index' or 'dicom_id'; found name, prob_Mass"),
-        ("id,Mass\na,0.5\n", "no column named logit_FINDING or prob_FINDING; found id, Mass"),
+        ("name,prob_Mass\na,0.5\n", "no column named 'id' or 'Image Index' or 'dicom_id'; columns are name, prob_Mass"),
+        ("id,Mass\na,0.5\n", "no column named logit_FINDING or prob_FINDING; columns are id, Mass"),
         ("id,ID,prob_Mass\na,a,0.5\n", "columns 'id' and 'ID' both mean 'id'"),
         ("id,prob_Mass,Prob_mass\na,0.5,0.5\n", "columns 'prob_Mass' and 'Prob_mass' are of one finding"),
         ("id,prob_Mass\na,0.5\nb,1.5\n", r"row 2 \(id b\): the score of Mass is 1.5, not a probability"),

@@ -117,7 +117,7 @@ def test_our_own_tables_need_no_labels_file(tmp_path):
     table.write(tmp_path / "p.parquet")
     assert score_files(tmp_path / "p.parquet", resamples=0).mean.auroc == 1
     bare = written(tmp_path, PREDICTED, "p.csv")
-    with pytest.raises(CxrError, match="holds no labels: name the file that does with --labels"):
+    with pytest.raises(CxrError, match="has no labels: give a file that does with --labels"):
         score_files(bare)
 
 
@@ -128,10 +128,10 @@ def test_our_own_tables_need_no_labels_file(tmp_path):
             PREDICTED + "x.png,0.1,0.1\ny.png,0.1,0.1\nz.png,0.1,0.1\nw.png,0.1,0.1\n", NIH,
             r"l.csv: no labels for 4 of 7 predicted images \(x.png, y.png, z.png, ...\)",
         ),
-        (PREDICTED.replace("Effusion", "Effussion"), NIH, "l.csv: no finding named 'Effussion'; found Atelectasis"),
+        (PREDICTED.replace("Effusion", "Effussion"), NIH, "l.csv: no finding named 'Effussion'; choose from Atelectasis"),
         (PREDICTED, NIH.replace("Mass", "Lump"), "l.csv: row 3 lists 'Lump', which is none of"),
         (PREDICTED, NIH + "00000002_000.png,Mass,0,2\n", "l.csv: row 5 repeats the id 00000002_000.png"),
-        (PREDICTED, GENERIC.replace("Effusion", "Edema"), "l.csv: no column of labels for Effusion; found id, patient"),
+        (PREDICTED, GENERIC.replace("Effusion", "Edema"), "l.csv: no label column for Effusion; columns are id, patient"),
         (PREDICTED, GENERIC.replace("1.0", "0.7"), "l.csv: column 'label_Effusion' is 0.7 in row 1; a label is"),
         (PREDICTED, GENERIC.replace("1.0", "yes"), "l.csv: column 'label_Effusion' is 'yes' in row 1, not a number"),
         (PREDICTED, GENERIC, "no labels for 3 of 3 predicted images"),
@@ -146,5 +146,5 @@ def test_files_that_do_not_fit_are_refused(tmp_path, predicted, labels, message)
 
 
 def test_a_finding_that_is_not_predicted_cannot_be_scored(tmp_path):
-    with pytest.raises(CxrError, match=r"p.csv: no finding named 'Mass'; found Effusion, Pleural Thickening"):
+    with pytest.raises(CxrError, match=r"p.csv: no finding named 'Mass'; choose from Effusion, Pleural Thickening"):
         score_files(written(tmp_path, PREDICTED, "p.csv"), findings=["Mass"])

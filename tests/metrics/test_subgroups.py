@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from cxrjax.data.records import Record, Records
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.subgroups import UNKNOWN, age_bands, subgroup_attributes, score_subgroups
+from cxrjax.metrics.subgroups import UNKNOWN, age_bands, score_subgroups, subgroup_attributes
 
 FINDINGS = ("Mass", "Nodule")
 
@@ -88,11 +88,11 @@ def test_small_and_unknown_groups_are_shown_but_in_no_gap():
     table, group = predictions()
     group = group.astype("U8")
     group[:6], group[6:160] = "tiny", UNKNOWN
-    found = score_subgroups(table, {"kind": group}, resamples=0, least=50)
+    found = score_subgroups(table, {"kind": group}, resamples=0, min_images=50)
     assert {row["group"] for row in found.groups} == {"a", "b", "tiny", UNKNOWN}
     for gap in found.gaps:
         assert {gap["best"], gap["worst"]} == {"a", "b"}
-    few = score_subgroups(table, {"kind": group}, resamples=0, least=10_000).gaps
+    few = score_subgroups(table, {"kind": group}, resamples=0, min_images=10_000).gaps
     assert [row["reason"] for row in few] == ["fewer than two groups that define it"] * 3
     assert all(math.isnan(row["gap"]) for row in few)
 
@@ -141,13 +141,13 @@ def test_age_bands():
     ]  # fmt: skip
     assert list(age_bands(np.array([64.0, 65.0]), (65,))) == ["0-64", "65+"]
     for ages in ((), (40, 20), (0, 40)):
-        with pytest.raises(CxrError, match="rising ages above 0"):
+        with pytest.raises(CxrError, match="ascending ages above 0"):
             age_bands(np.zeros(1), ages)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"resamples": -1}, "resamples=-1"), ({"least": 0}, "least=0"), ({"confidence": 95}, "between 0 and 1")],
+    [({"resamples": -1}, "resamples=-1"), ({"min_images": 0}, "min_images=0"), ({"confidence": 95}, "between 0 and 1")],
 )
 def test_bad_arguments(arguments, message):
     table, group = predictions(20)

@@ -69,7 +69,7 @@ def test_findings_are_matched_by_name():
     np.testing.assert_array_equal(
         temperatures.apply(test.select("B")).logit[:, 0], temperatures.apply(test).logit[:, 1]
     )
-    with pytest.raises(CxrError, match="no temperature for C; fitted were A, B"):
+    with pytest.raises(CxrError, match="no temperature for C; fitted for A, B"):
         temperatures.apply(simulated(50, (1, 1, 1)))
 
 
@@ -83,8 +83,8 @@ def test_what_labels_do_not_define_stays_as_it_is():
     ("logit", "label", "value", "words"),
     [
         ([-2, -1, 1, 2], [0, 0, 1, 1], 1 / MAX_TEMPERATURE, "separate"),
-        ([-2, -1, 1, 2], [1, 1, 0, 0], MAX_TEMPERATURE, "the opposite"),
-        ([0, 0, 0, 0], [1, 0, 0, 1], MAX_TEMPERATURE, "say nothing"),
+        ([-2, -1, 1, 2], [1, 1, 0, 0], MAX_TEMPERATURE, "inverted"),
+        ([0, 0, 0, 0], [1, 0, 0, 1], MAX_TEMPERATURE, "uninformative"),
     ],
 )
 def test_limits_are_named(logit, label, value, words):
@@ -125,7 +125,7 @@ def test_exclusive_classes_have_one_temperature_which_is_the_minimum_of_their_lo
     scaled = found.apply(validation).probability
     np.testing.assert_allclose(scaled, softmax(logits / found.values[0], axis=1), rtol=1e-10)
     np.testing.assert_allclose(scaled.sum(1), 1)
-    with pytest.raises(CxrError, match="is for all of them: A, B, C, D"):
+    with pytest.raises(CxrError, match="needs all of them: A, B, C, D"):
         found.apply(validation.select("AB"))
 
 
@@ -136,4 +136,7 @@ def test_exclusive_classes_that_say_everything_or_nothing():
     wrong = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3)[[1, 2, 0]])
     assert fit_temperatures(wrong, exclusive=True).values[0] == pytest.approx(MAX_TEMPERATURE)
     nobody = table(log_odds(np.eye(3), "cross_entropy"), np.eye(3), np.zeros((3, 3), bool))
-    assert (fit_temperatures(nobody, exclusive=True).values, fit_temperatures(nobody, exclusive=True).reasons[0]) == ((1,) * 3, "no known label")
+    assert (fit_temperatures(nobody, exclusive=True).values, fit_temperatures(nobody, exclusive=True).reasons[0]) == (
+        (1,) * 3,
+        "no known label",
+    )

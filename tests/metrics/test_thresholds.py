@@ -77,7 +77,10 @@ def test_a_fixed_sensitivity_is_kept_on_validation():
     assert points.rule == "sensitivity >= 0.9"
     for row in points.apply(validation):
         assert 0.9 <= row["sensitivity"] < 0.9 + 0.1
-    assert choose_thresholds(table([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0], [1] * 10 + [0]), "sensitivity", 0.7).threshold[0] == 4
+    assert (
+        choose_thresholds(table([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0], [1] * 10 + [0]), "sensitivity", 0.7).threshold[0]
+        == 4
+    )
 
 
 def test_a_useless_score_calls_nothing():
@@ -112,7 +115,9 @@ def test_accuracy_over_all_labels():
     assert accuracy_at_threshold(predictions) == pytest.approx(expected)
     expected = metrics.accuracy_score(predictions.label[label_mask] > 0, predictions.probability[label_mask] >= 0.2)
     assert accuracy_at_threshold(predictions, 0.2) == pytest.approx(expected)
-    assert accuracy_at_threshold(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1  # a probability of just 0.5 is a yes
+    assert (
+        accuracy_at_threshold(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1
+    )  # a probability of just 0.5 is a yes
     assert math.isnan(accuracy_at_threshold(table([0.0], [1], [0])))
 
 

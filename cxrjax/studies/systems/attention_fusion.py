@@ -67,7 +67,7 @@ def _uncertainty(study: ArmStudy) -> tuple[Section, dict]:
     loss = member.experiment.config.loss.name
     probability = np.stack([probabilities(each, loss) for each in passes])
     found, test = summarize_passes(probability, exclusive=loss == "cross_entropy"), member.test
-    flagged = found.flagged(keys.uncertain)
+    flagged = found.per_image > keys.uncertain
     image, k = _example(found, member)
     finding = test.findings[k]
     values = probability[:, image, k]
