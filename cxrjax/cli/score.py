@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score the predictions and print a table."""
     from cxrjax.console import stdout
-    from cxrjax.metrics.score_files import score_files
+    from cxrjax.metrics.scores import score_files
     from cxrjax.report.tables import terminal
 
     scores = score_files(arguments.predictions, arguments.labels, resamples=arguments.resamples, seed=arguments.seed)

@@ -108,10 +108,7 @@ def undefined_reason(label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarra
 
 
 def auroc(
-    score: Float[np.ndarray, " N"],
-    label: Shaped[np.ndarray, " N"],
-    label_mask: Bool[np.ndarray, " N"] | None = None,
-    weight: Num[np.ndarray, " N"] | None = None,
+    score: Float[np.ndarray, " N"], label: Shaped[np.ndarray, " N"], label_mask: Bool[np.ndarray, " N"] | None = None
 ) -> float:
     """Return the area under the ROC curve: the probability that a positive outranks a negative; ties count half.
 
@@ -119,22 +116,12 @@ def auroc(
       score: any increasing function of the probability.
       label: positive where true or 1.
       label_mask: which examples count; None means all.
-      weight: >= 0; None means 1 each.
 
     Returns:
       0 to 1, or NaN where `undefined_reason` gives a reason.
     """
-    return float(Ranking.from_scores(score, label, label_mask).measure(_weights(score, weight))[0][0])
-
-
-def average_precision(
-    score: Float[np.ndarray, " N"],
-    label: Shaped[np.ndarray, " N"],
-    label_mask: Bool[np.ndarray, " N"] | None = None,
-    weight: Num[np.ndarray, " N"] | None = None,
-) -> float:
-    """Return the average precision, 0 to 1 or NaN. Arguments as in `auroc`."""
-    return float(Ranking.from_scores(score, label, label_mask).measure(_weights(score, weight))[1][0])
+    ranking = Ranking.from_scores(score, label, label_mask)
+    return float(ranking.measure(np.ones((len(score), 1), np.int64))[0][0])
 
 
 def roc_curve(
@@ -183,10 +170,6 @@ def _prefix_sums(values: Num[np.ndarray, "n R"]) -> Num[np.ndarray, "n+1 R"]:
     sums = np.zeros((len(values) + 1, values.shape[1]), values.dtype)
     np.cumsum(values, axis=0, dtype=values.dtype, out=sums[1:])
     return sums
-
-
-def _weights(score: Float[np.ndarray, " N"], weight: Num[np.ndarray, " N"] | None) -> Num[np.ndarray, "N 1"]:
-    return np.ones((len(score), 1), np.int64) if weight is None else np.asarray(weight, np.float64)[:, None]
 
 
 def trapezoid_auc(

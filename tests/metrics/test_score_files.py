@@ -12,7 +12,7 @@ import pytest
 from cxrjax.errors import CxrError
 from cxrjax.findings import NIH14, LabelPolicy
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.score_files import read_labels, score_files
+from cxrjax.metrics.scores import read_labels, score_files
 
 NIH = (
     "Image Index,Finding Labels,Follow-up #,Patient ID\n"
@@ -50,7 +50,7 @@ def test_published_aucs_are_reproduced_to_the_last_digits(shared):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from cxrjax.metrics.score_files import score_files
+from cxrjax.metrics.scores import score_files
 scores = score_files(Path(sys.argv[1]), Path(sys.argv[2]), resamples=int(sys.argv[3]))
 print(time.process_time(), scores.mean.auroc, scores.mean.auroc_interval)
 print([name for name in ("jax", "flax", "grain", "matplotlib", "tensorflow", "sklearn") if name in sys.modules])
