@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         details.append("stopped early")
     if progress.best is not None:
         details.append(f"best {config.train.watch} {abs(progress.best):.4f} at step {progress.best_step}")
-    if progress.data_wait is not None:
-        details.append(f"{progress.data_wait:.1%} of the time waiting for data")
+    if progress.data_wait_fraction is not None:
+        details.append(f"{progress.data_wait_fraction:.1%} of the time waiting for data")
     print_text(f"{', '.join(details)}: {arguments.workdir}")
-    result = {"directory": str(arguments.workdir), **vars(progress), "data_wait": progress.data_wait}
+    result = {"directory": str(arguments.workdir), **vars(progress), "data_wait_fraction": progress.data_wait_fraction}
     return result if is_main_process() else None
 
 

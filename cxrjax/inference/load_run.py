@@ -20,8 +20,8 @@ from cxrjax.models.network import Network
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.described import best_network
 from cxrjax.train.experiment import Experiment
-from cxrjax.train.forward import logits_of
-from cxrjax.train.run_directory import same_identity
+from cxrjax.train.forward import predict_logits
+from cxrjax.train.run_directory import check_same_identity
 from cxrjax.train.step import make_predict_step
 from cxrjax.weights import load_converted, read_converted
 
@@ -49,10 +49,10 @@ def open_run(
         elif max(config.mesh.data, 1) * config.mesh.space > len(devices()):  # trained on a larger machine
             config.mesh.data, config.mesh.space = 0, math.gcd(config.mesh.space, len(devices()))
     experiment = Experiment.open(config)
-    same_identity(directory, experiment.fingerprints)
+    check_same_identity(directory, experiment.fingerprints)
     network = experiment.network
     like = jax.device_put({"params": network.params, "stats": network.stats}, replicated(experiment.mesh))
-    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         best, about = checkpoints.restore_best(like)
     return experiment, Network(best["params"], best["stats"], network.definition), about
 
@@ -72,7 +72,7 @@ def predict(experiment: Experiment, network: Network, part: str) -> Predictions:
                 name = signal.Signals(received[0]).name
                 raise InterruptedRunError(f"stopped by {name}: the same command goes on", received[0])
 
-        logits = logits_of(
+        logits = predict_logits(
             network, examples, make_predict_step(experiment.mesh), experiment.mesh, size=config.data.size,
             batch=config.evaluate.batch, threads=config.data.threads, advance=advance,
         )  # fmt: skip

@@ -13,8 +13,8 @@ from cxrjax.distributed.mesh import batch_shardings, replicated, with_mesh
 from cxrjax.errors import CxrError
 from cxrjax.models.input_spec import prepare
 from cxrjax.models.network import Network
-from cxrjax.train.flat_params import unpack
-from cxrjax.train.forward import PredictStep, logits_of
+from cxrjax.train.state import unflatten_params
+from cxrjax.train.forward import PredictStep, predict_logits
 
 
 def stochastic_logits(
@@ -58,7 +58,7 @@ def stochastic_logits(
         numbers, done = np.arange(done, done + len(images), dtype=np.int32), done + len(images)  # batches come in order
         return jitted(network, images, key, numbers)[1]
 
-    logits = logits_of(network, examples, step, mesh, size=size, batch=batch, threads=threads, advance=advance)
+    logits = predict_logits(network, examples, step, mesh, size=size, batch=batch, threads=threads, advance=advance)
     if (logits == logits[:, :1]).all():
         raise CxrError(
             "all stochastic passes are alike: the network's head has no dropout; train it with model.options.dropout"
@@ -76,7 +76,7 @@ def make_step(mesh: jax.sharding.Mesh, passes: int) -> Callable[..., tuple[jax.A
     def step(
         network: Network, images: Shaped[Array, "B H W C"], key: PRNGKeyArray, numbers: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K"], Float[Array, "B T K"] | None]:
-        model = unpack(network).model()
+        model = unflatten_params(network).model()
         grey = images.dtype == jnp.uint8
         features = model.features(prepare(images, network.input_spec, network.dtype) if grey else images)
         logits = model.head(features)
@@ -118,7 +118,7 @@ def make_pooled_step(mesh: jax.sharding.Mesh) -> PredictStep:
     """The jitted step `(network, images uint8[B,H,W,1]) -> f32[B,C]`: the mean over space of the last feature maps."""
 
     def step(network: Network, images: UInt8[Array, "B H W 1"]) -> Float32[Array, "B C"]:
-        maps = unpack(network).model().features(prepare(images, network.input_spec, network.dtype))["final"]
+        maps = unflatten_params(network).model().features(prepare(images, network.input_spec, network.dtype))["final"]
         return maps.astype(jnp.float32).mean((1, 2))
 
     whole, image = replicated(mesh), batch_shardings(mesh).image

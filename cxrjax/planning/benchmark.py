@@ -213,7 +213,7 @@ def measure(case: Case, before_timing: Callable[[], object] = lambda: None) -> d
     from cxrjax.distributed.placement import put_batch
     from cxrjax.models import create
     from cxrjax.models.network import Network
-    from cxrjax.train.flat_params import pack_for
+    from cxrjax.train.state import flatten_for_mesh
     from cxrjax.train.optimizer import as_one_vector
     from cxrjax.train.state import TrainState
     from cxrjax.train.step import make_predict_step, make_train_step
@@ -236,12 +236,12 @@ def measure(case: Case, before_timing: Callable[[], object] = lambda: None) -> d
     model = create(case.arch, classes=FINDINGS, dtype=case.dtype, remat=case.remat, **case.options)
     network = Network.from_model(model)
     if case.inference:
-        arguments = pack_for(jax.device_put(network, replicated(mesh)), mesh), placed.image
+        arguments = flatten_for_mesh(jax.device_put(network, replicated(mesh)), mesh), placed.image
         return _time(case, make_predict_step(mesh), arguments, lambda _: arguments, mesh.devices, before_timing)
     optimizer = as_one_vector(optax.scale_by_adam())
     state = jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh))
     step = make_train_step(network, optimizer, optax.constant_schedule(1e-4), mesh)
-    arguments = pack_for(state, mesh), placed
+    arguments = flatten_for_mesh(state, mesh), placed
     return _time(case, step, arguments, lambda result: (result[0], placed), mesh.devices, before_timing)
 
 

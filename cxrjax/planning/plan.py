@@ -21,7 +21,7 @@ from cxrjax.planning.compiled_memory import Collective, compile_memory
 from cxrjax.planning.memory_estimate import peak_bytes
 from cxrjax.planning.model_summary import multiply_adds
 from cxrjax.train.described import network_of
-from cxrjax.train.flat_params import pack_for
+from cxrjax.train.state import flatten_for_mesh
 from cxrjax.train.losses import make_loss
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.state import TrainState
@@ -280,7 +280,7 @@ def _trace_step(config: Config, mesh: Mesh, microbatch: int, accumulation_steps:
         for (shape, dtype), sharding in zip(shapes, shardings, strict=True)
     ]
     batch = Batch(*fields)
-    packed = jax.eval_shape(lambda state: pack_for(state, mesh), state)
+    packed = jax.eval_shape(lambda state: flatten_for_mesh(state, mesh), state)
     packed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), packed)
     try:
         return step.trace(packed, batch), state, batch

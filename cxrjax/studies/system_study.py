@@ -161,7 +161,7 @@ def _report(study: ArmStudy, extra: Extra, directory: Path) -> dict[str, Any]:
 def _provenance(study: ArmStudy) -> dict[str, Any]:
     first = read_provenance(study.members[0].directory)
     shared = ("images", "versions", "device", "devices", "mesh", "host")
-    names = ("identity", "seed", "parameters", "parameters that learn", "steps", "train_seconds")
+    names = ("identity", "seed", "parameters", "trainable parameters", "steps", "train_seconds")
     every = {member.name: read_provenance(member.directory) for member in _runs(study)}
     return {name: first[name] for name in shared} | {
         arm: {"model": member.experiment.config.model.name} | {name: about[name] for name in names}

@@ -40,7 +40,7 @@ def best_network(directory: Path) -> tuple[Config, tuple[str, ...], Network, dic
         raise CxrError(f"{directory} holds a run and converted weights: move one of them away")
     config, findings = read(directory / "config.json"), findings_of(directory)
     network = network_of(config, len(findings))
-    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         best, about = checkpoints.restore_best({"params": network.params, "stats": network.stats})
     return config, findings, Network(best["params"], best["stats"], network.definition), about
 

@@ -1,4 +1,4 @@
-"""From a config to what a run works on: records, split, examples, network, mesh."""
+"""From a config to the objects of a run: records, split, examples, network, loss, mesh."""
 
 import dataclasses
 from functools import cached_property
@@ -11,24 +11,23 @@ import numpy as np
 from cxrjax.config import Config
 from cxrjax.data.images import Augment
 from cxrjax.data.mixture import Pooled, Source, own_policy, pool, pool_splits, source_configs
-from cxrjax.data.pipeline import Examples, make_examples
+from cxrjax.data.pipeline import Examples, Sampling, make_examples
 from cxrjax.data.records import Records
-from cxrjax.data.pipeline import Sampling
 from cxrjax.data.splits import DataSplit
-from cxrjax.distributed.mesh import check_divides, suggest_space, make_mesh
+from cxrjax.distributed.mesh import check_divides, make_mesh, suggest_space
 from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, positions
 from cxrjax.models.network import Network, check_size
 from cxrjax.train.described import network_of
 from cxrjax.train.init_from import Start, initial_network, located, missing_init
-from cxrjax.train.losses import Loss, make_loss, prevalence_of
+from cxrjax.train.losses import Loss, label_prevalence, make_loss
 from cxrjax.train.trainable import TrainableParams
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config names, opened; for a run in `directory`, which may have been begun."""
+    """The objects that a config describes, for a new or resumed run in `directory`."""
 
     config: Config
     records: Records
@@ -44,10 +43,10 @@ class Experiment:
 
         Args:
           config: see `cxrjax.config.default`.
-          directory: of the run; one that goes on from a checkpoint does not need what it started from any more.
+          directory: of the run. A run that resumes from a checkpoint no longer needs its `model.init_from`.
 
         Raises:
-          CxrError: data not prepared, an unknown finding, an empty part, sizes that the mesh does not divide.
+          CxrError: data are not prepared, a finding is unknown, or the mesh does not divide the image size.
         """
         config = config if directory is None else located(config, directory)
         mesh = make_mesh(config.mesh.data, config.mesh.space)
@@ -69,162 +68,172 @@ class Experiment:
     def examples_by_split(self) -> dict[str, Examples]:
         """The examples of train, validation and test, after the view filter and the label policy.
 
-        Of several data sets, each part holds one after the other.
+        With several data sets, each split contains one after the other.
         """
-        parts: dict[str, list[np.ndarray]] = {}
+        rows_by_split: dict[str, list[np.ndarray]] = {}
         for number, source in enumerate(self.sources):
-            for name, rows in source.parts.items():
-                parts.setdefault(name, []).append(rows + self._start(number))
-        return {name: self.examples_of_rows(np.concatenate(rows), learnt=name == "train") for name, rows in parts.items()}
+            offset = int(self.records.starts[number]) if isinstance(self.records, Pooled) else 0
+            for split, rows in source.parts.items():
+                rows_by_split.setdefault(split, []).append(rows + offset)
+        return {
+            split: self.examples_of_rows(np.concatenate(rows), training=split == "train")
+            for split, rows in rows_by_split.items()
+        }
 
-    def examples_of_rows(self, rows: np.ndarray, *, learnt: bool = False) -> Examples:
-        """Any rows of the records table, with the targets that the label policy gives them, to learn or to score."""
+    def examples_of_rows(self, rows: np.ndarray, *, training: bool = False) -> Examples:
+        """Return the examples of some rows of the records table, with targets for training or for scoring."""
         rows = np.asarray(rows, np.int32)
         if not isinstance(self.records, Pooled):
             policy = self.sources[0].policy
-            return make_examples(self.records, rows, self.findings, policy if learnt else policy.scored)
+            return make_examples(self.records, rows, self.findings, policy if training else policy.scored)
         origin = self.records.origin(rows)
         label = np.zeros((len(rows), len(self.findings)), np.float32)
         label_mask = np.zeros(label.shape, bool)
         for number, source in enumerate(self.sources):
-            own = origin == number
+            mask = origin == number
             policy = own_policy(source.policy, source.records, self.findings)
-            of = make_examples(self.records, rows[own], self.findings, policy if learnt else policy.scored)
-            label[own], label_mask[own] = of.label, of.label_mask
+            examples = make_examples(self.records, rows[mask], self.findings, policy if training else policy.scored)
+            label[mask], label_mask[mask] = examples.label, examples.label_mask
         return Examples(self.records, rows, label, label_mask, origin)
 
-    def _start(self, number: int) -> int:
-        """The row of the records table at which a data set begins."""
-        return int(self.records.starts[number]) if isinstance(self.records, Pooled) else 0
-
     def examples(self, name: str) -> Examples:
-        """One part, which must have images; `test@chestxray14` is what a data set has in it."""
-        whole, _, dataset = name.partition("@")
-        if whole not in self.examples_by_split:
-            raise CxrError(f"there is no part {whole} in split {self.split.name}; there are {', '.join(self.examples_by_split)}")
-        part = self.examples_by_split[whole]
+        """Return the examples of a split, such as "test", or of one data set in it, such as "test@chestxray14".
+
+        Raises:
+          CxrError: there is no such split or data set, or it has no images.
+        """
+        split, _, dataset = name.partition("@")
+        if split not in self.examples_by_split:
+            known = ", ".join(self.examples_by_split)
+            raise CxrError(f"split {self.split.name} has no {split}; choose from {known}")
+        examples = self.examples_by_split[split]
         if dataset:
-            names = [source.records.dataset for source in self.sources]
-            if dataset not in names:
-                raise CxrError(f"there is no data set {dataset} in this run; there are {', '.join(names)}")
-            of = np.zeros(len(part), np.int32) if part.dataset_index is None else part.dataset_index
-            part = self.examples_of_rows(part.row[of == names.index(dataset)], learnt=whole == "train")
-        if not len(part):
+            datasets = [source.records.dataset for source in self.sources]
+            if dataset not in datasets:
+                raise CxrError(f"this run has no data set {dataset}; choose from {', '.join(datasets)}")
+            index = np.zeros(len(examples), np.int32) if examples.dataset_index is None else examples.dataset_index
+            rows = examples.row[index == datasets.index(dataset)]
+            examples = self.examples_of_rows(rows, training=split == "train")
+        if not len(examples):
             raise CxrError(
-                f"part {name} of split {self.split.name} has no images ({len(self.records)} records in "
+                f"{name} of split {self.split.name} has no images ({len(self.records)} records in "
                 f"{self.records.directory}): change split.name, split.fractions or data.views"
             )
-        return part
+        return examples
 
     @cached_property
     def network(self) -> Network:
-        """The network that the config describes, with random initial values; a checkpoint fills it."""
+        """The network with random initial values; a checkpoint replaces them."""
         return network_of(self.config, len(self.findings))
 
     @cached_property
-    def _initial(self) -> Start:
-        gone = None if self.directory is None else missing_init(self.network, self.config, self.directory)
-        return gone or initial_network(self.network, self.config, self.findings)
+    def _init(self) -> Start:
+        missing = None if self.directory is None else missing_init(self.network, self.config, self.directory)
+        return missing or initial_network(self.network, self.config, self.findings)
 
     @property
-    def start(self) -> Network:
-        """The network as it is before training: from `model.init_from`, where that is set.
+    def init_network(self) -> Network:
+        """The network before training, initialised from `model.init_from` if that is set.
 
         Raises:
-          CxrError: weights of another architecture, or for other inputs.
+          CxrError: the weights are of another architecture or for other inputs.
         """
-        return self._initial.network
+        return self._init.network
 
     @cached_property
     def loss(self) -> Loss:
-        """What is minimised; its class weights come from the training part.
+        """The training loss; its class weights come from the training split.
 
         Raises:
-          CxrError: a loss of exclusive classes for findings that are not.
+          CxrError: cross_entropy for findings that are not exclusive.
         """
         train = self.examples("train")
-        several = np.flatnonzero(train.label.sum(1) != 1)
-        if self.config.loss.name == "cross_entropy" and len(several):
-            record = self.records.id[train.row[several[0]]]
+        wrong = np.flatnonzero(train.label.sum(1) != 1)
+        if self.config.loss.name == "cross_entropy" and len(wrong):
+            record = self.records.id[train.row[wrong[0]]]
             raise CxrError(
-                f"config key loss.name = cross_entropy takes exclusive classes, and record {record} is positive in "
-                f"{train.label[several[0]].sum():.0f} of the findings: choose bce, weighted_bce or focal"
+                f"config key loss.name = cross_entropy needs exclusive classes, but record {record} is positive in "
+                f"{train.label[wrong[0]].sum():.0f} findings: choose bce, weighted_bce or focal"
             )
-        prevalence = prevalence_of(train.label, train.label_mask)
+        prevalence = label_prevalence(train.label, train.label_mask)
         return make_loss(self.config.loss.name, prevalence=prevalence, **dict(self.config.loss.options.items()))
 
     @cached_property
     def trainable(self) -> TrainableParams:
-        """Which parameters learn, and how fast each does."""
+        """The trainable parameters and their learning rate factors."""
         return TrainableParams.from_config(self.network, self.config)
 
     @property
     def augment(self) -> Augment:
-        """The geometric augmentation of training."""
+        """The augmentation of training images."""
         return Augment(**self.config.augment.to_dict())
 
     @property
     def sampling(self) -> Sampling:
-        """How training draws its records."""
+        """How training examples are sampled."""
         return Sampling(self.config.data.sampling, tuple(map(float, self.config.data.weights)))
 
     @property
-    def accumulate(self) -> int:
-        """How many parts make the effective batch.
+    def accumulation_steps(self) -> int:
+        """The number of microbatches per batch.
 
         Raises:
-          CxrError: the batch cannot be divided so.
+          CxrError: the batch cannot be divided into such microbatches.
         """
         batch, devices = self.config.train.batch, self.mesh.shape["data"]
-        at_once = devices * (self.config.train.per_device or max(batch // devices, 1))
+        microbatch = devices * (self.config.train.per_device or max(batch // devices, 1))
         total, divisors = self.mesh.devices.size, [n for n in range(1, batch + 1) if batch % n == 0]
-        whole = max(n for n in divisors if total % n == 0)
-        idle = "" if is_distributed() else f"set mesh.data to {max(n for n in divisors if n <= devices)}, or "
-        instead = f", or {idle}share images: mesh.data = {whole}, mesh.space = {total // whole}"
-        check_divides(f"config key train.batch = {batch} images", batch, "data", devices, instead)
-        if batch % at_once:
+        data = max(n for n in divisors if total % n == 0)
+        fewer = "" if is_distributed() else f"set mesh.data to {max(n for n in divisors if n <= devices)}, or "
+        fix = f", or {fewer}share images: mesh.data = {data}, mesh.space = {total // data}"
+        check_divides(f"config key train.batch = {batch} images", batch, "data", devices, fix)
+        if batch % microbatch:
             raise CxrError(
-                f"config key train.batch = {batch} is not a multiple of {at_once} "
-                f"({devices} devices x {at_once // devices} images): "
+                f"config key train.batch = {batch} is not a multiple of {microbatch} "
+                f"({devices} devices x {microbatch // devices} images): "
                 f"set train.per_device to a divisor of {batch // devices}"
             )
-        return batch // at_once
+        return batch // microbatch
+
+    @property
+    def microbatch_size(self) -> int:
+        """Images per forward pass over all devices; batch normalisation uses their statistics."""
+        return self.config.train.batch // self.accumulation_steps
 
     def check_size(self) -> None:
-        """Find out before any image is read whether the network takes images of `data.size`.
+        """Check before reading any image that the network accepts images of `data.size`.
 
         Raises:
-          CxrError: it does not; sizes that work are named.
+          CxrError: it does not; the message names sizes that work.
         """
-        images = self.config.train.batch // self.accumulate
-        in_training = self.trainable.backbone_in_training
-        check_size(self.network, self.config.data.size, batch_size=images, backbone_in_training=in_training)
+        check_size(
+            self.network, self.config.data.size, batch_size=self.microbatch_size,
+            backbone_in_training=self.trainable.backbone_in_training,
+        )  # fmt: skip
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps that make an epoch."""
-        return self.config.train.steps_per_epoch or max(len(self.examples("train").row) // self.config.train.batch, 1)
+        """Optimizer steps per epoch."""
+        return self.config.train.steps_per_epoch or max(len(self.examples("train")) // self.config.train.batch, 1)
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What identifies the data and the split."""
+        """Fingerprints of the data and the split."""
         return {"data": self.records.fingerprint, "split": self.split.fingerprint}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run's result depends on beside its config: data, split, and images normalised together.
+        """What a run's result depends on besides its config: data, split, microbatch size and initial weights.
 
-        Reading it checks all that can be wrong with a config before anything is written.
+        Computing it checks the whole config before anything is written.
         """
-        for part in ("train", "validation"):
-            self.examples(part)
+        train, _ = self.examples("train"), self.examples("validation")
         self.check_size()
-        train = self.examples("train")
-        _ = self.network, self.trainable, self.loss, self.sampling.strata(train.label, train.label_mask, train.dataset_index)
-        identity = self.fingerprints | {"images at once": self.config.train.batch // self.accumulate}
+        _ = self.loss, self.sampling.strata(train.label, train.label_mask, train.dataset_index)
+        identity = self.fingerprints | {"microbatch size": self.microbatch_size}
         if self.config.model.init_from:
-            identity |= {"initial weights": self._initial.mark}
-            frozen = [name for name in self._initial.fresh if name in self.trainable.frozen_modules(self.network.params)]
+            identity |= {"initial weights": self._init.mark}
+            frozen = [name for name in self._init.fresh if name in self.trainable.frozen_modules(self.network.params)]
             if frozen:
                 raise CxrError(
                     f"config key train.freeze would freeze {', '.join(frozen)}, which model.init_from leaves at random "

@@ -1,4 +1,4 @@
-"""A network over many records: logits in the records' order, whatever the batches and devices."""
+"""Batched forward pass over many records, in their order and independent of batch size and devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ from jaxtyping import Float
 
 from cxrjax.data.pipeline import Examples, evaluation_batches
 from cxrjax.distributed.mesh import batch_shardings
-from cxrjax.distributed.placement import prefetch_to_device, put_batch, process_shard
+from cxrjax.distributed.placement import prefetch_to_device, process_shard, put_batch
 from cxrjax.models.network import Network
-from cxrjax.train.flat_params import pack_for
+from cxrjax.train.state import flatten_for_mesh
 
 PredictStep = Callable[[Network, Any], jax.Array]
-"""The network may be packed (`train.packed`)."""
+"""A jitted step from a network, possibly flat, and images to an array with one row per image."""
 
 
-def logits_of(
+def predict_logits(
     network: Network,
     examples: Examples,
     step: PredictStep,
@@ -28,17 +28,17 @@ def logits_of(
     threads: int = 2,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Float[np.ndarray, "N K"]:
-    """Logits of every example, once, in order.
+    """Return the logits of every example, in order.
 
     Args:
       network: parameters and statistics, used in inference mode.
       examples: N records.
-      step: `make_predict_step(mesh)`, compiled once by the caller.
-      mesh: where batches are placed.
+      step: `make_predict_step(mesh)`.
+      mesh: devices.
       size: side of the images in px.
-      batch: images at once, over all devices; rounded up to a multiple of the `data` axis.
+      batch: batch size over all devices; rounded up to a multiple of the `data` axis.
       threads: decoding threads.
-      advance: told how many images each batch had.
+      advance: called with the number of images of each batch.
     """
     devices = mesh.shape["data"]
     batch = -(-batch // devices) * devices
@@ -46,10 +46,10 @@ def logits_of(
     batches = evaluation_batches(
         examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.example_mask)
     )
-    parts, few = [], pack_for(network, mesh)
-    for placed in prefetch_to_device(batches, lambda b: put_batch(b, shardings)):
-        parts.append(step(few, placed.image))  # not read yet: the device runs ahead of the host
-        if len(parts) > 2:
-            parts[-3] = np.asarray(parts[-3])
+    outputs, flat = [], flatten_for_mesh(network, mesh)
+    for placed in prefetch_to_device(batches, lambda batch: put_batch(batch, shardings)):
+        outputs.append(step(flat, placed.image))  # asynchronous: the device runs ahead of the host
+        if len(outputs) > 2:
+            outputs[-3] = np.asarray(outputs[-3])
         advance(batch)
-    return np.concatenate([np.asarray(part) for part in parts])[: len(examples.row)]
+    return np.concatenate([np.asarray(output) for output in outputs])[: len(examples.row)]

@@ -17,7 +17,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models.network import Network
 from cxrjax.train.described import best_network
 from cxrjax.train.run_directory import has_checkpoint
-from cxrjax.weights import Card, Converted, read_converted, init_from_converted
+from cxrjax.weights import Card, Converted, init_from_converted, read_converted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ def make_loss(name: str, *, prevalence: Shaped[np.ndarray, " K"] | None = None, 
     return maker(**defaults | options)
 
 
-def prevalence_of(label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]) -> Float64[np.ndarray, " K"]:
+def label_prevalence(label: Shaped[np.ndarray, "N K"], label_mask: Bool[np.ndarray, "N K"]) -> Float64[np.ndarray, " K"]:
     """Each finding's mean label over the known ones; 0.5, which favours neither side, where none is known."""
     count = np.count_nonzero(label_mask, axis=0)
     total = np.sum(label, axis=0, where=label_mask, dtype=np.float64)

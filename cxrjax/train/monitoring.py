@@ -1,4 +1,4 @@
-"""Numbers of a run as they come: `metrics.jsonl` for programs, TensorBoard files for eyes."""
+"""Monitoring of a run: metrics.jsonl, TensorBoard events, the data wait timer and the profiler."""
 
 import json
 import math
@@ -15,17 +15,17 @@ from cxrjax.files import write_text
 
 
 class MetricWriter:
-    """Writes scalars by step, with the vocabulary of `clu.metric_writers`, and without TensorFlow.
+    """Writes scalars to metrics.jsonl and TensorBoard, with the methods of `clu.metric_writers`.
 
     Args:
       directory: the run's directory.
-      start: the step a resumed run starts from; later lines, written by steps that will be run again, are dropped.
+      start: the step a resumed run starts from; later lines are dropped, since their steps run again.
     """
 
     def __init__(self, directory: Path, start: int = 0):
         self._file = directory / "metrics.jsonl"
-        kept = [row for row in read_metrics(self._file) if row["step"] <= start] if self._file.exists() else []
-        write_text(self._file, "".join(_line(row) for row in kept))
+        rows = [row for row in read_metrics(self._file) if row["step"] <= start] if self._file.exists() else []
+        write_text(self._file, "".join(_line(row) for row in rows))
         self._lines = self._file.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory / "events"), purge_step=start + 1, flush_secs=10)
 
@@ -33,28 +33,24 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._lines.close()
+        self._events.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line `{"step": ..., name: value}`; NaN becomes null."""
+        """Append one line `{"step": ..., name: value}`; NaN becomes null."""
         self._lines.write(_line({"step": step, **scalars}))
         self._lines.flush()
         for name, value in scalars.items():
             self._events.add_scalar(name.replace("_", "/", 1), value, step)
 
     def flush(self) -> None:
-        """Put everything on disk."""
+        """Write everything to disk."""
         self._lines.flush()
         self._events.flush()
 
-    def close(self) -> None:
-        """Flush and close."""
-        self._lines.close()
-        self._events.close()
-
 
 class NullMetricWriter:
-    """The writer of every process but the first: takes the same calls and writes nothing."""
+    """The writer of all processes but the first: it writes nothing."""
 
     def __enter__(self) -> "NullMetricWriter":
         return self
@@ -63,17 +59,17 @@ class NullMetricWriter:
         return
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out.
+    """Read a `metrics.jsonl`; an incomplete last line is skipped, since a kill may have cut it.
 
     Raises:
-      CxrError: another line is broken.
+      CxrError: another line is not JSON.
     """
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     rows = []
@@ -96,55 +92,55 @@ Item = TypeVar("Item")
 
 
 class DataWaitTimer:
-    """Measures how long the loop's steps take, and how much of that it is blocked for want of a batch.
+    """Measures the time of the steps, and how much of it the host waits for a batch.
 
-    The devices may still be busy then, with the steps before: it is the most that they can have lost. The first batch
-    and step of a start, which fill the loader and compile, are not in it, nor is validation.
+    The devices may still be busy with earlier steps meanwhile, so the wait is an upper bound of what they lose.
+    Validation, and the first batch and step after each start, which fill the loader and compile, are not counted.
 
     Attributes:
-      waited: seconds in which no batch was there.
-      stepped: seconds of steps, those among them.
+      wait_seconds: seconds without a batch.
+      step_seconds: seconds of steps, including those.
     """
 
-    def __init__(self, waited: float = 0.0, stepped: float = 0.0):
-        self.waited, self.stepped = waited, stepped
-        self._epoch = (waited, stepped)
+    def __init__(self, wait_seconds: float = 0.0, step_seconds: float = 0.0):
+        self.wait_seconds, self.step_seconds = wait_seconds, step_seconds
+        self._epoch_start = (wait_seconds, step_seconds)
         self._since: float | None = None
 
     def next(self, batches: Iterator[Item]) -> Item:
-        """The next batch, however long it takes."""
-        asked = time.perf_counter()
+        """Return the next batch and count the wait for it."""
+        start = time.perf_counter()
         batch = next(batches)
         if self._since is not None:
-            self.waited += time.perf_counter() - asked
+            self.wait_seconds += time.perf_counter() - start
         return batch
 
-    def go(self) -> None:
-        """Measure from here on; no change where it is measured already."""
+    def resume(self) -> None:
+        """Start measuring, if it is paused."""
         if self._since is None:
             self._since = time.perf_counter()
 
-    def tick(self) -> None:
-        """Bring `stepped` up to now."""
+    def update(self) -> None:
+        """Bring `step_seconds` up to date."""
         if self._since is not None:
             now = time.perf_counter()
-            self.stepped += now - self._since
+            self.step_seconds += now - self._since
             self._since = now
 
     def pause(self) -> None:
-        """Measure no more until `go`."""
-        self.tick()
+        """Stop measuring until `resume`."""
+        self.update()
         self._since = None
 
-    def of_epoch(self) -> float:
-        """The share of waiting since this was asked last; NaN where no batch was measured."""
-        waited, stepped = self.waited - self._epoch[0], self.stepped - self._epoch[1]
-        self._epoch = (self.waited, self.stepped)
-        return waited / stepped if waited else math.nan
+    def epoch_fraction(self) -> float:
+        """Return the fraction of time spent waiting since the last call; NaN if nothing was measured."""
+        wait, total = self.wait_seconds - self._epoch_start[0], self.step_seconds - self._epoch_start[1]
+        self._epoch_start = (self.wait_seconds, self.step_seconds)
+        return wait / total if wait else math.nan
 
 
-class Profile:
-    """Traces steps of a run for TensorBoard and Perfetto: `profile/` in its directory.
+class Profiler:
+    """Traces some steps of a run into `profile/`, for TensorBoard and Perfetto.
 
     Args:
       directory: of the run.
@@ -157,25 +153,25 @@ class Profile:
         self._tracing = False
 
     def starts(self, step: int) -> bool:
-        """Whether the trace begins with this step: the first of those wanted that is not done yet."""
+        """Return whether the trace starts with this step; of a resumed run, the first within the range."""
         return not self._tracing and self._first <= step <= self._last
 
     def ends(self, step: int) -> bool:
-        """Whether the trace ends with this step."""
+        """Return whether the trace ends with this step."""
         return self._tracing and step >= self._last
 
     def start(self) -> None:
-        """Begin; what was given to the devices before should be done."""
+        """Start the trace; the devices should have finished earlier steps."""
         jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
         self._tracing = True
 
     def stop(self) -> None:
-        """Write what was traced; the devices should be done with it. Nothing happens where nothing was begun."""
+        """Write the trace, if one was started; the devices should have finished its steps."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *_: object) -> None:

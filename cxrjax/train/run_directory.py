@@ -1,4 +1,4 @@
-"""The directory of a run: who may write in it, which config it belongs to, and where things lie."""
+"""The directory of a run: its lock, its config, and the check that a resumed run is the same one."""
 
 import fcntl
 import json
@@ -18,22 +18,22 @@ from cxrjax.data.mixture import with_absolute_files
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
 
-# What may change between a run's start and its continuation without changing its result.
+# Config keys that may change when a run is resumed, since they do not change its result.
 _FREE = ("title", "data.dir", "data.threads", "model.init_from", "train.log_every", "train.save_every",
          "train.per_device")  # fmt: skip
 _FREE_GROUPS = ("mesh.", "evaluate.", "study.")
 
 
 class RunDirectory:
-    """A run's directory, locked while it is open for training.
+    """A run's directory, locked while training.
 
     Args:
-      directory: made if absent.
-      config: what is to be trained.
-      identity: what else must not change while the run lasts: see `Experiment.identity`.
+      directory: created if missing.
+      config: of the run.
+      identity: what else must stay the same when the run is resumed, see `Experiment.identity`.
 
     Raises:
-      CxrError: another process trains there, or what was trained there so far is of another config or other data.
+      CxrError: another process is training there, or the directory has a run of another config or data.
     """
 
     def __init__(self, directory: Path, config: Config, identity: dict[str, Any]):
@@ -53,53 +53,63 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Let others train here."""
+        """Release the lock."""
         self._lock.close()
 
     def _claim(self, config: Config, identity: dict[str, Any]) -> None:
         file = self.directory / "config.json"
-        wanted = config.to_dict()
-        wanted["data"]["dir"] = str(Path(config.data.dir).resolve())  # found again from any working directory
-        wanted["data"]["mix"] = with_absolute_files(config.data.mix)
-        wanted["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
+        stored = config.to_dict()
+        stored["data"]["dir"] = str(Path(config.data.dir).resolve())  # valid in any working directory
+        stored["data"]["mix"] = with_absolute_files(config.data.mix)
+        stored["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
         if file.exists() and has_checkpoint(self.directory):
-            refuse_other(flatten(read_config(file)), flatten(from_dict(wanted)), self.directory)
-            same_identity(self.directory, identity, whole=True)
-        write_json(file, wanted)
+            check_same_config(flatten(read_config(file)), flatten(from_dict(stored)), self.directory)
+            check_same_identity(self.directory, identity, whole=True)
+        write_json(file, stored)
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether a run in this directory has a checkpoint to go on from."""
+    """Return whether a run in this directory has a checkpoint to resume from."""
     return any((directory / "checkpoints").glob("last/[0-9]*"))
 
 
-def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
-    """Raise if two configs cannot be of one run.
+def check_same_config(stored: dict[str, Any], config: dict[str, Any], directory: Path) -> None:
+    """Check that a run can be resumed with a config (both flattened).
 
-    More epochs are one run, unless the rate's course depends on their number.
+    The number of epochs may change, unless the learning rate schedule depends on it.
+
+    Raises:
+      CxrError: the configs differ in a key that must stay the same.
     """
     free: list[str] = list(_FREE)
-    if wanted["optimizer.schedule"] != "cosine" and not wanted["optimizer.warmup"]:
+    if config["optimizer.schedule"] != "cosine" and not config["optimizer.warmup"]:
         free.append("train.epochs")
     differing = [
         key
-        for key in sorted({**stored, **wanted})
-        if stored.get(key) != wanted.get(key) and key not in free and not key.startswith(_FREE_GROUPS)
+        for key in sorted({**stored, **config})
+        if stored.get(key) != config.get(key) and key not in free and not key.startswith(_FREE_GROUPS)
     ]
     if differing:
         key = differing[0]
         more = f" (and {len(differing) - 1} more: {', '.join(differing[1:6])})" if differing[1:] else ""
         raise CxrError(
-            f"{directory} holds a run of another config: {key} is {stored.get(key)!r} there and "
-            f"{wanted.get(key)!r} here{more}; choose another --workdir, or the same config to go on"
+            f"{directory} has a run of another config: {key} is {stored.get(key)!r} there and "
+            f"{config.get(key)!r} here{more}; use another --workdir, or the same config to resume"
         )
 
 
-def same_identity(directory: Path, identity: dict[str, Any], *, whole: bool = False) -> None:
-    """Raise if the data, the split or the images at once are not those that the run began with.
+def check_same_identity(directory: Path, identity: dict[str, Any], *, whole: bool = False) -> None:
+    """Check that data, split and microbatch size are those the run started with.
 
-    Other data would be split anew, and patients trained on could come to be tested on. With `whole`, the identity is
-    all there is, and what it lacks must have been absent then too.
+    Other data would give another split, and training patients could end up in the test set.
+
+    Args:
+      directory: of the run.
+      identity: see `Experiment.identity`.
+      whole: whether `identity` is complete; otherwise keys that it lacks are not compared.
+
+    Raises:
+      CxrError: they differ.
     """
     file = directory / "run.json"
     stored = json.loads(file.read_text()).get("identity", identity) if file.exists() else identity
@@ -107,17 +117,17 @@ def same_identity(directory: Path, identity: dict[str, Any], *, whole: bool = Fa
     differing = [name for name in names if stored.get(name) != identity.get(name)]
     if differing:
         name = differing[0]
-        mend = "give it the prepared data it began with (--data-dir, data.dir)"
-        if name == "images at once":
-            mend = f"set train.per_device so that, times mesh.data, it is {stored.get(name)} again"
+        fix = "use the prepared data it started with (--data-dir, data.dir)"
+        if name == "microbatch size":
+            fix = f"set train.per_device so that, times mesh.data, it is {stored.get(name)} again"
         raise CxrError(
             f"{directory} was trained with another {name}: {stored.get(name)} then, {identity.get(name)} now; "
-            f"{mend}, or train in another directory"
+            f"{fix}, or train in another directory"
         )
 
 
-def describe_run(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Versions, device and mesh: what `run.json` says beside seeds and fingerprints."""
+def describe_environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Return versions, device and mesh, for `run.json`."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
     return {
         "versions": {"python": platform.python_version(), "cxrjax": __version__}
@@ -130,13 +140,13 @@ def describe_run(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     }
 
 
-def training_in(directory: Path) -> str:
-    """The number of the process that trains in a directory at this moment; empty if none does."""
-    for place in (directory, *sorted(directory.glob("stages/*"))):
+def training_process(directory: Path) -> str:
+    """Return the id of the process that is training in a directory; empty if none is."""
+    for folder in (directory, *sorted(directory.glob("stages/*"))):
         try:
-            with (place / ".lock").open() as handle:
+            with (folder / ".lock").open() as handle:
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for an instant; `_lock` tries again
+                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once; `_lock` retries
                 except OSError:
                     return handle.read().strip() or "unknown"
         except FileNotFoundError:
@@ -147,13 +157,13 @@ def training_in(directory: Path) -> str:
 def _lock(file: Path) -> IO[str]:
     handle = file.open("a+")
     try:
-        _hold(handle)
+        _flock(handle)
     except OSError:
         handle.seek(0)
         owner = handle.read().strip() or "unknown"
         handle.close()
         raise CxrError(
-            f"another process (number {owner}) is training in {file.parent}: wait for it, or choose another --workdir"
+            f"another process (id {owner}) is training in {file.parent}: wait for it, or use another --workdir"
         ) from None
     handle.truncate(0)
     handle.write(f"{os.getpid()}\n")
@@ -161,12 +171,12 @@ def _lock(file: Path) -> IO[str]:
     return handle
 
 
-def _hold(handle: IO[str], tries: int = 5) -> None:
-    """Lock the file; the kernel lets go when the process ends, however it ends."""
-    for left in reversed(range(tries)):
+def _flock(handle: IO[str], attempts: int = 5) -> None:
+    """Lock the file; the kernel releases it when the process ends, even if killed."""
+    for remaining in reversed(range(attempts)):
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            if not left:
+            if not remaining:
                 raise
             time.sleep(0.05)

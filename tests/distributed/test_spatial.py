@@ -151,4 +151,4 @@ def test_rounding(name, options, shape, bound):
 )
 def test_what_the_mesh_does_not_divide_is_refused_before_training(tiny, override, message):
     with pytest.raises(CxrError, match=message):
-        _ = Experiment.open(tiny(override)).accumulate
+        _ = Experiment.open(tiny(override)).accumulation_steps

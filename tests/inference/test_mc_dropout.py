@@ -12,7 +12,7 @@ from cxrjax.models import create
 from cxrjax.models.input_spec import prepare
 from cxrjax.models.network import Network
 from cxrjax.train.experiment import Experiment
-from cxrjax.train.forward import logits_of
+from cxrjax.train.forward import predict_logits
 
 RATE, PASSES = 0.4, 6
 
@@ -111,5 +111,5 @@ def test_whether_a_head_has_dropout_is_known_without_computing(name, options, ex
 def test_pooled_features_are_the_mean_of_the_last_maps(examples):
     net = network(hidden=0)
     mesh = make_mesh(1, 1)
-    pooled = logits_of(net, examples, make_pooled_step(mesh), mesh, size=32, batch=4, threads=1)
+    pooled = predict_logits(net, examples, make_pooled_step(mesh), mesh, size=32, batch=4, threads=1)
     np.testing.assert_allclose(pooled, maps_of(net, examples).mean((1, 2)), atol=1e-6)

@@ -15,7 +15,7 @@ from cxrjax.distributed.placement import put_batch
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.train import forward, loop
-from cxrjax.train.flat_params import FlatTree, is_packed, pack, pack_for, unpack
+from cxrjax.train.state import FlatTree, is_flat, flatten_params, flatten_for_mesh, unflatten_params
 from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.optimizer import as_one_vector
 from cxrjax.train.state import TrainState
@@ -30,11 +30,11 @@ TREES = st.recursive(LEAVES, lambda inner: st.dictionaries(st.sampled_from("abc"
 @settings(deadline=None)
 @given(tree=TREES)
 def test_any_tree_comes_back(tree):
-    few = FlatTree.of(jax.tree.map(jnp.asarray, tree))
+    few = FlatTree.from_tree(jax.tree.map(jnp.asarray, tree))
     vectors = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if leaf.ndim == 1}
     others = sum(leaf.ndim != 1 for leaf in jax.tree.leaves(tree))
     assert len(jax.tree.leaves(few)) == len(vectors) + others
-    back = few.tree()
+    back = few.to_tree()
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     for ours, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
         assert ours.dtype == wanted.dtype
@@ -47,16 +47,16 @@ def small(seed=0, **options):
 
 
 def test_networks_of_one_shape_have_one_layout():
-    one, other = pack(small(0)), pack(small(1))
+    one, other = flatten_params(small(0)), flatten_params(small(1))
     assert one.params.layout is other.params.layout
-    assert jax.tree.structure(one) == jax.tree.structure(other) != jax.tree.structure(pack(small(growth_rate=8)))
+    assert jax.tree.structure(one) == jax.tree.structure(other) != jax.tree.structure(flatten_params(small(growth_rate=8)))
 
 
 def test_large_arrays_are_handed_through():
     """No copy of them, neither in packing nor in taking apart."""
     network = small()
-    few = pack(network)
-    back = unpack(few)
+    few = flatten_params(network)
+    back = unflatten_params(few)
     kernels = lambda tree: [leaf for leaf in jax.tree.leaves(tree.params) if leaf.ndim == 4]  # noqa: E731
     assert kernels(network)
     for before, between, after in zip(kernels(network), kernels(few), kernels(back), strict=True):
@@ -78,34 +78,34 @@ def test_a_packed_state_makes_the_same_steps(shape):
         mesh = make_mesh(*shape)
         step = make_train_step(network, optimizer, optax.constant_schedule(0.05), mesh)
         apart, few = (jax.device_put(TrainState.create(network, optimizer, 0), replicated(mesh)) for _ in range(2))
-        batch, few = put_batch(batch, batch_shardings(mesh)), pack(few)
+        batch, few = put_batch(batch, batch_shardings(mesh)), flatten_params(few)
         for _ in range(3):
             apart, expected = step(apart, batch)
             few, metrics = step(few, batch)
-            assert is_packed(few)
-            assert not is_packed(apart)
+            assert is_flat(few)
+            assert not is_flat(apart)
             assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(few))
             np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-10)
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)  # noqa: E731
-        jax.tree.map(close, unpack(few), apart)
+        jax.tree.map(close, unflatten_params(few), apart)
 
 
 def test_a_packed_network_predicts_the_same():
     network, step = small(), make_predict_step(make_mesh(1, 1))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
-    np.testing.assert_allclose(step(pack(network), images), step(network, images), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(step(flatten_params(network), images), step(network, images), rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_not_packed_stays():
     network = small()
-    assert unpack(network) is network
+    assert unflatten_params(network) is network
 
 
 def test_densenet121_is_handed_over_as_few_arrays():
     optimizer = as_one_vector(optax.scale_by_adam())
     network = Network.from_model(create("densenet121", classes=14))
     state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0))
-    few = jax.eval_shape(pack, state)
+    few = jax.eval_shape(flatten_params, state)
     assert len(jax.tree.leaves(state)) == 612
     assert len(jax.tree.leaves(few)) == 612 - (2 * 121 + 1) + 1 - 2 * 121 + 1
 
@@ -118,8 +118,8 @@ class Elsewhere:
 
 def test_accelerators_take_few_arrays_and_cpus_take_what_compiles_sooner():
     network = small()
-    assert is_packed(pack_for(network, Elsewhere()))
-    assert pack_for(network, make_mesh(1, 1)) is network
+    assert is_flat(flatten_for_mesh(network, Elsewhere()))
+    assert flatten_for_mesh(network, make_mesh(1, 1)) is network
 
 
 def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch
         step = make(*given, **more)
 
         def watching(state, batch):
-            packings.append(is_packed(state))
+            packings.append(is_flat(state))
             return step(state, batch)
 
         return watching
@@ -140,11 +140,11 @@ def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch
     loop.train(tiny(*words), tmp_path / "apart")
     loop.train(tiny(*words, "train.epochs=1"), tmp_path / "both")
     for module in (loop, forward):
-        monkeypatch.setattr(module, "pack_for", lambda of, _: pack(of))
+        monkeypatch.setattr(module, "flatten_for_mesh", lambda tree, _: flatten_params(tree))
     loop.train(tiny(*words), tmp_path / "both")
     assert packings == [False] * 6 + [True] * 2
     apart, both = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("apart", "both"))
     assert [row["step"] for row in both] == [row["step"] for row in apart]
     for row, expected in zip(both, apart, strict=True):
-        for name in expected.keys() - {"seconds", "data_wait"}:
+        for name in expected.keys() - {"seconds", "data_wait_fraction"}:
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-3, err_msg=name)

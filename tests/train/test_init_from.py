@@ -30,7 +30,7 @@ def flat(network):
 
 
 def test_a_run_starts_from_the_best_network_of_another(first, tiny):
-    start = flat(Experiment.open(tiny(f"model.init_from={first}", "seed=5")).start)
+    start = flat(Experiment.open(tiny(f"model.init_from={first}", "seed=5")).init_network)
     best = flat(open_trained(first).network)
     assert start.keys() == best.keys()
     for name, array in best.items():
@@ -39,7 +39,7 @@ def test_a_run_starts_from_the_best_network_of_another(first, tiny):
 
 def test_other_findings_get_a_fresh_output(first, tiny, capsys):
     experiment = Experiment.open(tiny(f"model.init_from={first}", "data.findings=('Mass','Nodule')", "seed=5"))
-    start, best = flat(experiment.start), flat(open_trained(first).network)
+    start, best = flat(experiment.init_network), flat(open_trained(first).network)
     findings = open_trained(first).findings
     columns = [findings.index("Mass"), findings.index("Nodule")]
     np.testing.assert_array_equal(start["classifier.output.kernel"], best["classifier.output.kernel"][:, columns])
@@ -137,13 +137,13 @@ def test_what_stays_random_cannot_be_frozen(first, tiny):
 
 
 def test_options_that_differ_without_differing_shapes_are_said(first, tiny, capsys):
-    _ = Experiment.open(tiny(f"model.init_from={first}", "model.options.stem_pool=none")).start
+    _ = Experiment.open(tiny(f"model.init_from={first}", "model.options.stem_pool=none")).init_network
     assert "option stem_pool is none here, and was 2x2 there" in capsys.readouterr().out
 
 
 def test_a_directory_may_have_any_name(first, tiny, tmp_path):
     (tmp_path / "lr=0.1, a").symlink_to(first)
-    start = Experiment.open(tiny(f"model.init_from={tmp_path}/lr=0.1, a")).start
+    start = Experiment.open(tiny(f"model.init_from={tmp_path}/lr=0.1, a")).init_network
     np.testing.assert_array_equal(flat(start)["conv0.kernel"], flat(open_trained(first).network)["conv0.kernel"])
 
 
@@ -152,7 +152,7 @@ def test_stages_are_runs_in_a_row(tiny, tmp_path):
     config = tiny(f"train.stages={stages}", "train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup=0")
     progress = train_stages(config, tmp_path / "run")
     assert progress.step == 4
-    rates = [row["rate"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "rate" in row]
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in row]
     np.testing.assert_allclose(rates, 1e-4, rtol=1e-5)
     head = flat(open_trained(tmp_path / "run" / "stages" / "1").network)
     fresh, whole = flat(Experiment.open(config).network), flat(open_trained(tmp_path / "run").network)
@@ -179,4 +179,4 @@ def test_a_stage_starts_where_the_one_before_ended(tiny, tmp_path):
 
 def test_the_random_start_is_the_network_itself(tiny):
     experiment = Experiment.open(tiny())
-    jax.tree.map(np.testing.assert_array_equal, experiment.start, experiment.network)
+    jax.tree.map(np.testing.assert_array_equal, experiment.init_network, experiment.network)

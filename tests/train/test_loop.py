@@ -25,20 +25,20 @@ from tfds_builders.prepare import prepare
 def last_state(config, directory):
     experiment = Experiment.open(config)
     like = TrainState.create(experiment.network, make_optimizer(config.optimizer), 0)
-    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.restore_last(like)
 
 
 def test_a_run_leaves_all_that_says_how_it_came_about(tiny, tmp_path):
     config = tiny()
     progress = loop.train(config, tmp_path)
-    assert (progress.step, progress.validated) == (12, 3)
+    assert (progress.step, progress.validated_epochs) == (12, 3)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "train_loss" in row] == [2, 4, 6, 8, 10, 12]
     assert [row["epoch"] for row in rows if "val_loss" in row] == [1, 2, 3]
     described = json.loads((tmp_path / "run.json").read_text())
     assert described["steps"] == 12
-    assert set(described["identity"]) == {"data", "split", "images at once"}
+    assert set(described["identity"]) == {"data", "split", "microbatch size"}
     assert described["images"]["train"] > 20
     assert (tmp_path / "split.csv").exists()
     assert any((tmp_path / "events").iterdir())
@@ -102,11 +102,11 @@ def test_a_run_that_is_done_is_left_as_it_is(tiny, tmp_path, capsys):
     assert (tmp_path / "run.json").read_text() == before
     said = capsys.readouterr().err
     assert f"{tmp_path} has a checkpoint of step 4: nothing is left to train" in said
-    assert "steps 1 to 2 are done already: nothing is traced" in said
+    assert "steps 1 to 2 are already done: nothing is traced" in said
 
 
 def test_a_signal_during_the_last_validation_loses_nothing(tiny, tmp_path, monkeypatch):
-    config, validations, original = tiny(), [], loop.logits_of
+    config, validations, original = tiny(), [], loop.predict_logits
     loop.train(config, tmp_path / "unbroken")
 
     def interrupted(*words, advance, **more):
@@ -116,14 +116,14 @@ def test_a_signal_during_the_last_validation_loses_nothing(tiny, tmp_path, monke
             advance(1)
         return original(*words, advance=advance, **more)
 
-    monkeypatch.setattr(loop, "logits_of", interrupted)
+    monkeypatch.setattr(loop, "predict_logits", interrupted)
     with pytest.raises(loop.InterruptedRunError, match="at step 12 of 12"):
         loop.train(config, tmp_path / "broken")
-    assert last_state(config, tmp_path / "broken")[1]["validated"] == 2
-    assert loop.train(config, tmp_path / "broken").validated == 3
+    assert last_state(config, tmp_path / "broken")[1]["validated_epochs"] == 2
+    assert loop.train(config, tmp_path / "broken").validated_epochs == 3
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("unbroken", "broken")]
     for row in (*rows[0], *rows[1]):
-        for clock in ("seconds", "data_wait"):
+        for clock in ("seconds", "data_wait_fraction"):
             row.pop(clock, None)
     assert rows[0] == rows[1]
 
@@ -165,12 +165,12 @@ def test_early_stopping_keeps_the_best_epoch(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "mean_auroc", lambda *_: next(values))
     progress = loop.train(config, tmp_path)
     assert progress.stopped_early
-    assert (progress.validated, progress.best, progress.best_step) == (4, 0.8, 8)
-    with Checkpoints(tmp_path / "checkpoints", reading=True) as checkpoints:
+    assert (progress.validated_epochs, progress.best, progress.best_step) == (4, 0.8, 8)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         network = Experiment.open(config).network
         _, about = checkpoints.restore_best({"params": network.params, "stats": network.stats})
     assert about["step"] == 8
-    assert loop.train(config, tmp_path).validated == 4  # stopped early stays stopped
+    assert loop.train(config, tmp_path).validated_epochs == 4  # stopped early stays stopped
 
 
 def test_plateau_halves_the_rate_after_three_epochs_without_a_lower_loss(tiny, tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_plateau_halves_the_rate_after_three_epochs_without_a_lower_loss(tiny, t
     monkeypatch.setattr(Loss, "mean", lambda *_: next(losses))
     config = tiny("optimizer.schedule=plateau", "optimizer.warmup=0", "train.epochs=8", "train.steps_per_epoch=1")
     loop.train(config, tmp_path)
-    rates = [row["rate"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
     np.testing.assert_allclose(np.array(rates) / config.optimizer.rate, [1] * 5 + [0.5] * 3)
 
 
@@ -201,4 +201,4 @@ def test_validation_labels_that_define_no_auroc_are_refused_before_training(tiny
 
 def test_a_batch_that_devices_do_not_divide_is_refused(tiny):
     with pytest.raises(CxrError, match=r"train\.batch = 4"):
-        _ = Experiment.open(tiny("train.per_device=3")).accumulate
+        _ = Experiment.open(tiny("train.per_device=3")).accumulation_steps

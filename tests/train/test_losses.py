@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss
 
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import SOFTMAX_LOSSES, log_odds
-from cxrjax.train.losses import LOSSES, make_loss, masked_bce, prevalence_of
+from cxrjax.train.losses import LOSSES, make_loss, masked_bce, label_prevalence
 
 PREVALENCE = np.array([0.1, 0.5, 0.25])
 
@@ -177,7 +177,7 @@ def test_soft_labels_are_expectations_of_hard_ones():
 def test_counter_weights_balance_both_classes():
     rng = np.random.default_rng(0)
     label, label_mask = (rng.random((500, 3)) < [0.05, 0.5, 0.3]) * 1.0, rng.random((500, 3)) < 0.8
-    prevalence = prevalence_of(label, label_mask)
+    prevalence = label_prevalence(label, label_mask)
     np.testing.assert_allclose(prevalence, [label[label_mask[:, k], k].mean() for k in range(3)])
     zero = np.zeros((500, 3))  # every label costs log 2 times its weight
     for k in range(3):
@@ -190,7 +190,7 @@ def test_counter_weights_balance_both_classes():
 
 def test_prevalence_of_what_nobody_knows_favours_neither_side():
     label_mask = np.array([[True, False, True], [True, False, True]])
-    np.testing.assert_array_equal(prevalence_of(np.array([[1, 1, 0], [0, 1, 0]]), label_mask), [0.5, 0.5, 0])
+    np.testing.assert_array_equal(label_prevalence(np.array([[1, 1, 0], [0, 1, 0]]), label_mask), [0.5, 0.5, 0])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def paced(monkeypatch, *, loading: float, threads: float = 0) -> None:
 
     Each batch comes `loading` seconds late, or keeps the thread that loads it `threads` seconds longer.
     """
-    batches, load, settle = loop.training_batches, pipeline._load, loop._Trainer._settle
+    batches, load, settle = loop.training_batches, pipeline._load, loop._Trainer._drain_metrics
 
     def late(*words, **more):
         for batch in batches(*words, **more):
@@ -34,21 +34,21 @@ def paced(monkeypatch, *, loading: float, threads: float = 0) -> None:
         time.sleep(threads)
         return load(*words)
 
-    def slow(self, pending, allowed):
+    def slow(self, *args):
         time.sleep(STEP)
-        settle(self, pending, allowed)
+        settle(self, *args)
 
     monkeypatch.setattr(loop, "training_batches", late)
     monkeypatch.setattr(pipeline, "_load", long)
-    monkeypatch.setattr(loop._Trainer, "_settle", slow)
+    monkeypatch.setattr(loop._Trainer, "_drain_metrics", slow)
 
 
 def test_a_loader_that_is_faster_than_the_step_is_not_waited_for(tiny, tmp_path, monkeypatch):
     """Were batches not loaded meanwhile, its 0.6 of a step would be a share of 0.37."""
     paced(monkeypatch, loading=0, threads=0.6 * STEP)
     progress = loop.train(tiny("train.epochs=2", "train.steps_per_epoch=8"), tmp_path)
-    assert progress.data_wait is not None
-    assert progress.data_wait < 0.2
+    assert progress.data_wait_fraction is not None
+    assert progress.data_wait_fraction < 0.2
 
 
 def test_a_slow_loader_is_told_of_in_every_place(tiny_overrides, tmp_path, monkeypatch, capsys):
@@ -56,8 +56,8 @@ def test_a_slow_loader_is_told_of_in_every_place(tiny_overrides, tmp_path, monke
     paced(monkeypatch, loading=4 * STEP)
     words = [f"--config.{word}" for word in (*tiny_overrides, "train.epochs=2")]
     assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 0
-    shares = [row["data_wait"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
-    whole = json.loads((tmp_path / "run.json").read_text())["data_wait"]
+    shares = [row["data_wait_fraction"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    whole = json.loads((tmp_path / "run.json").read_text())["data_wait_fraction"]
     assert len(shares) == 2
     for share in (*shares, whole):
         assert 0.4 < share < 0.95
@@ -184,7 +184,7 @@ def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsy
     steady = ("optimizer.schedule=constant", "optimizer.warmup=0")
     loop.train(tiny(*steady, "train.epochs=1"), tmp_path)
     loop.train(tiny(*steady, "train.epochs=2"), tmp_path, profile=(2, 4))
-    assert "steps 2 to 4 are done already: nothing is traced" in " ".join(capsys.readouterr().err.split())
+    assert "steps 2 to 4 are already done: nothing is traced" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "profile").exists()
 
 

@@ -22,7 +22,7 @@ from cxrjax.train.optimizer import make_optimizer
 from cxrjax.train.state import TrainState
 
 STEPS = 60
-CLOCKS = ("seconds", "stepped", "waited", "data_wait")
+CLOCKS = ("seconds", "step_seconds", "wait_seconds", "data_wait_fraction")
 OPTIONS = (
     "train.epochs=5",
     "train.steps_per_epoch=12",
@@ -56,7 +56,7 @@ def final(overrides, directory):
     config = configs.load("demo:32", overrides)
     experiment = Experiment.open(config)
     like = TrainState.create(experiment.network, make_optimizer(config.optimizer), 0)
-    with Checkpoints(directory / "checkpoints", reading=True) as checkpoints:
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_last(like)
         best, _ = checkpoints.restore_best({"params": like.params, "stats": like.stats})
     assert restored is not None

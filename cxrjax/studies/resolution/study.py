@@ -21,7 +21,7 @@ from cxrjax.runs.erf_run import measure_erf
 from cxrjax.studies.members import Group, Member, Study, predict_together
 from cxrjax.studies.resolution.report import report
 from cxrjax.train.experiment import Experiment
-from cxrjax.train.run_directory import training_in
+from cxrjax.train.run_directory import training_process
 from cxrjax.train.stages import train_stages
 
 
@@ -185,7 +185,7 @@ def _refuse_other_images(first: Experiment, other: Experiment, name: str) -> Non
 
 def _refuse_busy(planned: Mapping[str, Planned], directory: Path) -> None:
     """Before anything is trained: a study that waits for other jobs should not find out hours later."""
-    busy = {name: training_in(directory / "runs" / name) for name in planned}
+    busy = {name: training_process(directory / "runs" / name) for name in planned}
     named = [f"{name} (process {owner})" for name, owner in busy.items() if owner]
     if named:
         raise CxrError(

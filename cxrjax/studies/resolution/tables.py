@@ -172,7 +172,7 @@ def _training(study: Study, paper: Paper) -> Table:
     rows = []
     for member in study.first:
         config, about = member.experiment.config, read_provenance(member.directory)
-        batch, at_once = config.train.batch, about["identity"]["images at once"]
+        batch, at_once = config.train.batch, about["identity"]["microbatch size"]
         devices = about["mesh"]["data"]
         how = f"{batch} = {devices} × {at_once // devices} × {batch // at_once}"
         theirs = paper.of_arm("training", member.name) or {}

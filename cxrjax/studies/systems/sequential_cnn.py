@@ -19,7 +19,7 @@ from cxrjax.studies.framework import ArmStudy, Extra
 from cxrjax.studies.members import Member
 from cxrjax.studies.resolution.statements import verdict
 from cxrjax.studies.sections import between, comparability, interval_cell, number
-from cxrjax.train.forward import logits_of
+from cxrjax.train.forward import predict_logits
 
 _SIDE = 64  # px at which borders are compared: coarse enough for a linear model of every outer pixel
 
@@ -124,7 +124,7 @@ def _sources(study: ArmStudy, first: Member) -> tuple[Section, list[Claim], dict
     )
     pooled = pool_rare_sources(source, patient)
     images = load_images(experiment, rows, min(config.data.size, _SIDE))[..., 0]
-    features = logits_of(
+    features = predict_logits(
         first.network, experiment.examples("test"), make_pooled_step(experiment.mesh), experiment.mesh,
         size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads,
     )  # fmt: skip

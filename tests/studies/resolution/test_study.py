@@ -54,7 +54,7 @@ def words(tmp_path_factory, tiny_overrides):
 def whole(words, tmp_path_factory):
     """The directory of a study that was never interrupted."""
     directory = tmp_path_factory.mktemp("whole")
-    assert main.main(words(directory)) == 0
+    assert main(words(directory)) == 0
     return directory
 
 
@@ -140,7 +140,7 @@ def test_nothing_is_done_twice_unless_the_checkpoint_changed(whole, words):
     made = whole / "runs" / RUNS[1] / "predictions" / "made-of.json"
     mark = json.loads(made.read_text())
     made.write_text(json.dumps(mark | {"step": -1}))
-    assert main.main(words(whole)) == 0
+    assert main(words(whole)) == 0
     after = times()
     redone = {file.name for file in after if after[file] != before[file]}
     assert redone == {"validation.parquet", "test.parquet"}
@@ -156,13 +156,13 @@ def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(words
         lock.write("4711\n")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main.main(words(tmp_path)) == 1
+        assert main(words(tmp_path)) == 1
         error = " ".join(capsys.readouterr().err.split())
         assert f"other processes are training {RUNS[3]} (process 4711)" in error
         assert "give this command again when they are done" in error
         assert [run.name for run in (tmp_path / "runs").iterdir()] == [RUNS[3]]
-        assert main.main(words(tmp_path, "--only", RUNS[3])) == 1
-        assert "another process (number 4711) is training" in " ".join(capsys.readouterr().err.split())
+        assert main(words(tmp_path, "--only", RUNS[3])) == 1
+        assert "another process (id 4711) is training" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -185,13 +185,13 @@ def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(words
 )
 def test_mistakes_are_found_before_training(words, tmp_path, capsys, more, message):
     command = words(tmp_path / "study")
-    assert main.main([*command, *more]) == 1
+    assert main([*command, *more]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "study").exists()
 
 
 def test_only_is_for_resolution(capsys, tmp_path):
-    assert main.main(["study", "transfer", "--workdir", str(tmp_path), "--only", "densenet"]) == 1
+    assert main(["study", "transfer", "--workdir", str(tmp_path), "--only", "densenet"]) == 1
     assert "--only is for the study of resolution" in " ".join(capsys.readouterr().err.split())
 
 
@@ -237,20 +237,20 @@ def test_the_effective_batch_is_the_tables_on_any_number_of_devices(tiny):
             if batch % devices:
                 largest = max(n for n in range(1, devices + 1) if batch % n == 0)
                 with pytest.raises(CxrError, match=rf"train\.batch = {batch} .*set mesh\.data to {largest}, "):
-                    _ = experiment.accumulate
+                    _ = experiment.accumulation_steps
                 continue
-            assert experiment.accumulate == 1
+            assert experiment.accumulation_steps == 1
             for at_once in (1, batch // devices):
                 with config.unlocked():
                     config.train.per_device = at_once
-                assert Experiment.open(config).accumulate * devices * at_once == batch
+                assert Experiment.open(config).accumulation_steps * devices * at_once == batch
         assert max(n for n in range(1, 9) if batch % n == 0) == fits
 
 
 def test_a_batch_that_the_images_at_once_do_not_divide_is_refused_with_the_mend(tiny):
     config = tiny("train.batch=42", "mesh.data=2", "train.per_device=4")
     with pytest.raises(CxrError, match=r"2 devices x 4 images\): set train\.per_device to a divisor of 21"):
-        _ = Experiment.open(config).accumulate
+        _ = Experiment.open(config).accumulation_steps
 
 
 def started(words):
