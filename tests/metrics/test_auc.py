@@ -25,7 +25,7 @@ def measure(score, label, label_mask=None, weight=None):
 
 
 @given(examples)
-def test_agrees_with_sklearn_under_ties_and_weights(rows):
+def test_matches_sklearn_with_ties_and_weights(rows):
     score, label, weight, _ = columns(rows)
     expected = [f(label, score, sample_weight=weight) for f in (metrics.roc_auc_score, metrics.average_precision_score)]
     assert measure(score, label, weight=weight) == pytest.approx(expected, abs=1e-12)
@@ -43,14 +43,14 @@ def test_unknown_labels_do_not_count(rows):
 
 
 @given(examples)
-def test_a_weight_is_a_number_of_copies(rows):
+def test_weights_act_like_copies(rows):
     score, label, weight, _ = columns(rows)
     copies = np.repeat(np.arange(len(score)), weight)
     assert measure(score, label, weight=weight)[0] == pytest.approx(auroc(score[copies], label[copies]), abs=1e-12)
 
 
 @given(examples)
-def test_curve_has_sklearns_points_and_the_area_of_auroc(rows):
+def test_curve_matches_sklearn_and_its_area_is_the_auroc(rows):
     score, label, _, _ = columns(rows)
     if len(np.unique(label)) < 2:
         return
@@ -66,14 +66,14 @@ def test_curve_has_sklearns_points_and_the_area_of_auroc(rows):
         assert called[~label].mean() == pytest.approx(fpr)
 
 
-def test_curve_leaves_out_straight_pieces():
+def test_curve_drops_collinear_points():
     curve = roc_curve(np.arange(100.0), np.arange(100) >= 40)  # perfect: up, then across
     np.testing.assert_array_equal(curve.fpr, [0, 0, 1])
     np.testing.assert_array_equal(curve.tpr, [0, 1, 1])
     np.testing.assert_array_equal(curve.threshold, [np.inf, 40, 0])
 
 
-def test_several_weightings_at_once():
+def test_several_weightings_are_computed_at_once():
     rng = np.random.default_rng(0)
     score, label, weight = rng.normal(size=50).round(1), rng.random(50) < 0.3, rng.random((50, 7))
     at_once = Ranking.from_scores(score, label).measure(weight)
@@ -102,27 +102,27 @@ def test_known_values():
         ([1, 0, 1], [1, 1, 0], ""),
     ],
 )
-def test_what_the_labels_do_not_define_is_nan_with_a_reason(label, label_mask, reason):
+def test_undefined_scores_are_nan_with_a_reason(label, label_mask, reason):
     score, label, label_mask = np.array([0.2, 0.5, 0.9]), np.array(label), np.array(label_mask, bool)
     assert undefined_reason(label, label_mask) == Ranking.from_scores(score, label, label_mask).reason == reason
     assert np.isnan(auroc(score, label, label_mask)) == bool(reason)
     assert (roc_curve(score, label, label_mask) is None) == bool(reason)
 
 
-def test_a_weighting_of_one_class_is_nan_and_the_others_are_not():
+def test_only_one_class_weightings_are_nan():
     ranking = Ranking.from_scores(np.array([3.0, 2.0, 1.0]), np.array([1, 0, 1]))
     values = ranking.measure(np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0]]))
     np.testing.assert_array_equal(values[0], [0.5, np.nan, np.nan])
     np.testing.assert_array_equal(np.isnan(values[1]), [False, True, True])
 
 
-def test_infinite_scores_rank_and_nan_scores_do_not():
+def test_infinite_scores_rank_but_nan_scores_do_not():
     label = np.array([0, 0, 1, 1])
     assert auroc(np.array([-np.inf, 0.0, 1.0, np.inf]), label) == 1
     assert np.isnan(auroc(np.array([np.nan, 0.0, 1.0, 2.0]), label))
 
 
-def test_mean_skips_what_is_undefined():
+def test_mean_skips_undefined_findings():
     logits = np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], np.float32)
     labels = np.array([[0, 0], [1, 0], [0, 0]], np.float32)
     assert mean_auroc(logits, labels, np.ones((3, 2), bool)) == 0.5

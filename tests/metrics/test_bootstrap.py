@@ -27,7 +27,7 @@ def rankings_of(score, label, label_mask=None):
     return [Ranking.from_scores(score[:, k], label[:, k], label_mask[:, k]) for k in range(label.shape[1])]
 
 
-def test_equals_a_plain_loop_over_sklearn():
+def test_matches_a_loop_over_sklearn():
     patient, score, label, label_mask = simulated(80, 30, 3)
     auc, precision = bootstrap_scores(rankings_of(score, label, label_mask), patient, resamples=70, seed=5)
     names = np.unique(patient)
@@ -44,7 +44,7 @@ def test_equals_a_plain_loop_over_sklearn():
             )
 
 
-def test_depends_on_the_seed_only(monkeypatch):
+def test_draws_depend_only_on_the_seed(monkeypatch):
     patient, score, label, label_mask = simulated(60, 25, 2)
     rankings = rankings_of(score, label, label_mask)
     first = bootstrap_scores(rankings, patient, resamples=30, seed=1)
@@ -64,7 +64,7 @@ def test_one_image_per_patient_is_the_bootstrap_of_images():
         assert auc[r, 0] == pytest.approx(metrics.roc_auc_score(label[rows, 0], score[rows, 0]), abs=1e-12)
 
 
-def test_copies_of_images_widen_nothing_when_patients_are_drawn():
+def test_copied_images_do_not_change_patient_intervals():
     _, score, label, _ = simulated(60, 1, 1)
     patient = np.arange(60).astype(str)
     once = bootstrap_scores(rankings_of(score, label), patient, resamples=50, seed=0)[0]
@@ -119,7 +119,7 @@ def test_correlated_images_widen_the_interval():
     assert (by_patient.high - by_patient.low) / (by_image.high - by_image.low) == pytest.approx(5**0.5, rel=0.15)
 
 
-def test_the_official_test_set_takes_seconds():
+def test_the_official_test_set_is_bootstrapped_in_seconds():
     patient, score, label, _ = simulated(25_596, 2_797, 14, prevalence=0.05)
     start = time.process_time()  # of all threads, so that a busy machine does not matter
     bootstrap_scores(rankings_of(score, label), patient, resamples=100)
@@ -138,7 +138,7 @@ def test_bad_confidence(confidence):
         percentile_interval(np.zeros(3), confidence)
 
 
-def test_means_by_patient_equal_a_plain_loop():
+def test_bootstrap_mean_matches_a_loop():
     patient, score, _, label_mask = simulated(50, 20, 2)
     mean, spread = bootstrap_mean(score, label_mask, patient, resamples=90, seed=4)
     assert mean == pytest.approx(score[label_mask].mean(), abs=1e-12)

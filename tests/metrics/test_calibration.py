@@ -20,21 +20,21 @@ examples = st.lists(
 
 @settings(deadline=None)
 @given(examples, st.integers(1, 12), st.sampled_from([("width", "uniform"), ("mass", "quantile")]))
-def test_bins_are_sklearns(rows, bins, spacing):
+def test_bins_match_sklearn(rows, bins, spacing):
     probability, label = (np.array(column) for column in zip(*rows, strict=True))
-    found = reliability_diagram(probability, label, bins=bins, spacing=spacing[0])
+    result = reliability_diagram(probability, label, bins=bins, spacing=spacing[0])
     observed, predicted = sklearn_calibration.calibration_curve(label, probability, n_bins=bins, strategy=spacing[1])
-    full = found.count > 0
-    np.testing.assert_allclose(found.observed[full], observed, atol=1e-12)
-    np.testing.assert_allclose(found.predicted[full], predicted, atol=1e-12)
-    assert np.isnan(found.observed[~full]).all()
-    assert found.count.sum() == len(label)
-    assert found.ece == pytest.approx((found.count[full] * abs(observed - predicted)).sum() / len(label), abs=1e-12)
+    full = result.count > 0
+    np.testing.assert_allclose(result.observed[full], observed, atol=1e-12)
+    np.testing.assert_allclose(result.predicted[full], predicted, atol=1e-12)
+    assert np.isnan(result.observed[~full]).all()
+    assert result.count.sum() == len(label)
+    assert result.ece == pytest.approx((result.count[full] * abs(observed - predicted)).sum() / len(label), abs=1e-12)
 
 
 @settings(deadline=None)
 @given(examples, st.integers(1, 12), st.sampled_from(["width", "mass"]))
-def test_brier_is_sklearns_and_its_parts_add_up(rows, bins, spacing):
+def test_brier_score_matches_sklearn_and_its_terms_add_up(rows, bins, spacing):
     probability, label = (np.array(column) for column in zip(*rows, strict=True))
     parts = brier_score(probability, label, bins=bins, spacing=spacing)
     assert parts.score == pytest.approx(metrics.brier_score_loss(label, probability), abs=1e-12)
@@ -55,22 +55,22 @@ def test_murphys_decomposition_of_a_few_distinct_forecasts():
 
 def test_expected_calibration_error_by_hand():
     probability, label = np.array([0.1, 0.2, 0.7, 0.9, 0.9]), np.array([0, 1, 1, 1, 0])
-    found = reliability_diagram(probability, label, bins=2)
-    np.testing.assert_array_equal(found.count, [2, 3])
-    assert found.ece == pytest.approx(0.4 * abs(0.5 - 0.15) + 0.6 * abs(2 / 3 - 2.5 / 3))
+    result = reliability_diagram(probability, label, bins=2)
+    np.testing.assert_array_equal(result.count, [2, 3])
+    assert result.ece == pytest.approx(0.4 * abs(0.5 - 0.15) + 0.6 * abs(2 / 3 - 2.5 / 3))
     whole = reliability_diagram(probability, label, bins=1, spacing="mass")
     assert whole.ece == pytest.approx(abs(0.6 - 2.8 / 5))
 
 
 def test_bins_of_equal_mass_are_of_equal_mass():
     probability = np.random.default_rng(0).beta(0.5, 20, size=3000)  # findings are rare: most of it is near 0
-    found = reliability_diagram(probability, probability > 0.1, bins=15, spacing="mass")
-    np.testing.assert_array_equal(found.count, 200)
+    result = reliability_diagram(probability, probability > 0.1, bins=15, spacing="mass")
+    np.testing.assert_array_equal(result.count, 200)
     assert reliability_diagram(probability, probability > 0.1, bins=15).count[0] > 2000
 
 
 def simulated(n=20_000, sharpness=(1.0, 2.5), seed=0):
-    """Findings whose logits are right, times a sharpness."""
+    """Findings with calibrated logits, scaled by a sharpness."""
     rng = np.random.default_rng(seed)
     truth = logit(rng.beta(0.8, 2, size=(n, len(sharpness))))
     label = rng.random(truth.shape) < expit(truth)
@@ -79,7 +79,7 @@ def simulated(n=20_000, sharpness=(1.0, 2.5), seed=0):
     return Predictions(ids, ids, tuple("ABCD"[: len(sharpness)]), truth * sharpness, label, label_mask)
 
 
-def test_an_honest_model_is_calibrated_and_an_overconfident_one_is_not():
+def test_overconfidence_is_measured():
     rows = calibration_report(simulated())
     assert [row["finding"] for row in rows] == ["A", "B", "mean"]
     for name in ("ece_width", "ece_mass"):
@@ -100,7 +100,7 @@ def test_unknown_labels_do_not_count():
     )
 
 
-def test_nothing_known_is_nan():
+def test_no_known_labels_give_nan():
     table = simulated(20)
     nothing = Predictions(
         table.id, table.patient, table.findings, table.logit, table.label, table.label_mask & [True, False]

@@ -19,9 +19,9 @@ def table(seed, strength, n=60):
     return Predictions(ids, patient, ("A", "B"), strength * label + noise, label, np.ones((n, 2), bool))
 
 
-def test_the_interval_is_that_of_a_paired_loop_over_sklearn():
+def test_the_interval_matches_a_paired_loop_over_sklearn():
     first, second = table(0, 1.5), table(1, 0.5)
-    found = difference([first], [second], ["A", "B"], resamples=200, seed=3)
+    result = difference([first], [second], ["A", "B"], resamples=200, seed=3)
     names, owner = np.unique(first.patient, return_inverse=True)
     gains = []
     for number in range(200):
@@ -32,32 +32,32 @@ def test_the_interval_is_that_of_a_paired_loop_over_sklearn():
             for t in (first, second)
         ]
         gains.append(mean[0] - mean[1])
-    np.testing.assert_allclose((found.low, found.high), np.quantile(gains, [0.025, 0.975]), atol=1e-9)
+    np.testing.assert_allclose((result.low, result.high), np.quantile(gains, [0.025, 0.975]), atol=1e-9)
     exact = [np.mean([roc_auc_score(t.label[:, k], t.logit[:, k]) for k in range(2)]) for t in (first, second)]
-    assert found.value == pytest.approx(exact[0] - exact[1])
-    assert found.low > 0
+    assert result.value == pytest.approx(exact[0] - exact[1])
+    assert result.low > 0
 
 
 def test_a_model_does_not_differ_from_itself():
-    found = difference([table(0, 1)], [table(0, 1)], ["B"], resamples=20)
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    result = difference([table(0, 1)], [table(0, 1)], ["B"], resamples=20)
+    assert (result.value, result.low, result.high) == (0, 0, 0)
 
 
 def test_a_finding_of_one_class_is_left_out_and_named():
     first, second = (dataclasses.replace(t, label=t.label * [1, 0]) for t in (table(0, 1.5), table(1, 0.5)))
-    found = difference([first], [second], ["A", "B"], resamples=50)
-    assert found == dataclasses.replace(difference([first], [second], ["A"], resamples=50), left_out=("B",))
-    assert "without B" in str(found)
+    result = difference([first], [second], ["A", "B"], resamples=50)
+    assert result == dataclasses.replace(difference([first], [second], ["A"], resamples=50), left_out=("B",))
+    assert "without B" in str(result)
     nothing = difference([first], [second], ["B"], resamples=50)
     assert np.isnan(nothing.value)
 
 
-def test_other_images_are_refused():
+def test_different_images_are_refused():
     with pytest.raises(CxrError, match="same images"):
         difference([table(0, 1)], [table(0, 1, n=58)], ["A"], resamples=20)
 
 
-def test_findings_are_tested_by_patients_and_adjusted_together():
+def test_finding_tests_are_clustered_by_patient_and_adjusted():
     first, second = table(0, 1.5), table(1, 0.5)
     rows = compare_findings(first, second)
     assert [row["finding"] for row in rows] == ["A", "B"]
@@ -86,7 +86,7 @@ def test_rows_of_the_second_table_may_be_in_another_order():
         compare_findings(first, table(0, 1, n=58))
 
 
-def test_a_finding_that_cannot_be_tested_is_nan_and_not_counted():
+def test_an_untestable_finding_is_nan_and_not_counted():
     first, second = (dataclasses.replace(t, label=t.label * [1, 0]) for t in (table(0, 1.5), table(1, 0.5)))
     rows = compare_findings(first, second)
     assert rows[1]["reason"] == "no positive example"

@@ -1,4 +1,4 @@
-"""Sources that are marked in the border are found there, those that are not are not; by other patients' images."""
+"""Sources are predicted from the border if and only if it is marked, across patients."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def rng():
 
 
 @given(st.integers(4, 60), st.integers(4, 60), st.floats(0.01, 0.2))
-def test_the_border_is_all_but_the_middle(height, width, share):
+def test_the_border_excludes_the_middle(height, width, share):
     images = np.random.default_rng(0).integers(0, 256, (2, height, width)).astype(np.uint8)
     down, across = max(1, round(share * height)), max(1, round(share * width))
     middle = images[:, down : height - down, across : width - across]
@@ -40,17 +40,17 @@ def test_the_border_is_all_but_the_middle(height, width, share):
 
 
 @pytest.mark.parametrize(("mark", "low", "high"), [(55, 0.95, 1.0), (0, 0.3, 0.7)])
-def test_a_mark_in_the_border_is_found_and_its_absence_too(rng, mark, low, high):
+def test_a_mark_in_the_border_is_detected(rng, mark, low, high):
     images = rng.integers(0, 200, (COUNT, 20, 20)).astype(np.uint8)
     images[SOURCE == "clinic", 0] += np.uint8(mark)
     table = predict_source(border_pixels(images), SOURCE, id=ID, patient=PATIENT)
     assert table.findings == ("hospital",)
-    found = score(table, resamples=20).findings[0]
-    assert low <= found.auroc <= high
-    assert found.auroc == pytest.approx(roc_auc_score(SOURCE == "hospital", table.logit[:, 0]))
+    result = score(table, resamples=20).findings[0]
+    assert low <= result.auroc <= high
+    assert result.auroc == pytest.approx(roc_auc_score(SOURCE == "hospital", table.logit[:, 0]))
 
 
-def test_what_is_known_of_a_patient_only_does_not_help(rng):
+def test_patient_identity_does_not_leak(rng):
     codes = rng.normal(size=(COUNT // 2, 60)).repeat(2, axis=0)  # both images of a patient are alike, no two patients
     table = predict_source(codes, SOURCE, id=ID, patient=PATIENT)
     assert roc_auc_score(SOURCE == "hospital", table.logit[:, 0]) < 0.7
@@ -58,7 +58,7 @@ def test_what_is_known_of_a_patient_only_does_not_help(rng):
     assert roc_auc_score(SOURCE == "hospital", leaking.logit[:, 0]) > 0.9
 
 
-def test_three_sources_are_three_findings_and_small_ones_are_pooled(rng):
+def test_rare_sources_are_pooled_and_each_source_is_a_finding(rng):
     source = np.where(np.arange(COUNT) < 6, "tiny", np.where(np.arange(COUNT) < 12, "small", SOURCE))
     pooled = pool_rare_sources(source, PATIENT, min_patients=5)
     assert set(pooled) == {OTHER_SOURCES, "clinic", "hospital"}
@@ -68,13 +68,13 @@ def test_three_sources_are_three_findings_and_small_ones_are_pooled(rng):
     np.testing.assert_allclose(table.probability.sum(1), 1, atol=1e-9)
 
 
-def test_sources_that_are_all_small_stay_apart():
+def test_sources_are_not_pooled_if_all_are_rare():
     assert set(pool_rare_sources(SOURCE, PATIENT, min_patients=COUNT)) == {"clinic", "hospital"}
 
 
-def test_what_cannot_be_tried_is_said():
+def test_impossible_predictions_are_refused():
     features = np.zeros((COUNT, 2))
-    with pytest.raises(CxrError, match="come from 1 source .here."):
+    with pytest.raises(CxrError, match=r"come from 1 source \(here\)"):
         predict_source(features, np.full(COUNT, "here"), id=ID, patient=PATIENT)
     once = np.where(np.arange(COUNT) < 2, "once", "often")
     with pytest.raises(CxrError, match="source once has a single patient"):
@@ -83,7 +83,7 @@ def test_what_cannot_be_tried_is_said():
         border_pixels(np.zeros((1, 8, 8), np.uint8), 0.5)
 
 
-def test_the_commonest_class_of_a_source_is_guessed():
+def test_majority_class_accuracy():
     source, label = np.array(["a", "a", "a", "b", "b"]), np.array([2, 2, 1, 0, 0])
     other = np.array(["a", "b", "b", "c"])
     # a -> 2, b -> 0, unseen -> the commonest of all, of equals the first: 0

@@ -27,7 +27,7 @@ PAPER = ConfusionMatrix(
 )  # fmt: skip
 
 
-def test_the_papers_nine_rows_are_reproduced(shared):
+def test_the_papers_table_is_reproduced(shared):
     paper = json.loads((shared / "papers" / "tables.json").read_text())["sequential_cnn"]
     support = np.array(list(paper["support"].values()))
     printed = {name: np.array(list(row.values())) for name, row in paper["report"].items()}
@@ -59,7 +59,7 @@ pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, ma
 
 @settings(deadline=None)
 @given(pairs)
-def test_agrees_with_sklearn(rows):
+def test_matches_sklearn(rows):
     actual, predicted = np.array(rows).T
     confusion = ConfusionMatrix.from_classes(actual, predicted, "abcd")
     expected = metrics.confusion_matrix(actual, predicted, labels=range(4))
@@ -95,7 +95,7 @@ def predictions(label, logit, label_mask=None):
     return Predictions(ids, ids, ("a", "b", "c"), logit, label, label_mask)
 
 
-def test_predictions_are_of_the_highest_logit_and_unlabelled_images_are_left_out():
+def test_the_highest_logit_is_predicted_and_unlabelled_images_are_skipped():
     label_mask = np.array([[True] * 3, [True] * 3, [False] * 3])
     table = predictions(np.eye(3), [[3, 2, 1], [-1, -2, -3], [0, 0, 1]], label_mask)
     confusion = ConfusionMatrix.from_predictions(table)
@@ -104,25 +104,25 @@ def test_predictions_are_of_the_highest_logit_and_unlabelled_images_are_left_out
 
 
 @pytest.mark.parametrize(
-    ("label", "label_mask", "words"),
+    ("label", "label_mask", "message"),
     [
         ([1, 1, 0], [True] * 3, "row 2 .id 1. is labelled a and b"),
         ([0, 0, 0], [True] * 3, "is labelled nothing"),
         ([1, 0, 0], [True, False, True], "all labels known"),
     ],
 )
-def test_images_of_no_class_or_two_are_refused(label, label_mask, words):
-    with pytest.raises(CxrError, match=words):
+def test_images_without_exactly_one_class_are_refused(label, label_mask, message):
+    with pytest.raises(CxrError, match=message):
         ConfusionMatrix.from_predictions(predictions([[1, 0, 0], label], np.zeros((2, 3)), [[True] * 3, label_mask]))
 
 
-def test_bad_numbers_and_words_are_refused():
+def test_bad_classes_and_orientations_are_refused():
     with pytest.raises(CxrError, match="predicted classes go from 0 to 1, not 0 to 2"):
         ConfusionMatrix.from_classes(np.array([0, 1]), np.array([2, 0]), "ab")
     with pytest.raises(CxrError, match="did you mean 'predicted'"):
         PAPER.oriented("predictd")
 
 
-def test_nothing_counted_is_nan():
+def test_empty_counts_give_nan():
     empty = ConfusionMatrix.from_classes(np.zeros(0, int), np.zeros(0, int), "ab")
     assert np.isnan([empty.accuracy, empty.balanced_accuracy, empty.report()[0]["prevalence"]]).all()

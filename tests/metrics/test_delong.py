@@ -76,7 +76,7 @@ def test_unknown_labels_do_not_count():
     assert masked.auroc[1] == pytest.approx(roc_auc_score(label[label_mask], score[1, label_mask]), abs=1e-12)
 
 
-def test_images_of_a_patient_are_one_unit_as_in_the_bootstrap():
+def test_patients_are_the_unit_as_in_the_bootstrap():
     rng = np.random.default_rng(3)
     patient = rng.integers(500, size=2000)
     label = rng.random(2000) < 0.2 + 0.4 * (patient % 2)  # some patients have more, and both kinds of image
@@ -89,7 +89,7 @@ def test_images_of_a_patient_are_one_unit_as_in_the_bootstrap():
     assert areas.area(0).error > 1.15 * delong(scores, label).area(0).error  # as independent images: too sure
 
 
-def test_copies_of_a_patients_images_change_nothing():
+def test_copied_images_change_nothing():
     rng = np.random.default_rng(4)
     scores, label, patient = rng.normal(size=(2, 60)), rng.random(60) < 0.5, np.arange(60) // 2
     once, thrice = (
@@ -98,7 +98,7 @@ def test_copies_of_a_patients_images_change_nothing():
     np.testing.assert_allclose(once.covariance, thrice.covariance, rtol=1e-12)
 
 
-def test_the_test_keeps_its_level():
+def test_the_test_holds_its_level():
     rng = np.random.default_rng(5)
     p = []
     for _ in range(400):
@@ -133,7 +133,7 @@ def test_perfect_and_reversed_rankings_have_no_variance():
         ([1, 0, 1, 0], [0, 1, 2, 1], 0.25, "only one patient has a negative example"),
     ],
 )
-def test_what_cannot_be_estimated_is_nan_with_a_reason(label, patient, auroc, reason):
+def test_undefined_estimates_are_nan_with_a_reason(label, patient, auroc, reason):
     areas = delong(np.arange(4.0)[None], np.array(label), patient=None if patient is None else np.array(patient))
     assert areas.reason == reason
     np.testing.assert_array_equal(areas.auroc, [auroc])
@@ -141,7 +141,7 @@ def test_what_cannot_be_estimated_is_nan_with_a_reason(label, patient, auroc, re
     assert np.isnan([areas.area(0).error, areas.area(0).p, *areas.area(0).interval()]).all()
 
 
-def test_intervals_hold_what_the_normal_distribution_says():
+def test_intervals_are_normal_quantiles():
     low, high = Estimate(0.8, 0.1).interval(0.9)
     np.testing.assert_allclose([low, high], norm.interval(0.9, 0.8, 0.1))
     with pytest.raises(CxrError, match="between 0 and 1"):

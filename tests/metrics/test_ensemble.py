@@ -1,4 +1,4 @@
-"""The stacked ensemble against plain probabilities, JAX's gradient and SciPy's optimisers."""
+"""Ensembles against plain probabilities, JAX's gradient and SciPy's optimizers."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from cxrjax.metrics.scores import score
 
 
 def simulated(seed=0, scales=3, images=400, findings=4, noise=1.5):
-    """Scales of different skill, so that the best weights are neither equal nor all on one."""
+    """Simulate scales of different skill, so that the best weights are neither equal nor all on one scale."""
     rng = np.random.default_rng(seed)
     labels = (rng.random((images, findings)) < 0.3).astype(float)
     skill = rng.uniform(0.3, 1.5, (scales, 1, findings))
@@ -29,7 +29,7 @@ def uniform(findings, scales):
 
 
 def plain_loss(v, logits, labels, label_mask):
-    """Equations 2 and 3 as they are written, with autodiff for the gradient."""
+    """Equations 2 and 3 as written, for autodiff."""
     weights = jax.nn.softmax(v, axis=1)
     p = (weights.T[:, None, :] * jax.nn.sigmoid(logits)).sum(0)
     return -jnp.where(label_mask, labels * jnp.log(p) + (1 - labels) * jnp.log1p(-p), 0).sum() / label_mask.sum(
@@ -37,7 +37,7 @@ def plain_loss(v, logits, labels, label_mask):
     )
 
 
-def test_loss_and_gradient_agree_with_the_equations_and_jax_grad():
+def test_loss_and_gradient_match_the_equations_and_jax_grad():
     logits, labels, label_mask = simulated()
     v = np.random.default_rng(1).normal(size=(4, 3))
     loss, gradient = MixtureLikelihood.from_logits(logits, labels, label_mask).loss(v)
@@ -48,7 +48,7 @@ def test_loss_and_gradient_agree_with_the_equations_and_jax_grad():
 
 
 @pytest.mark.parametrize("noise", [0.7, 1.5, 4.0])
-def test_fit_comes_close_to_the_best_loss(noise):
+def test_fit_approaches_the_best_loss(noise):
     logits, labels, label_mask = simulated(noise=noise)
     fit = fit_weights(logits, labels, label_mask)
 
@@ -69,7 +69,7 @@ def test_fit_comes_close_to_the_best_loss(noise):
     assert len(fit.loss) == 101
 
 
-def test_weights_are_shares_and_favour_the_better_scale():
+def test_weights_sum_to_1_and_favour_the_better_scale():
     rng = np.random.default_rng(0)
     labels = (rng.random((500, 2)) < 0.4).astype(float)
     good, noise = 3 * (2 * labels - 1) + rng.normal(size=(500, 2)), rng.normal(size=(500, 2))
@@ -81,7 +81,7 @@ def test_weights_are_shares_and_favour_the_better_scale():
     assert weights[1, 1] > 0.95
 
 
-def test_findings_do_not_influence_each_others_best_weights_and_unknown_ones_stay_equal():
+def test_findings_are_fitted_independently():
     logits, labels, label_mask = simulated()
     label_mask[:, 2] = False
     weights = fit_weights(logits, labels, label_mask).weights
@@ -90,7 +90,7 @@ def test_findings_do_not_influence_each_others_best_weights_and_unknown_ones_sta
     np.testing.assert_allclose(weights[0], alone[0], atol=1e-4)  # Adam is blind to the gradient's scale
 
 
-def test_certain_and_wrong_models_stay_finite():
+def test_confident_wrong_models_stay_finite():
     labels = np.array([[1.0], [0.0], [1.0], [0.0]])
     logits = np.array([[[-100.0], [100.0], [-100.0], [100.0]], [[100.0], [-100.0], [100.0], [100.0]]])
     label_mask = np.ones((4, 1), bool)
@@ -107,9 +107,9 @@ def test_certain_and_wrong_models_stay_finite():
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.01])
-def test_logistic_stacking_is_where_scipy_finds_the_least_loss(strength):
+def test_logistic_stacking_matches_scipys_minimum(strength):
     logits, labels, label_mask = simulated()
-    found = fit_logistic(logits, labels, label_mask, inverse_regularization=strength)
+    result = fit_logistic(logits, labels, label_mask, inverse_regularization=strength)
     for k in range(4):
         x, y = logits[:, label_mask[:, k], k].T, labels[label_mask[:, k], k]
 
@@ -118,33 +118,33 @@ def test_logistic_stacking_is_where_scipy_finds_the_least_loss(strength):
             return np.logaddexp(0, -margin).sum() + w[1:] @ w[1:] / (2 * strength)
 
         best = minimize(loss, np.zeros(4), method="BFGS", options={"gtol": 1e-7})
-        np.testing.assert_allclose([found.intercept[k], *found.coefficients[k]], best.x, atol=2e-5)
-        residual = expit(x @ found.coefficients[k] + found.intercept[k]) - y  # the score equations
+        np.testing.assert_allclose([result.intercept[k], *result.coefficients[k]], best.x, atol=2e-5)
+        residual = expit(x @ result.coefficients[k] + result.intercept[k]) - y  # the score equations
         np.testing.assert_allclose(residual.sum(), 0, atol=1e-6)
-        np.testing.assert_allclose(x.T @ residual, -found.coefficients[k] / strength, atol=1e-6)
-    assert found.voted == ("",) * 4
-    expected = np.stack([logits[:, :, k].T @ found.coefficients[k] + found.intercept[k] for k in range(4)], axis=1)
-    np.testing.assert_allclose(found.combine(logits), expected, atol=1e-12)
+        np.testing.assert_allclose(x.T @ residual, -result.coefficients[k] / strength, atol=1e-6)
+    assert result.voted == ("",) * 4
+    expected = np.stack([logits[:, :, k].T @ result.coefficients[k] + result.intercept[k] for k in range(4)], axis=1)
+    np.testing.assert_allclose(result.combine(logits), expected, atol=1e-12)
 
 
-def test_logistic_stacking_votes_where_there_is_nothing_to_learn():
+def test_logistic_stacking_votes_without_both_classes():
     logits, labels, label_mask = simulated()
     labels[:, 1] = 0
     label_mask[:, 2] = False
     label_mask[:, 3] &= labels[:, 3] > 0
-    found = fit_logistic(logits, labels, label_mask)
-    assert found.voted == ("", "no positive example", "no known label", "no negative example")
-    np.testing.assert_array_equal(found.combine(logits)[:, 1:], vote(logits)[:, 1:])
+    result = fit_logistic(logits, labels, label_mask)
+    assert result.voted == ("", "no positive example", "no known label", "no negative example")
+    np.testing.assert_array_equal(result.combine(logits)[:, 1:], vote(logits)[:, 1:])
     hidden = np.where(label_mask, labels, 1 - labels)  # what is unknown has no say
-    np.testing.assert_array_equal(fit_logistic(logits, hidden, label_mask).coefficients, found.coefficients)
+    np.testing.assert_array_equal(fit_logistic(logits, hidden, label_mask).coefficients, result.coefficients)
 
 
-def test_logistic_stacking_of_scales_that_separate_the_classes_stays_finite():
+def test_logistic_stacking_of_separable_classes_stays_finite():
     labels = np.array([[1.0], [0.0], [1.0], [0.0]])
     logits = np.array([100, 50])[:, None, None] * (2 * labels - 1)
-    found = fit_logistic(logits, labels, np.ones((4, 1), bool))
-    assert np.isfinite(found.coefficients).all()
-    assert ((found.combine(logits) > 0) == (labels > 0)).all()
+    result = fit_logistic(logits, labels, np.ones((4, 1), bool))
+    assert np.isfinite(result.coefficients).all()
+    assert ((result.combine(logits) > 0) == (labels > 0)).all()
 
 
 def test_stack_is_the_mean_of_probabilities():
@@ -155,7 +155,7 @@ def test_stack_is_the_mean_of_probabilities():
     np.testing.assert_allclose(vote(logits), logit(expit(logits).mean(0)), atol=1e-12)
 
 
-def test_stack_of_certain_models():
+def test_stack_of_confident_models():
     extreme = np.array([[[100.0]], [[100.0]], [[-800.0]]])
     np.testing.assert_allclose(stack(extreme[:2], uniform(1, 2)), [[100.0]])
     np.testing.assert_allclose(stack(-extreme[:2], uniform(1, 2)), [[-100.0]])
@@ -191,7 +191,7 @@ def test_align_and_combine():
     assert score(combine([first, second]), resamples=0).mean.findings == 4
 
 
-def test_align_refuses_tables_of_other_things():
+def test_align_refuses_different_tables():
     first, second, _ = tables()
     with pytest.raises(CxrError, match=r"table 2 .* findings: D"):
         align([first, second.select(["A", "B", "C"])])

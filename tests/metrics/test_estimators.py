@@ -1,4 +1,4 @@
-"""Three estimators of the area under the ROC curve: scikit-learn, closed forms, and where each is defined."""
+"""Estimators of the area under the ROC curve against scikit-learn and closed forms."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ both_classes = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2
 
 @settings(deadline=None)
 @given(both_classes)
-def test_trapezoid_and_mann_whitney_are_sklearns_and_scipys(rows):
+def test_trapezoid_and_mann_whitney_match_sklearn_and_scipy(rows):
     score, label = (np.array(column) for column in zip(*rows, strict=True))
     score = score.astype(float)
     fpr, tpr, _ = metrics.roc_curve(label, score)
@@ -51,7 +51,7 @@ def test_known_labels_only():
         )
 
 
-def test_rows_say_what_is_undefined():
+def test_rows_give_reasons_for_undefined_values():
     label = np.array([[1, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]])
     logit = np.array([[2.0, 1, 3], [1, 2, 1], [0, 3, 1], [1, 4, 1]])
     ids = np.arange(4)

@@ -1,4 +1,4 @@
-"""Means over folds against SciPy's t-test and the closed form of the correction."""
+"""Means over folds against SciPy's t-test and the formula of the correction."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ EACH = (0.031, 0.018, 0.044, 0.027, -0.002)
 
 
 def test_without_shared_training_images_it_is_the_t_test():
-    found, expected = mean_over_folds(EACH, test_to_train=0), stats.ttest_1samp(EACH, 0)
-    assert found.p == pytest.approx(expected.pvalue)
+    result, expected = mean_over_folds(EACH, test_to_train=0), stats.ttest_1samp(EACH, 0)
+    assert result.p == pytest.approx(expected.pvalue)
     for confidence in (0.9, 0.95):
-        assert found.interval(confidence) == pytest.approx(tuple(expected.confidence_interval(confidence)))
+        assert result.interval(confidence) == pytest.approx(tuple(expected.confidence_interval(confidence)))
 
 
-def test_shared_training_images_widen_it_as_printed():
+def test_shared_training_images_widen_the_interval():
     plain, corrected = mean_over_folds(EACH, test_to_train=0), mean_over_folds(EACH, test_to_train=0.25)
     assert corrected.value == plain.value == pytest.approx(np.mean(EACH))
     # Five folds, a quarter as many test as training images: 1/5 + 1/4 in place of 1/5.
@@ -26,7 +26,7 @@ def test_shared_training_images_widen_it_as_printed():
     assert corrected.p > plain.p
 
 
-def test_it_holds_the_truth_as_often_as_it_says_where_folds_are_as_correlated_as_it_assumes():
+def test_coverage_is_nominal_for_correlated_folds():
     # Values whose correlation is test / (test + train), which is what the correction stands for.
     rng, ratio, k = np.random.default_rng(3), 0.25, 5
     shared = np.sqrt(ratio / (1 + ratio))
@@ -36,7 +36,7 @@ def test_it_holds_the_truth_as_often_as_it_says_where_folds_are_as_correlated_as
     assert holds == pytest.approx(0.9, abs=0.02)
 
 
-def test_one_fold_has_no_spread_and_equal_ones_none():
+def test_one_fold_or_equal_folds():
     alone = mean_over_folds([0.1], test_to_train=0.3)
     assert alone.value == 0.1
     assert np.isnan([alone.error, alone.p, *alone.interval()]).all()

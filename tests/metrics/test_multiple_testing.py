@@ -1,4 +1,4 @@
-"""Holm's adjustment against its worked example, and against the error that it is to bound."""
+"""Holm's adjustment against a worked example, and its family-wise error rate."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_undefined_tests_are_not_counted():
     assert holm(np.zeros(0)).shape == (0,)
 
 
-def test_adjusted_values_decide_as_the_step_down_procedure():
+def test_adjusted_values_match_the_step_down_procedure():
     rng = np.random.default_rng(0)
     for _ in range(200):
         p = rng.random(7) ** 3
@@ -32,12 +32,12 @@ def test_adjusted_values_decide_as_the_step_down_procedure():
         assert set(np.flatnonzero(holm(p) <= 0.05)) == rejected
 
 
-def test_false_rejections_are_as_rare_as_promised():
+def test_the_family_wise_error_rate_is_bounded():
     p = np.random.default_rng(1).random((4000, 14))  # nothing is true
     assert np.mean([holm(row).min() <= 0.05 for row in p]) == pytest.approx(0.05, abs=0.012)
     assert np.mean(p.min(axis=1) <= 0.05) > 0.4  # without it
 
 
-def test_what_is_no_p_value_is_refused():
+def test_invalid_p_values_are_refused():
     with pytest.raises(CxrError, match="between 0 and 1"):
         holm(np.array([0.5, 1.5]))

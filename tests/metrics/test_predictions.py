@@ -1,4 +1,4 @@
-"""The predictions table: what it refuses, that it survives the disk, that probabilities keep their order."""
+"""Prediction tables: validation, round trips on disk, and the order of probabilities."""
 
 import gzip
 
@@ -36,7 +36,7 @@ def written(tmp_path, text, name="peer.csv"):
 
 
 @pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.csv.gz"])
-def test_what_is_written_is_read(tmp_path, name):
+def test_tables_round_trip(tmp_path, name):
     before = some()
     before.write(tmp_path / "new folder" / name)
     after = Predictions.read(tmp_path / "new folder" / name)
@@ -64,7 +64,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["peer.csv", "peer.csv.gz"])
-def test_a_peers_file(tmp_path, name):
+def test_an_external_file(tmp_path, name):
     path = written(tmp_path, "Image Index,prob_Mass,prob_Pleural_Thickening\n0001,0.25,1.0\n0002,0.5,0\n", name)
     table = Predictions.read(path)
     assert table.findings == ("Mass", "Pleural_Thickening")
@@ -73,7 +73,7 @@ def test_a_peers_file(tmp_path, name):
     assert not table.label_mask.any()
 
 
-def test_a_peers_labels_follow_the_policy(tmp_path):
+def test_external_labels_follow_the_policy(tmp_path):
     text = "id,patient,logit_Mass,label_Mass\na,1,0.5,1.0\nb,1,-inf,0\nc,2,inf,-1\nd,2,2,\n"
     table = Predictions.read(written(tmp_path, text))
     np.testing.assert_array_equal(table.label_mask[:, 0], [True, True, False, False])
@@ -85,7 +85,7 @@ def test_a_peers_labels_follow_the_policy(tmp_path):
     np.testing.assert_array_equal(table.label[:, 0], [1, 0, 1, 0])
 
 
-def test_a_parquet_file_of_another_hand(tmp_path):
+def test_an_external_parquet_file(tmp_path):
     path = tmp_path / "peer.parquet"
     columns = {"dicom_id": ["a", "b"], "subject_id": [10, 11], "prob_Mass": pa.array([0.5, 0.25], pa.float32())}
     pyarrow.parquet.write_table(pa.table(columns), path)
@@ -136,7 +136,7 @@ def test_select():
         ({"patient": np.array(["p"])}, "patient has shape"),
     ],
 )
-def test_tables_that_no_statistic_could_use_are_refused(change, message):
+def test_invalid_tables_are_refused(change, message):
     good = {
         "id": np.array(["a", "b", "c"]), "patient": np.array(["p", "p", "q"]), "findings": ("Mass",),
         "logit": np.zeros((3, 1)), "label": np.zeros((3, 1)), "label_mask": np.ones((3, 1), bool),
@@ -166,14 +166,14 @@ def test_tables_that_no_statistic_could_use_are_refused(change, message):
         ("", "cannot be read"),
     ],
 )
-def test_files_at_fault_are_named(tmp_path, text, message):
+def test_invalid_files_are_refused(tmp_path, text, message):
     path = written(tmp_path, text)
     with pytest.raises(CxrError, match=message) as error:
         Predictions.read(path)
     assert "\n" not in str(error.value)
 
 
-def test_missing_broken_and_foreign_files(tmp_path):
+def test_missing_and_corrupt_files(tmp_path):
     with pytest.raises(CxrError, match="no such file"):
         Predictions.read(tmp_path / "none.csv")
     with pytest.raises(CxrError, match=r"must end in .parquet, .csv or .csv.gz"):

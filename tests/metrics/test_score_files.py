@@ -1,4 +1,4 @@
-"""Other people's files: the published CheXNet predictions reproduce their AUCs; files that do not fit are refused."""
+"""Scoring of files: the published CheXNet predictions reproduce their AUCs; incompatible files are refused."""
 
 import csv
 import subprocess
@@ -109,7 +109,7 @@ def test_parquet_labels(tmp_path):
     assert list(labels.patient) == ["x", "y"]
 
 
-def test_our_own_tables_need_no_labels_file(tmp_path):
+def test_prediction_tables_need_no_label_file(tmp_path):
     table = Predictions(
         np.array(["a", "b"]), np.array(["1", "2"]), ("Mass",), np.array([[1.0], [0.0]]), np.array([[1], [0]]),
         np.ones((2, 1), bool),
@@ -128,10 +128,10 @@ def test_our_own_tables_need_no_labels_file(tmp_path):
             PREDICTED + "x.png,0.1,0.1\ny.png,0.1,0.1\nz.png,0.1,0.1\nw.png,0.1,0.1\n", NIH,
             r"l.csv: no labels for 4 of 7 predicted images \(x.png, y.png, z.png, ...\)",
         ),
-        (PREDICTED.replace("Effusion", "Effussion"), NIH, "l.csv: no finding named 'Effussion'; choose from Atelectasis"),
+        (PREDICTED.replace("Effusion", "Effussion"), NIH, "l.csv: no finding named 'Effussion'; choose from"),
         (PREDICTED, NIH.replace("Mass", "Lump"), "l.csv: row 3 lists 'Lump', which is none of"),
         (PREDICTED, NIH + "00000002_000.png,Mass,0,2\n", "l.csv: row 5 repeats the id 00000002_000.png"),
-        (PREDICTED, GENERIC.replace("Effusion", "Edema"), "l.csv: no label column for Effusion; columns are id, patient"),
+        (PREDICTED, GENERIC.replace("Effusion", "Edema"), "l.csv: no label column for Effusion; columns are id"),
         (PREDICTED, GENERIC.replace("1.0", "0.7"), "l.csv: column 'label_Effusion' is 0.7 in row 1; a label is"),
         (PREDICTED, GENERIC.replace("1.0", "yes"), "l.csv: column 'label_Effusion' is 'yes' in row 1, not a number"),
         (PREDICTED, GENERIC, "no labels for 3 of 3 predicted images"),
@@ -139,12 +139,12 @@ def test_our_own_tables_need_no_labels_file(tmp_path):
         (PREDICTED, "name,Finding Labels\na,Mass\n", "l.csv: no column named 'id' or 'Image Index'"),
     ],
 )  # fmt: skip
-def test_files_that_do_not_fit_are_refused(tmp_path, predicted, labels, message):
+def test_incompatible_files_are_refused(tmp_path, predicted, labels, message):
     with pytest.raises(CxrError, match=message) as error:
         score_files(written(tmp_path, predicted, "p.csv"), written(tmp_path, labels, "l.csv"))
     assert "\n" not in str(error.value)
 
 
-def test_a_finding_that_is_not_predicted_cannot_be_scored(tmp_path):
+def test_unpredicted_findings_cannot_be_scored(tmp_path):
     with pytest.raises(CxrError, match=r"p.csv: no finding named 'Mass'; choose from Effusion, Pleural Thickening"):
         score_files(written(tmp_path, PREDICTED, "p.csv"), findings=["Mass"])

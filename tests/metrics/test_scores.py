@@ -1,4 +1,4 @@
-"""Scores of a table: the right numbers in the right rows, intervals of the mean, honest gaps."""
+"""Scores of a table: values, intervals of the mean, undefined findings."""
 
 import json
 
@@ -14,7 +14,7 @@ FINDINGS = ("Mass", "Nodule", "Hernia")
 
 
 def predictions(images=120):
-    """Two findings that can be scored, and Hernia, which nobody has."""
+    """Two findings with both classes, and Hernia without positives."""
     rng = np.random.default_rng(0)
     label = rng.random((images, 3)) < [0.3, 0.5, 0]
     return Predictions(
@@ -23,7 +23,7 @@ def predictions(images=120):
     )  # fmt: skip
 
 
-def test_numbers_are_sklearns_on_the_known_labels():
+def test_scores_match_sklearn_on_known_labels():
     table = predictions()
     scores = score(table, resamples=0)
     for k, row in enumerate(scores.findings[:2]):
@@ -37,7 +37,7 @@ def test_numbers_are_sklearns_on_the_known_labels():
     assert (scores.images, scores.patients) == (120, 40)
 
 
-def test_what_is_undefined_is_nan_with_a_reason_and_not_in_the_mean():
+def test_undefined_findings_are_nan_and_not_in_the_mean():
     scores = score(predictions(), resamples=20)
     hernia = scores.findings[2]
     assert np.isnan(hernia.auroc)
@@ -72,7 +72,7 @@ def test_rows_and_json():
     assert without["scores"][0]["auroc_low"] is None
 
 
-def test_the_means_interval_comes_from_means_of_draws():
+def test_the_interval_of_the_mean_comes_from_means_of_draws():
     table = predictions(90)
     one = table.select(["Mass"])
     same = Predictions(

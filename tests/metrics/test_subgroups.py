@@ -1,4 +1,4 @@
-"""Scores by sex, age and view: the right images in each group, paired draws, honest gaps."""
+"""Scores by sex, age and view: groups, paired draws and gaps."""
 
 import json
 import math
@@ -16,7 +16,7 @@ FINDINGS = ("Mass", "Nodule")
 
 
 def predictions(images=400, strength=(1.5, 1.5), seed=0):
-    """Two findings that the model sees with one strength in group a, with another in group b."""
+    """Two findings that the model detects better in one group than in the other."""
     rng = np.random.default_rng(seed)
     patient = np.arange(images) // 2
     group = np.where(patient % 2, "a", "b")
@@ -33,15 +33,15 @@ def find(rows, **wanted):
 
 def test_each_group_is_scored_on_its_own_images():
     table, group = predictions()
-    found = score_subgroups(table, {"kind": group}, resamples=0)
-    assert [(row["group"], row["finding"]) for row in found.groups] == [
+    result = score_subgroups(table, {"kind": group}, resamples=0)
+    assert [(row["group"], row["finding"]) for row in result.groups] == [
         (g, f) for g in "ab" for f in (*FINDINGS, "mean")
     ]
     for name in "ab":
         exact = []
         for k, finding in enumerate(FINDINGS):
             rows = (group == name) & table.label_mask[:, k]
-            row = find(found.groups, group=name, finding=finding)
+            row = find(result.groups, group=name, finding=finding)
             exact.append(roc_auc_score(table.label[rows, k], table.logit[rows, k]))
             assert row["auroc"] == pytest.approx(exact[-1], abs=1e-12)
             assert (row["positives"], row["negatives"]) == (
@@ -49,14 +49,14 @@ def test_each_group_is_scored_on_its_own_images():
             )  # fmt: skip
             assert (row["images"], row["patients"], row["findings"]) == (200, 100, 1)
             assert math.isnan(row["low"])
-        mean = find(found.groups, group=name, finding="mean")
+        mean = find(result.groups, group=name, finding="mean")
         assert mean["auroc"] == pytest.approx(np.mean(exact))
         assert mean["findings"] == 2
 
 
 def test_gaps_are_between_the_best_and_the_worst_on_the_same_draws():
     table, group = predictions(strength=(2.5, 0.8))
-    found = score_subgroups(table, {"kind": group}, resamples=60, seed=2)
+    result = score_subgroups(table, {"kind": group}, resamples=60, seed=2)
     names, owner = np.unique(table.patient, return_inverse=True)
     draws = []
     for r in range(60):
@@ -71,43 +71,43 @@ def test_gaps_are_between_the_best_and_the_worst_on_the_same_draws():
         draws.append([one["a", 0], one["b", 0], one["a", 0] - one["b", 0], one["a", 1] - one["b", 1]])
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     for k, name in enumerate("ab"):
-        row = find(found.groups, group=name, finding="Mass")
+        row = find(result.groups, group=name, finding="Mass")
         assert (row["low"], row["high"]) == pytest.approx((low[k], high[k]), abs=1e-12)
-    gap = find(found.gaps, finding="Mass")
+    gap = find(result.gaps, finding="Mass")
     assert (gap["best"], gap["worst"]) == ("a", "b")
-    values = [find(found.groups, group=name, finding="Mass")["auroc"] for name in "ab"]
+    values = [find(result.groups, group=name, finding="Mass")["auroc"] for name in "ab"]
     assert gap["gap"] == pytest.approx(values[0] - values[1])
     assert (gap["low"], gap["high"]) == pytest.approx((low[2], high[2]), abs=1e-12)
     assert gap["low"] > 0
-    mean = find(found.gaps, finding="mean")
+    mean = find(result.gaps, finding="mean")
     middle = np.quantile(np.mean(np.array(draws)[:, 2:], axis=1), [0.025, 0.975])
     assert (mean["low"], mean["high"]) == pytest.approx(tuple(middle), abs=1e-12)
 
 
-def test_small_and_unknown_groups_are_shown_but_in_no_gap():
+def test_small_and_unknown_groups_enter_no_gap():
     table, group = predictions()
     group = group.astype("U8")
     group[:6], group[6:160] = "tiny", UNKNOWN
-    found = score_subgroups(table, {"kind": group}, resamples=0, min_images=50)
-    assert {row["group"] for row in found.groups} == {"a", "b", "tiny", UNKNOWN}
-    for gap in found.gaps:
+    result = score_subgroups(table, {"kind": group}, resamples=0, min_images=50)
+    assert {row["group"] for row in result.groups} == {"a", "b", "tiny", UNKNOWN}
+    for gap in result.gaps:
         assert {gap["best"], gap["worst"]} == {"a", "b"}
     few = score_subgroups(table, {"kind": group}, resamples=0, min_images=10_000).gaps
     assert [row["reason"] for row in few] == ["fewer than two groups that define it"] * 3
     assert all(math.isnan(row["gap"]) for row in few)
 
 
-def test_a_finding_that_a_group_does_not_define_is_in_no_gap_of_the_mean():
+def test_a_finding_undefined_in_a_group_is_not_in_the_gap_of_the_mean():
     table, group = predictions()
     label = np.where((group == "b")[:, None] & [True, False], 0, table.label)
     table = Predictions(table.id, table.patient, FINDINGS, table.logit, label, table.label_mask)
-    found = score_subgroups(table, {"kind": group}, resamples=20)
-    row = find(found.groups, group="b", finding="Mass")
+    result = score_subgroups(table, {"kind": group}, resamples=20)
+    row = find(result.groups, group="b", finding="Mass")
     assert (row["reason"], row["findings"], math.isnan(row["auroc"])) == ("no positive example", 0, True)
-    mean = find(found.groups, group="b", finding="mean")
+    mean = find(result.groups, group="b", finding="mean")
     assert (mean["reason"], mean["findings"]) == ("left out: Mass", 1)
-    assert find(found.gaps, finding="Mass")["reason"]
-    nodule, mean = find(found.gaps, finding="Nodule"), find(found.gaps, finding="mean")
+    assert find(result.gaps, finding="Mass")["reason"]
+    nodule, mean = find(result.gaps, finding="Nodule"), find(result.gaps, finding="mean")
     assert (mean["gap"], mean["low"], mean["best"]) == (nodule["gap"], nodule["low"], nodule["best"])
 
 
@@ -126,8 +126,8 @@ def test_attributes_come_from_the_records_in_the_order_of_the_predictions():
     records = Records.from_records(images, FINDINGS, dataset="nih")
     zeros = np.zeros((2, 2))
     table = Predictions(["z", "y"], ["p", "p"], FINDINGS, zeros, zeros, zeros > 1)
-    found = subgroup_attributes(records, table)
-    assert {name: list(values) for name, values in found.items()} == {
+    result = subgroup_attributes(records, table)
+    assert {name: list(values) for name, values in result.items()} == {
         "sex": ["F", UNKNOWN], "age": ["80+", UNKNOWN], "view": [UNKNOWN, "AP"],
     }  # fmt: skip
     with pytest.raises(CxrError, match=r"1 predicted images \(q, ...\) are not records of nih"):
@@ -159,5 +159,5 @@ def test_bad_arguments(arguments, message):
 
 def test_tables_are_plain_rows():
     table, group = predictions(200)
-    found = score_subgroups(table, {"kind": group}, resamples=20)
-    assert json.loads(json.dumps([*found.groups, *found.gaps]))[0]["group"] == "a"
+    result = score_subgroups(table, {"kind": group}, resamples=20)
+    assert json.loads(json.dumps([*result.groups, *result.gaps]))[0]["group"] == "a"

@@ -1,4 +1,4 @@
-"""Temperatures against scikit-learn's logistic regression, and what they do to calibration and ranking."""
+"""Temperatures against scikit-learn's logistic regression, and their effect on calibration and ranking."""
 
 import math
 
@@ -16,7 +16,7 @@ from cxrjax.metrics.predictions import Predictions, log_odds
 
 
 def simulated(n, sharpness, seed=0):
-    """Findings whose logits are right, times a sharpness."""
+    """Findings with calibrated logits, scaled by a sharpness."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=(n, len(sharpness))) * 1.5 - 0.5
     label_mask = rng.random(truth.shape) < 0.9
@@ -32,14 +32,14 @@ def table(logit, label, label_mask=None):
 
 def test_equals_logistic_regression_without_intercept():
     validation = simulated(2000, (0.4, 1.0, 3.0))
-    found = fit_temperatures(validation)
-    for k, value in enumerate(found.values):
+    result = fit_temperatures(validation)
+    for k, value in enumerate(result.values):
         label_mask = validation.label_mask[:, k]
         peer = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
         peer.fit(validation.logit[label_mask, k : k + 1], validation.label[label_mask, k])
         assert 1 / value == pytest.approx(peer.coef_[0, 0], rel=1e-5)
-    assert found.reasons == ("", "", "")
-    np.testing.assert_allclose(found.values, [0.4, 1, 3], rtol=0.15)
+    assert result.reasons == ("", "", "")
+    np.testing.assert_allclose(result.values, [0.4, 1, 3], rtol=0.15)
 
 
 def test_is_the_minimum_of_the_loss():
@@ -50,7 +50,7 @@ def test_is_the_minimum_of_the_loss():
     assert fit_temperatures(validation).values[0] == pytest.approx(least.x, rel=1e-4)
 
 
-def test_calibration_on_other_images_gets_better_and_ranking_stays():
+def test_scaling_improves_calibration_and_keeps_the_ranking():
     validation, test = (simulated(4000, (1.0, 3.0), seed=seed) for seed in (0, 1))
     scaled = fit_temperatures(validation).apply(test)
     before, after = calibration_report(test), calibration_report(scaled)
@@ -73,24 +73,24 @@ def test_findings_are_matched_by_name():
         temperatures.apply(simulated(50, (1, 1, 1)))
 
 
-def test_what_labels_do_not_define_stays_as_it_is():
-    found = fit_temperatures(table(np.ones((3, 2)), [[1, 0], [1, 1], [1, 0]], np.array([[True, False]] * 3)))
-    assert found.values == (1, 1)
-    assert found.reasons == ("no negative example", "no known label")
+def test_undefined_findings_keep_temperature_1():
+    result = fit_temperatures(table(np.ones((3, 2)), [[1, 0], [1, 1], [1, 0]], np.array([[True, False]] * 3)))
+    assert result.values == (1, 1)
+    assert result.reasons == ("no negative example", "no known label")
 
 
 @pytest.mark.parametrize(
-    ("logit", "label", "value", "words"),
+    ("logit", "label", "value", "reason"),
     [
         ([-2, -1, 1, 2], [0, 0, 1, 1], 1 / MAX_TEMPERATURE, "separate"),
         ([-2, -1, 1, 2], [1, 1, 0, 0], MAX_TEMPERATURE, "inverted"),
         ([0, 0, 0, 0], [1, 0, 0, 1], MAX_TEMPERATURE, "uninformative"),
     ],
 )
-def test_limits_are_named(logit, label, value, words):
-    found = fit_temperatures(table(logit, label))
-    assert found.values[0] == pytest.approx(value)
-    assert words in found.reasons[0]
+def test_limits_are_named(logit, label, value, reason):
+    result = fit_temperatures(table(logit, label))
+    assert result.values[0] == pytest.approx(value)
+    assert reason in result.reasons[0]
 
 
 def test_infinite_logits_do_not_overflow():
@@ -98,13 +98,13 @@ def test_infinite_logits_do_not_overflow():
     logit = rng.normal(size=200) * 2
     label = rng.random(200) < 1 / (1 + np.exp(-logit))
     logit[:2], label[:2] = 1e300, [True, False]  # certain, and once wrong
-    found = fit_temperatures(table(logit, label))
-    assert math.isfinite(found.values[0])
-    assert np.isfinite(found.apply(table(logit, label)).logit).all()
+    result = fit_temperatures(table(logit, label))
+    assert math.isfinite(result.values[0])
+    assert np.isfinite(result.apply(table(logit, label)).logit).all()
 
 
 def exclusive(n, sharpness, seed=0):
-    """Images of one of four classes, whose logits are right, times a sharpness."""
+    """Images of four exclusive classes with calibrated logits, scaled by a sharpness."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=(n, 4)) * 1.5
     actual = [rng.choice(4, p=p) for p in softmax(truth, axis=1)]
@@ -113,23 +113,23 @@ def exclusive(n, sharpness, seed=0):
 
 def test_exclusive_classes_have_one_temperature_which_is_the_minimum_of_their_loss():
     validation, logits = exclusive(3000, 2.5)
-    found = fit_temperatures(validation, exclusive=True)
+    result = fit_temperatures(validation, exclusive=True)
 
     def loss(t):
         return log_loss(validation.label, softmax(logits / t, axis=1))
 
     least = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-7})
-    assert set(found.values) == {found.values[0]}
-    assert found.values[0] == pytest.approx(least.x, rel=1e-5)
-    assert found.values[0] == pytest.approx(2.5, rel=0.1)
-    scaled = found.apply(validation).probability
-    np.testing.assert_allclose(scaled, softmax(logits / found.values[0], axis=1), rtol=1e-10)
+    assert set(result.values) == {result.values[0]}
+    assert result.values[0] == pytest.approx(least.x, rel=1e-5)
+    assert result.values[0] == pytest.approx(2.5, rel=0.1)
+    scaled = result.apply(validation).probability
+    np.testing.assert_allclose(scaled, softmax(logits / result.values[0], axis=1), rtol=1e-10)
     np.testing.assert_allclose(scaled.sum(1), 1)
     with pytest.raises(CxrError, match="needs all of them: A, B, C, D"):
-        found.apply(validation.select("AB"))
+        result.apply(validation.select("AB"))
 
 
-def test_exclusive_classes_that_say_everything_or_nothing():
+def test_separable_and_unlabelled_exclusive_classes():
     sure = table(log_odds(np.eye(3) * 5, "cross_entropy"), np.eye(3))
     assert fit_temperatures(sure, exclusive=True).values[0] == pytest.approx(1 / MAX_TEMPERATURE)
     assert "separate" in fit_temperatures(sure, exclusive=True).reasons[2]

@@ -1,4 +1,4 @@
-"""Thresholds and what follows from them, against scikit-learn and against every threshold there is."""
+"""Thresholds and their rates against scikit-learn and an exhaustive search."""
 
 import math
 
@@ -45,15 +45,15 @@ def test_thresholds_are_the_best_of_all(rows, target):
     youden = choose_thresholds(validation)
     fpr, tpr, _ = metrics.roc_curve(label, score)
     assert sum(rates(youden.threshold[0])) - 1 == pytest.approx(max(tpr - fpr))
-    found = choose_thresholds(validation, "sensitivity", target)
+    result = choose_thresholds(validation, "sensitivity", target)
     reaching = [t for t in every if rates(t)[0] >= target - 1e-9]
-    assert found.threshold[0] == max(reaching)
+    assert result.threshold[0] == max(reaching)
     left = choose_thresholds(validation, "specificity", target)
     assert rates(left.threshold[0])[1] >= target - 1e-9
     assert rates(left.threshold[0]) == rates(min(t for t in every if rates(t)[1] >= target - 1e-9))
 
 
-def test_rates_on_other_images_are_sklearns():
+def test_rates_match_sklearn():
     validation, test = simulated(seed=0), simulated(seed=1)
     for rule in ("youden", "sensitivity", "specificity"):
         points = choose_thresholds(validation, rule, 0.8)
@@ -83,7 +83,7 @@ def test_a_fixed_sensitivity_is_kept_on_validation():
     )
 
 
-def test_a_useless_score_calls_nothing():
+def test_a_useless_score_predicts_no_positive():
     points = choose_thresholds(table([0, 1, 2, 3], [1, 1, 0, 0]))
     assert points.threshold[0] == np.inf
     row = points.apply(table([5, 9], [1, 0]))[0]
@@ -91,7 +91,7 @@ def test_a_useless_score_calls_nothing():
     assert math.isnan(row["ppv"])
 
 
-def test_without_a_choice_there_are_no_rates_but_a_reason():
+def test_undefined_thresholds_have_a_reason_and_no_rates():
     validation = table(np.zeros((3, 2)), [[1, 0], [0, 0], [1, 0]])
     points = choose_thresholds(validation)
     row = points.apply(simulated().select("AB"))[1]
@@ -142,6 +142,6 @@ def test_bad_arguments(call, message):
         call(simulated())
 
 
-def test_points_can_be_given():
+def test_operating_points_can_be_given():
     points = OperatingPoints(("A",), np.zeros(1), ("",), "given")
     assert points.apply(table([1, -1, 2], [1, 0, 0]))[0]["accuracy"] == pytest.approx(2 / 3)

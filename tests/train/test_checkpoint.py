@@ -18,7 +18,7 @@ def save(directory, *steps):
             checkpoints.save(step, state, {"step": step, "seconds": 0.1})
 
 
-def test_the_newest_state_comes_back_and_two_are_kept(tmp_path):
+def test_the_newest_state_is_restored_and_two_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3)
     assert sorted(p.name for p in (tmp_path / "last").iterdir() if p.is_dir()) == ["2", "3"]
     with Checkpoints(tmp_path) as checkpoints:
@@ -27,7 +27,7 @@ def test_the_newest_state_comes_back_and_two_are_kept(tmp_path):
     assert progress == {"step": 3, "seconds": 0.1}
 
 
-def test_a_fresh_run_has_none(tmp_path):
+def test_a_new_run_has_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore_last(STATE) is None
         with pytest.raises(CxrError, match="train the run first"):
@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         checkpoints.restore_last(STATE)
 
 
-def test_a_half_written_checkpoint_is_cleared_away(tmp_path):
+def test_an_incomplete_checkpoint_is_removed(tmp_path):
     save(tmp_path, 1)
     partial = tmp_path / "last" / "2.orbax-checkpoint-tmp-7"
     partial.mkdir()
@@ -63,7 +63,7 @@ def test_a_half_written_checkpoint_is_cleared_away(tmp_path):
     assert not partial.exists()
 
 
-def test_best_written_again_by_a_resumed_run_is_no_error(tmp_path):
+def test_a_resumed_run_may_save_the_same_best_step_again(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save_best(4, STATE, {"val_auroc": 0.5})
         checkpoints.wait()
@@ -72,7 +72,7 @@ def test_best_written_again_by_a_resumed_run_is_no_error(tmp_path):
 
 
 def test_saving_returns_before_the_state_is_on_disk(tmp_path, monkeypatch):
-    """The writing thread stops short of its last act until `save` has returned."""
+    """The writing thread is held before its last action until `save` has returned."""
     returned, waited, rename = threading.Event(), [], os.rename
 
     def late(*words, **more):

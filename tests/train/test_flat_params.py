@@ -1,4 +1,4 @@
-"""A state as few arrays: the same values, the same step, and hardly any arrays to hand over."""
+"""Flat training states: same values, same steps, few arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,9 @@ from cxrjax.distributed.placement import put_batch
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.train import forward, loop
-from cxrjax.train.state import FlatTree, is_flat, flatten_params, flatten_for_mesh, unflatten_params
 from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.optimizer import as_one_vector
-from cxrjax.train.state import TrainState
+from cxrjax.train.state import FlatTree, TrainState, flatten_for_mesh, flatten_params, is_flat, unflatten_params
 from cxrjax.train.step import make_predict_step, make_train_step
 
 LEAVES = arrays.arrays(
@@ -29,16 +28,16 @@ TREES = st.recursive(LEAVES, lambda inner: st.dictionaries(st.sampled_from("abc"
 
 @settings(deadline=None)
 @given(tree=TREES)
-def test_any_tree_comes_back(tree):
+def test_flat_trees_round_trip(tree):
     few = FlatTree.from_tree(jax.tree.map(jnp.asarray, tree))
     vectors = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if leaf.ndim == 1}
     others = sum(leaf.ndim != 1 for leaf in jax.tree.leaves(tree))
     assert len(jax.tree.leaves(few)) == len(vectors) + others
     back = few.to_tree()
     assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for ours, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        assert ours.dtype == wanted.dtype
-        np.testing.assert_array_equal(ours, wanted)
+    for ours, expected in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert ours.dtype == expected.dtype
+        np.testing.assert_array_equal(ours, expected)
 
 
 def small(seed=0, **options):
@@ -49,11 +48,13 @@ def small(seed=0, **options):
 def test_networks_of_one_shape_have_one_layout():
     one, other = flatten_params(small(0)), flatten_params(small(1))
     assert one.params.layout is other.params.layout
-    assert jax.tree.structure(one) == jax.tree.structure(other) != jax.tree.structure(flatten_params(small(growth_rate=8)))
+    assert (
+        jax.tree.structure(one) == jax.tree.structure(other) != jax.tree.structure(flatten_params(small(growth_rate=8)))
+    )
 
 
-def test_large_arrays_are_handed_through():
-    """No copy of them, neither in packing nor in taking apart."""
+def test_large_arrays_are_not_copied():
+    """Neither flattening nor unflattening copies them."""
     network = small()
     few = flatten_params(network)
     back = unflatten_params(few)
@@ -64,7 +65,7 @@ def test_large_arrays_are_handed_through():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
-def test_a_packed_state_makes_the_same_steps(shape):
+def test_a_flat_state_takes_the_same_steps(shape):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         batch = Batch(
@@ -90,18 +91,18 @@ def test_a_packed_state_makes_the_same_steps(shape):
         jax.tree.map(close, unflatten_params(few), apart)
 
 
-def test_a_packed_network_predicts_the_same():
+def test_a_flat_network_predicts_the_same():
     network, step = small(), make_predict_step(make_mesh(1, 1))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
     np.testing.assert_allclose(step(flatten_params(network), images), step(network, images), rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_not_packed_stays():
+def test_unflattening_a_nested_network_returns_it():
     network = small()
     assert unflatten_params(network) is network
 
 
-def test_densenet121_is_handed_over_as_few_arrays():
+def test_a_flat_densenet121_state_has_few_arrays():
     optimizer = as_one_vector(optax.scale_by_adam())
     network = Network.from_model(create("densenet121", classes=14))
     state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0))
@@ -110,39 +111,39 @@ def test_densenet121_is_handed_over_as_few_arrays():
     assert len(jax.tree.leaves(few)) == 612 - (2 * 121 + 1) + 1 - 2 * 121 + 1
 
 
-class Elsewhere:
-    """A mesh of accelerators, as far as packing looks at it."""
+class FakeGpuMesh:
+    """A stand-in for a mesh of accelerators."""
 
     devices = np.array([[type("Device", (), {"platform": "gpu"})()]])
 
 
-def test_accelerators_take_few_arrays_and_cpus_take_what_compiles_sooner():
+def test_states_are_flat_on_accelerators_only():
     network = small()
-    assert is_flat(flatten_for_mesh(network, Elsewhere()))
+    assert is_flat(flatten_for_mesh(network, FakeGpuMesh()))
     assert flatten_for_mesh(network, make_mesh(1, 1)) is network
 
 
-def test_training_with_few_arrays_ends_with_the_same(tiny, tmp_path, monkeypatch):
-    """The checkpoint of one kind goes on as the other."""
-    packings, make = [], loop.make_train_step
-    words = ("train.epochs=2", "train.steps_per_epoch=2", "optimizer.schedule=constant", "optimizer.warmup=0")
+def test_flat_and_nested_states_train_alike_and_share_checkpoints(tiny, tmp_path, monkeypatch):
+    """A checkpoint written by one kind resumes as the other."""
+    were_flat, make = [], loop.make_train_step
+    overrides = ("train.epochs=2", "train.steps_per_epoch=2", "optimizer.schedule=constant", "optimizer.warmup=0")
 
-    def watched(*given, **more):
-        step = make(*given, **more)
+    def recorded(*args, **kwargs):
+        step = make(*args, **kwargs)
 
-        def watching(state, batch):
-            packings.append(is_flat(state))
+        def record(state, batch):
+            were_flat.append(is_flat(state))
             return step(state, batch)
 
-        return watching
+        return record
 
-    monkeypatch.setattr(loop, "make_train_step", watched)
-    loop.train(tiny(*words), tmp_path / "apart")
-    loop.train(tiny(*words, "train.epochs=1"), tmp_path / "both")
+    monkeypatch.setattr(loop, "make_train_step", recorded)
+    loop.train(tiny(*overrides), tmp_path / "apart")
+    loop.train(tiny(*overrides, "train.epochs=1"), tmp_path / "both")
     for module in (loop, forward):
         monkeypatch.setattr(module, "flatten_for_mesh", lambda tree, _: flatten_params(tree))
-    loop.train(tiny(*words), tmp_path / "both")
-    assert packings == [False] * 6 + [True] * 2
+    loop.train(tiny(*overrides), tmp_path / "both")
+    assert were_flat == [False] * 6 + [True] * 2
     apart, both = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("apart", "both"))
     assert [row["step"] for row in both] == [row["step"] for row in apart]
     for row, expected in zip(both, apart, strict=True):

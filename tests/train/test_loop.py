@@ -1,4 +1,4 @@
-"""The loop in one process: what it writes, when it stops, what it refuses."""
+"""The training loop in one process: its files, when it stops, what it refuses."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def last_state(config, directory):
         return checkpoints.restore_last(like)
 
 
-def test_a_run_leaves_all_that_says_how_it_came_about(tiny, tmp_path):
+def test_a_run_writes_metrics_description_split_and_checkpoint(tiny, tmp_path):
     config = tiny()
     progress = loop.train(config, tmp_path)
     assert (progress.step, progress.validated_epochs) == (12, 3)
@@ -46,7 +46,7 @@ def test_a_run_leaves_all_that_says_how_it_came_about(tiny, tmp_path):
     assert int(state.step) == saved["step"] == 12
 
 
-def test_a_finished_run_is_left_alone_and_more_epochs_go_on(tiny, tmp_path):
+def test_a_finished_run_is_unchanged_and_more_epochs_resume_it(tiny, tmp_path):
     config = tiny("optimizer.schedule=constant", "optimizer.warmup=0")
     loop.train(config, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -57,18 +57,18 @@ def test_a_finished_run_is_left_alone_and_more_epochs_go_on(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("override", ["optimizer.rate=0.5", "train.epochs=9", "model.options.growth_rate=8"])
-def test_another_config_is_refused_and_the_key_named(tiny, tmp_path, override):
+def test_another_config_is_refused_with_the_key(tiny, tmp_path, override):
     loop.train(tiny("train.epochs=1", "train.steps_per_epoch=1"), tmp_path)
     with pytest.raises(CxrError, match=override.partition("=")[0]):
         loop.train(tiny("train.epochs=1", "train.steps_per_epoch=1", override), tmp_path)
 
 
-def test_a_refused_config_leaves_room_for_the_right_one(tiny, tmp_path):
+def test_a_refused_config_does_not_claim_the_directory(tiny, tmp_path):
     with pytest.raises(CxrError, match="did you mean Nodule"):
         loop.train(tiny("data.findings=('Nodul',)"), tmp_path)
     assert not list(tmp_path.iterdir())
     with RunDirectory(tmp_path, tiny("optimizer.rate=0.5"), {}):
-        assert (tmp_path / "config.json").exists()  # claimed, and killed before its first checkpoint
+        assert (tmp_path / "config.json").exists()  # as if killed before its first checkpoint
     assert loop.train(tiny("train.epochs=1"), tmp_path).step == 4
 
 
@@ -83,7 +83,7 @@ def test_other_data_are_refused(tiny, tmp_path, tmp_path_factory):
         open_run(tmp_path / "run", tmp_path / "other")
 
 
-def test_a_run_of_many_devices_is_opened_on_few(tiny, tmp_path):
+def test_a_run_on_many_devices_opens_on_fewer(tiny, tmp_path):
     config = tiny("train.epochs=1", "mesh.data=4")
     loop.train(config, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -94,27 +94,27 @@ def test_a_run_of_many_devices_is_opened_on_few(tiny, tmp_path):
     assert network.classes == 7
 
 
-def test_a_run_that_is_done_is_left_as_it_is(tiny, tmp_path, capsys):
+def test_a_completed_run_keeps_its_description(tiny, tmp_path, capsys):
     loop.train(tiny("train.epochs=1"), tmp_path)
     assert re.search(r"32 px, epoch 1/1, step 4: val_loss [\d.]+, val_auroc [\d.]+, \d+ s\n", capsys.readouterr().err)
     before = (tmp_path / "run.json").read_text()
     loop.train(tiny("train.epochs=1", "mesh.data=2"), tmp_path, profile=(1, 2))
     assert (tmp_path / "run.json").read_text() == before
-    said = capsys.readouterr().err
-    assert f"{tmp_path} has a checkpoint of step 4: nothing is left to train" in said
-    assert "steps 1 to 2 are already done: nothing is traced" in said
+    stderr = capsys.readouterr().err
+    assert f"{tmp_path} has a checkpoint of step 4: nothing is left to train" in stderr
+    assert "steps 1 to 2 are already done: nothing is traced" in stderr
 
 
 def test_a_signal_during_the_last_validation_loses_nothing(tiny, tmp_path, monkeypatch):
     config, validations, original = tiny(), [], loop.predict_logits
     loop.train(config, tmp_path / "unbroken")
 
-    def interrupted(*words, advance, **more):
+    def interrupted(*args, advance, **kwargs):
         validations.append(1)
         if len(validations) == 3:
             signal.raise_signal(signal.SIGTERM)
             advance(1)
-        return original(*words, advance=advance, **more)
+        return original(*args, advance=advance, **kwargs)
 
     monkeypatch.setattr(loop, "predict_logits", interrupted)
     with pytest.raises(loop.InterruptedRunError, match="at step 12 of 12"):
@@ -128,20 +128,20 @@ def test_a_signal_during_the_last_validation_loses_nothing(tiny, tmp_path, monke
     assert rows[0] == rows[1]
 
 
-def test_images_are_not_enlarged(tiny):
+def test_images_are_never_upscaled(tiny):
     with pytest.raises(CxrError, match=r"data\.size = 64 is more than the 32 px"):
         Experiment.open(tiny("data.size=64"))
 
 
-def test_a_saved_split_is_a_split(tiny, tmp_path):
+def test_a_saved_split_can_be_reloaded(tiny, tmp_path):
     first = Experiment.open(tiny())
     save_split(first.split, first.records, tmp_path / "split.csv")
     again = Experiment.open(tiny("split.name=files", f"split.files=('{tmp_path / 'split.csv'}',)"))
-    for part, rows in first.split.rows.items():
-        np.testing.assert_array_equal(again.split.rows[part], rows)
+    for split, rows in first.split.rows.items():
+        np.testing.assert_array_equal(again.split.rows[split], rows)
 
 
-def test_the_best_network_is_on_disk_before_the_state_that_speaks_of_it(tiny, tmp_path, monkeypatch):
+def test_the_best_network_is_saved_before_the_state(tiny, tmp_path, monkeypatch):
     seen = []
     original = Checkpoints.save
 
@@ -173,7 +173,7 @@ def test_early_stopping_keeps_the_best_epoch(tiny, tmp_path, monkeypatch):
     assert loop.train(config, tmp_path).validated_epochs == 4  # stopped early stays stopped
 
 
-def test_plateau_halves_the_rate_after_three_epochs_without_a_lower_loss(tiny, tmp_path, monkeypatch):
+def test_plateau_halves_the_learning_rate_after_three_epochs(tiny, tmp_path, monkeypatch):
     losses = iter([1.0, 0.9, 0.95, 0.9, 0.92, 0.91, 0.91, 0.95])
     monkeypatch.setattr(Loss, "mean", lambda *_: next(losses))
     config = tiny("optimizer.schedule=plateau", "optimizer.warmup=0", "train.epochs=8", "train.steps_per_epoch=1")
@@ -182,7 +182,7 @@ def test_plateau_halves_the_rate_after_three_epochs_without_a_lower_loss(tiny, t
     np.testing.assert_allclose(np.array(rates) / config.optimizer.rate, [1] * 5 + [0.5] * 3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_records_and_checkpoint(tiny, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     config = tiny("optimizer.name=sgd", "optimizer.clip=0", "optimizer.schedule=constant", "train.epochs=50",
                   "optimizer.warmup=0", "optimizer.rate=1e12", "train.save_every=1")  # fmt: skip
     named = r"at step \d+, for records p\d+_s\d+_\d+, .*(the last good checkpoint is|no checkpoint was saved)"
@@ -193,12 +193,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_records_and_chec
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored[0].params))
 
 
-def test_validation_labels_that_define_no_auroc_are_refused_before_training(tiny, tmp_path):
+def test_an_undefined_val_auroc_is_refused_before_training(tiny, tmp_path):
     config = tiny("split.name=small", "split.sizes=(20, 1, 5)")
     with pytest.raises(CxrError, match=r"train\.watch=val_loss"):
         loop.train(config, tmp_path)
 
 
-def test_a_batch_that_devices_do_not_divide_is_refused(tiny):
+def test_an_indivisible_batch_is_refused(tiny):
     with pytest.raises(CxrError, match=r"train\.batch = 4"):
         _ = Experiment.open(tiny("train.per_device=3")).accumulation_steps

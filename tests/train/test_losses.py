@@ -1,4 +1,4 @@
-"""Losses against PyTorch's values, SciPy's closed forms and scikit-learn, and in the tails."""
+"""Losses against PyTorch, SciPy and scikit-learn, also for extreme logits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss
 
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import SOFTMAX_LOSSES, log_odds
-from cxrjax.train.losses import LOSSES, make_loss, masked_bce, label_prevalence
+from cxrjax.train.losses import LOSSES, label_prevalence, make_loss, masked_bce
 
 PREVALENCE = np.array([0.1, 0.5, 0.25])
 
@@ -29,7 +29,7 @@ PYTORCH = {
 
 
 def examples():
-    """Logits -6 to 6, four images of three findings, a fifth of the labels unknown."""
+    """Logits -6 to 6 of four images and three findings, with a fifth of the labels unknown."""
     place = np.arange(12).reshape(4, 3)
     return np.linspace(-6, 6, 12).reshape(4, 3), np.isin(place % 4, (0, 3)).astype(np.float64), place % 5 != 4
 
@@ -39,7 +39,7 @@ def loss_named(name, **options):
 
 
 @pytest.mark.parametrize("case", PYTORCH)
-def test_values_and_gradients_are_pytorchs(case):
+def test_values_and_gradients_match_pytorch(case):
     options, value, norm = PYTORCH[case]
     loss = loss_named(case.split()[0], **options)
     logits, label, label_mask = examples()
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_pytorchs(case):
     assert float(jnp.linalg.norm(gradient)) == pytest.approx(norm, rel=1e-6)
 
 
-def test_cross_entropy_is_pytorchs():
+def test_cross_entropy_matches_pytorch():
     logits, classes, label_mask = examples()[0] * [1, -0.5, 0.25], [2, 0, 1, 1], np.ones((4, 3), bool)
     label_mask[2, 1] = False  # the third image has no class
     loss = make_loss("cross_entropy")
@@ -78,7 +78,7 @@ def test_cross_entropy_is_pytorchs():
     label_mask=hnp.arrays(np.bool_, (4, 3)),
     example_mask=hnp.arrays(np.bool_, (4,)),
 )
-def test_mean_equals_sklearn_over_what_is_known(logits, label, label_mask, example_mask):
+def test_mean_over_known_labels_matches_sklearn(logits, label, label_mask, example_mask):
     total, count = masked_bce(
         jnp.array(logits), jnp.array(label, jnp.float32), jnp.array(label_mask), jnp.array(example_mask)
     )
@@ -95,7 +95,7 @@ def test_mean_equals_sklearn_over_what_is_known(logits, label, label_mask, examp
 
 
 def closed_form(name, logit, y, k=0):
-    """The loss and its derivative in float64, as the papers write them."""
+    """Return the loss and its derivative in float64, as written in the papers."""
     right = logit if y else -logit  # the logit of the true answer
     weight = {"bce": 1, "focal": 0.25, "weighted_bce": 1 - PREVALENCE[k] if y else PREVALENCE[k]}[name]
     miss, log_p = expit(-right), log_expit(right)
@@ -138,7 +138,7 @@ def test_many_images_are_counted_exactly_in_bfloat16():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_unknown_and_padding_have_no_gradient(name):
+def test_unknown_labels_and_padding_have_no_gradient(name):
     loss, label_mask, example_mask = (
         loss_named(name),
         jnp.ones((3, 3), bool).at[0, 1].set(False),
@@ -154,7 +154,7 @@ def test_unknown_and_padding_have_no_gradient(name):
     assert counts.sum() == (3 if name in SOFTMAX_LOSSES else 5)
 
 
-def test_parts_of_a_batch_add_up():
+def test_microbatches_add_up():
     logits, label, label_mask = (
         jnp.asarray(x, t) for x, t in zip(examples(), (jnp.float32, jnp.float32, bool), strict=True)
     )
@@ -188,7 +188,7 @@ def test_counter_weights_balance_both_classes():
         assert sums[0] == pytest.approx(sums[1])
 
 
-def test_prevalence_of_what_nobody_knows_favours_neither_side():
+def test_prevalence_without_labels_is_one_half():
     label_mask = np.array([[True, False, True], [True, False, True]])
     np.testing.assert_array_equal(label_prevalence(np.array([[1, 1, 0], [0, 1, 0]]), label_mask), [0.5, 0.5, 0])
 
@@ -209,7 +209,7 @@ def test_prevalence_of_what_nobody_knows_favours_neither_side():
         ("weighted_bce", {"prevalence": [0.5], "weighting": "x"}, "choose from counter, literal"),
     ],
 )
-def test_bad_options_say_what_is_wrong(name, options, message):
+def test_bad_options_are_refused(name, options, message):
     with pytest.raises(CxrError, match=message):
         make_loss(name, **options)
 

@@ -8,7 +8,7 @@ from cxrjax.errors import CxrError
 from cxrjax.train.monitoring import MetricWriter, read_metrics
 
 
-def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
+def test_a_resumed_run_drops_later_rows(tmp_path):
     with MetricWriter(tmp_path) as writer:
         for step in (1, 2, 3):
             writer.write_scalars(step, {"val_loss": step / 2})
@@ -21,7 +21,7 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
     ]  # fmt: skip
 
 
-def test_nan_is_null_so_that_lines_are_json(tmp_path):
+def test_nan_is_written_as_null(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.write_scalars(1, {"val_auroc": math.nan})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "val_auroc": None}

@@ -1,4 +1,4 @@
-"""Training in bfloat16: what stays float32, and that its losses are those of float32 within the noise of seeds."""
+"""Training in bfloat16: what stays float32, and that losses match float32 within the noise of seeds."""
 
 import json
 import subprocess
@@ -21,11 +21,11 @@ from cxrjax.train.step import make_train_step
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "precision.py"
 WIDE = {"exp", "exp2", "log", "log1p", "logistic", "rsqrt", "sqrt", "erf", "tanh", "integer_pow", "square"}
-"""Operations of norms, probabilities, losses and optimisers; the convolutions and what joins them have none."""
+"""Primitives of norms, probabilities, losses and optimizers, absent from convolutions and the layers between them."""
 
 
 def equations(jaxpr):
-    """All of a program, those of its inner programs too."""
+    """Yield all equations of a jaxpr, including inner ones."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):
@@ -33,7 +33,9 @@ def equations(jaxpr):
 
 
 def test_state_norms_loss_and_optimizer_of_a_bfloat16_run_are_float32(tiny):
-    network = Network.from_model(create("densenet_small", classes=3, dtype="bfloat16", growth_rate=4, block_config=(1, 1)))
+    network = Network.from_model(
+        create("densenet_small", classes=3, dtype="bfloat16", growth_rate=4, block_config=(1, 1))
+    )
     optimizer = make_optimizer(tiny().optimizer)
     state = TrainState.create(network, optimizer, 0)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.stats))} == {jnp.dtype("float32")}
@@ -53,14 +55,14 @@ def test_state_norms_loss_and_optimizer_of_a_bfloat16_run_are_float32(tiny):
         for value in equation.outvars:
             kinds.setdefault(equation.primitive.name, set()).add(str(value.aval.dtype))
     assert "bfloat16" in kinds["conv_general_dilated"]  # it does compute in bfloat16
-    found = WIDE & set(kinds)
-    assert {"rsqrt", "sqrt", "square"} <= found
-    for name in sorted(found):
+    result = WIDE & set(kinds)
+    assert {"rsqrt", "sqrt", "square"} <= result
+    for name in sorted(result):
         assert "bfloat16" not in kinds[name], name
 
 
 @pytest.mark.slow
-def test_losses_in_bfloat16_are_those_of_float32_within_the_noise_of_seeds(phantom_data, tmp_path):
+def test_bfloat16_losses_match_float32_within_seed_noise(phantom_data, tmp_path):
     overrides = (
         "data.stored=32", "split.name=random", "split.fractions=(0.6, 0.2, 0.2)", "train.epochs=6",
         "train.steps_per_epoch=20", "train.watch=val_loss",
@@ -70,7 +72,7 @@ def test_losses_in_bfloat16_are_those_of_float32_within_the_noise_of_seeds(phant
     words += [f"--config.{word}" for word in overrides]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["size"], found["seeds"], found["epochs"]) == (32, 2, 6)
-    assert 0 < max(found["same_seed"]) < found["between_float32_seeds"][0]
+    result = json.loads(done.stdout)
+    assert (result["size"], result["seeds"], result["epochs"]) == (32, 2, 6)
+    assert 0 < max(result["same_seed"]) < result["between_float32_seeds"][0]
     assert "bfloat16" in (tmp_path / "losses.svg").read_text()

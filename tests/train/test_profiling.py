@@ -1,4 +1,4 @@
-"""What a run says of its own pace, and that nothing in its steps makes the devices wait for the host."""
+"""The data wait and traces of a run, and that steps never make the devices wait for the host."""
 
 import gzip
 import json
@@ -15,24 +15,24 @@ from cxrjax.train import loop
 from cxrjax.train.monitoring import read_metrics
 
 STEP = 0.05
-"""Seconds that a step is made to take, so that a busy machine changes little."""
+"""Artificial duration of a step in seconds, long enough that a busy machine changes little."""
 
 
-def paced(monkeypatch, *, loading: float, threads: float = 0) -> None:
-    """The real loop, whose step is made `STEP` longer, as a busy device would.
+def slow_down(monkeypatch, *, loading: float, threads: float = 0) -> None:
+    """Make each step `STEP` seconds longer, as a busy device would.
 
-    Each batch comes `loading` seconds late, or keeps the thread that loads it `threads` seconds longer.
+    Each batch arrives `loading` seconds late, or keeps its loading thread busy for `threads` seconds more.
     """
     batches, load, settle = loop.training_batches, pipeline._load, loop._Trainer._drain_metrics
 
-    def late(*words, **more):
-        for batch in batches(*words, **more):
+    def late(*args, **kwargs):
+        for batch in batches(*args, **kwargs):
             time.sleep(loading)
             yield batch
 
-    def long(*words):
+    def long(*args):
         time.sleep(threads)
-        return load(*words)
+        return load(*args)
 
     def slow(self, **keep):
         time.sleep(STEP)
@@ -43,29 +43,29 @@ def paced(monkeypatch, *, loading: float, threads: float = 0) -> None:
     monkeypatch.setattr(loop._Trainer, "_drain_metrics", slow)
 
 
-def test_a_loader_that_is_faster_than_the_step_is_not_waited_for(tiny, tmp_path, monkeypatch):
-    """Were batches not loaded meanwhile, its 0.6 of a step would be a share of 0.37."""
-    paced(monkeypatch, loading=0, threads=0.6 * STEP)
+def test_a_fast_loader_causes_no_wait(tiny, tmp_path, monkeypatch):
+    """If batches were not loaded concurrently, 0.6 of a step would be a fraction of 0.37."""
+    slow_down(monkeypatch, loading=0, threads=0.6 * STEP)
     progress = loop.train(tiny("train.epochs=2", "train.steps_per_epoch=8"), tmp_path)
     assert progress.data_wait_fraction is not None
     assert progress.data_wait_fraction < 0.2
 
 
-def test_a_slow_loader_is_told_of_in_every_place(tiny_overrides, tmp_path, monkeypatch, capsys):
-    """It sleeps four times as long as the step: the share is about 0.8, or less where the machine is busy."""
-    paced(monkeypatch, loading=4 * STEP)
+def test_a_slow_loader_is_reported_everywhere(tiny_overrides, tmp_path, monkeypatch, capsys):
+    """The loader sleeps four times as long as the step: a fraction of about 0.8, or less on a busy machine."""
+    slow_down(monkeypatch, loading=4 * STEP)
     words = [f"--config.{word}" for word in (*tiny_overrides, "train.epochs=2")]
     assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 0
-    shares = [row["data_wait_fraction"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    fractions = [row["data_wait_fraction"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
     whole = json.loads((tmp_path / "run.json").read_text())["data_wait_fraction"]
-    assert len(shares) == 2
-    for share in (*shares, whole):
-        assert 0.4 < share < 0.95
+    assert len(fractions) == 2
+    for fraction in (*fractions, whole):
+        assert 0.4 < fraction < 0.95
     assert f"{whole:.1%} of the time waiting for data" in capsys.readouterr().out
 
 
-class Unread:
-    """A metric that is not read yet; reading it notes how many steps were given to the devices since its own."""
+class LaggedMetric:
+    """A metric that records, when read, how many steps were dispatched after its own."""
 
     def __init__(self, value, own, given, lags):
         self.value, self.own, self.given, self.lags = value, own, given, lags
@@ -75,17 +75,17 @@ class Unread:
         return float(self.value)
 
 
-def test_the_host_stays_two_steps_behind_and_steps_take_nothing_from_it(tiny, tmp_path, monkeypatch):
+def test_the_host_stays_two_steps_behind_without_transfers(tiny, tmp_path, monkeypatch):
     given, lags, make = [], {}, loop.make_train_step
 
-    def watched(*words, **more):
-        step = make(*words, **more)
+    def watched(*args, **kwargs):
+        step = make(*args, **kwargs)
 
         def watching(state, batch):
-            with jax.transfer_guard("disallow"):  # all that the step takes is on the devices
+            with jax.transfer_guard("disallow"):  # all arguments of the step are on the devices
                 state, metrics = step(state, batch)
             given.append(None)
-            return state, {name: Unread(value, len(given), given, lags) for name, value in metrics.items()}
+            return state, {name: LaggedMetric(value, len(given), given, lags) for name, value in metrics.items()}
 
         return watching
 
@@ -94,15 +94,15 @@ def test_the_host_stays_two_steps_behind_and_steps_take_nothing_from_it(tiny, tm
     assert lags == {1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 0, 7: 2, 8: 2, 9: 2, 10: 2, 11: 1, 12: 0}
 
 
-def test_two_batches_wait_on_the_devices_when_a_step_is_given(tiny, tmp_path, monkeypatch):
+def test_two_batches_are_prefetched_before_each_step(tiny, tmp_path, monkeypatch):
     place, make, placed, when_given = loop.put_batch, loop.make_train_step, [], []
 
-    def counted(*words):
+    def counted(*args):
         placed.append(None)
-        return place(*words)
+        return place(*args)
 
-    def watched(*words, **more):
-        step = make(*words, **more)
+    def watched(*args, **kwargs):
+        step = make(*args, **kwargs)
 
         def watching(state, batch):
             when_given.append(len(placed))
@@ -126,8 +126,8 @@ WAITS = {
 
 
 @pytest.mark.parametrize("fault", WAITS)
-def test_no_step_is_waited_for_before_the_next_is_given(tiny, tmp_path, monkeypatch, fault):
-    """Whatever reads a state, or waits for it, between its step and the next; with a fault, this test sees it."""
+def test_no_step_is_awaited_before_the_next_is_dispatched(tiny, tmp_path, monkeypatch, fault):
+    """Record whatever reads a state, or waits for it, before the next step; injected faults must be seen."""
     steps, make, given, state_now, waited = 5, loop.make_train_step, [], [], []
 
     def note(arrays):
@@ -149,8 +149,8 @@ def test_no_step_is_waited_for_before_the_next_is_given(tiny, tmp_path, monkeypa
     monkeypatch.setattr(jax, "device_get", noting(jax.device_get))
     monkeypatch.setattr(jax, "block_until_ready", noting(jax.block_until_ready))
 
-    def watched(*words, **more):
-        step = make(*words, **more)
+    def watched(*args, **kwargs):
+        step = make(*args, **kwargs)
 
         def watching(state, batch):
             state, metrics = step(state, batch)
@@ -168,7 +168,7 @@ def test_no_step_is_waited_for_before_the_next_is_given(tiny, tmp_path, monkeypa
     assert sorted(set(waited)) == ([] if fault == "none" else [1, 2, 3, 4])
 
 
-def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, capsys):
+def test_a_trace_contains_the_requested_steps(tiny_overrides, tmp_path, capsys):
     words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
     assert main([*words, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
     (device_trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")  # what TensorBoard reads
@@ -180,7 +180,7 @@ def test_a_trace_has_the_steps_that_were_asked_for(tiny_overrides, tmp_path, cap
     assert any("jit_step" in str(event) for event in events)
 
 
-def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsys):
+def test_completed_steps_are_not_traced(tiny, tmp_path, capsys):
     steady = ("optimizer.schedule=constant", "optimizer.warmup=0")
     loop.train(tiny(*steady, "train.epochs=1"), tmp_path)
     loop.train(tiny(*steady, "train.epochs=2"), tmp_path, profile=(2, 4))
@@ -189,7 +189,7 @@ def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("10:15", "is not steps=A:B"),
         ("steps=3", "is not steps=A:B"),
@@ -197,13 +197,13 @@ def test_steps_that_are_done_are_not_traced_without_a_word(tiny, tmp_path, capsy
         ("steps=0:6", "count from 1"),
     ],
 )
-def test_steps_that_are_none_are_refused(text, said, tmp_path, capsys):
+def test_bad_profile_steps_are_refused(text, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--config", "demo:32", "--workdir", str(tmp_path), "--profile", text])
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_steps_beyond_the_run_are_refused_before_it(tiny, tmp_path):
+def test_profile_steps_beyond_the_run_are_refused(tiny, tmp_path):
     with pytest.raises(CxrError, match="steps 10 to 13 cannot be profiled in a run of 12 steps"):
         loop.train(tiny(), tmp_path, profile=(10, 13))
     assert not list(tmp_path.iterdir())

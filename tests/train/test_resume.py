@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends with the bits of one that never was."""
+"""A run that is killed and resumed at any moment is bitwise identical to an uninterrupted one."""
 
 import json
 import os
@@ -32,27 +32,27 @@ OPTIONS = (
 )
 
 
-def words(overrides, directory):
+def arguments(overrides, directory):
     return ["train", "--config", "demo:32", "--workdir", str(directory), *(f"--config.{word}" for word in overrides)]
 
 
 def start(overrides, directory):
-    """The command line in a process of its own, with the tests' compilation cache."""
+    """Start the command line in its own process, with the tests' compilation cache."""
     return subprocess.Popen(
-        [sys.executable, "-m", "cxrjax.cli.main", *words(overrides, directory)],
+        [sys.executable, "-m", "cxrjax.cli.main", *arguments(overrides, directory)],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def newest(directory: Path) -> int:
-    """The newest whole checkpoint's step."""
+    """Return the step of the newest full checkpoint."""
     folder = directory / "checkpoints" / "last"
     return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
 
 
 def final(overrides, directory):
-    """Every array of the last state and of the best network, as bytes, and the progress less its clocks."""
+    """Return every array of the last state and the best network, as bytes, and the progress without clocks."""
     config = configs.load("demo:32", overrides)
     experiment = Experiment.open(config)
     like = TrainState.create(experiment.network, make_optimizer(config.optimizer), 0)
@@ -67,10 +67,10 @@ def final(overrides, directory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny_overrides, tmp_path_factory):
-    """A run that was never stopped, and its overrides."""
+def uninterrupted(tiny_overrides, tmp_path_factory):
+    """An uninterrupted run: its overrides and directory."""
     overrides = [*tiny_overrides, *OPTIONS]
-    directory = tmp_path_factory.mktemp("unbroken")
+    directory = tmp_path_factory.mktemp("uninterrupted")
     train(configs.load("demo:32", overrides), directory)
     return overrides, directory
 
@@ -80,8 +80,8 @@ def without_clock(rows):
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_change_no_bit(unbroken, tmp_path):
-    overrides, reference = unbroken
+def test_random_kills_leave_a_bitwise_identical_result(uninterrupted, tmp_path):
+    overrides, reference = uninterrupted
     rng = random.Random(20261121)
     kills = 0
     for _ in range(40):
@@ -118,8 +118,8 @@ def test_kills_at_random_moments_change_no_bit(unbroken, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_cleanly_and_the_run_goes_on(unbroken, tmp_path, number):
-    overrides, reference = unbroken
+def test_a_signal_saves_and_the_run_resumes(uninterrupted, tmp_path, number):
+    overrides, reference = uninterrupted
     overrides = [*overrides, "train.save_every=0"]
     process = start(overrides, tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path / "metrics.jsonl"):
@@ -137,8 +137,8 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_goes_on(unbroken, tmp_path
     assert final(overrides, tmp_path) == final(overrides, reference)
 
 
-def test_saving_inside_an_epoch_changes_no_bit(unbroken, tmp_path):
-    overrides, reference = unbroken
+def test_saving_within_epochs_leaves_the_result_bitwise_identical(uninterrupted, tmp_path):
+    overrides, reference = uninterrupted
     train(configs.load("demo:32", [*overrides, "train.save_every=5", "data.threads=3"]), tmp_path)
     assert final(overrides, tmp_path) == final(overrides, reference)
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == STEPS

@@ -1,4 +1,4 @@
-"""Image sizes that a network cannot take are refused before any image is read, and the nearest working ones named."""
+"""Image sizes that a network does not accept are refused before any image is read, with the nearest working ones."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def network(name):
         ("simple_cnn", 16, "data.size = 32"),
     ],
 )
-def test_the_sizes_advised_work(name, size, advice):
+def test_suggested_sizes_work(name, size, advice):
     model = network(name)
     with pytest.raises(
         CxrError, match=rf"data\.size = {size} does not suit the network: choose {advice}\. Its reason"
@@ -49,20 +49,20 @@ def test_the_sizes_advised_work(name, size, advice):
 
 @pytest.mark.parametrize("name", ["resnet_small", "efficientnet_small"])
 @pytest.mark.parametrize("size", [8, 30, 31])
-def test_some_families_take_any_size(name, size):
+def test_some_families_accept_any_size(name, size):
     check_size(network(name), size, batch_size=2)
 
 
-def test_one_value_per_channel_is_refused():
+def test_batch_norm_on_one_value_is_refused():
     with pytest.raises(CxrError, match=r"choose data\.size = 32\. Its reason: batch norm cannot train on one value"):
         check_size(network("resnet_small"), 8, batch_size=1)
     check_size(network("resnet_small"), 8, batch_size=1, backbone_in_training=False)
 
 
-def test_the_command_line_refuses_it_before_reading_images(tiny_overrides, tmp_path, monkeypatch, capsys):
+def test_a_bad_size_is_refused_before_reading_images(tiny_overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Records, "image", lambda *_: pytest.fail("an image was read"))
-    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
-    words = [word for word in words if ".options." not in word]
-    assert main([*words, "--config.model.name=hrnet_small", "--config.data.size=20"]) == 1
+    arguments = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
+    arguments = [word for word in arguments if ".options." not in word]
+    assert main([*arguments, "--config.model.name=hrnet_small", "--config.data.size=20"]) == 1
     assert "config key data.size = 20 does not suit the network: choose data.size = 32." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

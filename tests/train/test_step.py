@@ -1,4 +1,4 @@
-"""The step: what it computes is what one plain optax step computes, on any mesh and however the batch is cut."""
+"""The training step matches one plain optax step, on any mesh and with any number of microbatches."""
 
 import dataclasses
 
@@ -72,7 +72,7 @@ def test_one_step_is_plain_gradient_descent():
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (4, 2)])
-def test_any_mesh_gives_the_numbers_of_one_device(shape):
+def test_any_mesh_matches_one_device(shape):
     with jax.enable_x64(True):
         net, batch = network("float64"), make_batch()
         one = run(net, batch, make_mesh(1, 1))
@@ -81,13 +81,13 @@ def test_any_mesh_gives_the_numbers_of_one_device(shape):
     assert relative(many[1], one[1]) < 1e-10
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch():
-    """Without batch statistics the parts add up exactly; here each part holds the same images, so theirs agree too."""
+def test_the_accumulated_gradient_matches_the_whole_batch():
+    """Every microbatch has the same images, so that batch statistics agree as well."""
     with jax.enable_x64(True):
         net, half = network("float64"), make_batch(n=4)
-        doubled = Batch(*(np.repeat(x, 2, axis=0) for x in half))  # parts take every second row
-        whole, parts = run(net, doubled, make_mesh(1, 1)), run(net, doubled, make_mesh(1, 1), accumulate=2)
-    assert relative(parts[0], whole[0]) < 1e-10
+        doubled = Batch(*(np.repeat(x, 2, axis=0) for x in half))  # microbatches take every second row
+        whole, accumulated = run(net, doubled, make_mesh(1, 1)), run(net, doubled, make_mesh(1, 1), accumulate=2)
+    assert relative(accumulated[0], whole[0]) < 1e-10
 
 
 def test_padding_and_unknown_labels_change_nothing():
@@ -101,7 +101,7 @@ def test_padding_and_unknown_labels_change_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_loss_falls_and_every_statistic_moves():
+def test_the_loss_falls_and_all_statistics_change():
     net, batch = network(), make_batch()
     one, many = (run(net, batch, make_mesh(1, 1), steps=steps, name="adamw") for steps in (1, 40))
     assert many[2]["loss"] < 0.7 * one[2]["loss"]
@@ -109,7 +109,7 @@ def test_loss_falls_and_every_statistic_moves():
         assert not np.array_equal(before, after)
 
 
-def test_predict_step_is_inference_and_the_same_on_any_mesh():
+def test_the_predict_step_is_inference_on_any_mesh():
     net, batch = network(), make_batch()
     expected = jax.jit(lambda n, x: n.apply(x)[0])(net, batch.image)
     for shape in ((1, 1), (2, 4)):
