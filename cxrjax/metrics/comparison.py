@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.stats import t
 
 from cxrjax.errors import CxrError
 from cxrjax.findings import positions
-from cxrjax.metrics.bootstrap import BootstrapResult, check_confidence, percentile_interval, same_images, strata
+from cxrjax.metrics.bootstrap import BootstrapResult, percentile_interval, same_images, strata
 from cxrjax.metrics.delong import Estimate, delong
 from cxrjax.metrics.ensemble import align
 from cxrjax.metrics.predictions import Predictions
@@ -151,40 +150,10 @@ def _contrast(pairs: Sequence[Sequence[Predictions]], k: int, tables: int) -> tu
     return aurocs.contrast(weights), float(first), float(second), aurocs.reason
 
 
-@dataclass(frozen=True)
-class FoldMean:
-    """A mean over folds with its standard error; Student's t distribution applies. NaN with fewer than two folds.
-
-    Attributes:
-      value: the mean.
-      error: its standard error.
-      df: degrees of freedom, the number of folds less one.
-    """
-
-    value: float
-    error: float
-    df: int
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return value - t * error and value + t * error.
-
-        Raises:
-          CxrError: the confidence is not between 0 and 1.
-        """
-        check_confidence(confidence)
-        half = float(t.ppf((1 + confidence) / 2, self.df)) * self.error if self.df else math.nan
-        return self.value - half, self.value + half
-
-    @property
-    def p(self) -> float:
-        """Two-sided p-value of the hypothesis that the mean is 0."""
-        if self.error == 0:
-            return 0.0 if self.value else 1.0
-        return float(2 * t.sf(abs(self.value) / self.error, self.df)) if self.df else math.nan
-
-
-def mean_over_folds(values: Sequence[float], *, test_to_train: float) -> FoldMean:
+def mean_over_folds(values: Sequence[float], *, test_to_train: float) -> Estimate:
     """Return the mean over folds, by the corrected resampled t-test (Nadeau & Bengio, Machine Learning 2003).
+
+    With fewer than two folds there is no standard error (NaN).
 
     Folds share training images, so their values are correlated and the usual variance of the mean, s^2 / k, is too
     small. The corrected variance is s^2 (1 / k + test images / training images).
@@ -203,7 +172,7 @@ def mean_over_folds(values: Sequence[float], *, test_to_train: float) -> FoldMea
         )
     array, folds = np.asarray(values, np.float64), len(values)
     spread = float(array.std(ddof=1)) if folds > 1 else math.nan
-    return FoldMean(float(array.mean()), spread * math.sqrt(1 / folds + test_to_train), folds - 1)
+    return Estimate(float(array.mean()), spread * math.sqrt(1 / folds + test_to_train), folds - 1)
 
 
 def holm(p: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:

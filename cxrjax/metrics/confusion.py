@@ -94,12 +94,13 @@ class ConfusionMatrix:
     @property
     def balanced_accuracy(self) -> float:
         """The mean over classes of the balanced accuracy of each against the rest; undefined ones are left out."""
-        return mean_defined(list(self.counts.balanced_accuracy))
+        return mean_defined(list(self.counts.rates()["balanced_accuracy"]))
 
     def report(self) -> list[dict[str, Any]]:
         """Return a flat row per class: class, the columns of `REPORT_COLUMNS` (0 to 1 or NaN), support."""
         counts = self.counts
-        columns = {name: getattr(counts, _SYNONYMS.get(name, name)) for name in REPORT_COLUMNS}
+        rates = counts.rates()
+        columns = {name: rates[_SYNONYMS.get(name, name)] for name in REPORT_COLUMNS}
         return [
             {"class": name}
             | {column: float(values[k]) for column, values in columns.items()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Shaped
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, t
 
 from cxrjax.metrics.auc import undefined_reason
 from cxrjax.metrics.bootstrap import check_confidence
@@ -18,19 +18,27 @@ from cxrjax.metrics.bootstrap import check_confidence
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error, under the normal approximation. NaN where undefined."""
+    """A value with its standard error. NaN where undefined.
+
+    Attributes:
+      value: the estimate.
+      error: its standard error.
+      df: degrees of freedom of Student's t distribution; None for the normal distribution.
+    """
 
     value: float
     error: float
+    df: int | None = None
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return value - z * error and value + z * error.
+        """Return the bounds of the confidence interval.
 
         Raises:
           CxrError: the confidence is not between 0 and 1.
         """
         check_confidence(confidence)
-        half = norm.ppf((1 + confidence) / 2) * self.error
+        level = (1 + confidence) / 2
+        half = float(norm.ppf(level) if self.df is None else t.ppf(level, self.df)) * self.error
         return float(self.value - half), float(self.value + half)
 
     @property
@@ -43,7 +51,7 @@ class Estimate:
     @property
     def p(self) -> float:
         """Two-sided p-value of the hypothesis that the value is 0."""
-        return float(2 * norm.sf(abs(self.z)))
+        return float(2 * (norm.sf(abs(self.z)) if self.df is None else t.sf(abs(self.z), self.df)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int8
 
 from cxrjax.errors import CxrError
@@ -247,15 +245,13 @@ def with_labels(predictions: Predictions, labels: LabelTable, policy: LabelPolic
     Raises:
       CxrError: predicted images have no labels.
     """
-    indices = pc.index_in(pa.array(predictions.id), value_set=pa.array(labels.id))  # pyright: ignore
-    missing = indices.is_null().to_numpy(zero_copy_only=False)
-    if missing.any():
-        examples = ", ".join(predictions.id[missing][:3])
+    rows, missing = tables.find_rows(predictions.id, labels.id)
+    if len(missing):
+        examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CxrError(
-            f"{labels.path}: no labels for {missing.sum():,} of {len(missing):,} predicted images ({examples}"
-            f"{', ...' if missing.sum() > 3 else ''}); check that both files name images alike"
+            f"{labels.path}: no labels for {len(missing):,} of {len(predictions):,} predicted images ({examples}); "
+            "check that both files name images alike"
         )
-    rows = indices.to_numpy()
     label, label_mask = targets(labels.label[rows], policy)
     patient = predictions.patient if labels.patient is None else labels.patient[rows]
     return replace(predictions, patient=patient, label=label, label_mask=label_mask)

@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float, Float64
 
 from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
-from cxrjax.metrics.auc import Ranking, mean_defined
-from cxrjax.metrics.bootstrap import Interval, bootstrap_scores, check_confidence, percentile_interval
+from cxrjax.metrics.auc import mean_defined
+from cxrjax.metrics.bootstrap import BootstrapResult, Interval, check_confidence, percentile_interval
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.scores import MEAN
+from cxrjax.metrics.scores import MEAN, scores_from_bootstrap
+from cxrjax.metrics.tables import find_rows
 
 UNKNOWN = "unknown"
 """The group of images without a recorded attribute; it enters no gap."""
@@ -57,12 +56,9 @@ def subgroup_attributes(
     Raises:
       CxrError: a predicted image is not in the records.
     """
-    indices = pc.index_in(pa.array(predictions.id), value_set=pa.array(records.id))  # pyright: ignore
-    missing = indices.is_null().to_numpy(zero_copy_only=False)
-    if missing.any():
-        first = predictions.id[missing][0]
-        raise CxrError(f"{missing.sum():,} predicted images ({first}, ...) are not records of {records.dataset}")
-    rows = indices.to_numpy()
+    rows, missing = find_rows(predictions.id, records.id)
+    if len(missing):
+        raise CxrError(f"{len(missing):,} predicted images ({missing[0]}, ...) are not records of {records.dataset}")
     sex, view = (np.where(values == "", UNKNOWN, values)[rows] for values in (records.sex, records.view))
     return {"sex": sex, "age": age_bands(records.age[rows], ages), "view": view}
 
@@ -117,70 +113,41 @@ def score_subgroups(
         raise CxrError(f"resamples={resamples}, min_images={min_images}: give at least 0 resamples and 1 image")
     rows: list[dict[str, Any]] = []
     gaps: list[dict[str, Any]] = []
-    for name, values in attributes.items():
+    for attribute, values in attributes.items():
         if np.shape(values) != (len(predictions),):
-            raise CxrError(f"attribute {name} has shape {np.shape(values)}; give one group per predicted image")
-        groups = [_Group.from_mask(predictions, name, group, values == group) for group in np.unique(values)]
-        scores = [group.score(predictions.patient, resamples, seed) for group in groups]
-        for group, (auroc, draws) in zip(groups, scores, strict=True):
-            rows += group.rows(predictions.findings, auroc, draws, confidence)
-        compared = [k for k, group in enumerate(groups) if group.images >= min_images and group.name != UNKNOWN]
-        gaps += _gaps(name, predictions.findings, [(groups[k].name, *scores[k]) for k in compared], confidence)
+            raise CxrError(f"attribute {attribute} has shape {np.shape(values)}; give one group per predicted image")
+        compared = []
+        for group in np.unique(values):
+            mask = values == group
+            table = replace(predictions, label_mask=predictions.label_mask & mask[:, None])
+            # Patients are drawn from all groups, so that the draws of different groups are paired.
+            result = BootstrapResult.from_tables([table], resamples=resamples, seed=seed)
+            head = {"attribute": attribute, "group": str(group)}
+            size = {"images": int(mask.sum()), "patients": len(np.unique(predictions.patient[mask]))}
+            rows += [head | row for row in _group_rows(result, size, confidence)]
+            if size["images"] >= min_images and group != UNKNOWN:
+                compared.append((str(group), result.value[0, 0], result.draws[0, 0]))
+        gaps += [{"attribute": attribute} | row for row in _gaps(predictions.findings, compared, confidence)]
     return Subgroups(tuple(rows), tuple(gaps))
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    attribute: str
-    name: str
-    rankings: tuple[Ranking, ...]
-    images: int
-    patients: int
-
-    @classmethod
-    def from_mask(cls, p: Predictions, attribute: str, name: str, mask: np.ndarray) -> "_Group":
-        rankings = tuple(
-            Ranking.from_scores(p.logit[:, k], p.label[:, k], p.label_mask[:, k] & mask) for k in range(len(p.findings))
-        )
-        return cls(attribute, str(name), rankings, int(mask.sum()), len(np.unique(p.patient[mask])))
-
-    def score(
-        self, patient: np.ndarray, resamples: int, seed: int
-    ) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, "R K"]]:
-        """Return the AUROC of each finding, and of each draw from all patients, so that groups' draws are paired."""
-        ones = np.ones((len(patient), 1), np.int64)
-        auroc = np.array([ranking.measure(ones)[0][0] for ranking in self.rankings])
-        if resamples == 0:
-            return auroc, np.zeros((0, len(auroc)))
-        return auroc, bootstrap_scores(self.rankings, patient, resamples=resamples, seed=seed)[0]
-
-    def rows(
-        self,
-        findings: Sequence[str],
-        auroc: Float64[np.ndarray, " K"],
-        draws: Float64[np.ndarray, "R K"],
-        confidence: float,
-    ) -> list[dict[str, Any]]:
-        """Return a flat row per finding, and the mean."""
-        head = {"attribute": self.attribute, "group": self.name}
-        size = {"images": self.images, "patients": self.patients}
-        rows = []
-        for k, (finding, ranking) in enumerate(zip(findings, self.rankings, strict=True)):
-            positives = len(ranking.positive)
-            rows.append(
-                head | {"finding": finding, "auroc": float(auroc[k])} | _bounds(draws[:, k], confidence)
-                | {"positives": positives, "negatives": len(ranking.order) - positives} | size
-                | {"findings": int(not ranking.reason), "reason": ranking.reason}
-            )  # fmt: skip
-        defined = ~np.isnan(auroc)
-        missing = [row["finding"] for row in rows if row["reason"]]
-        mean = {"finding": MEAN, "auroc": mean_defined(list(auroc))} | _bounds(_mean(draws[:, defined]), confidence)
-        counts = {"positives": None, "negatives": None} | size | {"findings": int(defined.sum())}
-        return [*rows, head | mean | counts | {"reason": f"left out: {', '.join(missing)}" if missing else ""}]
+def _group_rows(result: BootstrapResult, size: dict[str, int], confidence: float) -> list[dict[str, Any]]:
+    """Return the rows of one group: each finding, and the mean."""
+    auroc, draws = result.value[0, 0], result.draws[0, 0]
+    rows = [
+        {"finding": score.finding, "auroc": score.auroc} | _bounds(draws[:, k], confidence)
+        | {"positives": score.positives, "negatives": score.negatives} | size
+        | {"findings": score.findings, "reason": score.reason}
+        for k, score in enumerate(scores_from_bootstrap(replace(result, resamples=0)).findings)
+    ]  # fmt: skip
+    defined = ~np.isnan(auroc)
+    missing = [finding for finding, reason in zip(result.findings, result.reasons[0], strict=True) if reason]
+    mean = {"finding": MEAN, "auroc": mean_defined(list(auroc))} | _bounds(_mean(draws[:, defined]), confidence)
+    counts = {"positives": None, "negatives": None} | size | {"findings": int(defined.sum())}
+    return [*rows, mean | counts | {"reason": f"left out: {', '.join(missing)}" if missing else ""}]
 
 
 def _gaps(
-    attribute: str,
     findings: Sequence[str],
     groups: Sequence[tuple[str, Float64[np.ndarray, " K"], Float64[np.ndarray, "R K"]]],
     confidence: float,
@@ -199,7 +166,7 @@ def _gaps(
             gap_draws = _mean(high_draws[:, columns]) - _mean(low_draws[:, columns])
             row = {"best": best, "worst": worst, "gap": high - low} | _bounds(gap_draws, confidence)
             reason = ""
-        rows.append({"attribute": attribute, "finding": finding} | row | {"reason": reason})
+        rows.append({"finding": finding} | row | {"reason": reason})
     return rows
 
 

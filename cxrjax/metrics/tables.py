@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
-from jaxtyping import Float64, Int8
+from jaxtyping import Float64, Int, Int8
 
 from cxrjax.errors import CxrError
 from cxrjax.files import atomic_path
@@ -171,6 +172,13 @@ def write(path: Path, table: pa.Table) -> None:
         else:
             with open(temporary, "wb") if suffix == ".csv" else gzip.open(temporary, "wb", compresslevel=6) as file:
                 pyarrow.csv.write_csv(table, file)
+
+
+def find_rows(ids: np.ndarray, table_ids: np.ndarray) -> tuple[Int[np.ndarray, " n"], np.ndarray]:
+    """Return the table's row of each id, and the ids that the table lacks (the rows are then meaningless)."""
+    indices = pc.index_in(pa.array(ids), value_set=pa.array(table_ids))  # pyright: ignore
+    missing = indices.is_null().to_numpy(zero_copy_only=False)
+    return indices.fill_null(0).to_numpy().astype(np.int64), ids[missing]
 
 
 def table_format(path: Path) -> str:

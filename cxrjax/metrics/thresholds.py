@@ -20,10 +20,7 @@ RATES = ("sensitivity", "specificity", "ppv", "npv", "accuracy", "f1")
 
 @dataclass(frozen=True, eq=False)
 class ConfusionCounts:
-    """Confusion counts of K findings, and the rates computed from them.
-
-    Rates are 0 to 1, NaN where the denominator is 0. Their names and definitions are those of the R package caret,
-    whose report the six-class paper prints.
+    """Confusion counts of K findings, and the rates computed from them: 0 to 1, NaN where the denominator is 0.
 
     Attributes:
       tp, fp, fn, tn: int[K], true positives, false positives, false negatives, true negatives.
@@ -43,60 +40,23 @@ class ConfusionCounts:
         cells = (predicted & actual, predicted & ~actual, ~predicted & actual, ~predicted & ~actual)
         return cls(*(np.count_nonzero(cell & label_mask, axis=0) for cell in cells))
 
-    @property
-    def total(self) -> Int[np.ndarray, " K"]:
-        """The number of decisions."""
-        return self.tp + self.fp + self.fn + self.tn
-
-    @property
-    def sensitivity(self) -> Float64[np.ndarray, " K"]:
-        """TP / (TP + FN), also called recall."""
-        return _ratio(self.tp, self.tp + self.fn)
-
-    @property
-    def specificity(self) -> Float64[np.ndarray, " K"]:
-        """TN / (TN + FP)."""
-        return _ratio(self.tn, self.tn + self.fp)
-
-    @property
-    def ppv(self) -> Float64[np.ndarray, " K"]:
-        """Positive predictive value, TP / (TP + FP), also called precision."""
-        return _ratio(self.tp, self.tp + self.fp)
-
-    @property
-    def npv(self) -> Float64[np.ndarray, " K"]:
-        """Negative predictive value, TN / (TN + FN)."""
-        return _ratio(self.tn, self.tn + self.fn)
-
-    @property
-    def f1(self) -> Float64[np.ndarray, " K"]:
-        """Harmonic mean of precision and recall."""
-        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
-
-    @property
-    def accuracy(self) -> Float64[np.ndarray, " K"]:
-        """(TP + TN) / total."""
-        return _ratio(self.tp + self.tn, self.total)
-
-    @property
-    def prevalence(self) -> Float64[np.ndarray, " K"]:
-        """(TP + FN) / total."""
-        return _ratio(self.tp + self.fn, self.total)
-
-    @property
-    def detection_rate(self) -> Float64[np.ndarray, " K"]:
-        """TP / total."""
-        return _ratio(self.tp, self.total)
-
-    @property
-    def detection_prevalence(self) -> Float64[np.ndarray, " K"]:
-        """(TP + FP) / total."""
-        return _ratio(self.tp + self.fp, self.total)
-
-    @property
-    def balanced_accuracy(self) -> Float64[np.ndarray, " K"]:
-        """Mean of sensitivity and specificity."""
-        return (self.sensitivity + self.specificity) / 2
+    def rates(self) -> dict[str, Float64[np.ndarray, " K"]]:
+        """Return the rates by name, as defined by the R package caret, whose report the six-class paper prints."""
+        tp, fp, fn, tn = self.tp, self.fp, self.fn, self.tn
+        total = tp + fp + fn + tn
+        sensitivity, specificity = _ratio(tp, tp + fn), _ratio(tn, tn + fp)
+        return {
+            "sensitivity": sensitivity,
+            "specificity": specificity,
+            "ppv": _ratio(tp, tp + fp),
+            "npv": _ratio(tn, tn + fn),
+            "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+            "accuracy": _ratio(tp + tn, total),
+            "prevalence": _ratio(tp + fn, total),
+            "detection_rate": _ratio(tp, total),
+            "detection_prevalence": _ratio(tp + fp, total),
+            "balanced_accuracy": (sensitivity + specificity) / 2,
+        }
 
 
 def _ratio(numerator: Int[np.ndarray, " K"], denominator: Int[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
@@ -142,9 +102,10 @@ class OperatingPoints:
           CxrError: the table lacks a finding.
         """
         counts = self.counts(predictions)
+        rates = counts.rates()
         return [
             {"finding": finding, "threshold": float(self.probability[k])}
-            | {rate: float(getattr(counts, rate)[k]) for rate in RATES}
+            | {rate: float(rates[rate][k]) for rate in RATES}
             | {cell: int(getattr(counts, cell)[k]) for cell in ("tp", "fp", "fn", "tn")}
             | {"reason": self.reason[k]}
             for k, finding in enumerate(self.findings)

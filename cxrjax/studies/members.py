@@ -11,11 +11,12 @@ import numpy as np
 
 from cxrjax.config import Config
 from cxrjax.console import progress_bar
-from cxrjax.distributed.runtime import broadcast_from_main, on_main_process, is_distributed
+from cxrjax.distributed.runtime import broadcast_from_main, is_distributed, on_main_process
 from cxrjax.files import write_json
 from cxrjax.inference.load_run import open_run, predict
 from cxrjax.metrics.bootstrap import BootstrapResult
-from cxrjax.metrics.comparison import Difference, FoldMean, mean_over_folds, difference_from_bootstrap
+from cxrjax.metrics.comparison import Difference, difference_from_bootstrap, mean_over_folds
+from cxrjax.metrics.delong import Estimate
 from cxrjax.metrics.ensemble import LogisticStacking, align, combine, fit_logistic, fit_weights
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import Scores, scores_from_bootstrap
@@ -215,7 +216,7 @@ class Study:
         low, high = self.widened(found.low, found.high, found.per_table)
         return replace(found, low=low, high=high)
 
-    def over_folds(self, each: Sequence[float]) -> FoldMean | None:
+    def over_folds(self, each: Sequence[float]) -> Estimate | None:
         """What the folds say of the mean of one value a group; None where there are not several."""
         folds = [group.fold for group in self.groups]
         if len(set(folds)) < 2 or not len(each):

@@ -124,8 +124,9 @@ def test_accuracy_over_all_labels():
 def test_counts_of_nothing_are_nan():
     counts = ConfusionCounts.from_decisions(np.zeros((2, 1), bool), np.ones((2, 1)), np.array([[True], [False]]))
     assert (counts.tp[0], counts.fp[0], counts.fn[0], counts.tn[0]) == (0, 0, 1, 0)
-    assert (counts.sensitivity[0], counts.f1[0], counts.prevalence[0], counts.npv[0]) == (0, 0, 1, 0)
-    assert np.isnan([counts.ppv[0], counts.specificity[0], counts.balanced_accuracy[0]]).all()
+    rates = {name: value[0] for name, value in counts.rates().items()}
+    assert (rates["sensitivity"], rates["f1"], rates["prevalence"], rates["npv"]) == (0, 0, 1, 0)
+    assert np.isnan([rates["ppv"], rates["specificity"], rates["balanced_accuracy"]]).all()
 
 
 @pytest.mark.parametrize(
