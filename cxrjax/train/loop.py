@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import signal
-import time
 from collections import deque
 from collections.abc import Generator
 from contextlib import ExitStack, nullcontext
@@ -149,14 +148,12 @@ class _Trainer:
         if restored:
             state, self.progress = restored[0], Progress(**restored[1])
         self.state = flatten_for_mesh(state, mesh)
-        self.timer = DataWaitTimer(self.progress.wait_seconds, self.progress.step_seconds)
         self.pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()  # step, metrics, rows of records
 
     def run(self) -> Progress:
         """Train from the current step to the last epoch or to an early stop."""
         train, progress = self.config.train, self.progress
-        self.clock = time.perf_counter()
-        batches = self._batches()
+        self.timer, batches = DataWaitTimer(progress), self._batches()
         bar = progress_bar(self._label(), self.steps * train.batch, start=progress.step * train.batch)
         with bar as advance, collect_signals() as self.signals:
             try:
@@ -241,7 +238,6 @@ class _Trainer:
     def _validate(self) -> dict[str, float]:
         """Compute and log the validation metrics, checking for signals after each batch."""
         config, progress, examples = self.config, self.progress, self.validation
-        self._update_clock()
         logits = predict_logits(
             unflatten_params(self.state).network(self.experiment.network), examples, self.predict_step,
             self.experiment.mesh, size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads,
@@ -306,15 +302,8 @@ class _Trainer:
             progress.epochs_since_best += 1
         progress.stopped_early = bool(train.patience) and progress.epochs_since_best >= train.patience
 
-    def _update_clock(self) -> None:
-        now = time.perf_counter()
-        self.progress.seconds += now - self.clock
-        self.clock = now
-        self.timer.update()
-        self.progress.wait_seconds, self.progress.step_seconds = self.timer.wait_seconds, self.timer.step_seconds
-
     def _save(self) -> None:
-        self._update_clock()
+        self.timer.update()
         self.checkpoints.save(self.progress.step, unflatten_params(self.state), dataclasses.asdict(self.progress))
 
     def _check_signals(self) -> None:

@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 
 from cxrjax.errors import CxrError
 from cxrjax.files import write_text
+from cxrjax.train.state import Progress
 
 
 class MetricWriter:
@@ -92,51 +93,54 @@ Item = TypeVar("Item")
 
 
 class DataWaitTimer:
-    """Measures the time of the steps, and how much of it the host waits for a batch.
+    """Measures the time of training and of its steps, and how much of it the host waits for a batch.
 
     The devices may still be busy with earlier steps meanwhile, so the wait is an upper bound of what they lose.
-    Validation, and the first batch and step after each start, which fill the loader and compile, are not counted.
+    Validation, and the first batch and step after each start, which fill the loader and compile, are not counted as
+    steps.
 
-    Attributes:
-      wait_seconds: seconds without a batch.
-      step_seconds: seconds of steps, including those.
+    Args:
+      progress: its `seconds`, `step_seconds` and `wait_seconds` are updated.
     """
 
-    def __init__(self, wait_seconds: float = 0.0, step_seconds: float = 0.0):
-        self.wait_seconds, self.step_seconds = wait_seconds, step_seconds
-        self._epoch_start = (wait_seconds, step_seconds)
-        self._since: float | None = None
+    def __init__(self, progress: Progress):
+        self._progress, self._updated = progress, time.perf_counter()
+        self._step_start: float | None = None  # None: paused
+        self._epoch_start = (progress.wait_seconds, progress.step_seconds)
 
     def next(self, batches: Iterator[Item]) -> Item:
         """Return the next batch and count the wait for it."""
         start = time.perf_counter()
         batch = next(batches)
-        if self._since is not None:
-            self.wait_seconds += time.perf_counter() - start
+        if self._step_start is not None:
+            self._progress.wait_seconds += time.perf_counter() - start
         return batch
 
     def resume(self) -> None:
-        """Start measuring, if it is paused."""
-        if self._since is None:
-            self._since = time.perf_counter()
+        """Start measuring steps, if paused."""
+        if self._step_start is None:
+            self._step_start = time.perf_counter()
 
     def update(self) -> None:
-        """Bring `step_seconds` up to date."""
-        if self._since is not None:
-            now = time.perf_counter()
-            self.step_seconds += now - self._since
-            self._since = now
+        """Bring the progress up to date."""
+        now = time.perf_counter()
+        self._progress.seconds += now - self._updated
+        self._updated = now
+        if self._step_start is not None:
+            self._progress.step_seconds += now - self._step_start
+            self._step_start = now
 
     def pause(self) -> None:
-        """Stop measuring until `resume`."""
+        """Stop measuring steps until `resume`."""
         self.update()
-        self._since = None
+        self._step_start = None
 
     def epoch_fraction(self) -> float:
-        """Return the fraction of time spent waiting since the last call; NaN if nothing was measured."""
-        wait, total = self.wait_seconds - self._epoch_start[0], self.step_seconds - self._epoch_start[1]
-        self._epoch_start = (self.wait_seconds, self.step_seconds)
-        return wait / total if wait else math.nan
+        """Return the fraction of the steps' time spent waiting since the last call; NaN if nothing was measured."""
+        progress, (wait, steps) = self._progress, self._epoch_start
+        wait, steps = progress.wait_seconds - wait, progress.step_seconds - steps
+        self._epoch_start = (progress.wait_seconds, progress.step_seconds)
+        return wait / steps if wait else math.nan
 
 
 class Profiler:
