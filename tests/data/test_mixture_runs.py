@@ -156,7 +156,7 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(mixed, overrides, message):
 
 def test_a_part_of_a_data_set_that_is_not_there(mixed):
     experiment = Experiment.open(mixed())
-    with pytest.raises(CxrError, match="no data set nih in this run; there are cxr_phantom, own"):
+    with pytest.raises(CxrError, match="this run has no data set nih; choose from cxr_phantom, own"):
         experiment.examples("test@nih")
     assert len(experiment.examples("test@cxr_phantom")) + len(experiment.examples("test@own")) == len(experiment.examples("test"))
 
