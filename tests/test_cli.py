@@ -43,18 +43,18 @@ def run(capsys, *arguments):
 @pytest.fixture(scope="module")
 def trained(tiny_overrides, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    words = ["train", "--config", "demo:32", "--workdir", str(directory)]
-    assert main([*words, *(f"--config.{word}" for word in tiny_overrides)]) == 0
+    arguments = ["train", "--config", "demo:32", "--workdir", str(directory)]
+    assert main([*arguments, *(f"--config.{override}" for override in tiny_overrides)]) == 0
     return directory
 
 
 def test_prepare_reports_its_result_and_reuses_it(capsys, tmp_path):
-    words = ("prepare", "cxr_phantom", "--data-dir", tmp_path / "d", "--size", 32, "--patients", 5, "--json")
-    code, out, err = run(capsys, *words, tmp_path / "first.json")
+    arguments = ("prepare", "cxr_phantom", "--data-dir", tmp_path / "d", "--size", 32, "--patients", 5, "--json")
+    code, out, err = run(capsys, *arguments, tmp_path / "first.json")
     assert code == 0, err
     assert "images of 5 patients" in out
     first = json.loads((tmp_path / "first.json").read_text())
-    code, out, _ = run(capsys, *words, tmp_path / "second.json")
+    code, out, _ = run(capsys, *arguments, tmp_path / "second.json")
     assert code == 0
     assert "already prepared" in out
     assert json.loads((tmp_path / "second.json").read_text())["fingerprint"] == first["fingerprint"]
@@ -89,8 +89,8 @@ def test_explain_erf_writes_arrays_figures_and_sizes(capsys, trained):
         area = np.sort(arrays["map"], axis=None)[::-1].cumsum() / arrays["map"].sum()
     assert erf["area_fraction"] == pytest.approx((np.searchsorted(area, erf["mass"]) + 1) / 32**2, abs=2 / 32**2)
 
-    words = ("--images", 2, "--layers", "all", "--untrained", "--width-cm", 35)
-    code, out, err = run(capsys, "explain", trained, "erf", *words)
+    arguments = ("--images", 2, "--layers", "all", "--untrained", "--width-cm", 35)
+    code, out, err = run(capsys, "explain", trained, "erf", *arguments)
     assert code == 0, err
     networks = json.loads((folder / "erf.json").read_text())["networks"]
     assert list(networks) == ["trained", "untrained"]
@@ -108,8 +108,8 @@ def test_explain_erf_writes_arrays_figures_and_sizes(capsys, trained):
 
 
 def test_explain_saliency_writes_arrays_images_scores_and_a_report(capsys, trained):
-    words = ("--findings", "Mass,Cardiomegaly", "--images", 2)
-    code, out, err = run(capsys, "explain", trained, "gradcam", *words)
+    arguments = ("--findings", "Mass,Cardiomegaly", "--images", 2)
+    code, out, err = run(capsys, "explain", trained, "gradcam", *arguments)
     assert code == 0, err
     folder = trained / "explain" / "gradcam"
     scores = json.loads((folder / "scores.json").read_text())
@@ -125,8 +125,8 @@ def test_explain_saliency_writes_arrays_images_scores_and_a_report(capsys, train
     assert "IoBB" in (folder / "index.html").read_text()
     assert "IoBB" in out
 
-    words = ("--findings", "Mass", "--images", 2, "--steps", 16, "--regions", "all", "--baseline", "mean")
-    code, out, err = run(capsys, "explain", trained, "integrated", *words)
+    arguments = ("--findings", "Mass", "--images", 2, "--steps", 16, "--regions", "all", "--baseline", "mean")
+    code, out, err = run(capsys, "explain", trained, "integrated", *arguments)
     assert code == 0, err
     scores = json.loads((trained / "explain" / "integrated" / "scores.json").read_text())
     assert scores["map"] == [32, 32]
@@ -144,8 +144,17 @@ def test_the_resolution_study_writes_one_report_of_all_sizes(capsys, tiny_overri
         "    config.study.control_size = 32\n    config.study.erf_images = 4\n    config.evaluate.resamples = 50\n"
         "    return config\n"
     )
-    words = ("study", "resolution", "--config", recipe, "--workdir", tmp_path / "study", "--json", tmp_path / "s.json")
-    code, out, err = run(capsys, *words, *(f"--config.{word}" for word in tiny_overrides))
+    arguments = (
+        "study",
+        "resolution",
+        "--config",
+        recipe,
+        "--workdir",
+        tmp_path / "study",
+        "--json",
+        tmp_path / "s.json",
+    )
+    code, out, err = run(capsys, *arguments, *(f"--config.{override}" for override in tiny_overrides))
     assert code == 0, err
     result = json.loads((tmp_path / "s.json").read_text())
     assert set(result["scores"]) == {"16 px", "32 px", "stacked", "voted", "logistic"}
@@ -183,11 +192,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), BAD, ids=[message for _, message in BAD])
-def test_a_mistake_is_one_error_line_and_exit_code_1(capsys, tmp_path, phantom_data, words, message):
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_mistake_is_one_error_line_and_exit_code_1(capsys, tmp_path, phantom_data, arguments, message):
     data = [f"--config.data.dir={phantom_data}", "--config.data.stored=32"]
-    words = [word for given in words for word in (data if given == "{data}" else [given.format(tmp=tmp_path)])]
-    code, out, err = run(capsys, *words)
+    arguments = [
+        argument for given in arguments for argument in (data if given == "{data}" else [given.format(tmp=tmp_path)])
+    ]
+    code, out, err = run(capsys, *arguments)
     assert code == 1
     assert message in err
     assert err.startswith("cxrjax: ")
@@ -195,11 +206,11 @@ def test_a_mistake_is_one_error_line_and_exit_code_1(capsys, tmp_path, phantom_d
 
 
 @pytest.mark.parametrize(
-    "words", [("frobnicate",), ("demo", "--config.seed=1"), ("train",), ("evaluate", "x", "--nonsense")]
+    "arguments", [("frobnicate",), ("demo", "--config.seed=1"), ("train",), ("evaluate", "x", "--nonsense")]
 )
-def test_usage_errors_exit_with_2(words):
+def test_usage_errors_exit_with_2(arguments):
     with pytest.raises(SystemExit) as exit_info:
-        main(list(words))
+        main(list(arguments))
     assert exit_info.value.code == 2
 
 
@@ -231,10 +242,16 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_one_error_line_and_the_run_resumes_once_there_is_space(small_disk, tiny_overrides):
-    words = ["train", "--config", "demo:32", "--workdir", str(small_disk / "run")]
-    words = [sys.executable, "-m", "cxrjax.cli.main", *words, *(f"--config.{word}" for word in tiny_overrides)]
+    arguments = ["train", "--config", "demo:32", "--workdir", str(small_disk / "run")]
+    arguments = [
+        sys.executable,
+        "-m",
+        "cxrjax.cli.main",
+        *arguments,
+        *(f"--config.{override}" for override in tiny_overrides),
+    ]
     (small_disk / "ballast").write_bytes(bytes(200_000))
-    failed = subprocess.run(words, capture_output=True, text=True, check=False)
+    failed = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     *before, error = failed.stderr.splitlines()
     assert error.startswith("cxrjax: the disk is full")
@@ -242,7 +259,7 @@ def test_a_full_disk_is_one_error_line_and_the_run_resumes_once_there_is_space(s
     assert all(re.match("1 of 8 devices are used|32 px, epoch [12]/3", line) for line in before), before
     (small_disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    resumed = subprocess.run(words, capture_output=True, text=True, check=False)
+    resumed = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "trained 12 steps" in resumed.stdout
 
@@ -265,7 +282,7 @@ def test_the_demo_prepares_trains_and_reports(tmp_path):
 def test_json_on_standard_output_has_nothing_beside_it(capsys, trained):
     code, out, _ = run(capsys, "evaluate", trained, "--resamples", 0, "--json", "-")
     assert code == 0
-    assert json.loads(out)["part"] == "test"
+    assert json.loads(out)["split"] == "test"
 
 
 @pytest.mark.parametrize(
@@ -279,11 +296,12 @@ def test_json_on_standard_output_has_nothing_beside_it(capsys, trained):
     ],
 )
 def test_a_study_checks_its_config_before_training(capsys, tmp_path, phantom_data, override, message):
-    words = ("study", "resolution", "--config", "demo", "--workdir", tmp_path / "study")
+    arguments = ("study", "resolution", "--config", "demo", "--workdir", tmp_path / "study")
     more = [
-        f"--config.{word}" for word in (f"data.dir={phantom_data}", "data.stored=32", "study.sizes=(16, 32)", override)
+        f"--config.{override}"
+        for override in (f"data.dir={phantom_data}", "data.stored=32", "study.sizes=(16, 32)", override)
     ]
-    code, _, err = run(capsys, *words, *more)
+    code, _, err = run(capsys, *arguments, *more)
     assert code == 1
     assert message in err
     assert not (tmp_path / "study").exists()

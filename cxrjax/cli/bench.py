@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="network, image side in px and batch size",
     )
     add_config(parser, required=False, default="none")
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="(default: bfloat16)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), help="compute types (default: bfloat16)"
+    )
     parser.add_argument(
         "--remats", nargs="+", choices=("none", "layer", "block", "full"),
         help="what the backward pass recomputes (default: none)",

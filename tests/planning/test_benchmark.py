@@ -19,8 +19,8 @@ ABSENT = ("grain", "tensorflow_datasets", "array_record", "clu", "ml_collections
 @pytest.mark.slow
 def test_the_command_measures_training_and_inference(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    words = ["bench", "simple_cnn:32:4", "densenet_small:8:1", "--dtypes", "float32", "--steps", "2"]
-    assert main([*words, "--json", str(file)]) == 1  # one case fails, the other is kept
+    arguments = ["bench", "simple_cnn:32:4", "densenet_small:8:1", "--dtypes", "float32", "--steps", "2"]
+    assert main([*arguments, "--json", str(file)]) == 1  # one case fails, the other is kept
     good, bad = json.loads(file.read_text())
     assert (good["arch"], good["resolution"], good["batch"], good["variant"]) == (
         "simple_cnn", 32, 4, "float32, remat none",
@@ -72,7 +72,7 @@ def test_every_combination_is_a_case():
 def test_a_recipe_runs_on_its_mesh(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     file = tmp_path / "bench.json"
-    words = ["bench", "--config", "demo:32", "--steps", "1", "--no-inference", "--json", str(file)]
+    arguments = ["bench", "--config", "demo:32", "--steps", "1", "--no-inference", "--json", str(file)]
     small = (
         "model.options.growth_rate=4",
         "model.options.block_config=(1, 1)",
@@ -80,7 +80,7 @@ def test_a_recipe_runs_on_its_mesh(tmp_path, monkeypatch):
         "mesh.space=2",
         "train.batch=4",
     )
-    assert main([*words, *(f"--config.{word}" for word in small)]) == 0
+    assert main([*arguments, *(f"--config.{override}" for override in small)]) == 0
     [row] = json.loads(file.read_text())
     assert (row["arch"], row["resolution"], row["batch"], row["data"], row["space"]) == ("densenet_small", 32, 4, 2, 2)
     assert row["train_s"] > 0

@@ -53,8 +53,8 @@ def test_the_requested_memory_is_read_from_the_messages_of_all_devices(text, req
 
 def test_training_suggests_smaller_settings_and_plans_them(tiny_overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: raising)
-    words = [f"--config.{word}" for word in tiny_overrides]
-    assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 1
+    arguments = [f"--config.{override}" for override in tiny_overrides]
+    assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *arguments]) == 1
     idle, first, *others = capsys.readouterr().err.splitlines()
     assert idle == "1 of 8 devices are used: config keys mesh.data, mesh.space"
     assert first.startswith("cxrjax: out of device memory (39 GB requested); to use less: --config.model.remat=layer;")
@@ -85,11 +85,11 @@ entry()
 
 
 def test_only_the_first_process_prints_the_plans(tmp_path):
-    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--config.train.batch=16",
+    arguments = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--config.train.batch=16",
              "--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", EXHAUSTED, *words, str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", EXHAUSTED, *arguments, str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,
         )
         for number in range(2)
@@ -192,8 +192,8 @@ def test_nothing_is_compiled_for_a_tpu():
 def test_other_commands_have_advice_of_their_own(command, advice, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_run, "evaluate_run", raising)
     monkeypatch.setattr("cxrjax.runs.predict_run.predict_files", raising)
-    words = [command, str(tmp_path), *(["x.png"] if command == "predict" else [])]
-    assert main(words) == 1
+    arguments = [command, str(tmp_path), *(["x.png"] if command == "predict" else [])]
+    assert main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cxrjax: out of device memory (39 GB requested); to use less: ")
     assert advice in line

@@ -254,8 +254,8 @@ def test_findings_of_a_user_data_set_must_be_named(config):
 def test_the_command_estimates_without_a_compiler(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     file = tmp_path / "plan.json"
-    words = ["plan", "--config", "demo:32", "--device", "v5e", "--estimate", "--json", str(file)]
-    assert main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
+    arguments = ["plan", "--config", "demo:32", "--device", "v5e", "--estimate", "--json", str(file)]
+    assert main([*arguments, *(f"--config.{override}" for override in SMALL)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "estimated" in printed
     assert "XLA's figures for TPUs are 0.6 to 1.9 times as high" in printed
@@ -271,11 +271,23 @@ def test_the_command_estimates_without_a_compiler(capsys, tmp_path, monkeypatch)
 def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     file = tmp_path / "plan.json"
-    words = ["plan", "--config", "demo:32", "--device", "v5e", "--estimate", "--json", str(file), "--sweep", "--sizes"]
-    words += ["32", "64", "--meshes", "data=2", "space=4", "--remats", "none", "layer"]
-    assert main([*words, *(f"--config.{word}" for word in SMALL)]) == 0
+    arguments = [
+        "plan",
+        "--config",
+        "demo:32",
+        "--device",
+        "v5e",
+        "--estimate",
+        "--json",
+        str(file),
+        "--sweep",
+        "--sizes",
+    ]
+    arguments += ["32", "64", "--meshes", "data=2", "space=4", "--remats", "none", "layer"]
+    assert main([*arguments, *(f"--config.{override}" for override in SMALL)]) == 0
     planned = json.loads(file.read_text())["plans"]
-    assert [(entry["size"], entry["data"], entry["space"], entry["microbatch"], entry["remat"]) for entry in planned] == [
+    keys = ("size", "data", "space", "microbatch", "remat")
+    assert [tuple(entry[key] for key in keys) for entry in planned] == [
         (size, data, space, data, remat)
         for size in (32, 64) for data, space in ((2, 1), (1, 4)) for remat in ("none", "layer")
     ]  # fmt: skip
@@ -285,7 +297,7 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--batch-size", "-4"], "--batch-size -4 is not a positive number"),
         (["--batch-size", "0"], "--batch-size 0 is not a positive number"),
@@ -304,17 +316,17 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
         (["--sweep", "--sizes", "34", "--meshes", "space=4"], "34 px, 1 x 4, none: 34 rows cannot be divided"),
     ],
 )
-def test_options_that_exclude_each_other(capsys, words, message, monkeypatch):
+def test_options_that_exclude_each_other(capsys, arguments, message, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert main(["plan", "--config", "demo:32", "--device", "h200", "--estimate", *words]) == 1
+    assert main(["plan", "--config", "demo:32", "--device", "h200", "--estimate", *arguments]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_sweep_skips_combinations_that_do_not_work(capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    words = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--sweep", "--sizes", "32", "34"]
-    words += ["--meshes", "space=4", *(f"--config.{word}" for word in SMALL)]
-    assert main(words) == 0
+    arguments = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--sweep", "--sizes", "32", "34"]
+    arguments += ["--meshes", "space=4", *(f"--config.{override}" for override in SMALL)]
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "34 px, 1 x 4, none: 34 rows cannot be divided" in printed
     assert re.search(r"^ *32 +1 x 4", printed, re.MULTILINE)
@@ -323,10 +335,10 @@ def test_a_sweep_skips_combinations_that_do_not_work(capsys, monkeypatch):
 def test_the_mesh_defaults_to_that_of_the_config(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     file = tmp_path / "plan.json"
-    words = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--json", str(file)]
-    words += [f"--config.{word}" for word in (*SMALL, "mesh.data=2", "mesh.space=4")]
+    arguments = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--json", str(file)]
+    arguments += [f"--config.{override}" for override in (*SMALL, "mesh.data=2", "mesh.space=4")]
     for given, wanted in (([], (2, 4)), (["--mesh", "data=4"], (4, 1))):
-        assert main([*words, *given]) == 0
+        assert main([*arguments, *given]) == 0
         [planned] = json.loads(file.read_text())["plans"]
         assert (planned["data"], planned["space"]) == wanted
 
