@@ -61,7 +61,7 @@ def add_processes(parser: argparse.ArgumentParser, note: str = "") -> None:
     )
     group.add_argument(
         "--coordinator", default="", metavar="HOST:PORT",
-        help="address of process 0; auto: detect it and the numbers below from SLURM, Open MPI, Kubernetes or a TPU pod",
+        help="address of process 0; auto: detect all three values from SLURM, Open MPI, Kubernetes or a TPU pod",
     )  # fmt: skip
     group.add_argument("--processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process", type=int, metavar="K", help="index of this process, from 0")

@@ -213,9 +213,8 @@ def measure(case: Case, before_timing: Callable[[], object] = lambda: None) -> d
     from cxrjax.distributed.placement import put_batch
     from cxrjax.models import create
     from cxrjax.models.network import Network
-    from cxrjax.train.state import flatten_for_mesh
     from cxrjax.train.optimizer import as_one_vector
-    from cxrjax.train.state import TrainState
+    from cxrjax.train.state import TrainState, flatten_for_mesh
     from cxrjax.train.step import make_predict_step, make_train_step
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
