@@ -78,13 +78,9 @@ class Case:
 
 
 def parse_cases(
-    specs: Sequence[str],
-    dtypes: Sequence[str] | None = None,
-    remats: Sequence[str] | None = None,
-    *,
-    steps: int = 10,
+    specs: Sequence[str], dtypes: Sequence[str] | None = None, remats: Sequence[str] | None = None, *, steps: int = 10,
     mesh: str = "",
-) -> list[Case]:
+) -> list[Case]:  # fmt: skip
     """Return a training case for every combination of ARCH:SIZE:BATCH, dtype and remat.
 
     Args:

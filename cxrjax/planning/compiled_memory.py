@@ -97,9 +97,7 @@ def compile_memory(
     except jax.errors.JaxRuntimeError as error:  # XLA for TPUs checks the memory before it generates code
         if not (requested := requested_bytes(error)):
             raise
-        memory = CompiledMemory(
-            arguments=0, temporary=requested, program=0, collectives=(), bytes_accessed=0.0, exceeded=True
-        )
+        memory = CompiledMemory(0, requested, program=0, collectives=(), bytes_accessed=0.0, exceeded=True)
     with suppress(OSError):  # only costs another compilation next time
         write_json(file, asdict(memory))
     return memory

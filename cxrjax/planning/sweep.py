@@ -41,7 +41,8 @@ def sweep(
             changed = config.copy_and_resolve_references()
             changed.data.size, changed.model.remat = size, remat
             try:
-                plans.append(planner(changed, accelerator, data=data, space=space, batch_size=images_per_device * data))
+                batch_size = images_per_device * data
+                plans.append(planner(changed, accelerator, data=data, space=space, batch_size=batch_size))
             except (CxrError, jax.errors.JaxRuntimeError) as error:
                 errors.append(f"{size} px, {data} x {space}, {remat}: {error}")
             advance()
