@@ -81,7 +81,7 @@ def measure_run_erf(
         for state, each in networks.items()
     }
     result = _to_json(erfs) | {
-        "estimator": estimator, "images": len(inputs), "split": split, "image_px": experiment.config.data.size
+        "estimator": estimator, "images": len(inputs), "split": split, "image_px": experiment.config.data.image_size
     }  # fmt: skip
     _write(directory / "explain", erfs, result)
     return result
@@ -124,7 +124,7 @@ def _measure(
     layer: str | None = None,
     state: str = "",
 ) -> Field:
-    size, seed = experiment.config.data.size, experiment.config.seed
+    size, seed = experiment.config.data.image_size, experiment.config.seed
     passes = {"sum": 1, "probe": PROBES}.get(estimator)  # exact: one per channel, which only the network knows
     total = None if passes is None else passes * len(images)
     words = (state, "receptive field", layer and f"of {layer}", f"at {size} px")

@@ -1,4 +1,4 @@
-"""One run, evaluated: predictions, scores, figures and a page in its directory."""
+"""Evaluate one trained run: predictions, scores, figures and a report page."""
 
 import json
 from pathlib import Path
@@ -25,108 +25,111 @@ from cxrjax.train.monitoring import read_metrics
 def evaluate_run(
     directory: Path,
     *,
-    part: str = "test",
+    split: str = "test",
     data_dir: Path | None = None,
     resamples: int | None = None,
-    batch: int | None = None,
+    batch_size: int | None = None,
     mesh: tuple[int, int] | None = None,
 ) -> dict[str, Any] | None:
-    """Predict one part with the best checkpoint, score it, and write everything into the run's directory.
+    """Predict a split with the best checkpoint, score the predictions and write a report.
 
-    Writes `predictions/PART.parquet`, `predictions/PART.json` (the scores), `figures/PART-*.svg` and
-    `report/index.html`; and `fitted.json`, by which `predict` calibrates, fitted on the validation part. Several
-    processes share the predicting, and the first of them scores and writes.
+    Writes `predictions/SPLIT.parquet`, `predictions/SPLIT.json` (the scores), `figures/SPLIT-*.svg` and
+    `report/index.html` in the run directory. Also fits the calibration that `predict` uses, on the validation split.
+    Several processes predict together; the main process scores and writes.
 
     Args:
-      directory: of the run.
-      part: what to predict.
-      data_dir: where the prepared data lie now; default where they lay in training.
-      resamples: of the bootstrap; default the config's.
-      batch: images at once; default the config's.
+      directory: run directory.
+      split: split to predict.
+      data_dir: where the prepared data are now; default: where they were in training.
+      resamples: bootstrap resamples; default: the config's.
+      batch_size: images per batch; default: the config's.
       mesh: see `open_run`.
 
     Returns:
-      The scores as one dict, ready for JSON; None in all processes but the first.
+      The scores, ready for JSON; None in all processes but the main one.
     """
-    experiment, network, about = open_run(directory, data_dir, mesh)
-    if batch is not None:
-        experiment.config.evaluate.batch = batch
+    experiment, network, checkpoint = open_run(directory, data_dir, mesh)
+    if batch_size is not None:
+        experiment.config.evaluate.batch_size = batch_size
         validate(experiment.config)
-    shape, batch = dict(experiment.mesh.shape), experiment.config.evaluate.batch
-    check_consistent("run, data, part, mesh and batch", [about, experiment.fingerprints, part, shape, batch])
-    predictions = predict(experiment, network, part)
-    validation = predictions if part == "validation" else predict(experiment, network, "validation")
-    fitted = fit_run(experiment, network, about, validation)
+    mesh_shape, batch_size = dict(experiment.mesh.shape), experiment.config.evaluate.batch_size
+    settings = [checkpoint, experiment.fingerprints, split, mesh_shape, batch_size]
+    check_consistent("run, data, split, mesh and batch size", settings)
+    predictions = predict(experiment, network, split)
+    validation = predictions if split == "validation" else predict(experiment, network, "validation")
+    calibration = fit_run(experiment, network, checkpoint, validation)
 
-    def written() -> dict[str, Any]:
-        fitted.write(directory)
-        return _written(experiment, about, part, predictions, resamples, directory)
+    def write() -> dict[str, Any]:
+        calibration.write(directory)
+        return _write_scores(directory, experiment, checkpoint, split, predictions, resamples)
 
-    return on_main_process(written)
+    return on_main_process(write)
 
 
-def _written(
+def _write_scores(
+    directory: Path,
     experiment: Experiment,
-    about: dict[str, Any],
-    part: str,
+    checkpoint: dict[str, Any],
+    split: str,
     predictions: Predictions,
     resamples: int | None,
-    directory: Path,
 ) -> dict[str, Any]:
-    """The scores of predictions, which are written with them, their figures and the page."""
+    """Score predictions; write table, scores, figures and page; return the scores."""
     config = experiment.config
-    predictions.write(directory / "predictions" / f"{part}.parquet")
-    draws: int = config.evaluate.resamples if resamples is None else resamples
-    scores = score(predictions, resamples=draws, seed=config.seed, confidence=config.evaluate.confidence)
-    result = {"part": part, "checkpoint": about, **scores.as_dict()}
-    write_json(directory / "predictions" / f"{part}.json", result)
+    predictions.write(directory / "predictions" / f"{split}.parquet")
+    draws: int = config.evaluate.bootstrap_resamples if resamples is None else resamples
+    scores = score(predictions, resamples=draws, seed=config.seed, confidence=config.evaluate.confidence_level)
+    result = {"split": split, "checkpoint": checkpoint, **scores.as_dict()}
+    write_json(directory / "predictions" / f"{split}.json", result)
 
     report = RunReport(
-        title=f"{config.title or config.model.name}, {config.data.size} px, {part} part",
+        title=f"{config.title or config.model.name}, {config.data.image_size} px, {split} split",
         findings=predictions.findings,
         scores=scores.rows(),
-        interval=interval_text(scores),
-        curves=curves(predictions),
-        training=epochs(directory),
-        provenance={**provenance(directory), "checkpoint": about},
+        interval=describe_intervals(scores),
+        curves=roc_curves(predictions),
+        training=read_epochs(directory),
+        provenance={**read_provenance(directory), "checkpoint": checkpoint},
     )
     for name, figure in figures.run_figures(report).items():
-        style.save(figure, directory / "figures" / f"{part}-{name}.svg")
+        style.save(figure, directory / "figures" / f"{split}-{name}.svg")
     page = write_page(report, directory / "report" / "index.html")
-    stdout.print(terminal({part: scores.rows()}, predictions.findings))
+    stdout.print(terminal({split: scores.rows()}, predictions.findings))
     print_text(f"report: {page}")
     return result
 
 
-def interval_text(scores: Scores) -> str:
-    """How the intervals were made, in words."""
+def describe_intervals(scores: Scores) -> str:
+    """Say how the intervals of scores were computed; empty where there are none."""
     if not scores.resamples:
         return ""
-    people = f"{scores.patients:,} patients, {scores.resamples:,} resamples"
-    return f"{scores.confidence:.0%} percentile bootstrap over {people}"
+    sampling = f"{scores.patients:,} patients, {scores.resamples:,} resamples"
+    return f"{scores.confidence:.0%} percentile bootstrap over {sampling}"
 
 
-def curves(predictions: Predictions) -> dict[str, Curve]:
-    """The ROC curve of every finding that has one."""
-    drawn = {}
+def roc_curves(predictions: Predictions) -> dict[str, Curve]:
+    """Return the ROC curve of each finding that has both classes."""
+    curves = {}
     for k, finding in enumerate(predictions.findings):
         curve = roc_curve(predictions.logit[:, k], predictions.label[:, k], predictions.label_mask[:, k])
         if curve is not None:
-            drawn[finding] = Curve(curve.fpr, curve.tpr)
-    return drawn
+            curves[finding] = Curve(curve.fpr, curve.tpr)
+    return curves
 
 
-def epochs(directory: Path) -> list[dict[str, Any]]:
-    """One line an epoch of a run's metrics, as the report wants them."""
+def read_epochs(directory: Path) -> list[dict[str, Any]]:
+    """Return one row per epoch of a run's metrics, with the keys that the report plots."""
     rows = [row for row in read_metrics(directory / "metrics.jsonl") if "val_loss" in row]
     return [row | {"train_loss": row["train_mean_loss"]} for row in rows]
 
 
-def provenance(directory: Path) -> dict[str, Any]:
-    """What `run.json` says of how the numbers came about."""
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """Return the content of a run's `run.json`: versions, devices, seed, fingerprints, timings.
+
+    Raises:
+      CxrError: the directory has no `run.json`.
+    """
     try:
         return json.loads((directory / "run.json").read_text())
     except FileNotFoundError:
-        raise CxrError(
-            f"{directory / 'run.json'} is missing: {directory} is not the directory of a trained run"
-        ) from None
+        raise CxrError(f"{directory / 'run.json'} is missing: {directory} is not a run directory") from None

@@ -13,7 +13,7 @@ from cxrjax.data.images import resize
 from cxrjax.errors import CxrError
 from cxrjax.explain.localisation import normalise
 from cxrjax.explain.saliency import saliency
-from cxrjax.findings import positions
+from cxrjax.findings import finding_indices
 from cxrjax.inference.image_files import image_files, is_prepared, read_grey
 from cxrjax.inference.load_run import Trained, open_trained
 from cxrjax.inference.predict_files import Classified, Manner, classify, decide
@@ -43,7 +43,10 @@ def predict_files(
     Args:
       directory: run directory, or directory of converted weights.
       paths: files and folders.
-      size, batch_size, passes, threshold: see `decide`.
+      size: side of the images in px; 0: as in training.
+      batch_size: images at once.
+      passes: Monte Carlo dropout passes; None: as on validation.
+      threshold: uncertainty above which an image is flagged; None: the one chosen on validation.
       out: table to write; nothing is written if no image could be read.
       overlays: folder for Grad-CAM overlays, as FINDING/IMAGE.png.
       findings: findings to overlay on every image; default: those above their thresholds in each image.
@@ -62,7 +65,7 @@ def predict_files(
     if findings and overlays is None:
         raise CxrError("--findings chooses overlays: give --overlays DIR too")
     trained, files = open_trained(directory), image_files(paths)
-    columns = positions(list(findings), trained.findings)
+    columns = finding_indices(list(findings), trained.findings)
     options = decide(trained, files, size=size, batch=batch_size, passes=passes, threshold=threshold)
     with progress_bar("classifying", len(files)) as advance:
         predictions = classify(trained, files, options, advance=advance)

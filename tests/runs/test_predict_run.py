@@ -26,16 +26,16 @@ from cxrjax.models.input_spec import prepare
 from cxrjax.train.loop import train
 
 SIX = (
-    "data.dataset=six_class", "data.stored=32", "data.size=32", "data.threads=1", "split.name=official",
-    "train.batch=4", "train.steps_per_epoch=4", "train.epochs=1", "mesh.data=1", "loss.name=cross_entropy",
+    "data.dataset=six_class", "data.stored_size=32", "data.image_size=32", "data.num_threads=1", "split.name=official",
+    "train.batch_size=4", "train.steps_per_epoch=4", "train.epochs=1", "mesh.data=1", "loss.name=cross_entropy",
     "model.name=sequential_cnn",
     "model.options.image_size=32", "model.options.widths=(4,4,4)", "model.options.dropout=0.0",
-    "optimizer.schedule=constant", "optimizer.warmup=0",
+    "optimizer.schedule=constant", "optimizer.warmup_fraction=0",
 )  # fmt: skip
 
 
 def trained(directory, overrides, *, evaluated=True):
-    train(configs.load("demo:32", overrides), directory)
+    train(configs.load_config("demo:32", overrides), directory)
     if evaluated:
         assert main(["evaluate", str(directory), "--resamples", "0"]) == 0
     return directory
@@ -58,7 +58,7 @@ def dropping(tmp_path_factory, tiny_overrides):
 def six(tmp_path_factory, six_classes):
     """A run of a network of six exclusive classes, evaluated."""
     directory = tmp_path_factory.mktemp("runs") / "six"
-    config = configs.load("sequential_cnn", [f"data.dir={six_classes}", *SIX])
+    config = configs.load_config("sequential_cnn", [f"data.data_dir={six_classes}", *SIX])
     train(config, directory)
     assert main(["evaluate", str(directory), "--resamples", "0"]) == 0
     return directory
@@ -321,7 +321,7 @@ def test_nothing_but_bad_files_writes_nothing(run, tmp_path, capsys):
     code, result, text = predict(capsys, tmp_path, *words)
     assert code == 1
     assert (result["images"], len(result["failed"])) == ([], 2)
-    assert "no image could be used, and nothing is written" in text
+    assert "no image could be read; nothing is written" in text
     assert "2 failed: " in text
     assert not (tmp_path / "p.csv").exists()
     assert not (tmp_path / "cams").exists()

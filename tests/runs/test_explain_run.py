@@ -9,7 +9,7 @@ import pytest
 from cxrjax.data.records import Box, Record, Records, open_records
 from cxrjax.errors import CxrError
 from cxrjax.runs.erf_run import measure_run_erf, untrained_network
-from cxrjax.runs.explain_run import SaliencyOptions, _positives, explain_run
+from cxrjax.runs.explain_run import SaliencyOptions, explain_run, find_positives
 from cxrjax.train.described import network_of
 
 FINDINGS = ("Mass", "Nodule")
@@ -34,14 +34,14 @@ def experiment(*boxes_of_images):
 def test_drawn_boxes_are_taken_as_they_are_even_where_they_touch():
     first, second = Box("Mass", 0.1, 0.2, 0.3, 0.1), Box("Mass", 0.4, 0.2, 0.1, 0.1)
     other = Box("Nodule", 0.7, 0.7, 0.1, 0.1)
-    found = _positives(experiment((), (first, second, other), (other,)), "test", "Mass", 8)
+    found = find_positives(experiment((), (first, second, other), (other,)), "test", "Mass", 8)
     assert list(found.row) == [1]
     np.testing.assert_allclose(found.boxes[0], [[0.1, 0.2, 0.3, 0.1], [0.4, 0.2, 0.1, 0.1]], rtol=1e-6)
     assert found.masks[0].mean() == pytest.approx(0.04, abs=0.002)
 
 
 def test_without_boxes_the_first_positives_are_taken():
-    found = _positives(experiment((), (), ()), "test", "Mass", 2)
+    found = find_positives(experiment((), (), ()), "test", "Mass", 2)
     assert list(found.row) == [0, 1]
     assert found.masks == found.boxes == []
 
@@ -54,7 +54,7 @@ def test_masks_count_by_the_boxes_of_their_regions(phantom_data):
         row=rows, label=(records.labels[rows] == 1).astype(float), label_mask=records.labels[rows] >= 0
     )
     phantom = SimpleNamespace(records=records, findings=records.findings, examples=lambda name: part)
-    found = _positives(phantom, "test", "Nodule", 8)
+    found = find_positives(phantom, "test", "Nodule", 8)
     assert len(found.row) > 3
     for mask, boxes in zip(found.masks, found.boxes, strict=True):
         covered = np.zeros_like(mask)
