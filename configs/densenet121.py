@@ -1,4 +1,4 @@
-"""DenseNet121 on ChestX-ray14, from scratch, at one stored size: a plain baseline.
+"""DenseNet121 on ChestX-ray14, trained from scratch: a plain baseline.
 
 Paper     Huang et al., Densely connected convolutional networks, CVPR 2017; data of Wang et al., CVPR 2017
 Command   cxrjax prepare chestxray14 --source NIH --data-dir data --size 256
@@ -10,18 +10,17 @@ Memory    unmeasured on a GPU
 Score     unmeasured
 """
 
-from configs import side
-from cxrjax.config import default
+from cxrjax.config import default, image_size
 
 
 def get_config(arg: str = ""):
-    """The recipe at one size."""
+    """Return the recipe at one size."""
     config = default()
     config.title = "DenseNet121 on ChestX-ray14"
-    size = side(arg or 256)
+    size = image_size(arg or 256)
     config.data.dataset = "chestxray14"
-    config.data.stored = str(size)
-    config.data.size = size
+    config.data.stored_size = str(size)
+    config.data.image_size = size
     config.split.name = "official"
     config.augment.flip = 0.5
     config.augment.rotation = 15.0
@@ -29,9 +28,9 @@ def get_config(arg: str = ""):
     config.model.name = "densenet121"
     config.model.dtype = "bfloat16"
     config.model.remat = "layer"
-    config.optimizer.rate = 1e-4
+    config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "plateau"
-    config.train.batch = 32
+    config.train.batch_size = 32
     config.train.epochs = 20
-    config.train.patience = 10
+    config.train.early_stopping_patience = 10
     return config

@@ -1,188 +1,59 @@
-"""One config for every run: all keys with their defaults, recipes that change some, overrides that are checked.
+"""One config for every run: defaults, recipes that change some of them, and checked overrides.
 
 A recipe is a Python file with `get_config(arg="")` that starts from `default()`, changes values and returns the result.
+`config_keys.py` has all keys.
 """
 
 import ast
 import difflib
 import json
-import math
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
+from cxrjax.config_keys import KEYS, Group, Key, find_group, find_key
 from cxrjax.errors import CxrError
 
-Config: TypeAlias = Any  # a ConfigDict: its attributes are whatever was put into it, so to a type checker it is Any
+Config: TypeAlias = Any  # a ConfigDict; type checkers cannot know its attributes
 
-RECIPES = Path(__file__).resolve().parents[1] / "configs"
-
-CHOICES = {
-    "data.uncertain": ("zeros", "ones", "ignore", "smooth"),
-    "data.not_mentioned": ("negative", "unknown"),
-    "data.sampling": ("shuffle", "balanced"),
-    "split.name": ("official", "random", "stratified", "folds", "small", "files"),
-    "split.by": ("patient", "image"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "layer", "block", "full"),
-    "model.inputs": ("", "imagenet", "imagenet-grey", "unit", "unit-grey", "grey", "xrv"),
-    "optimizer.name": ("adam", "adamw", "sgd"),
-    "optimizer.schedule": ("constant", "cosine", "plateau"),
-    "loss.name": ("bce", "weighted_bce", "focal", "cross_entropy", "softmax"),
-    "train.watch": ("val_loss", "val_auroc", "val_accuracy"),
-    "train.heads": ("joint", "alternating"),
-    "train.statistics": ("auto", "batch", "frozen"),
-    "study.erf_estimator": ("exact", "probe", "sum"),
-    "study.paper": ("", "resolution"),
-}
-
-# Groups whose keys belong to what was chosen, which checks them.
-OPEN_GROUPS = ("model.options.", "loss.options.")
-
-# key: lowest, highest
-RANGES = {
-    "data.size": (1, math.inf), "data.threads": (1, math.inf), "train.batch": (1, math.inf),
-    "train.per_device": (0, math.inf), "train.epochs": (1, math.inf), "train.steps_per_epoch": (0, math.inf),
-    "train.patience": (0, math.inf), "train.save_every": (0, math.inf), "train.log_every": (1, math.inf),
-    "optimizer.rate": (1e-300, math.inf), "optimizer.epsilon": (1e-300, math.inf), "optimizer.warmup": (0, 1),
-    "optimizer.factor": (0, 1), "optimizer.plateau": (1, math.inf), "optimizer.decay": (0, math.inf),
-    "optimizer.clip": (0, math.inf), "evaluate.batch": (1, math.inf), "evaluate.resamples": (0, math.inf),
-    "evaluate.confidence": (0.01, 0.9999), "split.folds": (2, math.inf), "split.fold": (0, math.inf),
-    "split.share": (1e-9, 1), "study.erf_images": (1, math.inf), "seed": (0, math.inf),
-}  # fmt: skip
+_PACKAGE = Path(__file__).resolve().parent
+RECIPES = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+"""The recipes that come with the project: inside the package in a wheel, at the top of the tree in a clone."""
 
 
 def default() -> Config:
-    """Every key a run knows, with its default and meaning."""
+    """Return the config with every key at its default."""
     config: Config = ConfigDict()
-    config.title = ""  # shown in reports
-    config.seed = 0  # initial weights, order of the records, augmentation
-
-    config.data = ConfigDict()
-    config.data.dataset = "cxr_phantom"  # as `cxrjax prepare DATASET` wrote it
-    config.data.dir = "data"  # the --data-dir of prepare
-    config.data.stored = "256"  # which prepared size is read: native, 1024, ...
-    config.data.size = 256  # what the network sees: size x size px
-    config.data.findings = ()  # a subset, by name; empty: all of data.dataset
-    config.data.views = ()  # for example ("PA", "AP"); empty: all
-    config.data.uncertain = "zeros"  # -1 counts as: zeros | ones | ignore (masked) | smooth (drawn from interval)
-    config.data.interval = (0.55, 0.85)  # of smooth; (0.0, 0.3) smooths towards zero
-    config.data.not_mentioned = "negative"  # -2 counts as: negative | unknown (masked)
-    config.data.exceptions = ()  # findings with rules of their own: "Edema; uncertain=ones; not_mentioned=unknown"
-    config.data.mix = ()  # further data sets, with changes of their own: "mimic_cxr_jpg; split.name=official"
-    config.data.weights = ()  # parts of the training draws that data.dataset and those of mix have; empty: as they are
-    config.data.sampling = "shuffle"  # shuffle (each once an epoch) | balanced (findings, and none, equally often)
-    config.data.threads = 2  # decoding threads
-
-    config.split = ConfigDict()
-    config.split.name = "random"  # official | random | stratified | folds | small | files, always by patient
-    config.split.seed = 0
-    config.split.fractions = (0.7, 0.1, 0.2)  # of patients: train, validation, test
-    config.split.files = ()  # one CSV `id,split`, or the three lists of train, validation, test
-    config.split.sizes = ()  # images per part, for `small`
-    config.split.folds = 5  # for `folds`: how many, ...
-    config.split.fold = 0  # ... and which of them, from 0, is for testing
-    config.split.by = "patient"  # stratified also: image (a patient may then be in two parts: leakage)
-    config.split.share = 1.0  # of the patients; the others are in no part
-
-    config.augment = ConfigDict()
-    config.augment.flip = 0.0  # probability of mirroring left and right
-    config.augment.rotation = 0.0  # degrees, uniform in +-
-    config.augment.shift = 0.0  # fraction of the side, uniform in +-
-    config.augment.zoom = 0.0  # fraction, uniform in 1 +-
-    config.augment.shear = 0.0  # radians, uniform in +-
-    config.augment.brightness = 0.0  # fraction, uniform in 1 +-
-
-    config.model = ConfigDict()
-    config.model.name = "densenet_small"
-    config.model.dtype = "float32"  # what the network computes in; parameters stay float32
-    config.model.remat = "none"  # none | layer | block | full: what is recomputed instead of kept, for memory
-    config.model.inputs = (
-        ""  # how grey is scaled and normalised: imagenet | unit | grey | xrv; empty: the network's own
-    )
-    config.model.init_from = ""  # directory of `cxrjax weights convert`; empty: random initial values
-    config.model.options = ConfigDict()  # of the model's family, checked by it
-
-    config.loss = ConfigDict()
-    # bce | weighted_bce | focal: a finding at a time; cross_entropy: over exclusive classes; softmax: over others
-    config.loss.name = "bce"
-    config.loss.options = ConfigDict()  # weighting, alpha, gamma: see cxrjax.train.losses.make_loss
-
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"  # adam | adamw | sgd (momentum beta1)
-    config.optimizer.rate = 1e-3
-    config.optimizer.rates = ""  # factors on the rate by module, such as "backbone=0.1, denseblock4=0.5"
-    config.optimizer.schedule = "constant"  # constant | cosine | plateau
-    config.optimizer.warmup = 0.0  # fraction of all steps with a rising rate
-    config.optimizer.factor = 0.5  # plateau: rate times this ...
-    config.optimizer.plateau = 3  # ... when the validation loss has not fallen for so many epochs
-    config.optimizer.decay = 0.0  # adamw: weight decay
-    config.optimizer.clip = 0.0  # global norm of the gradient; 0: not clipped
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.epsilon = 1e-8
-
-    config.train = ConfigDict()
-    config.train.batch = 32  # effective: devices x per_device x accumulated steps
-    config.train.per_device = 0  # images on a device at once; 0: as many as the batch gives
-    config.train.epochs = 10
-    config.train.steps_per_epoch = 0  # 0: every training record once
-    config.train.stages = ()  # runs in a row, each with its changes: "train.freeze=backbone; optimizer.rate=1e-3"
-    config.train.freeze = ""  # modules that do not learn, separated by commas; backbone: all but the head
-    config.train.statistics = "auto"  # of norms: batch | frozen (running ones, untouched); auto: frozen with backbone
-    config.train.heads = "joint"  # of networks with several heads: joint (the sum of losses) | alternating, by step
-    config.train.watch = "val_auroc"  # val_auroc | val_loss | val_accuracy: chooses the best checkpoint
-    config.train.patience = 0  # stop after so many epochs without a better one; 0: never
-    config.train.save_every = 0  # steps between checkpoints inside an epoch; 0: each epoch's end only
-    config.train.log_every = 20  # steps between lines of metrics.jsonl
-
-    config.mesh = ConfigDict()
-    config.mesh.data = 0  # devices that share a batch; 0: all that are left
-    config.mesh.space = 1  # devices that share the rows of an image
-
-    config.evaluate = ConfigDict()
-    config.evaluate.batch = 32
-    config.evaluate.resamples = 1000  # of the patients, for the intervals
-    config.evaluate.confidence = 0.95
-
-    config.study = ConfigDict()
-    config.study.arms = ()  # each is a run of this recipe with that argument
-    config.study.sizes = ()  # each is a run of this recipe with that argument
-    config.study.seeds = (0,)
-    config.study.folds = ()  # of split.name=folds, each a run a size; empty: the config's own split only
-    config.study.paper = ""  # resolution: its claims and numbers stand beside the study's; empty: none
-    config.study.fine = ()  # findings expected to gain with resolution
-    config.study.coarse = ()  # findings expected not to
-    config.study.control = ()  # findings of the control run; empty: no control
-    config.study.control_size = 0
-    config.study.erf_images = 32
-    config.study.erf_estimator = "probe"  # exact | probe | sum
-    config.study.passes = 100  # of Monte Carlo dropout
-    config.study.uncertain = 0.1  # standard deviation of the passes above which an image is flagged
+    for name, key in KEYS.items():
+        *groups, leaf = name.split(".")
+        node = config
+        for group in groups:
+            if group not in node:
+                node[group] = ConfigDict()
+            node = node[group]
+        node[leaf] = ConfigDict() if isinstance(key, Group) else key.default
     config.lock()
-    for group in (config.model.options, config.loss.options):
-        group.unlock()
-    return config
+    return _unlock_groups(config)
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply `--config.key=value` overrides.
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply overrides.
 
     Args:
       spec: `FILE` or `FILE:ARG`; a bare name means a recipe that comes with the project.
-      overrides: `key=value` or `--config.key=value`; the value has the key's type.
+      overrides: `key=value` or `--config.key=value`, see `with_overrides`.
 
     Raises:
-      CxrError: no such file, an unknown key (with the nearest right one), a value of the wrong type.
+      CxrError: no such file, an unknown key (with the nearest known one), a value of the wrong type.
     """
     path, _, argument = spec.partition(":")
     file = next((f for f in (Path(path), RECIPES / f"{path}.py") if f.is_file()), None)
     if file is None:
-        known = ", ".join(sorted(f.stem for f in RECIPES.glob("[a-z]*.py")))
-        raise CxrError(f"no config file {path}; recipes that come with the project: {known}")
+        names = ", ".join(sorted(f.stem for f in RECIPES.glob("[a-z]*.py")))
+        raise CxrError(f"no config file {path}; the recipes of the project are {names}")
     try:
         recipe = runpy.run_path(str(file)).get("get_config")
         if recipe is None:
@@ -190,23 +61,55 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
         config = recipe(argument)
     except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise CxrError(f"{file}: {_one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise CxrError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict: start from default()")
     _reject_unknown(config, str(file))
-    missing = [key for key in flatten(default()) if key not in flatten(config)]
+    missing = [name for name, key in KEYS.items() if isinstance(key, Key) and name not in flatten(config)]
     if missing:
         raise CxrError(f"{file}: the config lacks {', '.join(missing)}: start from cxrjax.config.default()")
     return with_overrides(config, overrides)
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """A copy of a config with some keys changed, checked as `load` checks them."""
+    """Return a checked copy of a config with some keys changed.
+
+    Args:
+      config: remains unchanged.
+      overrides: `key=value`. A tuple may be given as `PA,AP` or in Python's syntax, a whole group as a dict.
+    """
     changed = config.copy_and_resolve_references()
     for override in overrides:
-        _override(changed, override.removeprefix("--config."))
+        name, equals, text = override.removeprefix("--config.").partition("=")
+        if not equals:
+            raise CxrError(f"override --config.{name} has no value: write --config.{name}=VALUE")
+        _set(changed, name, _parse(name, text))
     return validate(changed)
 
 
-def read(file: Path) -> Config:
-    """The config that a run wrote beside its results (`config.json`); keys newer than the run have their defaults."""
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a checked copy of a config with the keys of a nested config changed, such as a stage of `train.stages`."""
+    changed = config.copy_and_resolve_references()
+    for name, value in flatten(ConfigDict(dict(changes))).items():
+        _set(changed, name, value)
+    return validate(changed)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into overrides, as `--config.key=value`, and the rest; `--config.key value` counts as one too."""
+    overrides, rest, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            value = next(arguments, None)
+            overrides.append(argument if value is None else f"{argument}={value}")
+    return overrides, rest
+
+
+def read_config(file: Path) -> Config:
+    """Read the `config.json` of a run; keys that it lacks have their defaults."""
     try:
         stored = json.loads(file.read_text())
     except FileNotFoundError:
@@ -217,95 +120,142 @@ def read(file: Path) -> Config:
     return from_dict(stored)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The config with these values, groups nested; lists, which is what JSON has, become tuples."""
-    config = default()
-    for key, value in flatten(ConfigDict(values)).items():
-        _set(config, key, tuple(value) if isinstance(value, list) else value)
-    return validate(config)
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Return the config with these nested values; lists, which is what JSON has, become tuples."""
+    return with_changes(default(), values)
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
-    """The config as `{'a.b': value}`; an empty group has no entry."""
-    flat = {}
+    """Return the config as `{'a.b': value}`; an empty group has no entry."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
     return flat
 
 
 def validate(config: Config) -> Config:
-    """Check the values that can be checked without data; returns the config."""
-    flat = flatten(config)
-    for key, choices in CHOICES.items():
-        if flat[key] not in choices:
-            near = difflib.get_close_matches(str(flat[key]), choices, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise CxrError(f"config key {key} is {flat[key]!r}, and must be one of {', '.join(choices)}{hint}")
-    for key, (low, high) in RANGES.items():
-        if not low <= flat[key] <= high:
-            most = "" if high == math.inf else f" and at most {high}"
-            raise CxrError(f"config key {key} is {flat[key]}, and must be at least {low}{most}")
+    """Check every value against its key, converting it to the key's type in place; return the config.
+
+    Raises:
+      CxrError: an unknown key, None, NaN, a value of the wrong type or out of range.
+    """
+    _reject_unknown(config, "")
+    for name, value in flatten(config).items():
+        key = find_key(name)
+        if key is not None:
+            _set(config, name, value)
+        elif value is None or value != value:
+            raise CxrError(f"config key {name} is {value}: give a number, a string, a bool or a tuple")
+    return _unlock_groups(config)
+
+
+def image_size(text: str | int) -> int:
+    """Return the side of the images in px that a recipe's argument says."""
+    if not str(text).isdecimal():
+        raise ValueError(f"the argument is the side of the images in px, such as 256, not {text}")
+    return int(text)
+
+
+def use_phantom(config: Config, *, size: int = 64) -> Config:
+    """Change a recipe to the phantom (`cxrjax prepare cxr_phantom --size 64`), short enough for two CPU cores."""
+    config.title = f"{config.title}: phantom"
+    config.data.dataset = "cxr_phantom"
+    config.data.stored_size = str(size)
+    config.data.image_size = size
+    config.split.name = "official"
+    config.split.subset_fraction = 1.0
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.model.init_from = ""
+    config.model.init_members = {}
+    config.train.batch_size = 16
+    config.train.steps_per_epoch = 0
+    config.train.epochs = 3
+    config.evaluate.batch_size = 100
+    config.mesh.data = 1
     return config
 
 
 def _reject_unknown(config: Config, where: str) -> None:
-    if not isinstance(config, ConfigDict):
-        raise CxrError(f"{where}: get_config returned {type(config).__name__}, not a ConfigDict: start from default()")
-    known = flatten(default())
-    for key in flatten(config):
-        if key not in known and not key.startswith(OPEN_GROUPS):
-            raise CxrError(f"{where}: {_unknown(key)}")
-
-
-def _unknown(key: str) -> str:
-    known = list(flatten(default()))
-    leaf = {k.rpartition(".")[2]: k for k in known}
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    near = near or [leaf[m] for m in difflib.get_close_matches(key.rpartition(".")[2], list(leaf), 1, 0.5)]
-    return f"unknown config key {key}" + (
-        f"; did you mean {near[0]}?" if near else "; `cxrjax train --help` lists them"
-    )
-
-
-def _override(config: Config, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise CxrError(f"override --config.{override} has no value: write --config.{key}=VALUE")
-    known = flatten(config)
-    if key not in known and not key.startswith(OPEN_GROUPS):
-        raise CxrError(_unknown(key))
-    value: Any = text
-    if not isinstance(known.get(key), str):
+    for name in flatten(config):
         try:
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError):
-            value = text
-    if isinstance(known.get(key), tuple) and not isinstance(value, tuple):
-        value = tuple(value) if isinstance(value, list) else (value,)
-    _set(config, key, value)
+            find_key(name)
+        except KeyError:
+            raise CxrError(f"{where}: {_unknown(name)}" if where else _unknown(name)) from None
 
 
-def _set(config: Config, key: str, value: Any) -> None:
-    *groups, leaf = key.split(".")
+def _unknown(name: str) -> str:
+    group = find_group(name)
+    prefix = f"{group}.{name.removeprefix(f'{group}.').partition('.')[0]}." if group else ""
+    inside = name.removeprefix(prefix)
+    leaves = {key.rpartition(".")[2]: key for key in KEYS}
+    near = difflib.get_close_matches(inside, list(KEYS), 1, 0.5)
+    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(inside.rpartition(".")[2], list(leaves), 1, 0.5)]
+    if group and (not near or near[0] == inside):
+        return f"unknown config key {name}: {group} holds {KEYS[group].meaning}"
+    hint = f"did you mean {prefix}{near[0]}?" if near else "`cxrjax config RECIPE` lists all keys"
+    return f"unknown config key {name}; {hint}"
+
+
+def _parse(name: str, text: str) -> Any:
+    """The value that an override's text has for this key."""
+    try:
+        key = find_key(name)
+    except KeyError:
+        if any(other == name or other.startswith(f"{name}.") for other in KEYS) or find_group(name):
+            return _literal(text)
+        raise CxrError(_unknown(name)) from None
+    if key is not None and isinstance(key.default, str):
+        return text
+    if key is not None and isinstance(key.default, tuple) and not text.strip().startswith(("(", "[")):
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        return tuple(item.strip("'\"") if key.element is str else _literal(item) for item in items)
+    value = _literal(text)
+    if key is not None and isinstance(key.default, tuple) and not isinstance(value, tuple | list):
+        return (value,)  # ("PA") is a string in Python
+    return value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _unlock_groups(config: Config) -> Config:
+    """Let the user choose the entries of groups; everything else stays locked."""
+    for name, key in KEYS.items():
+        if isinstance(key, Group):
+            node = config
+            for part in name.split("."):
+                node = node[part]
+            node.unlock()
+    return config
+
+
+def _set(config: Config, name: str, value: Any) -> None:
+    *groups, leaf = name.split(".")
     node: Any = config
-    for number, group in enumerate(groups, start=1):
-        if group not in node:  # only an open group may hold what the defaults do not
+    for depth, group in enumerate(groups, start=1):
+        if group not in node:  # inside a group whose entries the user chooses
             with node.unlocked():
                 node[group] = ConfigDict()
         node = node[group]
         if not isinstance(node, ConfigDict):
-            above = ".".join(groups[:number])
-            raise CxrError(f"config key {key} is inside {above}, which is {node!r} and holds no keys: set that, whole")
+            above = ".".join(groups[:depth])
+            raise CxrError(f"config key {name} is inside {above}, which is {node!r} and holds no keys")
     held: Any = node.get(leaf)
-    if isinstance(held, ConfigDict) and not isinstance(value, dict):
-        inside = ", ".join(held) or "none"
-        raise CxrError(f"config key {key} holds keys ({inside}): set one of them, or all as a dict, not {value!r}")
+    if isinstance(held, ConfigDict) != isinstance(value, dict | ConfigDict) and leaf in node:
+        inside = f"holds keys ({', '.join(held) or 'none'})" if isinstance(held, ConfigDict) else "holds no keys"
+        raise CxrError(f"config key {name} {inside}: it cannot be set to {value!r}")
     try:
-        with node.unlocked():
-            node[leaf] = value
-    except TypeError:
-        wanted = type(node[leaf]).__name__
-        raise CxrError(f"config key {key} takes a value of type {wanted}, not {value!r}") from None
+        key = find_key(name)
+    except KeyError:  # a whole group, or an unknown key; `validate` checks what is inside
+        key = None
+    value = tuple(value) if isinstance(value, list) else value  # as JSON has tuples
+    with node.unlocked(), node.ignore_type():
+        node[leaf] = ConfigDict(value) if isinstance(value, dict) else key.check(name, value) if key else value
 
 
 def _one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cxrjax.config import load
+from cxrjax.config import load_config
 from cxrjax.distributed.runtime import enable_compilation_cache
 from cxrjax.report import plots, style
 from cxrjax.train.monitoring import read_metrics
@@ -25,7 +25,7 @@ TYPES = ("float32", "bfloat16")
 
 def train(directory: Path, size: int, dtype: str, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
     """Train one run and return its metrics, a row per epoch."""
-    config = load(f"demo:{size}", [f"model.dtype={dtype}", f"seed={seed}", *overrides])
+    config = load_config(f"demo:{size}", [f"model.dtype={dtype}", f"seed={seed}", *overrides])
     run = directory / f"{size}px-{dtype}-seed{seed}"
     train_stages(config, run)
     return [row for row in read_metrics(run / "metrics.jsonl") if "val_loss" in row]
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two (default: 0 1 2)")
     arguments, overrides = parser.parse_known_args()
-    overrides = [f"data.dir={arguments.data_dir}", *overrides]
+    overrides = [f"data.data_dir={arguments.data_dir}", *overrides]
     enable_compilation_cache(arguments.workdir / "cache")
     curves = {}
     for size in arguments.sizes:

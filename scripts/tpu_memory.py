@@ -101,7 +101,7 @@ def main() -> None:
     def row(case: tuple[str, int, str]) -> dict[str, Any]:
         network, size, mesh = case
         data, space = parse_mesh(mesh)
-        arguments = ["--config=resolution:2048", f"--config.model.name={network}", f"--config.data.size={size}",
+        arguments = ["--config=resolution:2048", f"--config.model.name={network}", f"--config.data.image_size={size}",
                  f"--config.model.remat={options.remat}", f"--device={options.device}", f"--mesh={mesh}",
                  f"--batch-size={options.images * data}"]  # fmt: skip
         peak, collectives = plan(arguments)

@@ -2,7 +2,7 @@
 # Start the same run on every host of a TPU pod slice, one process per host.
 #
 #   ZONE=us-east5-a scripts/tpu_pod.sh my-v5e-256 resolution:2048 gs-mount/runs/2048 \
-#       --config.train.batch=64 --config.mesh.space=4
+#       --config.train.batch_size=64 --config.mesh.space=4
 #
 # The number of chips divided by mesh.space must divide the batch: here each image is on 4 of 256 chips.
 # Each host needs this clone in ~/cxrjax with `uv sync --extra tpu`, and the data and the run directory at the same path

@@ -49,22 +49,22 @@ def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY = (
-    "data.stored=32", "data.threads=1", "split.name=random", "split.fractions=(0.5, 0.25, 0.25)",
-    "model.options.growth_rate=4", "model.options.block_config=(1, 1)", "model.options.stem_channels=4", "train.batch=4",
-    "train.steps_per_epoch=4", "train.epochs=3", "train.log_every=2", "mesh.data=1",
+    "data.stored_size=32", "data.num_threads=1", "split.name=random", "split.fractions=(0.5, 0.25, 0.25)",
+    "model.options.growth_rate=4", "model.options.block_config=(1, 1)", "model.options.stem_channels=4",
+    "train.batch_size=4", "train.steps_per_epoch=4", "train.epochs=3", "train.log_every_steps=2", "mesh.data=1",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_overrides(phantom_data):
     """Overrides of `demo:32` that make a run of 12 steps."""
-    return [f"data.dir={phantom_data}", *TINY]
+    return [f"data.data_dir={phantom_data}", *TINY]
 
 
 @pytest.fixture
 def tiny(tiny_overrides):
     """`tiny(*overrides) -> config`."""
-    return lambda *more: configs.load("demo:32", [*tiny_overrides, *more])
+    return lambda *more: configs.load_config("demo:32", [*tiny_overrides, *more])
 
 
 @pytest.fixture
@@ -75,3 +75,28 @@ def shallow_branches(monkeypatch):
     small = fhrnet.HRNETS["hrnet_small"]
     shallow = dataclasses.replace(small, options={**small.options, "num_modules": (1, 1)})
     monkeypatch.setitem(fhrnet.HRNETS, "hrnet_small", shallow)
+
+
+@pytest.fixture(scope="module")
+def six_classes(tmp_path_factory):
+    """A prepared mixture in which every Covid-19 image, and no other, has a bright edge: the `--data-dir`."""
+    import cv2
+    import numpy as np
+
+    from cxrjax.findings import SIX_CLASS
+    from tfds_builders.prepare import prepare
+
+    source, data = tmp_path_factory.mktemp("six"), tmp_path_factory.mktemp("data")
+    rng, number = np.random.default_rng(2), 0
+    for part, count in (("train", 4), ("validation", 2), ("test", 6)):
+        for name in SIX_CLASS:
+            for _ in range(2 * count if name == "Covid-19" else count):
+                number += 1
+                image = rng.integers(0, 120, (32, 32)).astype(np.uint8)
+                covid = name == "Covid-19"
+                image[:3] += np.uint8(100 * covid)
+                path = source / part / name / (f"covid{number}.png" if covid else f"{number:08}_000.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), image)
+    prepare("six_class", source=source, data_dir=data, size=32)
+    return data

@@ -139,9 +139,11 @@ def test_explain_saliency_writes_arrays_images_scores_and_a_report(capsys, train
 def test_the_resolution_study_writes_one_report_of_all_sizes(capsys, tiny_overrides, tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from cxrjax.config import load\n\n\ndef get_config(arg=''):\n"
-        "    config = load(f'demo:{arg or 32}')\n    config.study.sizes = (16, 32)\n    config.study.seeds = (0, 1)\n"
-        "    config.study.control_size = 32\n    config.study.erf_images = 4\n    config.evaluate.resamples = 50\n"
+        "from cxrjax.config import load_config\n\n\ndef get_config(arg=''):\n"
+        "    config = load_config(f'demo:{arg or 32}')\n"
+        "    config.study.sizes = (16, 32)\n    config.study.seeds = (0, 1)\n"
+        "    config.study.control_size = 32\n    config.study.erf_images = 4\n"
+        "    config.evaluate.bootstrap_resamples = 50\n"
         "    return config\n"
     )
     arguments = (
@@ -173,7 +175,7 @@ TRAIN = ("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}")
 BAD = [
     (("train", "--config", "demo", "--workdir", "{tmp}", "--config.train.epoch=3"), "did you mean train.epochs"),
     (("train", "--config", "nowhere", "--workdir", "{tmp}"), "no config file nowhere"),
-    (("train", "--config", "demo", "--workdir", "{tmp}", "--config.data.dir={tmp}"), "cxrjax prepare cxr_phantom"),
+    (("train", "--config", "demo", "--workdir", "{tmp}", "--config.data.data_dir={tmp}"), "cxrjax prepare cxr_phantom"),
     (
         ("train", "--config", "demo:32", "--workdir", "{tmp}", "{data}", "--config.data.findings=('Mas',)"),
         "did you mean Mass",
@@ -194,7 +196,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message for _, message in BAD])
 def test_a_mistake_is_one_error_line_and_exit_code_1(capsys, tmp_path, phantom_data, arguments, message):
-    data = [f"--config.data.dir={phantom_data}", "--config.data.stored=32"]
+    data = [f"--config.data.data_dir={phantom_data}", "--config.data.stored_size=32"]
     arguments = [
         argument for given in arguments for argument in (data if given == "{data}" else [given.format(tmp=tmp_path)])
     ]
@@ -268,9 +270,11 @@ def test_a_full_disk_is_one_error_line_and_the_run_resumes_once_there_is_space(s
 def test_the_demo_prepares_trains_and_reports(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from cxrjax.config import load\n\n\ndef get_config(arg=''):\n    config = load(f'demo:{arg or 32}')\n"
-        "    config.data.stored = '32'\n    config.study.sizes = (16, 32)\n    config.study.control_size = 32\n"
-        "    config.train.epochs = 1\n    config.train.steps_per_epoch = 3\n    config.evaluate.resamples = 20\n"
+        "from cxrjax.config import load_config\n\n\ndef get_config(arg=''):\n"
+        "    config = load_config(f'demo:{arg or 32}')\n"
+        "    config.data.stored_size = '32'\n    config.study.sizes = (16, 32)\n    config.study.control_size = 32\n"
+        "    config.train.epochs = 1\n    config.train.steps_per_epoch = 3\n"
+        "    config.evaluate.bootstrap_resamples = 20\n"
         "    config.study.erf_images = 2\n    options = config.model.options\n"
         "    options.growth_rate, options.block_config, options.stem_channels = 4, (1, 1), 4\n    return config\n"
     )
@@ -292,14 +296,14 @@ def test_json_on_standard_output_has_nothing_beside_it(capsys, trained):
         ("data.findings=('Mass',)", "study.fine names"),
         ("study.control=('Hernia',)", "study.control names Hernia"),
         ("study.erf_estimator=prob", "did you mean probe"),
-        ("evaluate.confidence=95", "evaluate.confidence"),
+        ("evaluate.confidence_level=95", "evaluate.confidence_level"),
     ],
 )
 def test_a_study_checks_its_config_before_training(capsys, tmp_path, phantom_data, override, message):
     arguments = ("study", "resolution", "--config", "demo", "--workdir", tmp_path / "study")
     more = [
         f"--config.{override}"
-        for override in (f"data.dir={phantom_data}", "data.stored=32", "study.sizes=(16, 32)", override)
+        for override in (f"data.data_dir={phantom_data}", "data.stored_size=32", "study.sizes=(16, 32)", override)
     ]
     code, _, err = run(capsys, *arguments, *more)
     assert code == 1

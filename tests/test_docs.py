@@ -21,7 +21,7 @@ def sections() -> dict[str, str]:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_other_readings_are_keys_of_the_recipe(system):
-    config = configs.load(system)
+    config = configs.load_config(system)
     spans = re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=([^`]*))?`", sections()[system])
     assert spans
     known = configs.flatten(config)
@@ -34,7 +34,7 @@ def test_the_other_readings_are_keys_of_the_recipe(system):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_recipes_with_arguments_exist(system):
     for argument in re.findall(rf"`{system}:([^`]+)`", sections()[system]):
-        configs.load(f"{system}:{argument}")
+        configs.load_config(f"{system}:{argument}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

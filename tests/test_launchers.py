@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cxrjax.cli.main import make_parser
-from cxrjax.config import load
+from cxrjax.config import load_config
 from cxrjax.distributed.mesh import check_divides
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -124,7 +124,7 @@ def test_documented_runs_fit_their_machines(name):
     devices, arguments = examples()[name]
     (recipe,) = {text for text in arguments if "resolution:2048" in text}
     overrides = [text.removeprefix("--config.") for text in arguments if text.startswith("--config.")]
-    config = load(recipe.removeprefix("--config="), overrides)
+    config = load_config(recipe.removeprefix("--config="), overrides)
     space, data = config.mesh.space, devices // config.mesh.space
-    check_divides("the batch", config.train.batch, "data", data)
-    check_divides("the rows", config.data.size, "space", space)
+    check_divides("the batch", config.train.batch_size, "data", data)
+    check_divides("the rows", config.data.image_size, "space", space)

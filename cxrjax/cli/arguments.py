@@ -24,16 +24,20 @@ class PartialResult:
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True, default: str = "") -> None:
     """Add `--config`; `default` says what is used without it. `--config.KEY=VALUE` is split off in `main`."""
-    from cxrjax.config import default as default_config
-    from cxrjax.config import flatten
-
     parser.add_argument(
         "--config", required=required, metavar="RECIPE[:ARG]",
         help="a recipe in configs/, or a Python file with get_config()" + (f" (default: {default})" if default else ""),
     )  # fmt: skip
+    add_overrides_help(parser)
+
+
+def add_overrides_help(parser: argparse.ArgumentParser) -> None:
+    """List the config keys below the options."""
+    from cxrjax.config_keys import KEYS
+
     parser.epilog = (
-        "--config.KEY=VALUE overrides one key of the recipe, for example --config.train.epochs=3. Keys: "
-        + ", ".join(flatten(default_config()))
+        "--config.KEY=VALUE overrides one key of the recipe, for example --config.train.epochs=3 or "
+        "--config.data.views=PA,AP; `cxrjax config RECIPE` explains each key. Keys: " + ", ".join(KEYS)
     )
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> PartialResult:
     """Measure all cases and print a table."""
-    from cxrjax.config import load
+    from cxrjax.config import load_config
     from cxrjax.console import print_text, progress_bar, stdout
     from cxrjax.planning import benchmark
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> PartialResult:
         arguments.cases, arguments.dtypes, arguments.remats, steps=arguments.steps, mesh=arguments.mesh
     )
     if arguments.config:
-        cases.append(benchmark.Case.from_config(load(arguments.config, arguments.overrides), arguments.steps))
+        cases.append(benchmark.Case.from_config(load_config(arguments.config, arguments.overrides), arguments.steps))
     if not cases:
         raise CxrError("nothing to measure: give ARCH:SIZE:BATCH, such as densenet121:1024:8, or --config RECIPE")
     rows = []

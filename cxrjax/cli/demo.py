@@ -33,17 +33,17 @@ def run_demo(directory: Path, *, recipe: str = "demo", patients: int | None = No
     Returns:
       The result of the study and the `seconds` that everything took.
     """
-    from cxrjax.config import load
+    from cxrjax.config import load_config
     from cxrjax.console import print_text
     from cxrjax.studies.resolution.study import resolution
     from tfds_builders.prepare import prepare
 
     start = time.perf_counter()
-    config = load(recipe)
+    config = load_config(recipe)
     data = directory / "data"
     options: dict[str, Any] = {} if patients is None else {"patients": patients}
-    prepare(config.data.dataset, data_dir=data, size=int(config.data.stored), **options)
-    result = resolution(recipe, [f"data.dir={data}"], directory) or {}
+    prepare(config.data.dataset, data_dir=data, size=int(config.data.stored_size), **options)
+    result = resolution(recipe, [f"data.data_dir={data}"], directory) or {}
     seconds = time.perf_counter() - start
     print_text(f"the demo took {seconds / 60:.1f} minutes")
     return result | {"seconds": round(seconds, 1)}

@@ -15,12 +15,13 @@ from typing import Any
 
 from cxrjax import __version__
 from cxrjax.cli.arguments import PartialResult
+from cxrjax.config import split_overrides
 from cxrjax.console import log
 from cxrjax.errors import CxrError, InterruptedRunError, out_of_memory
 from cxrjax.files import write_text
 
-COMMANDS = ("demo", "prepare", "train", "evaluate", "score", "predict", "explain", "models", "study", "plan", "bench",
-            "weights")  # fmt: skip
+COMMANDS = ("demo", "prepare", "config", "train", "evaluate", "score", "predict", "explain", "models", "study", "plan",
+            "bench", "weights")  # fmt: skip
 """Each is a module of `cxrjax.cli` with `add_arguments(parser)` and `run(arguments)`; its docstring is the help."""
 
 
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 on success, 1 for an error, 128 + n if signal n stopped the run."""
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    arguments, unknown = parser.parse_known_args([argument for argument in argv if argument not in overrides])
+    overrides, others = split_overrides(argv)
+    arguments, unknown = parser.parse_known_args(others)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}; see cxrjax {arguments.command} --help")
     if overrides and not hasattr(arguments, "config"):
@@ -135,11 +136,11 @@ def _fail(message: str, code: int) -> int:
 
 def _fail_out_of_memory(arguments: argparse.Namespace, requested: str) -> int:
     """Suggest settings that need less memory; for training also print the plan of each."""
-    from cxrjax.config import load
+    from cxrjax.config import load_config
     from cxrjax.distributed.runtime import is_main_process
     from cxrjax.planning.oom_advice import advice, print_plans
 
-    config = load(arguments.config, arguments.overrides) if arguments.command == "train" else None
+    config = load_config(arguments.config, arguments.overrides) if arguments.command == "train" else None
     code = _fail(f"out of device memory ({requested} requested); to use less: {advice(arguments.command, config)}", 1)
     _leave_processes()  # most likely they fail too, for the same reason
     if config is not None and is_main_process():

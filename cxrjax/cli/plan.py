@@ -51,13 +51,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan one step, a sweep, or the largest batch size."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the device's compiler runs on the CPU
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from cxrjax.config import load
+    from cxrjax.config import load_config
     from cxrjax.console import print_text, stdout
     from cxrjax.planning import sweep
     from cxrjax.planning.accelerators import ACCELERATORS
     from cxrjax.planning.plan import estimate_plan, largest_batch
 
-    config = load(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     accelerator = ACCELERATORS[check_choice("--device", arguments.device, ACCELERATORS)]
     _check(arguments)
     data, space = mesh_shape(arguments.mesh) or (config.mesh.data or 1, config.mesh.space)
@@ -94,7 +94,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("sizes", "meshes", "remats"):
         if getattr(arguments, name) and not arguments.sweep:
             raise CxrError(
-                f"--{name} is for --sweep; for one plan use --config.data.size, --mesh and --config.model.remat"
+                f"--{name} is for --sweep; for one plan use --config.data.image_size, --mesh and --config.model.remat"
             )
 
 

@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Train; returns the progress in the first process and None in the others."""
-    from cxrjax.config import load
+    from cxrjax.config import load_config
     from cxrjax.console import print_text
     from cxrjax.distributed.runtime import is_main_process
     from cxrjax.train.stages import train_stages
 
-    config = load(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     join_processes(arguments, stops_together=True)
     use_compilation_cache(arguments.workdir)
     progress = train_stages(config, arguments.workdir, profile=arguments.profile)
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if progress.stopped_early:
         details.append("stopped early")
     if progress.best is not None:
-        details.append(f"best {config.train.watch} {abs(progress.best):.4f} at step {progress.best_step}")
+        details.append(f"best {config.train.monitor} {abs(progress.best):.4f} at step {progress.best_step}")
     if progress.data_wait_fraction is not None:
         details.append(f"{progress.data_wait_fraction:.1%} of the time waiting for data")
     print_text(f"{', '.join(details)}: {arguments.workdir}")

@@ -1,8 +1,7 @@
-"""Several prepared data sets as one: one table of records in one vocabulary, images read from where they lie."""
+"""Several prepared data sets as one: a common record table and vocabulary; images stay in their data sets."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import json
@@ -18,20 +17,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int32
 
-from cxrjax.config import Config, with_overrides
+from cxrjax.config import Config, with_changes, with_overrides
 from cxrjax.console import stderr
 from cxrjax.data.records import Box, Records, open_records
 from cxrjax.data.splits import DataSplit, SplitRows, compute_split_fingerprint, find_shared_images, make_split
 from cxrjax.errors import CxrError
-from cxrjax.findings import NO_FINDING, LabelPolicy, name_in, positions, translate
+from cxrjax.findings import NO_FINDING, LabelPolicy, finding_indices, matching_name, translate_labels
 
 _NAMES = ("id", "patient", "study")
-_KEPT = ("view", "sex", "source", "official", "age", "width", "height")
+_COPIED = ("view", "sex", "source", "official", "age", "width", "height")
 
 
 @dataclass(frozen=True)
-class Pooled(Records):
-    """Data sets one after the other; see `pool`.
+class Mixture(Records):
+    """Records of several data sets, one after the other; made by `make_mixture`.
 
     Attributes:
       sources: the data sets.
@@ -45,7 +44,7 @@ class Pooled(Records):
         return np.cumsum([0, *map(len, self.sources[:-1])]).astype(np.int32)
 
     def origin(self, rows: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
-        """The number of the data set that each row comes from."""
+        """Return the index of the data set that each row comes from."""
         return (np.searchsorted(self.starts, rows, side="right") - 1).astype(np.int32)
 
     @cached_property
@@ -53,20 +52,20 @@ class Pooled(Records):
         return np.concatenate([source.digests for source in self.sources])
 
     def boxes(self, row: int) -> list[Box]:
-        """As in `Records`, by the names of this vocabulary."""
+        """See `Records.boxes`; findings have the names of this vocabulary."""
         source, row = self._at(row)
-        named = {name_in(source.findings, finding): finding for finding in self.findings}
+        named = {matching_name(source.findings, finding): finding for finding in self.findings}
         return [dataclasses.replace(box, finding=named.get(box.finding, box.finding)) for box in source.boxes(row)]
 
     def mask(self, row: int, finding: str, size: int) -> Bool[np.ndarray, "size size"] | None:
-        """As in `Records`; None too where the record's data set does not have the finding."""
-        positions([finding], self.findings)
+        """See `Records.mask`; also None if the record's data set does not have the finding."""
+        finding_indices([finding], self.findings)
         source, row = self._at(row)
-        name = name_in(source.findings, finding)
+        name = matching_name(source.findings, finding)
         return None if name is None else source.mask(row, name, size)
 
     def verify(self, sample: int = 256) -> None:
-        """As in `Records`, of each data set."""
+        """See `Records.verify`; checks each data set."""
         for source in self.sources:
             source.verify(sample)
 
@@ -79,115 +78,109 @@ class Pooled(Records):
         return source._features(row)
 
 
-def pool(sources: Sequence[Records], findings: Sequence[str]) -> Pooled:
-    """Put data sets together, with labels in one vocabulary (`findings.translate`).
+def make_mixture(sources: Sequence[Records], findings: Sequence[str]) -> Mixture:
+    """Combine data sets, with labels translated into one vocabulary (`findings.translate`).
 
-    Ids, patients and studies begin with their data set's name and a stroke, such as `chestxray14/00000013_005.png`.
+    Ids, patients and studies are prefixed with the name of their data set, as in `chestxray14/00000013_005.png`.
 
     Args:
       sources: data sets of different names.
-      findings: the common vocabulary; each must be a finding of one of the data sets, by this or its other name.
+      findings: the common vocabulary; at least one data set must have each finding, under this name or a synonym.
 
     Raises:
-      CxrError: a finding that no data set has, or a data set twice.
+      CxrError: no data set has a finding, or a data set is named twice.
     """
     names = [source.dataset for source in sources]
     if len(set(names)) < len(names):
-        again = next(name for name in names if names.count(name) > 1)
-        raise CxrError(f"data set {again} is named twice: what is mixed has different names")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise CxrError(f"data set {repeated} is in the mixture twice: give data sets different names")
     for finding in findings:
-        if finding != NO_FINDING and all(name_in(source.findings, finding) is None for source in sources):
-            positions([finding], list(dict.fromkeys(name for source in sources for name in source.findings)))
-    about = ["pooled", [source.fingerprint for source in sources], list(findings)]
+        if finding != NO_FINDING and all(matching_name(source.findings, finding) is None for source in sources):
+            finding_indices([finding], list(dict.fromkeys(name for source in sources for name in source.findings)))
+    content = ["pooled", [source.fingerprint for source in sources], list(findings)]
     folders = [source.directory for source in sources if source.directory is not None]
     sizes = list(dict.fromkeys(source.config for source in sources))
-    return Pooled(
+    return Mixture(
         Path(os.path.commonpath(folders)) if folders else None,
         dataset="+".join(names),
         config="+".join(sizes),
         findings=tuple(findings),
-        fingerprint=hashlib.sha256(json.dumps(about).encode()).hexdigest(),
-        table=pa.concat_tables([_table(source, findings) for source in sources]),
+        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        table=pa.concat_tables([_mixture_table(source, findings) for source in sources]),
         options={"exclusive": all(s.exclusive and set(s.findings) == set(findings) for s in sources)},
         sources=tuple(sources),
     )
 
 
-def pool_splits(records: Pooled, splits: Sequence[DataSplit]) -> DataSplit:
-    """Each part is that part of every data set; the same image in different parts of two data sets is named.
+def combine_splits(records: Mixture, splits: Sequence[DataSplit]) -> DataSplit:
+    """Combine the splits of all data sets; images that two data sets have in different splits are reported.
 
     Args:
-      records: the data sets, pooled.
-      splits: of each.
+      records: the mixture.
+      splits: of each data set.
     """
-    names = dict.fromkeys(part for split in splits for part in split.rows)
-    parts = {
+    names = dict.fromkeys(name for split in splits for name in split.rows)
+    rows = {
         name: np.concatenate(
             [s.rows[name] + start for s, start in zip(splits, records.starts, strict=True) if name in s.rows]
         ).astype(np.int32)
         for name in names
     }
-    _say_shared(records, parts)
+    _report_shared_images(records, rows)
     kinds = dict.fromkeys(split.name for split in splits)
-    return DataSplit("+".join(kinds), parts, compute_split_fingerprint(records, parts))
+    return DataSplit("+".join(kinds), rows, compute_split_fingerprint(records, rows))
 
 
-def own_policy(policy: LabelPolicy, records: Records, findings: Sequence[str]) -> LabelPolicy:
-    """The policy for a data set's labels in another vocabulary.
+def translated_policy(policy: LabelPolicy, records: Records, findings: Sequence[str]) -> LabelPolicy:
+    """Return the policy for a data set's labels in the vocabulary of the mixture.
 
-    What is only inferred from its other labels counts where it is certain; for the rest nobody said anything.
+    A finding that is only inferred from other labels counts where it is certain, and is unknown elsewhere.
     """
-    inferred = [name for name in findings if name != NO_FINDING and name_in(records.findings, name) is None]
-    exceptions = {name: LabelPolicy(uncertain="ignore", not_mentioned="unknown") for name in inferred}
-    return dataclasses.replace(policy, exceptions=exceptions | _renamed(policy.exceptions, findings))
+    inferred = [name for name in findings if name != NO_FINDING and matching_name(records.findings, name) is None]
+    rules = {name: LabelPolicy(uncertain="ignore", not_mentioned="unknown") for name in inferred}
+    return dataclasses.replace(policy, per_finding=rules | _rename_rules(policy.per_finding, findings))
 
 
-def _renamed(exceptions: Mapping[str, LabelPolicy], findings: Sequence[str]) -> dict[str, LabelPolicy]:
-    """Exceptions under the names of this vocabulary."""
-    return {name_in(findings, finding) or finding: rule for finding, rule in exceptions.items()}
+def _rename_rules(rules: Mapping[str, LabelPolicy], findings: Sequence[str]) -> dict[str, LabelPolicy]:
+    """The rules, under the names of this vocabulary."""
+    return {matching_name(findings, finding) or finding: rule for finding, rule in rules.items()}
 
 
-def _table(source: Records, findings: Sequence[str]) -> pa.Table:
-    """A data set's part of the pooled table."""
+def _mixture_table(source: Records, findings: Sequence[str]) -> pa.Table:
+    """A data set's rows of the mixture's table."""
     columns: dict[str, Any] = {}
     for name in _NAMES:
         column = source.table[name].cast(pa.string())
         columns[name] = pc.binary_join_element_wise(source.dataset, column, "/")  # pyright: ignore
-    for name in _KEPT:
-        unknown = pa.array(np.zeros(len(source), np.int32))  # sizes, of what was prepared before they were kept
-        column = source.table[name] if name in source.table.column_names else unknown
+    for name in _COPIED:
+        column = source.table[name]
         columns[name] = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
-    labels = translate(source.labels, source.findings, findings)
+    labels = translate_labels(source.labels, source.findings, findings)
     columns |= {f"label_{name}": pa.array(labels[:, k].copy()) for k, name in enumerate(findings)}
     return pa.table(columns)
 
 
-def _say_shared(records: Pooled, parts: SplitRows) -> None:
-    """Tell of images that two data sets have in different parts; of those of one data set its own split tells."""
-    pairs = find_shared_images(records, parts)
+def _report_shared_images(records: Mixture, rows: SplitRows) -> None:
+    """Report images that two data sets have in different splits; a data set's own split reports those within it."""
+    pairs = find_shared_images(records, rows)
     between = [text for text in pairs if len({name.split("/")[0] for name in text.split(" = ")}) > 1]
     if between:
         more = f" and {len(between) - 5:,} more" if len(between) > 5 else ""
         stderr.print(
-            f"{len(between):,} images are in different parts of two data sets: {', '.join(between[:5])}{more}; scores "
-            "of them are too good: leave one of each out by split.files",
+            f"{len(between):,} images are in different splits of two data sets: {', '.join(between[:5])}{more}; their "
+            "scores will be too high: leave one of each out with split.files",
             soft_wrap=True,
         )  # fmt: skip
 
 
-_OWN = ("data.stored", "data.views", "data.uncertain", "data.interval", "data.not_mentioned", "data.exceptions")
-"""Config keys beside split.* that each data set of a mixture may set for itself."""
-_RULES = ("uncertain", "not_mentioned", "interval")
-
-
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One data set of a run.
 
     Attributes:
-      config: the run's, as it is for this data set.
-      records: all of them.
-      split: of them, by patient.
+      config: the run's config, as it applies to this data set.
+      records: all records.
+      split: how they are split, by patient.
     """
 
     config: Config
@@ -195,126 +188,94 @@ class Source:
     split: DataSplit
 
     @classmethod
-    def open(cls, config: Config) -> Source:
-        """Open a data set without touching its images, and split it.
+    def open(cls, config: Config) -> DataSource:
+        """Open a data set, without reading images, and split it.
 
         Raises:
-          CxrError: it is not prepared, its images are smaller than wanted, it cannot be split so.
+          CxrError: it is not prepared, its images are smaller than `data.image_size`, or it cannot be split this way.
         """
         data, split = config.data, config.split
-        records = open_records(Path(data.dir), data.dataset, data.stored)
-        if data.stored.isdigit() and data.size > int(data.stored):
+        records = open_records(Path(data.data_dir), data.dataset, data.stored_size)
+        if data.stored_size.isdigit() and data.image_size > int(data.stored_size):
             raise CxrError(
-                f"config key data.size = {data.size} is more than the {data.stored} px that are stored: "
-                "enlarged images hold no more detail; prepare a larger size and set data.stored"
+                f"config key data.image_size = {data.image_size} is more than the {data.stored_size} px that are "
+                "stored: enlarged images have no more detail; prepare a larger size and set data.stored_size"
             )
-        made = make_split(
+        files = [Path(name) for name in split.files]
+        data_split = make_split(
             records,
             split.name,
             seed=split.seed,
             fractions=split.fractions,
-            files=_files(split.files),
+            files=files[0] if len(files) == 1 else files or None,
             sizes=split.sizes or None,
             folds=split.folds,
             fold=split.fold,
-            subset_fraction=split.share,
+            subset_fraction=split.subset_fraction,
             by=split.by,
         )
-        return cls(config, records, made)
+        return cls(config, records, data_split)
 
     @cached_property
-    def parts(self) -> dict[str, np.ndarray]:
-        """Rows of each part of the split that show one of the wanted views.
+    def rows_by_split(self) -> dict[str, np.ndarray]:
+        """Rows of each split that show one of the views of `data.views`.
 
         Raises:
           CxrError: no image has such a view.
         """
-        wanted, views = self.config.data.views, {str(view) for view in self.records.view}
-        unknown = sorted(set(wanted) - views)
+        views, available = self.config.data.views, {str(view) for view in self.records.view}
+        unknown = sorted(set(views) - available)
         if unknown:
             raise CxrError(
-                f"config key data.views: no image of {self.records.dataset} has view {unknown[0]}; there are "
-                f"{', '.join(sorted(views))}"
+                f"config key data.views: no image of {self.records.dataset} has view {unknown[0]}; choose from "
+                f"{', '.join(sorted(available))}"
             )
-        parts = self.split.rows
         return {
-            name: rows[np.isin(self.records.view[rows], wanted)] if wanted else rows for name, rows in parts.items()
+            name: rows[np.isin(self.records.view[rows], views)] if views else rows
+            for name, rows in self.split.rows.items()
         }
 
     @property
     def policy(self) -> LabelPolicy:
-        """What this data set's labels are trained as.
-
-        Raises:
-          CxrError: an exception that is not understood.
-        """
-        data = self.config.data
-        rule = {
-            "uncertain": data.uncertain, "not_mentioned": data.not_mentioned, "interval": data.interval,
-            "seed": self.config.seed,
-        }  # fmt: skip
-        exceptions = {}
-        for entry in data.exceptions:
-            finding, changes = _entry("data.exceptions", entry, _RULES)
-            exceptions[finding] = LabelPolicy(**(rule | {key: _value(text) for key, text in changes.items()}))
-        return LabelPolicy(**rule, exceptions=exceptions)
-
-
-def source_configs(config: Config) -> list[Config]:
-    """The config as it is for each data set: `data.dataset`, then those of `data.mix` with their changes.
-
-    Raises:
-      CxrError: an entry that is not understood, or not one weight for each data set.
-    """
-    configs = [config]
-    for entry in config.data.mix:
-        name, changes = _entry("data.mix", entry, _OWN, "split.")
-        overrides = [f"{key}={value}" for key, value in changes.items()]
-        configs.append(with_overrides(config, ["data.mix=()", "data.weights=()", f"data.dataset={name}", *overrides]))
-    if config.data.weights and len(config.data.weights) != len(configs):
-        raise CxrError(
-            f"config key data.weights has {len(config.data.weights)} numbers for {len(configs)} data sets: give one "
-            "to data.dataset and one to each of data.mix, or none"
+        """How the labels of this data set are trained."""
+        labels = self.config.labels
+        rule = {name: labels[name] for name in ("uncertain", "smooth_range", "not_mentioned")}
+        return LabelPolicy(
+            **rule,
+            seed=self.config.seed,
+            per_finding={
+                finding: LabelPolicy(**(rule | dict(changes.items())), seed=self.config.seed)
+                for finding, changes in labels.per_finding.items()
+            },
         )
+
+
+def data_source_configs(config: Config) -> list[Config]:
+    """Return the config of each data set: `data.dataset` first, then those of `data.mixture` in alphabetical order."""
+    configs = [config]
+    for name, entry in config.data.mixture.items():
+        changes = {key: value for key, value in entry.items() if key != "weight"}
+        base = with_overrides(config, ["data.mixture={}", "data.weight=0", f"data.dataset={name}"])
+        configs.append(with_changes(base, changes))
     return configs
 
 
-def with_absolute_files(mix: tuple[str, ...]) -> tuple[str, ...]:
-    """Entries of `data.mix` whose files are found from any working directory."""
-    absolute = []
-    for entry in mix:
-        name, changes = _entry("data.mix", entry, _OWN, "split.")
-        if "split.files" in changes:
-            files = _value(changes["split.files"])
-            files = [files] if isinstance(files, str) else files
-            changes["split.files"] = repr(tuple(str(Path(file).resolve()) for file in files))
-        absolute.append("; ".join([name, *(f"{key}={value}" for key, value in changes.items())]))
-    return tuple(absolute)
+def mixture_weights(config: Config) -> tuple[float, ...]:
+    """Return the weight of each data set, in the order of `data_source_configs`; empty if none has one.
 
-
-def _entry(key: str, text: str, label_mask: tuple[str, ...], group: str = " ") -> tuple[str, dict[str, str]]:
-    """`name; key=value; ...` taken apart."""
-    name, *changes = (word.strip() for word in str(text).split(";"))
-    if not name or "=" in name:
-        raise CxrError(f"config key {key}: entry {text!r} must begin with a name, as in 'NAME; {label_mask[0]}=...'")
-    pairs = {}
-    for change in filter(None, changes):
-        which, equals, value = change.partition("=")
-        if not equals or not (which in label_mask or which.startswith(group)):
-            may = ", ".join(label_mask) + (f" and {group}*" if group.strip() else "")
-            raise CxrError(f"config key {key}: {change!r} of {name} is not understood; an entry may set {may}")
-        pairs[which] = value
-    return name, pairs
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _files(names: tuple[str, ...]) -> Path | list[Path] | None:
-    """The split's files as `make_split` takes them: one CSV, or three lists."""
-    paths = [Path(name) for name in names]
-    return paths[0] if len(paths) == 1 else paths or None
+    Raises:
+      CxrError: only some of the data sets have a weight.
+    """
+    weights = {config.data.dataset: float(config.data.weight)}
+    weights |= {name: float(entry.get("weight", 0.0)) for name, entry in config.data.mixture.items()}
+    missing = [name for name, weight in weights.items() if not weight]
+    if len(missing) == len(weights):
+        return ()
+    if missing or len(weights) == 1:
+        raise CxrError(
+            f"config keys data.weight and data.mixture.NAME.weight: {', '.join(missing) or 'a single data set'} has "
+            "no weight to share; give every data set of a mixture a weight above 0, or none"
+            if missing
+            else "config key data.weight is for a mixture: set data.mixture, or data.weight=0"
+        )
+    return tuple(weights.values())

@@ -19,7 +19,7 @@ from cxrjax.data.batch import Batch
 from cxrjax.data.images import Augment, Transform
 from cxrjax.data.records import Records
 from cxrjax.errors import CxrError
-from cxrjax.findings import NO_FINDING, LabelPolicy, no_finding, positions, targets
+from cxrjax.findings import NO_FINDING, LabelPolicy, derive_no_finding, finding_indices, make_targets
 
 SAMPLING_NAMES = ("shuffle", "balanced")
 
@@ -59,9 +59,9 @@ def make_examples(
     rows = np.asarray(rows, np.int32)
     labels, names = records.labels[rows], records.findings
     if NO_FINDING in findings and NO_FINDING not in names:
-        labels, names = np.column_stack([labels, no_finding(labels, names)]), (*names, NO_FINDING)
-    columns = positions(findings, names)
-    label, label_mask = targets(labels, policy, findings=names, ids=records.id[rows])
+        labels, names = np.column_stack([labels, derive_no_finding(labels, names)]), (*names, NO_FINDING)
+    columns = finding_indices(findings, names)
+    label, label_mask = make_targets(labels, policy, findings=names, ids=records.id[rows])
     return Examples(records, rows, label[:, columns], label_mask[:, columns])
 
 

@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from cxrjax.data.images import decode, decode_resized
 from cxrjax.data.manifest import describe_damage, find_truncated, read_manifest
 from cxrjax.errors import CxrError
-from cxrjax.findings import positions
+from cxrjax.findings import finding_indices
 
 TABLE = "records.parquet"
 FORMAT = 1
@@ -203,7 +203,7 @@ class Records:
         Raises:
           CxrError: the data set does not have the finding.
         """
-        [position] = positions([finding], self.findings)
+        [position] = finding_indices([finding], self.findings)
         if not self.options.get("masks"):
             return _draw_boxes([box for box in self.boxes(row) if box.finding == finding], size)
         stored = decode(self._features(row)["mask"].bytes_list.value[0], f"mask of {self.id[row]}")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from cxrjax.errors import CxrError
-from cxrjax.findings import positions
+from cxrjax.findings import finding_indices
 from cxrjax.metrics.bootstrap import BootstrapResult, percentile_interval, same_images, strata
 from cxrjax.metrics.delong import Estimate, delong
 from cxrjax.metrics.ensemble import align
@@ -82,7 +82,7 @@ def difference_from_bootstrap(
     paired = (first.resamples, first.seed, len(first.tables)) == (second.resamples, second.seed, len(second.tables))
     if not (paired and all(map(same_images, first.tables, second.tables))):
         raise CxrError("models can only be compared on the same images in the same order: predict the same split")
-    columns = [np.array(positions(findings, result.findings)) for result in (first, second)]
+    columns = [np.array(finding_indices(findings, result.findings)) for result in (first, second)]
     defined: np.ndarray = np.all(first.defined[:, columns[0]] & second.defined[:, columns[1]], axis=0)
     left_out = tuple(finding for finding, ok in zip(findings, defined, strict=True) if not ok)
     if not defined.any():

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from scipy.special import expit, logit, logsumexp
 
 from cxrjax.errors import CxrError
-from cxrjax.findings import LabelPolicy, positions, targets
+from cxrjax.findings import LabelPolicy, finding_indices, make_targets
 from cxrjax.metrics import tables
 
 SCORING_POLICY = LabelPolicy(uncertain="ignore", not_mentioned="unknown")
@@ -94,7 +94,7 @@ class Predictions:
         Raises:
           CxrError: a finding is not in the table.
         """
-        columns = positions(findings, self.findings)
+        columns = finding_indices(findings, self.findings)
         cells = {name: getattr(self, name)[:, columns] for name in ("logit", "label", "label_mask")}
         return replace(self, findings=tuple(findings), **cells)
 
@@ -167,7 +167,7 @@ def _read_labels(
         raise CxrError(
             f"{table.path}: no column label_{missing[0]}, though others have one; columns are {table.column_names}"
         )
-    label, label_mask = targets(np.stack([table.labels(columns[f]) for f in findings], axis=1), policy)
+    label, label_mask = make_targets(np.stack([table.labels(columns[f]) for f in findings], axis=1), policy)
     known = table.columns_by_finding("known")
     for k, finding in enumerate(findings):
         if finding in known:

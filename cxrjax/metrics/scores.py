@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int8
 
 from cxrjax.errors import CxrError
-from cxrjax.findings import NIH14, NO_FINDING, LabelPolicy, targets
+from cxrjax.findings import NIH14, NO_FINDING, LabelPolicy, make_targets
 from cxrjax.metrics import tables
 from cxrjax.metrics.auc import mean_defined
 from cxrjax.metrics.bootstrap import BootstrapResult, Interval, check_confidence, percentile_interval
@@ -252,7 +252,7 @@ def with_labels(predictions: Predictions, labels: LabelTable, policy: LabelPolic
             f"{labels.path}: no labels for {len(missing):,} of {len(predictions):,} predicted images ({examples}); "
             "check that both files name images alike"
         )
-    label, label_mask = targets(labels.label[rows], policy)
+    label, label_mask = make_targets(labels.label[rows], policy)
     patient = predictions.patient if labels.patient is None else labels.patient[rows]
     return replace(predictions, patient=patient, label=label, label_mask=label_mask)
 

@@ -142,8 +142,8 @@ def check_size(network: Network, size: int, *, batch_size: int = 1, backbone_in_
     candidates = [below + SIZE_MULTIPLE * step for step in range(NUM_CANDIDATES + 1)]
     working = [candidate for candidate in candidates if candidate and not refusal(candidate)]
     nearest = [side for side in working if side < size][:1] + [side for side in working if side > size][:1]
-    advice = f": choose data.size = {' or '.join(map(str, nearest))}" if nearest else ""
-    raise CxrError(f"config key data.size = {size} does not suit the network{advice}. Its reason: {reason}")
+    advice = f": choose data.image_size = {' or '.join(map(str, nearest))}" if nearest else ""
+    raise CxrError(f"config key data.image_size = {size} does not suit the network{advice}. Its reason: {reason}")
 
 
 def _refusal(network: Network, size: int, batch_size: int, backbone_in_training: bool) -> str:

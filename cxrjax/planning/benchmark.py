@@ -68,11 +68,13 @@ class Case:
           CxrError: the config leaves the size of the microbatch open.
         """
         model, train, mesh = config.model, config.train, config.mesh
-        if train.per_device and not mesh.data:
-            raise CxrError("config key train.per_device needs mesh.data here: set the number of devices per batch")
-        batch = train.per_device * mesh.data or train.batch
+        if train.per_device_batch_size and not mesh.data:
+            raise CxrError(
+                "config key train.per_device_batch_size needs mesh.data here: set the number of devices per batch"
+            )
+        batch = train.per_device_batch_size * mesh.data or train.batch_size
         return cls(
-            model.name, config.data.size, batch, model.dtype, model.remat, steps=steps, data=mesh.data,
+            model.name, config.data.image_size, batch, model.dtype, model.remat, steps=steps, data=mesh.data,
             space=mesh.space, options=model.options.to_dict(),
         )  # fmt: skip
 

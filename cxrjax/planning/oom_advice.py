@@ -19,7 +19,7 @@ from cxrjax.planning.accelerators import Accelerator, find_accelerator
 from cxrjax.planning.plan import Plan, Planner, compile_plan, estimate_plan
 
 _ADVICE = {
-    "evaluate": "--batch-size N with N below the config's evaluate.batch",
+    "evaluate": "--batch-size N with N below the config's evaluate.batch_size",
     "predict": "a lower --batch-size or --size",
     "explain": "fewer --images or --steps, or JAX_PLATFORMS=cpu, which is slow but uses the host's memory",
 }
@@ -33,9 +33,9 @@ def advice(command: str, config: Config | None = None) -> str:
       config: the config of a training run; None for the other commands.
     """
     if config is None:
-        return _ADVICE.get(command, "a smaller data.size, train.per_device or evaluate.batch")
+        return _ADVICE.get(command, "a smaller data.image_size, train.per_device_batch_size or evaluate.batch_size")
     settings = [" ".join(f"--config.{override}" for override in overrides) for overrides in smaller_settings(config)]
-    return "; ".join([*settings, f"in validation, --config.evaluate.batch below {config.evaluate.batch}"])
+    return "; ".join([*settings, f"in validation, --config.evaluate.batch_size below {config.evaluate.batch_size}"])
 
 
 def print_plans(config: Config) -> None:
@@ -84,15 +84,15 @@ def smaller_settings(config: Config) -> Iterator[list[str]]:
     for remat in REMATS[REMATS.index(config.model.remat) + 1 :]:
         yield [f"model.remat={remat}"]
     strongest = config.model.remat if config.model.remat == REMATS[-1] else "block"
-    images = max(config.train.batch // _mesh_shape(config)[0], 1)
-    microbatch = config.train.per_device or images
+    images = max(config.train.batch_size // _mesh_shape(config)[0], 1)
+    microbatch = config.train.per_device_batch_size or images
     smaller = next((n for n in range(microbatch // 2, 0, -1) if images % n == 0), 0)
     if smaller:
-        yield [f"train.per_device={smaller}"]
-        yield [f"model.remat={strongest}", f"train.per_device={smaller}"]
+        yield [f"train.per_device_batch_size={smaller}"]
+        yield [f"model.remat={strongest}", f"train.per_device_batch_size={smaller}"]
     yield from _more_devices_per_image(config, microbatch)
-    if config.data.size > 64:
-        yield [f"data.size={config.data.size // 2}"]
+    if config.data.image_size > 64:
+        yield [f"data.image_size={config.data.image_size // 2}"]
 
 
 def _more_devices_per_image(config: Config, microbatch: int) -> Iterator[list[str]]:
@@ -101,15 +101,15 @@ def _more_devices_per_image(config: Config, microbatch: int) -> Iterator[list[st
     Without idle devices half as many images are processed at once.
     """
     data, space = _mesh_shape(config)
-    if config.data.size % (2 * space):
+    if config.data.image_size % (2 * space):
         return
     if config.mesh.data and data * 2 * space <= len(jax.devices()):
         yield [f"mesh.space={2 * space}"]
         return
     halved = data // 2
-    if halved and data % 2 == 0 and config.train.batch % (halved * microbatch) == 0:
+    if halved and data % 2 == 0 and config.train.batch_size % (halved * microbatch) == 0:
         data_override = [f"mesh.data={halved}"] if config.mesh.data else []
-        yield [*data_override, f"mesh.space={2 * space}", f"train.per_device={microbatch}"]
+        yield [*data_override, f"mesh.space={2 * space}", f"train.per_device_batch_size={microbatch}"]
 
 
 def _mesh_shape(config: Config) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from cxrjax.planning.accelerators import Accelerator
 from cxrjax.planning.compiled_memory import Collective, compile_memory
 from cxrjax.planning.memory_estimate import peak_bytes
 from cxrjax.planning.model_summary import multiply_adds
-from cxrjax.train.described import network_of
+from cxrjax.train.run_directory import create_network
 from cxrjax.train.losses import make_loss
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.state import TrainState, flatten_for_mesh
@@ -151,8 +151,8 @@ def compile_plan(
       accelerator: the device.
       data: devices that share a batch.
       space: devices that share the rows of an image.
-      batch_size: images per step over all devices, all at once; 0: `train.batch` in microbatches of
-        `train.per_device` images per device.
+      batch_size: images per step over all devices, all at once; 0: `train.batch_size` in microbatches of
+        `train.per_device_batch_size` images per device.
 
     Raises:
       CxrError: the mesh does not divide the batch or the rows, or the compiler is not installed.
@@ -242,17 +242,18 @@ def split_batch(config: Config, data: int, space: int, batch_size: int = 0) -> t
     Raises:
       CxrError: the mesh does not divide the batch or the rows, or the batch is too large to count.
     """
-    images = batch_size or config.train.batch
+    images = batch_size or config.train.batch_size
     if images > MAX_BATCH_SIZE:
         raise CxrError(f"cannot plan a batch of {images} images: choose at most {MAX_BATCH_SIZE}")
     check_divides(f"a batch of {images} images", images, "data", data)
-    rows = config.data.size
+    rows = config.data.image_size
     check_divides(f"{rows} rows", rows, "space", space, suggest_space(rows, space))
-    microbatch = config.train.per_device * data if config.train.per_device and not batch_size else images
+    per_device = 0 if batch_size else config.train.per_device_batch_size
+    microbatch = per_device * data or images
     if images % microbatch:
         raise CxrError(
-            f"config key train.batch = {images} is not a multiple of {microbatch} ({data} x {config.train.per_device} "
-            f"images): set train.per_device to a divisor of {images // data}, or plan one microbatch with --batch-size"
+            f"config key train.batch_size = {images} is not a multiple of {microbatch} ({data} x {per_device} images): "
+            f"set train.per_device_batch_size to a divisor of {images // data}, or plan a single one with --batch-size"
         )
     return microbatch, images // microbatch
 
@@ -261,7 +262,7 @@ def _trace_step(config: Config, mesh: Mesh, microbatch: int, accumulation_steps:
     """Trace the training step as a run calls it; returns it with the shapes of the state and the batch."""
     optimizer = make_optimizer(config.optimizer)
     with jax.default_device(_host_device()):
-        network = network_of(config, len(_findings(config)))
+        network = create_network(config, len(_findings(config)))
         trainable = TrainableParams.from_config(network, config)
         state = jax.eval_shape(lambda: TrainState.create(network, optimizer, 0, trainable))
     classes = network.classes
@@ -270,7 +271,7 @@ def _trace_step(config: Config, mesh: Mesh, microbatch: int, accumulation_steps:
         network, optimizer, schedule(config.optimizer, 1000), mesh, accumulation_steps, trainable, loss,
         config.train.heads == "alternating",
     )  # fmt: skip
-    side, images = config.data.size, microbatch * accumulation_steps
+    side, images = config.data.image_size, microbatch * accumulation_steps
     shapes: Any = [((images, side, side, 1), np.uint8), ((images, classes), np.float32), ((images, classes), bool),
                    ((images,), bool), ((images,), np.int32)]  # fmt: skip
     shardings: Any = batch_shardings(mesh)
@@ -327,7 +328,7 @@ def _make_plan(
     bytes_sent = sum(collective.bytes_sent for collective in collectives)
     kinds = [collective.kind for collective in collectives]
     return Plan(
-        accelerator=accelerator.name, network=config.model.name, data=data, space=space, size=config.data.size,
+        accelerator=accelerator.name, network=config.model.name, data=data, space=space, size=config.data.image_size,
         remat=config.model.remat, microbatch=microbatch, accumulation_steps=accumulation_steps, **fixed,
         activations=int(activations), program=program, memory=accelerator.memory, compiled=compiled,
         exceeded=exceeded, collectives={kind: kinds.count(kind) for kind in sorted(set(kinds))},

@@ -39,7 +39,7 @@ def sweep(
     with progress_bar("compiling", len(sizes) * len(meshes) * len(remats), unit="steps") as advance:
         for size, (data, space), remat in product(sizes, meshes, remats):
             changed = config.copy_and_resolve_references()
-            changed.data.size, changed.model.remat = size, remat
+            changed.data.image_size, changed.model.remat = size, remat
             try:
                 batch_size = images_per_device * data
                 plans.append(planner(changed, accelerator, data=data, space=space, batch_size=batch_size))

@@ -10,17 +10,25 @@ import numpy as np
 
 from cxrjax.config import Config
 from cxrjax.data.images import Augment
-from cxrjax.data.mixture import Pooled, Source, own_policy, pool, pool_splits, source_configs
+from cxrjax.data.mixture import (
+    DataSource,
+    Mixture,
+    combine_splits,
+    data_source_configs,
+    make_mixture,
+    mixture_weights,
+    translated_policy,
+)
 from cxrjax.data.pipeline import Examples, Sampling, make_examples
 from cxrjax.data.records import Records
 from cxrjax.data.splits import DataSplit
 from cxrjax.distributed.mesh import check_divides, make_mesh, suggest_space
 from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
-from cxrjax.findings import NO_FINDING, positions
+from cxrjax.findings import NO_FINDING, finding_indices
 from cxrjax.models.network import Network, check_size
-from cxrjax.train.described import network_of
-from cxrjax.train.init_from import Start, initial_network, located, missing_init
+from cxrjax.train.run_directory import create_network
+from cxrjax.train.init_from import InitialNetwork, load_initial_network, missing_init, resolve_init_paths
 from cxrjax.train.losses import Loss, label_prevalence, make_loss
 from cxrjax.train.trainable import TrainableParams
 
@@ -35,7 +43,7 @@ class Experiment:
     findings: tuple[str, ...]
     mesh: jax.sharding.Mesh
     directory: Path | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[DataSource, ...] = ()
 
     @classmethod
     def open(cls, config: Config, directory: Path | None = None) -> "Experiment":
@@ -48,20 +56,20 @@ class Experiment:
         Raises:
           CxrError: data are not prepared, a finding is unknown, or the mesh does not divide the image size.
         """
-        config = config if directory is None else located(config, directory)
+        config = config if directory is None else resolve_init_paths(config, directory)
         mesh = make_mesh(config.mesh.data, config.mesh.space)
-        sources = tuple(map(Source.open, source_configs(config)))
+        sources = tuple(map(DataSource.open, data_source_configs(config)))
         first = sources[0]
         findings = tuple(config.data.findings) or first.records.findings
         if len(sources) == 1:
-            positions([name for name in findings if name != NO_FINDING], first.records.findings)
+            finding_indices([name for name in findings if name != NO_FINDING], first.records.findings)
             records, split = first.records, first.split
         else:
-            records = pool([source.records for source in sources], findings)
-            split = pool_splits(records, [source.split for source in sources])
-        rows = config.data.size
+            records = make_mixture([source.records for source in sources], findings)
+            split = combine_splits(records, [source.split for source in sources])
+        rows = config.data.image_size
         space = mesh.shape["space"]
-        check_divides(f"config key data.size = {rows} rows", rows, "space", space, suggest_space(rows, space))
+        check_divides(f"config key data.image_size = {rows} rows", rows, "space", space, suggest_space(rows, space))
         return cls(config, records, split, findings, mesh, directory, sources)
 
     @cached_property
@@ -72,8 +80,8 @@ class Experiment:
         """
         rows_by_split: dict[str, list[np.ndarray]] = {}
         for number, source in enumerate(self.sources):
-            offset = int(self.records.starts[number]) if isinstance(self.records, Pooled) else 0
-            for split, rows in source.parts.items():
+            offset = int(self.records.starts[number]) if isinstance(self.records, Mixture) else 0
+            for split, rows in source.rows_by_split.items():
                 rows_by_split.setdefault(split, []).append(rows + offset)
         return {
             split: self.examples_of_rows(np.concatenate(rows), training=split == "train")
@@ -83,7 +91,7 @@ class Experiment:
     def examples_of_rows(self, rows: np.ndarray, *, training: bool = False) -> Examples:
         """Return the examples of some rows of the records table, with targets for training or for scoring."""
         rows = np.asarray(rows, np.int32)
-        if not isinstance(self.records, Pooled):
+        if not isinstance(self.records, Mixture):
             policy = self.sources[0].policy
             return make_examples(self.records, rows, self.findings, policy if training else policy.scored)
         origin = self.records.origin(rows)
@@ -91,7 +99,7 @@ class Experiment:
         label_mask = np.zeros(label.shape, bool)
         for number, source in enumerate(self.sources):
             mask = origin == number
-            policy = own_policy(source.policy, source.records, self.findings)
+            policy = translated_policy(source.policy, source.records, self.findings)
             examples = make_examples(self.records, rows[mask], self.findings, policy if training else policy.scored)
             label[mask], label_mask[mask] = examples.label, examples.label_mask
         return Examples(self.records, rows, label, label_mask, origin)
@@ -124,12 +132,12 @@ class Experiment:
     @cached_property
     def network(self) -> Network:
         """The network with random initial values; a checkpoint replaces them."""
-        return network_of(self.config, len(self.findings))
+        return create_network(self.config, len(self.findings))
 
     @cached_property
-    def _init(self) -> Start:
+    def _init(self) -> InitialNetwork:
         missing = None if self.directory is None else missing_init(self.network, self.config, self.directory)
-        return missing or initial_network(self.network, self.config, self.findings)
+        return missing or load_initial_network(self.network, self.config, self.findings)
 
     @property
     def init_network(self) -> Network:
@@ -171,7 +179,7 @@ class Experiment:
     @property
     def sampling(self) -> Sampling:
         """How training examples are sampled."""
-        return Sampling(self.config.data.sampling, tuple(map(float, self.config.data.weights)))
+        return Sampling(self.config.data.sampling, mixture_weights(self.config))
 
     @property
     def accumulation_steps(self) -> int:
@@ -180,41 +188,41 @@ class Experiment:
         Raises:
           CxrError: the batch cannot be divided into such microbatches.
         """
-        batch, devices = self.config.train.batch, self.mesh.shape["data"]
-        microbatch = devices * (self.config.train.per_device or max(batch // devices, 1))
+        batch, devices = self.config.train.batch_size, self.mesh.shape["data"]
+        microbatch = devices * (self.config.train.per_device_batch_size or max(batch // devices, 1))
         total, divisors = self.mesh.devices.size, [n for n in range(1, batch + 1) if batch % n == 0]
         data = max(n for n in divisors if total % n == 0)
         fewer = "" if is_distributed() else f"set mesh.data to {max(n for n in divisors if n <= devices)}, or "
         fix = f", or {fewer}share images: mesh.data = {data}, mesh.space = {total // data}"
-        check_divides(f"config key train.batch = {batch} images", batch, "data", devices, fix)
+        check_divides(f"config key train.batch_size = {batch} images", batch, "data", devices, fix)
         if batch % microbatch:
             raise CxrError(
-                f"config key train.batch = {batch} is not a multiple of {microbatch} "
+                f"config key train.batch_size = {batch} is not a multiple of {microbatch} "
                 f"({devices} devices x {microbatch // devices} images): "
-                f"set train.per_device to a divisor of {batch // devices}"
+                f"set train.per_device_batch_size to a divisor of {batch // devices}"
             )
         return batch // microbatch
 
     @property
     def microbatch_size(self) -> int:
         """Images per forward pass over all devices; batch normalisation uses their statistics."""
-        return self.config.train.batch // self.accumulation_steps
+        return self.config.train.batch_size // self.accumulation_steps
 
     def check_size(self) -> None:
-        """Check before reading any image that the network accepts images of `data.size`.
+        """Check before reading any image that the network accepts images of `data.image_size`.
 
         Raises:
           CxrError: it does not; the message names sizes that work.
         """
         check_size(
-            self.network, self.config.data.size, batch_size=self.microbatch_size,
+            self.network, self.config.data.image_size, batch_size=self.microbatch_size,
             backbone_in_training=self.trainable.backbone_in_training,
         )  # fmt: skip
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch."""
-        return self.config.train.steps_per_epoch or max(len(self.examples("train")) // self.config.train.batch, 1)
+        return self.config.train.steps_per_epoch or max(len(self.examples("train")) // self.config.train.batch_size, 1)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -231,9 +239,11 @@ class Experiment:
         self.check_size()
         _ = self.loss, self.sampling.strata(train.label, train.label_mask, train.dataset_index)
         identity = self.fingerprints | {"microbatch size": self.microbatch_size}
-        if self.config.model.init_from:
-            identity |= {"initial weights": self._init.mark}
-            frozen = [name for name in self._init.fresh if name in self.trainable.frozen_modules(self.network.params)]
+        if self._init.fingerprint:
+            identity |= {"initial weights": self._init.fingerprint}
+            frozen = [
+                name for name in self._init.random_modules if name in self.trainable.frozen_modules(self.network.params)
+            ]
             if frozen:
                 raise CxrError(
                     f"config key train.freeze would freeze {', '.join(frozen)}, which model.init_from leaves at random "

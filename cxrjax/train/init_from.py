@@ -1,136 +1,139 @@
-"""What a run starts from: converted weights, or the best network of another run."""
+"""What a run starts from: random weights, converted weights, or the best network of another run."""
 
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cxrjax.config import Config, read, with_overrides
+from cxrjax.config import Config, read_config
 from cxrjax.console import print_text
 from cxrjax.errors import CxrError
 from cxrjax.models.network import Network
-from cxrjax.train.described import best_network
-from cxrjax.train.run_directory import has_checkpoint
+from cxrjax.train.run_directory import has_checkpoint, load_best_network
 from cxrjax.weights import Card, Converted, init_from_converted, read_converted
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class InitialNetwork:
     """A network before training.
 
     Attributes:
-      network: with its values.
-      mark: fingerprint of the weights that it was filled with; "" for random initial values.
-      fresh: modules that kept random initial values although weights were given.
+      network: the network with its initial weights.
+      fingerprint: of the weights it was loaded with; "" for random weights.
+      random_modules: modules that kept random weights although weights were loaded.
     """
 
     network: Network
-    mark: str = ""
-    fresh: tuple[str, ...] = ()
+    fingerprint: str = ""
+    random_modules: tuple[str, ...] = ()
 
 
-def located(config: Config, directory: Path) -> Config:
-    """The config with absolute paths in `model.init_from`, so that it holds in any working directory.
+def resolve_init_paths(config: Config, directory: Path) -> Config:
+    """Return the config with absolute paths in `model.init_from` and `model.init_members`.
 
-    Where there is nothing at those paths, and `directory` has a run to go on with that started from directories of the
-    same names, its own paths are taken: it may be continued from another working directory.
+    If these paths do not exist and `directory` has a run that started from directories of the same names, the paths of
+    that run are used: it may be resumed from another working directory.
     """
-    entries = _entries(config.model.init_from)
-    if not all(Path(place).is_dir() for _, place in entries) and has_checkpoint(directory):
-        stored = _entries(read(directory / "config.json").model.init_from)
-        names = [[(module, Path(place).name) for module, place in each] for each in (entries, stored)]
-        entries = stored if names[0] == names[1] else entries
-    texts = [f"{module}={Path(place).resolve()}" if module else str(Path(place).resolve()) for module, place in entries]
-    return with_overrides(config, [f"model.init_from={', '.join(texts)}"])
+    sources = _sources(config)
+    if not all(path.is_dir() for path in sources.values()) and has_checkpoint(directory):
+        stored = _sources(read_config(directory / "config.json"))
+        if {name: path.name for name, path in stored.items()} == {name: path.name for name, path in sources.items()}:
+            sources = stored
+    resolved = config.copy_and_resolve_references()
+    with resolved.unlocked():
+        for member, path in sources.items():
+            if member:
+                resolved.model.init_members[member] = str(path.resolve())
+            else:
+                resolved.model.init_from = str(path.resolve())
+    return resolved
 
 
-def missing_init(network: Network, config: Config, directory: Path) -> Start | None:
-    """What stands for a start that is not there any more, of a run that goes on from its checkpoint; else None.
+def missing_init(network: Network, config: Config, directory: Path) -> InitialNetwork | None:
+    """Return a placeholder if a resumed run started from a directory that no longer exists; else None.
 
-    The network's values do not matter then; the mark is the one that the run noted.
+    The checkpoint replaces the placeholder's weights; its fingerprint is the one stored with the run.
     """
-    gone = [place for _, place in _entries(config.model.init_from) if not Path(place).is_dir()]
-    if not gone or not has_checkpoint(directory) or read(directory / "config.json").model.init_from != config.model.init_from:
+    sources = _sources(config)
+    missing = [path for path in sources.values() if not path.is_dir()]
+    if not missing or not has_checkpoint(directory) or _sources(read_config(directory / "config.json")) != sources:
         return None
     try:
-        mark = json.loads((directory / "run.json").read_text())["identity"]["initial weights"]
+        fingerprint = json.loads((directory / "run.json").read_text())["identity"]["initial weights"]
     except (OSError, ValueError, KeyError):
         return None
-    print_text(f"{gone[0]}, which this run started from, is not there any more: it goes on from its checkpoint")
-    return Start(network, mark)
+    print_text(f"{missing[0]}, which this run started from, no longer exists: resuming from the checkpoint")
+    return InitialNetwork(network, fingerprint)
 
 
-def initial_network(network: Network, config: Config, findings: Sequence[str]) -> Start:
-    """The network filled as `model.init_from` says.
+def load_initial_network(network: Network, config: Config, findings: Sequence[str]) -> InitialNetwork:
+    """Load the weights that `model.init_from` or `model.init_members` name.
 
-    `DIR` fills the whole network, `MODULE=DIR, MODULE=DIR` the members of one that is made of several. A directory is
-    one of `cxrjax weights convert`, or a run, whose best network counts.
+    A directory is one of `cxrjax weights convert`, or a run, whose best network is taken.
 
     Raises:
-      CxrError: nothing to start from there, or it does not fit; the message names the mend.
+      CxrError: the directory has no weights, or they do not fit; the message says what to change.
     """
-    marks, initial = [], network
-    for module, directory in _entries(config.model.init_from):
-        source = _source(Path(directory))
-        marks.append(source[0].sha256)
-        if module:
-            network, notes = _fill_member(network, module, source, findings)
+    fingerprints, untrained = [], network
+    for member, path in _sources(config).items():
+        card, arrays = _read_source(path)
+        fingerprints.append(card.sha256)
+        if member:
+            network, notes = _load_member(network, member, (card, arrays), findings)
         else:
             options = config.model.options.to_dict()
-            network, notes = init_from_converted(network, config.model.name, source, findings, options=options)
+            network, notes = init_from_converted(network, config.model.name, (card, arrays), findings, options=options)
         for note in notes:
-            print_text(f"{directory}: {note}")
-    return Start(network, ", ".join(marks), _untouched(initial, network) if marks else ())
+            print_text(f"{path}: {note}")
+    random_modules = _unchanged_modules(untrained, network) if fingerprints else ()
+    return InitialNetwork(network, ", ".join(fingerprints), random_modules)
 
 
-def _untouched(before: Network, after: Network) -> tuple[str, ...]:
+def _sources(config: Config) -> Mapping[str, Path]:
+    """The directories to load, by the member that each is for; "" is the whole network."""
+    members = config.model.init_members.to_dict()
+    if config.model.init_from and members:
+        raise CxrError("config keys model.init_from and model.init_members are both set: keep one of them")
+    paths = members or ({"": config.model.init_from} if config.model.init_from else {})
+    return {member: Path(path) for member, path in paths.items() if path}
+
+
+def _unchanged_modules(before: Network, after: Network) -> tuple[str, ...]:
     """Modules whose parameters are still the very same arrays."""
-    leaves = {name: [jax.tree.leaves(of.params[name]) for of in (before, after)] for name in before.params}
+    leaves = {name: [jax.tree.leaves(network.params[name]) for network in (before, after)] for name in before.params}
     return tuple(str(name) for name, pair in leaves.items() if all(a is b for a, b in zip(*pair, strict=True)))
 
 
-def _entries(text: str) -> list[tuple[str, str]]:
-    text = text.strip()
-    if not text or Path(text).is_dir() or not re.match(r"[a-z_]\w*\s*=", text):  # a path may hold "=" and ","
-        return [("", text)] if text else []
-    pairs = [(module.strip(), directory.strip()) for module, _, directory in
-             (entry.partition("=") for entry in text.split(","))]  # fmt: skip
-    modules = [module for module, directory in pairs if directory]
-    if len(set(modules)) < len(pairs) or not all(modules):
-        raise CxrError(f"config key model.init_from = {text!r}: write DIR, or MODULE=DIR, MODULE=DIR")
-    return pairs
-
-
-def _fill_member(
-    network: Network, module: str, source: Converted, findings: Sequence[str]
+def _load_member(
+    network: Network, name: str, source: Converted, findings: Sequence[str]
 ) -> tuple[Network, tuple[str, ...]]:
     model = network.model()
-    if module not in model.members:
-        known = ", ".join(model.members) or "none"
-        raise CxrError(f"config key model.init_from names {module}; the networks that this one is made of: {known}")
+    if name not in model.members:
+        members = ", ".join(model.members) or "none"
+        raise CxrError(f"config key model.init_members names {name}; the members of this network are: {members}")
     card, arrays = source
-    member = Network.from_model(getattr(model, module))
-    filled, notes = init_from_converted(member, model.members[module], (card, model.member_arrays(module, arrays)), findings)
-    params, stats = {**network.params, module: filled.params}, {**network.stats, module: filled.stats}
+    member = Network.from_model(getattr(model, name))
+    converted = (card, model.member_arrays(name, arrays))
+    loaded, notes = init_from_converted(member, model.members[name], converted, findings)
+    params, stats = {**network.params, name: loaded.params}, {**network.stats, name: loaded.stats}
     return dataclasses.replace(network, params=params, stats=stats), notes
 
 
-def _source(directory: Path) -> Converted:
+def _read_source(directory: Path) -> Converted:
     if (directory / "config.json").is_file():
-        return _of_run(directory)
+        return _read_run(directory)
     card, arrays = read_converted(directory)
     return dataclasses.replace(card, source=str(directory)), arrays
 
 
-def _of_run(directory: Path) -> Converted:
-    """A run's best network as if it had been converted."""
-    config, findings, network, _ = best_network(directory)
+def _read_run(directory: Path) -> Converted:
+    """The best network of a run, in the form of converted weights."""
+    config, findings, network, _ = load_best_network(directory)
     flat = flatten_dict(network.params) | flatten_dict(network.stats)
     arrays = {".".join(map(str, path)): np.asarray(array) for path, array in flat.items()}
     digest = hashlib.sha256()

@@ -44,7 +44,7 @@ from cxrjax.train.run_directory import RunDirectory, describe_environment
 from cxrjax.train.state import Progress, TrainState, flatten_for_mesh, unflatten_params
 from cxrjax.train.step import make_predict_step, make_train_step
 
-LOCAL = ("data.dir", "data.threads")
+LOCAL = ("data.data_dir", "data.num_threads")
 """Config keys that may differ between processes."""
 
 
@@ -102,10 +102,10 @@ def _check_monitor(experiment: Experiment) -> None:
     validation = experiment.examples("validation")
     label, label_mask = validation.label > 0.5, validation.label_mask
     defined = ((label & label_mask).any(0) & (~label & label_mask).any(0)).any()
-    if experiment.config.train.watch == "val_auroc" and not defined:
+    if experiment.config.train.monitor == "val_auroc" and not defined:
         raise CxrError(
             f"val_auroc is undefined: no finding has both a positive and a negative among the {len(label)} "
-            "validation images; use --config.train.watch=val_loss, or a larger validation split"
+            "validation images; use --config.train.monitor=val_loss, or a larger validation split"
         )
 
 
@@ -154,7 +154,7 @@ class _Trainer:
         """Train from the current step to the last epoch or to an early stop."""
         train, progress = self.config.train, self.progress
         self.timer, batches = DataWaitTimer(progress), self._batches()
-        bar = progress_bar(self._label(), self.steps * train.batch, start=progress.step * train.batch)
+        bar = progress_bar(self._label(), self.steps * train.batch_size, start=progress.step * train.batch_size)
         with bar as advance, collect_signals() as self.signals:
             try:
                 while True:
@@ -178,10 +178,10 @@ class _Trainer:
                     if self.profiler.ends(progress.step):
                         self._drain_metrics()
                         self.profiler.stop()
-                    if train.save_every and progress.step % train.save_every == 0 and not self._at_epoch_end:
+                    if self._at_checkpoint:
                         self._drain_metrics()
                         self._save()
-                    advance(train.batch, self._label())
+                    advance(train.batch_size, self._label())
             finally:
                 batches.close()
         self.checkpoints.wait()
@@ -194,6 +194,11 @@ class _Trainer:
         return self.progress.stopped_early or (self.progress.step >= self.steps and not self._at_epoch_end)
 
     @property
+    def _at_checkpoint(self) -> bool:
+        every = self.config.train.checkpoint_every_steps
+        return bool(every) and self.progress.step % every == 0 and not self._at_epoch_end
+
+    @property
     def _at_epoch_end(self) -> bool:
         return self.progress.step == self.steps_per_epoch * (self.progress.validated_epochs + 1)
 
@@ -202,13 +207,13 @@ class _Trainer:
         data, shardings = self.config.data, batch_shardings(self.experiment.mesh)
         batches = training_batches(
             self.experiment.examples("train"),
-            size=data.size,
-            batch_size=self.config.train.batch,
+            size=data.image_size,
+            batch_size=self.config.train.batch_size,
             augment=self.experiment.augment,
             seed=self.config.seed,
             sampling=self.experiment.sampling,
             start=self.progress.step,
-            threads=data.threads,
+            threads=data.num_threads,
             shard=process_shard(shardings.example_mask),
         )
         return prefetch_to_device(batches, lambda batch: (put_batch(batch, shardings), batch.record))
@@ -222,7 +227,7 @@ class _Trainer:
                 self._raise_not_finite(step, values, rows)
             self.progress.loss_sum += values["loss"]
             self.progress.learning_rate = values["learning_rate"]
-            if step % self.config.train.log_every == 0:
+            if step % self.config.train.log_every_steps == 0:
                 self.writer.write_scalars(step, {f"train_{name}": value for name, value in values.items()})
 
     def _finish_epoch(self) -> None:
@@ -240,8 +245,8 @@ class _Trainer:
         config, progress, examples = self.config, self.progress, self.validation
         logits = predict_logits(
             unflatten_params(self.state).network(self.experiment.network), examples, self.predict_step,
-            self.experiment.mesh, size=config.data.size, batch=config.evaluate.batch, threads=config.data.threads,
-            advance=lambda _: self._check_signals(),
+            self.experiment.mesh, size=config.data.image_size, batch=config.evaluate.batch_size,
+            threads=config.data.num_threads, advance=lambda _: self._check_signals(),
         ).astype(np.float64)  # fmt: skip
         metrics = {
             "val_loss": self.experiment.loss.mean(logits, examples.label, examples.label_mask),
@@ -268,7 +273,7 @@ class _Trainer:
         if is_main_process() and not stderr.is_terminal:  # log files show no progress bar
             position = f"epoch {progress.validated_epochs}/{config.train.epochs}, step {progress.step}"
             values = f"val_loss {metrics['val_loss']:.4f}, val_auroc {metrics['val_auroc']:.4f}"
-            stderr.print(f"{config.data.size} px, {position}: {values}, {progress.seconds:.0f} s", soft_wrap=True)
+            stderr.print(f"{config.data.image_size} px, {position}: {values}, {progress.seconds:.0f} s", soft_wrap=True)
         progress.loss_sum = 0.0
         return metrics
 
@@ -279,8 +284,8 @@ class _Trainer:
             progress.lowest_loss, progress.epochs_since_lowest = loss, 0
             return
         progress.epochs_since_lowest += 1
-        if config.schedule == "plateau" and progress.epochs_since_lowest >= config.plateau:
-            factor = self.state.lr_factor * np.float32(config.factor)
+        if config.schedule == "plateau" and progress.epochs_since_lowest >= config.plateau_patience:
+            factor = self.state.lr_factor * np.float32(config.plateau_factor)
             factor = jax.device_put(factor, replicated(self.experiment.mesh))
             self.state = dataclasses.replace(self.state, lr_factor=factor)
             progress.epochs_since_lowest = 0
@@ -288,7 +293,7 @@ class _Trainer:
     def _track_best(self, metrics: dict[str, float]) -> None:
         """Save the network if it is the best so far, else count towards early stopping."""
         train, progress = self.config.train, self.progress
-        value = -metrics["val_loss"] if train.watch == "val_loss" else metrics[train.watch]
+        value = -metrics["val_loss"] if train.monitor == "val_loss" else metrics[train.monitor]
         if progress.best is None or value > progress.best:
             progress.best, progress.best_step, progress.epochs_since_best = value, progress.step, 0
             state, auroc = unflatten_params(self.state), metrics["val_auroc"]
@@ -300,7 +305,8 @@ class _Trainer:
             self.checkpoints.save_best(progress.step, {"params": state.params, "stats": state.stats}, metadata)
         else:
             progress.epochs_since_best += 1
-        progress.stopped_early = bool(train.patience) and progress.epochs_since_best >= train.patience
+        patience = train.early_stopping_patience
+        progress.stopped_early = bool(patience) and progress.epochs_since_best >= patience
 
     def _save(self) -> None:
         self.timer.update()
@@ -328,7 +334,7 @@ class _Trainer:
         raise CxrError(
             f"the loss is {values['loss']} and the gradient norm {values['gradient_norm']} at step {step}, "
             f"for records {', '.join(ids)}; {self._last_checkpoint()}. Check those images and labels; "
-            "otherwise lower optimizer.rate, or set optimizer.clip=1, in another --workdir"
+            "otherwise lower optimizer.learning_rate, or set optimizer.grad_clip_norm=1, in another --workdir"
         )
 
     def _last_checkpoint(self) -> str:
@@ -339,8 +345,8 @@ class _Trainer:
     def _label(self) -> str:
         train, progress = self.config.train, self.progress
         epoch = min(progress.step // self.steps_per_epoch + 1, train.epochs)
-        best = "" if progress.best is None else f", best {train.watch} {abs(progress.best):.3f}"
-        return f"{self.config.data.size} px, epoch {epoch}/{train.epochs}{best}"
+        best = "" if progress.best is None else f", best {train.monitor} {abs(progress.best):.3f}"
+        return f"{self.config.data.image_size} px, epoch {epoch}/{train.epochs}{best}"
 
     def report_start(self, profile: tuple[int, int] | None) -> None:
         """Print what is already done, and write the description of a run that is not finished."""

@@ -18,14 +18,14 @@ def schedule(config: "Config", steps: int) -> optax.Schedule:
     `constant` and `plateau` hold `rate` after the warm-up (the plateau's factor lives in the state, since it
     depends on the validation loss); `cosine` falls to 0 at `steps`.
     """
-    warmup = round(config.warmup * steps)
+    warmup = round(config.warmup_fraction * steps)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(config.rate, max(steps - warmup, 1))
+        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
     else:
-        after = optax.constant_schedule(config.rate)
+        after = optax.constant_schedule(config.learning_rate)
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, config.rate, warmup), after], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
 
 
 def make_optimizer(config: "Config") -> optax.GradientTransformation:
@@ -34,11 +34,11 @@ def make_optimizer(config: "Config") -> optax.GradientTransformation:
     Moments are held as one vector each: every array of the state costs some microseconds a step to hand over, and
     they would be two thirds of them.
     """
-    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     if config.name == "sgd":
         return optax.chain(*clip, as_one_vector(optax.trace(config.beta1)))
     adam = as_one_vector(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
-    decay = [optax.add_decayed_weights(config.decay, mask=_matrices)] if config.name == "adamw" else []
+    decay = [optax.add_decayed_weights(config.weight_decay, mask=_matrices)] if config.name == "adamw" else []
     return optax.chain(*clip, adam, *decay)
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, its config, and the check that a resumed run is the same one."""
+"""A run directory: its lock, its config, its best network, and the check that a resumed run is the same one."""
 
 import fcntl
 import json
@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 
 from cxrjax import __version__
-from cxrjax.config import Config, flatten, from_dict
-from cxrjax.config import read as read_config
-from cxrjax.data.mixture import with_absolute_files
+from cxrjax.config import Config, flatten, from_dict, read_config
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
+from cxrjax.models import create
+from cxrjax.models.input_spec import INPUT_SPECS
+from cxrjax.models.network import Network
+from cxrjax.train.checkpoint import Checkpoints
 
 # Config keys that may change when a run is resumed, since they do not change its result.
-_FREE = ("title", "data.dir", "data.threads", "model.init_from", "train.log_every", "train.save_every",
-         "train.per_device")  # fmt: skip
-_FREE_GROUPS = ("mesh.", "evaluate.", "study.")
+_FREE = ("title", "data.data_dir", "data.num_threads", "model.init_from", "train.log_every_steps",
+         "train.checkpoint_every_steps", "train.per_device_batch_size")  # fmt: skip
+_FREE_GROUPS = ("mesh.", "evaluate.", "study.", "model.init_members.")
 
 
 class RunDirectory:
@@ -59,9 +62,10 @@ class RunDirectory:
     def _claim(self, config: Config, identity: dict[str, Any]) -> None:
         file = self.directory / "config.json"
         stored = config.to_dict()
-        stored["data"]["dir"] = str(Path(config.data.dir).resolve())  # valid in any working directory
-        stored["data"]["mix"] = with_absolute_files(config.data.mix)
-        stored["split"]["files"] = [str(Path(name).resolve()) for name in config.split.files]
+        stored["data"]["data_dir"] = str(Path(config.data.data_dir).resolve())  # valid in any working directory
+        for split in [stored["split"], *(entry.get("split", {}) for entry in stored["data"]["mixture"].values())]:
+            if "files" in split:
+                split["files"] = [str(Path(name).resolve()) for name in split["files"]]
         if file.exists() and has_checkpoint(self.directory):
             check_same_config(flatten(read_config(file)), flatten(from_dict(stored)), self.directory)
             check_same_identity(self.directory, identity, whole=True)
@@ -82,7 +86,7 @@ def check_same_config(stored: dict[str, Any], config: dict[str, Any], directory:
       CxrError: the configs differ in a key that must stay the same.
     """
     free: list[str] = list(_FREE)
-    if config["optimizer.schedule"] != "cosine" and not config["optimizer.warmup"]:
+    if config["optimizer.schedule"] != "cosine" and not config["optimizer.warmup_fraction"]:
         free.append("train.epochs")
     differing = [
         key
@@ -117,13 +121,59 @@ def check_same_identity(directory: Path, identity: dict[str, Any], *, whole: boo
     differing = [name for name in names if stored.get(name) != identity.get(name)]
     if differing:
         name = differing[0]
-        fix = "use the prepared data it started with (--data-dir, data.dir)"
+        fix = "use the prepared data it started with (--data-dir, data.data_dir)"
         if name == "microbatch size":
-            fix = f"set train.per_device so that, times mesh.data, it is {stored.get(name)} again"
+            fix = f"set train.per_device_batch_size so that, times mesh.data, it is {stored.get(name)} again"
         raise CxrError(
             f"{directory} was trained with another {name}: {stored.get(name)} then, {identity.get(name)} now; "
             f"{fix}, or train in another directory"
         )
+
+
+def create_network(config: Config, classes: int) -> Network:
+    """Return the network that a config describes, with random initial weights."""
+    model = config.model
+    return Network.from_model(
+        create(
+            model.name,
+            classes=classes,
+            dtype=jnp.dtype(model.dtype),
+            remat=model.remat,
+            seed=config.seed,
+            input_spec=INPUT_SPECS[model.input_spec] if model.input_spec else None,
+            **model.options.to_dict(),
+        )
+    )
+
+
+def load_best_network(
+    directory: Path, sharding: jax.sharding.Sharding | None = None
+) -> tuple[Config, tuple[str, ...], Network, dict[str, Any]]:
+    """Load the best network of a run; its data are not needed.
+
+    Args:
+      directory: run directory.
+      sharding: where the arrays are placed; default: one device.
+
+    Returns:
+      The run's config, the names of the network's outputs, the network, and the notes of its checkpoint (step,
+      val_loss, val_auroc).
+
+    Raises:
+      CxrError: not a run, no checkpoint, a checkpoint of another model, or converted weights in the same directory.
+    """
+    if (directory / "card.json").exists():
+        raise CxrError(f"{directory} holds a run and converted weights: move one of them away")
+    config = read_config(directory / "config.json")
+    try:
+        findings = tuple(json.loads((directory / "run.json").read_text())["findings"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CxrError(f"{directory / 'run.json'} cannot be read ({error}): train the run again") from None
+    network = create_network(config, len(findings))
+    like = {"params": network.params, "stats": network.stats}
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        arrays, notes = checkpoints.restore_best(like if sharding is None else jax.device_put(like, sharding))
+    return config, findings, Network(arrays["params"], arrays["stats"], network.definition), notes
 
 
 def describe_environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:

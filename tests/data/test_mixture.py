@@ -6,11 +6,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from cxrjax.data.mixture import own_policy, pool, pool_splits
+from cxrjax.data.mixture import combine_splits, make_mixture, translated_policy
 from cxrjax.data.records import Box, Record, Records
 from cxrjax.data.splits import make_split
 from cxrjax.errors import CxrError
-from cxrjax.findings import NOT_MENTIONED, LabelPolicy, targets
+from cxrjax.findings import NOT_MENTIONED, LabelPolicy, make_targets
 
 
 def table(dataset, findings, rows, *, images=()):
@@ -36,7 +36,7 @@ def sets():
 
 
 def test_ids_patients_and_columns_of_both(sets):
-    pooled = pool(sets, ["Effusion", "Mass", "Fracture", "No Finding"])
+    pooled = make_mixture(sets, ["Effusion", "Mass", "Fracture", "No Finding"])
     assert len(pooled) == 21
     assert pooled.dataset == "chestxray14+mimic_cxr_jpg"
     assert pooled.id[[0, 11, 12, 20]].tolist() == [
@@ -57,24 +57,26 @@ def test_ids_patients_and_columns_of_both(sets):
 
 def test_what_a_data_set_does_not_say_is_masked_whatever_the_policy(sets):
     names = ("Effusion", "Mass", "Fracture")
-    pooled = pool(sets, names)
+    pooled = make_mixture(sets, names)
     loose = LabelPolicy("ones", "negative")
-    _, label_mask = targets(pooled.labels[:12], own_policy(loose, sets[0], names), findings=names)
+    _, label_mask = make_targets(pooled.labels[:12], translated_policy(loose, sets[0], names), findings=names)
     np.testing.assert_array_equal(label_mask, np.tile([True, True, False], (12, 1)))
-    value, label_mask = targets(pooled.labels[12:15], own_policy(loose, sets[1], names), findings=names)
+    value, label_mask = make_targets(pooled.labels[12:15], translated_policy(loose, sets[1], names), findings=names)
     np.testing.assert_array_equal(label_mask, [[1, 1, 1], [1, 0, 1], [1, 0, 1]])
     np.testing.assert_array_equal(value, [[1, 0, 1], [1, 0, 1], [0, 0, 0]])
 
 
 def test_an_exception_holds_under_either_name(sets):
-    policy = LabelPolicy("zeros", exceptions={"Pleural Effusion": LabelPolicy("ignore")})
-    own = own_policy(policy, sets[1], ("Effusion", "Fracture"))
-    _, label_mask = targets(pool(sets, ["Effusion", "Fracture"]).labels[12:15], own, findings=("Effusion", "Fracture"))
+    policy = LabelPolicy("zeros", per_finding={"Pleural Effusion": LabelPolicy("ignore")})
+    own = translated_policy(policy, sets[1], ("Effusion", "Fracture"))
+    _, label_mask = make_targets(
+        make_mixture(sets, ["Effusion", "Fracture"]).labels[12:15], own, findings=("Effusion", "Fracture")
+    )
     np.testing.assert_array_equal(label_mask, [[1, 1], [0, 1], [1, 1]])
 
 
 def test_boxes_have_the_common_names(sets):
-    pooled = pool(sets, ["Pleural Effusion", "Mass"])
+    pooled = make_mixture(sets, ["Pleural Effusion", "Mass"])
     assert pooled.boxes(0) == [Box("Pleural Effusion", 0.5, 0.25, 0.25, 0.5)]
     assert pooled.boxes(12) == [Box("Pleural Effusion", 0.5, 0.25, 0.25, 0.5)]
     assert pooled.boxes(13) == []
@@ -86,44 +88,44 @@ def test_boxes_have_the_common_names(sets):
 
 
 def test_each_keeps_its_own_split(sets):
-    pooled = pool(sets, ["Effusion"])
+    pooled = make_mixture(sets, ["Effusion"])
     splits = [make_split(sets[0], "official"), make_split(sets[1], "random", seed=3, fractions=(0.4, 0.2, 0.4))]
-    split = pool_splits(pooled, splits)
+    split = combine_splits(pooled, splits)
     assert split.name == "official+random"
     for name, rows in split.rows.items():
         np.testing.assert_array_equal(rows[rows < 12], splits[0].rows[name])
         np.testing.assert_array_equal(rows[rows >= 12] - 12, splits[1].rows[name])
-    other = pool_splits(pooled, [splits[0], make_split(sets[1], "random", seed=4, fractions=(0.4, 0.2, 0.4))])
+    other = combine_splits(pooled, [splits[0], make_split(sets[1], "random", seed=4, fractions=(0.4, 0.2, 0.4))])
     assert len({split.fingerprint, other.fingerprint}) == 2
 
 
 def test_the_fingerprint_covers_all_data_sets(sets):
     nih, mimic = sets
     changed = dataclasses.replace(mimic, fingerprint="0" * 64)
-    marks = [pool(of, ["Effusion"]).fingerprint for of in (sets, (mimic, nih), (nih, changed))]
-    marks.append(pool(sets, ["Effusion", "Mass"]).fingerprint)
+    marks = [make_mixture(of, ["Effusion"]).fingerprint for of in (sets, (mimic, nih), (nih, changed))]
+    marks.append(make_mixture(sets, ["Effusion", "Mass"]).fingerprint)
     assert len(set(marks)) == 4
-    assert pool(sets, ["Effusion"]).fingerprint == marks[0]
+    assert make_mixture(sets, ["Effusion"]).fingerprint == marks[0]
 
 
 def test_an_image_of_two_data_sets_in_different_parts_is_named(capsys):
     images = ["a", "b", "c", "d", "e", "f"]
     one = table("one", ("Mass",), [[1]] * 6, images=images)
     other = table("other", ("Mass",), [[1]] * 6, images=["x", "y", "z", "a", "e", "w"])
-    pooled = pool((one, other), ["Mass"])
+    pooled = make_mixture((one, other), ["Mass"])
     capsys.readouterr()
-    pool_splits(pooled, [make_split(one, "official"), make_split(other, "official")])
+    combine_splits(pooled, [make_split(one, "official"), make_split(other, "official")])
     said = " ".join(capsys.readouterr().err.split())
-    assert "1 images are in different parts of two data sets: one/0.png (train) = other/3.png (validation)" in said
+    assert "1 images are in different splits of two data sets: one/0.png (train) = other/3.png (validation)" in said
 
 
 @pytest.mark.parametrize(
     ("which", "findings", "message"),
     [
         ((0, 1), ["Fractur"], "unknown finding 'Fractur': did you mean Fracture"),
-        ((0, 0), ["Mass"], "data set chestxray14 is named twice"),
+        ((0, 0), ["Mass"], "data set chestxray14 is in the mixture twice"),
     ],
 )
 def test_what_cannot_be_pooled(sets, which, findings, message):
     with pytest.raises(CxrError, match=message):
-        pool([sets[k] for k in which], findings)
+        make_mixture([sets[k] for k in which], findings)

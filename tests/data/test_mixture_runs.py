@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from cxrjax.cli.main import main
-from cxrjax.config import flatten, load
-from cxrjax.data.mixture import with_absolute_files
+from cxrjax.config import flatten, load_config, read_config
 from cxrjax.data.pipeline import training_batches
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.train.experiment import Experiment
+from cxrjax.train.run_directory import RunDirectory
 from tfds_builders.prepare import prepare
 
 FINDINGS = ("Cardiomegaly", "Effusion", "Fracture")
@@ -43,19 +43,19 @@ def data(tmp_path_factory, phantom_data):
 def mixed(tiny, data):
     """`mixed(*overrides) -> config` of a run on both."""
     return lambda *more: tiny(
-        f"data.dir={data}", f"data.findings={FINDINGS}", "data.mix=own; split.fractions=(0.5, 0.2, 0.3)", *more
+        f"data.data_dir={data}", f"data.findings={FINDINGS}", "data.mixture.own.split.fractions=0.5,0.2,0.3", *more
     )
 
 
 def words(config):
-    label_mask = flatten(load("demo:32"))
-    return [f"--config.{key}={value}" for key, value in flatten(config).items() if value != label_mask.get(key)]
+    recipe = flatten(load_config("demo:32"))
+    return [f"--config.{key}={value}" for key, value in flatten(config).items() if value != recipe.get(key)]
 
 
 def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
     config = mixed(
-        "data.weights=(0.75, 0.25)", "data.sampling=balanced", "train.epochs=1", "train.watch=val_loss",
-        "evaluate.resamples=20",
+        "data.weight=0.75", "data.mixture.own.weight=0.25", "data.sampling=balanced", "train.epochs=1",
+        "train.monitor=val_loss", "evaluate.bootstrap_resamples=20",
     )  # fmt: skip
     run = tmp_path / "run"
     assert main(["train", "--config", "demo:32", "--workdir", str(run), *words(config)]) == 0
@@ -90,7 +90,7 @@ def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
 
 def test_training_draws_by_weight(mixed):
     for weights, share in (((3, 1), 0.25), ((1, 1), 0.5)):
-        experiment = Experiment.open(mixed(f"data.weights={weights}"))
+        experiment = Experiment.open(mixed(f"data.weight={weights[0]}", f"data.mixture.own.weight={weights[1]}"))
         batches = training_batches(
             experiment.examples("train"), size=32, batch_size=8, augment=experiment.augment, seed=0, threads=0,
             sampling=experiment.sampling,
@@ -106,13 +106,13 @@ def test_without_weights_every_record_comes_once_an_epoch(mixed):
     train = experiment.examples("train")
     [whole] = experiment.sampling.strata(train.label, train.label_mask, train.dataset_index)
     np.testing.assert_array_equal(whole.index, np.arange(len(train)))
-    assert len(train) == sum(len(source.parts["train"]) for source in experiment.sources)
+    assert len(train) == sum(len(source.rows_by_split["train"]) for source in experiment.sources)
 
 
 def test_each_data_set_has_its_own_policy_and_views(mixed):
-    own = "data.mix=own; split.fractions=(0.5, 0.2, 0.3); data.uncertain=ones; data.not_mentioned=unknown"
-    one = Experiment.open(mixed("data.uncertain=ignore", "data.not_mentioned=negative"))
-    other = Experiment.open(mixed("data.uncertain=ignore", "data.not_mentioned=negative", own))
+    own = ("data.mixture.own.labels.uncertain=ones", "data.mixture.own.labels.not_mentioned=unknown")
+    one = Experiment.open(mixed("labels.uncertain=ignore", "labels.not_mentioned=negative"))
+    other = Experiment.open(mixed("labels.uncertain=ignore", "labels.not_mentioned=negative", *own))
     rows = one.examples("train").row
     np.testing.assert_array_equal(rows, other.examples("train").row)
     fracture = one.records.labels[rows, 2]
@@ -121,7 +121,9 @@ def test_each_data_set_has_its_own_policy_and_views(mixed):
     np.testing.assert_array_equal(one.examples("train").label_mask[:, 2], ours & (fracture != -1))
     np.testing.assert_array_equal(other.examples("train").label_mask[:, 2], ours & (fracture != -2))
     np.testing.assert_array_equal(other.examples("train").label[:, 2], ours & (abs(fracture) == 1))
-    excepted = Experiment.open(mixed("data.exceptions=Fracture; uncertain=smooth; interval=(0.2, 0.4)"))
+    excepted = Experiment.open(
+        mixed("labels.per_finding={'Fracture': {'uncertain': 'smooth', 'smooth_range': (0.2, 0.4)}}")
+    )
     smoothed = excepted.examples("train").label[ours & (fracture == -1), 2]
     assert ((smoothed >= 0.2) & (smoothed <= 0.4)).all()
     assert len(set(smoothed.tolist())) == len(smoothed) > 1
@@ -133,19 +135,18 @@ def test_each_data_set_has_its_own_policy_and_views(mixed):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.mix=absent"], r"absent/32 is not prepared .* cxr_phantom/32, own/32"),
-        (["data.mix=own; data.dir=elsewhere"], "'data.dir=elsewhere' of own is not understood; an entry may set"),
-        (["data.mix=split.name=random; own"], "must begin with a name"),
-        (["data.mix=own; data.uncertain=one"], "data.uncertain is 'one', and must be one of .*did you mean ones"),
-        (["data.mix=cxr_phantom"], "cxr_phantom is named twice"),
-        (["data.weights=(1, 1, 1)"], "3 numbers for 2 data sets"),
-        (["data.weights=(1, 0)"], "must all be above 0"),
-        (["data.mix=()", "data.findings=('Mass',)", "data.weights=(0.5, 0.5)"], "2 numbers for 1 data sets"),
+        (["data.mixture={'absent': {}}"], r"absent/32 is not prepared .* cxr_phantom/32, own/32"),
+        (["data.mixture.own.data.data_dir=elsewhere"], "unknown config key data.mixture.own.data.data_dir"),
+        (["data.mixture.own.labels.uncertain=one"], "uncertain is 'one', and must be one of .*did you mean ones"),
+        (["data.mixture={'cxr_phantom': {}}"], "cxr_phantom is in the mixture twice"),
+        (["data.weight=1"], "own has no weight to share"),
+        (["data.mixture.own.weight=-1"], "must be at least 0"),
+        (["data.mixture={}", "data.findings=('Mass',)", "data.weight=0.5"], "data.weight is for a mixture"),
         (["data.findings=('Effusions',)"], "unknown finding 'Effusions': did you mean"),
-        (["data.mix=own; data.views=('PA',)"], "no image of own has view PA"),
-        (["data.exceptions=Fracture; uncertain=maybe"], "uncertain='maybe' is not one of"),
-        (["data.exceptions=Fractur; uncertain=ones"], "unknown finding 'Fractur'"),
-        (["data.exceptions=Fracture; sometimes=ones"], "'sometimes=ones' of Fracture is not understood"),
+        (["data.mixture.own.data.views=PA"], "no image of own has view PA"),
+        (["labels.per_finding.Fracture.uncertain=maybe"], "uncertain is 'maybe', and must be one of"),
+        (["labels.per_finding.Fractur.uncertain=ones"], "unknown finding 'Fractur'"),
+        (["labels.per_finding.Fracture.sometimes=ones"], "unknown config key labels.per_finding.Fracture.sometimes"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused_in_one_line(mixed, overrides, message):
@@ -158,14 +159,15 @@ def test_a_part_of_a_data_set_that_is_not_there(mixed):
     experiment = Experiment.open(mixed())
     with pytest.raises(CxrError, match="this run has no data set nih; choose from cxr_phantom, own"):
         experiment.examples("test@nih")
-    assert len(experiment.examples("test@cxr_phantom")) + len(experiment.examples("test@own")) == len(experiment.examples("test"))
-
-
-def test_files_of_a_split_are_found_from_anywhere(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert with_absolute_files(("own; split.name=files; split.files=a.csv",)) == (
-        f"own; split.name=files; split.files=('{tmp_path}/a.csv',)",
+    assert len(experiment.examples("test@cxr_phantom")) + len(experiment.examples("test@own")) == len(
+        experiment.examples("test")
     )
-    several = with_absolute_files(("own; split.files=('a', '/b', 'c')",))
-    assert several == (f"own; split.files=('{tmp_path}/a', '/b', '{tmp_path}/c')",)
-    assert with_absolute_files(several) == several
+
+
+def test_files_of_a_split_are_stored_with_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("demo:32", ["split.files=a,/b", "data.mixture.own.split.files=c"])
+    RunDirectory(tmp_path / "run", config, {}).close()
+    stored = read_config(tmp_path / "run" / "config.json")
+    assert stored.split.files == (f"{tmp_path}/a", "/b")
+    assert stored.data.mixture.own.split.files == (f"{tmp_path}/c",)

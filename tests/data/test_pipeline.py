@@ -104,7 +104,7 @@ def test_unknown_finding_is_an_error():
 
 def test_smoothed_targets_and_a_derived_no_finding():
     records = InMemoryRecords(40)
-    policy = LabelPolicy("smooth", exceptions={"Nodule": LabelPolicy("ones")})
+    policy = LabelPolicy("smooth", per_finding={"Nodule": LabelPolicy("ones")})
     data = make_examples(records, range(40), ["Nodule", "Mass", "No Finding"], policy)
     mass, nodule = records.labels[:, 0], records.labels[:, 1]
     np.testing.assert_array_equal(data.label[:, 0], np.isin(nodule, (1, -1)))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cxrjax.data.images import _shrink, decode, decode_resized, encode, resize
-from cxrjax.data.phantom import sample_population, render
+from cxrjax.data.phantom import render, sample_population
 from cxrjax.errors import CxrError
 
 

@@ -144,9 +144,7 @@ def test_stratified_splits_have_their_fraction_of_every_finding(fractions):
     assert sorted(np.concatenate(list(split.rows.values())).tolist()) == list(range(len(CLUSTERED)))
     for name, fraction in expected.items():
         actual = fractions_in(CLUSTERED, split.rows[name])
-        np.testing.assert_allclose(
-            actual[[0, 1, 2, 4]], fraction, atol=0.01
-        )  # the rarest: to whole patients
+        np.testing.assert_allclose(actual[[0, 1, 2, 4]], fraction, atol=0.01)  # the rarest: to whole patients
         assert abs(actual[3] - fraction) * (CLUSTERED.labels[:, 3] == 1).sum() < 2.5
         assert abs(len(patients(CLUSTERED, split.rows[name])) / 2000 - fraction) < 0.02
     assert tuple(split.rows) == tuple(expected)

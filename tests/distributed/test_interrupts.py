@@ -47,7 +47,7 @@ def wait_for_training(directory: Path, process: subprocess.Popen[str], timeout: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_no_process_and_no_shared_memory(number, tiny_overrides, tmp_path):
     run = tmp_path / "run"
-    keys = ["data.threads=2", "train.epochs=500", "train.steps_per_epoch=50", "augment.rotation=10"]
+    keys = ["data.num_threads=2", "train.epochs=500", "train.steps_per_epoch=50", "augment.rotation=10"]
     process = start([*tiny_overrides, *keys], run)
     try:
         wait_for_training(run, process)
@@ -74,7 +74,7 @@ def test_a_damaged_shard_ends_the_run_with_one_line_that_names_the_record(tiny_o
         raw = bytearray(shard.read_bytes())
         raw[len(raw) // 3 : len(raw) // 2] = os.urandom(len(raw) // 2 - len(raw) // 3)
         shard.write_bytes(raw)
-    process = start([*tiny_overrides, f"data.dir={data}"], tmp_path / "run")
+    process = start([*tiny_overrides, f"data.data_dir={data}"], tmp_path / "run")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     [line] = [line for line in errors.splitlines() if line.startswith("cxrjax: ")]

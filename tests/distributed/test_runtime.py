@@ -185,7 +185,7 @@ def test_settings_of_the_user_take_precedence(tmp_path):
 
 def test_a_second_start_compiles_nothing(tiny_overrides, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
-    keys = ("optimizer.schedule=constant", "optimizer.warmup=0", "train.steps_per_epoch=1")
+    keys = ("optimizer.schedule=constant", "optimizer.warmup_fraction=0", "train.steps_per_epoch=1")
 
     def train(epochs):
         overrides = [f"--config.{key}" for key in (*tiny_overrides, *keys, f"train.epochs={epochs}")]

@@ -140,12 +140,12 @@ def test_rounding(name, options, shape, bound):
     [
         (
             "mesh.space=3",
-            "config key data.size = 32 rows cannot be divided over mesh space=3: choose 30 or 33, or set mesh.space to "
-            "2 or 4",
+            "config key data.image_size = 32 rows cannot be divided over mesh space=3: choose 30 or 33, or set "
+            "mesh.space to 2 or 4",
         ),
         (
             "mesh.data=3",
-            "train.batch = 4 images cannot be divided over mesh data=3: choose 3 or 6, or set mesh.data to 2",
+            "train.batch_size = 4 images cannot be divided over mesh data=3: choose 3 or 6, or set mesh.data to 2",
         ),
     ],
 )

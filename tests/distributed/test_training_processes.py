@@ -12,15 +12,15 @@ from processes import finish, start
 
 from cxrjax import config as configs
 from cxrjax.errors import InterruptedRunError
-from cxrjax.inference.load_run import open_run, predict
+from cxrjax.inference.load_run import load_run, predict
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.runs.evaluate_run import evaluate_run
 from cxrjax.train.loop import train
 from cxrjax.train.monitoring import read_metrics
 from tfds_builders.prepare import prepare
 
-OPTIONS = ("mesh.data=4", "train.batch=8", "augment.rotation=20", "optimizer.name=sgd",
-           "optimizer.rate=0.05", "train.watch=val_loss", "train.epochs=2")  # fmt: skip
+OPTIONS = ("mesh.data=4", "train.batch_size=8", "augment.rotation=20", "optimizer.name=sgd",
+           "optimizer.learning_rate=0.05", "train.monitor=val_loss", "train.epochs=2")  # fmt: skip
 
 
 SHORT_HEARTBEAT = """
@@ -67,7 +67,7 @@ def wait_for_training(directory: Path, processes: list[subprocess.Popen], *, che
 def single_process(tiny_overrides, tmp_path_factory):
     """The overrides and the directory of the same run in one process with four devices."""
     overrides, directory = [*tiny_overrides, *OPTIONS], tmp_path_factory.mktemp("single")
-    train(configs.load("demo:32", overrides), directory)
+    train(configs.load_config("demo:32", overrides), directory)
     return overrides, directory
 
 
@@ -78,7 +78,7 @@ def test_several_processes_reach_the_numbers_of_one(single_process, tmp_path, pr
     for code, errors in finish(launch(overrides, tmp_path, processes)):
         assert code == 0, errors
     assert_same_metrics(tmp_path, reference)
-    network, expected = (open_run(directory)[1] for directory in (tmp_path, reference))
+    network, expected = (load_run(directory)[1] for directory in (tmp_path, reference))
     for name, values in expected.params["conv0"].items():
         error = np.linalg.norm(network.params["conv0"][name] - values) / np.linalg.norm(values)
         assert error < 1e-3
@@ -105,8 +105,8 @@ def test_processes_evaluate_as_one_and_the_main_process_writes(single_process):
 @pytest.mark.slow
 def test_one_is_killed_the_others_stop_and_one_process_resumes(single_process, tmp_path):
     # A constant rate: the first steps are then the same for any number of epochs.
-    overrides = [*single_process[0], "optimizer.schedule=constant", "optimizer.warmup=0"]
-    processes = launch([*overrides, "train.epochs=400", "train.save_every=2"], tmp_path, 2)
+    overrides = [*single_process[0], "optimizer.schedule=constant", "optimizer.warmup_fraction=0"]
+    processes = launch([*overrides, "train.epochs=400", "train.checkpoint_every_steps=2"], tmp_path, 2)
     wait_for_training(tmp_path, processes, checkpoint=True)
     processes[1].kill()
     (code, errors), _ = finish(processes, timeout=60)
@@ -118,7 +118,7 @@ def test_one_is_killed_the_others_stop_and_one_process_resumes(single_process, t
     assert before
     epochs = saved // 4 + 2
     other = [*overrides, "mesh.data=2", "mesh.space=2", f"train.epochs={epochs}"]
-    train(configs.load("demo:32", other), tmp_path)
+    train(configs.load_config("demo:32", other), tmp_path)
     after = read_metrics(tmp_path / "metrics.jsonl")
     assert after[: len(before)] == before  # including the seconds: none of these steps ran again
     assert after[-1]["step"] == 4 * epochs
@@ -161,7 +161,7 @@ entry()
 
 @pytest.mark.slow
 def test_a_signal_during_validation_stops_all_before_its_end(single_process, tmp_path):
-    overrides = [*single_process[0], "train.epochs=4", "evaluate.batch=1"]
+    overrides = [*single_process[0], "train.epochs=4", "evaluate.batch_size=1"]
     arguments = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{key}" for key in overrides)]
     ends = finish(start(arguments, 2, program=["-c", SLOW_VALIDATION]))
     assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2, ends
@@ -172,7 +172,7 @@ def test_a_signal_during_validation_stops_all_before_its_end(single_process, tmp
 
 
 def test_a_signal_stops_the_predictions_of_a_study(single_process, monkeypatch):
-    experiment, network, _ = open_run(single_process[1])
+    experiment, network, _ = load_run(single_process[1])
     monkeypatch.setattr("cxrjax.inference.load_run.preemption_requested", lambda: [int(signal.SIGTERM)])
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
         predict(experiment, network, "test")
@@ -188,18 +188,18 @@ def test_processes_that_evaluate_differently_are_refused(single_process):
 
 def test_processes_with_different_configs_are_refused(single_process, tmp_path):
     overrides, _ = single_process
-    ends = finish(launch(overrides, tmp_path, 2, last="optimizer.rate=0.5"), timeout=240)
+    ends = finish(launch(overrides, tmp_path, 2, last="optimizer.learning_rate=0.5"), timeout=240)
     for code, errors in ends:
         assert code == 1
         assert "the processes do not have the same config: 1 of 2 differ from process 0" in errors
-        assert "(optimizer.rate is 0.05 in process 0 and 0.5 in process 1)" in errors
+        assert "(optimizer.learning_rate is 0.05 in process 0 and 0.5 in process 1)" in errors
     assert not (tmp_path / "config.json").exists()
 
 
 def test_processes_with_different_data_are_refused(single_process, tmp_path):
     overrides, _ = single_process
     prepare("cxr_phantom", data_dir=tmp_path / "other", size=32, patients=40)
-    ends = finish(launch(overrides, tmp_path / "run", 2, last=f"data.dir={tmp_path / 'other'}"), timeout=240)
+    ends = finish(launch(overrides, tmp_path / "run", 2, last=f"data.data_dir={tmp_path / 'other'}"), timeout=240)
     for code, errors in ends:
         assert code == 1
         assert "the processes do not have the same data and split: 1 of 2 differ from process 0" in errors

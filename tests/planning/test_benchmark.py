@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cxrjax.cli.main import main
-from cxrjax.config import load
+from cxrjax.config import load_config
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
@@ -78,7 +78,7 @@ def test_a_recipe_runs_on_its_mesh(tmp_path, monkeypatch):
         "model.options.block_config=(1, 1)",
         "mesh.data=2",
         "mesh.space=2",
-        "train.batch=4",
+        "train.batch_size=4",
     )
     assert main([*arguments, *(f"--config.{override}" for override in small)]) == 0
     [row] = json.loads(file.read_text())
@@ -87,7 +87,7 @@ def test_a_recipe_runs_on_its_mesh(tmp_path, monkeypatch):
 
 
 def test_a_recipe_is_a_case():
-    config = load("resolution:2048", ["train.per_device=7", "mesh.data=6"])
+    config = load_config("resolution:2048", ["train.per_device_batch_size=7", "mesh.data=6"])
     assert benchmark.Case.from_config(config, 5) == benchmark.Case(
         "densenet121", 2048, 42, "bfloat16", "layer", steps=5, data=6, space=1
     )  # fmt: skip
@@ -98,7 +98,10 @@ def test_a_recipe_is_a_case():
     [
         ([], "ARCH:SIZE:BATCH"),
         (["--config", "demo:32", "--mesh", "data=2"], "--mesh apply to ARCH:SIZE:BATCH"),
-        (["--config", "demo:32", "--config.train.per_device=2", "--config.mesh.data=0"], "train.per_device needs"),
+        (
+            ["--config", "demo:32", "--config.train.per_device_batch_size=2", "--config.mesh.data=0"],
+            "train.per_device_batch_size needs",
+        ),
         (["simple_cnn:32:4", "--steps", "0"], "--steps 0: must be at least 1"),
         (["simple_cnn:2:4", "--steps", "1"], "nothing could be measured"),
         (["nonsense:32:4"], "unknown network 'nonsense': did you mean"),

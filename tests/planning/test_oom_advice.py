@@ -11,7 +11,7 @@ import pytest
 from processes import finish, free_port
 
 from cxrjax.cli.main import main
-from cxrjax.config import load
+from cxrjax.config import load_config
 from cxrjax.errors import out_of_memory
 from cxrjax.planning import oom_advice
 from cxrjax.planning.accelerators import ACCELERATORS
@@ -58,13 +58,17 @@ def test_training_suggests_smaller_settings_and_plans_them(tiny_overrides, tmp_p
     idle, first, *others = capsys.readouterr().err.splitlines()
     assert idle == "1 of 8 devices are used: config keys mesh.data, mesh.space"
     assert first.startswith("cxrjax: out of device memory (39 GB requested); to use less: --config.model.remat=layer;")
-    for setting in ("--config.train.per_device=2", "--config.mesh.space=2", "--config.evaluate.batch below 100"):
+    for setting in (
+        "--config.train.per_device_batch_size=2",
+        "--config.mesh.space=2",
+        "--config.evaluate.batch_size below 100",
+    ):
         assert setting in first
     table = "\n".join(others)
     assert "Traceback" not in table
     rows = {line.rsplit(maxsplit=6)[0].strip(): line.split()[-2] for line in others if " x " in line}
     assert float(rows["model.remat=block"]) < float(rows["as configured"])
-    assert float(rows["train.per_device=2"]) < float(rows["as configured"])
+    assert float(rows["train.per_device_batch_size=2"]) < float(rows["as configured"])
     assert "Estimated from shapes" in table
 
 
@@ -85,7 +89,7 @@ entry()
 
 
 def test_only_the_first_process_prints_the_plans(tmp_path):
-    arguments = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--config.train.batch=16",
+    arguments = ["train", "--config", "demo:32", "--workdir", str(tmp_path), "--config.train.batch_size=16",
              "--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]  # fmt: skip
     started = [
         subprocess.Popen(
@@ -111,37 +115,45 @@ def test_planning_stops_before_jax_ends_a_process_of_a_distributed_run(monkeypat
     monkeypatch.setattr(
         oom_advice, "estimate_plan", lambda *args, **kwargs: plans.append(estimate_plan(*args, **kwargs)) or plans[-1]
     )
-    oom_advice.print_plans(load("demo:32", ["train.batch=16"]))
+    oom_advice.print_plans(load_config("demo:32", ["train.batch_size=16"]))
     assert len(plans) == 1  # the next would start after the deadline
     assert "as configured" in capsys.readouterr().err
 
 
 def test_settings_are_relative_to_the_config():
-    config = load("densenet121:256", ["model.remat=block", "train.batch=16", "train.per_device=4", "mesh.data=2"])
+    config = load_config(
+        "densenet121:256", ["model.remat=block", "train.batch_size=16", "train.per_device_batch_size=4", "mesh.data=2"]
+    )
     assert list(oom_advice.smaller_settings(config)) == [
         ["model.remat=full"],
-        ["train.per_device=2"],
-        ["model.remat=block", "train.per_device=2"],
+        ["train.per_device_batch_size=2"],
+        ["model.remat=block", "train.per_device_batch_size=2"],
         ["mesh.space=2"],
-        ["data.size=128"],
+        ["data.image_size=128"],
     ]
 
 
 def test_without_idle_devices_row_splitting_comes_with_a_smaller_microbatch(tiny_overrides):
     """Otherwise each of eight devices would hold half the rows of twice as many images, and save nothing."""
-    settings = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=0"])))
-    assert ["mesh.space=2", "train.per_device=2"] in settings
-    settings = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "train.batch=16", "mesh.data=8"])))
-    assert ["mesh.data=4", "mesh.space=2", "train.per_device=2"] in settings
-    settings = list(oom_advice.smaller_settings(load("demo:32", [*tiny_overrides, "mesh.data=1", "mesh.space=8"])))
+    settings = list(
+        oom_advice.smaller_settings(load_config("demo:32", [*tiny_overrides, "train.batch_size=16", "mesh.data=0"]))
+    )
+    assert ["mesh.space=2", "train.per_device_batch_size=2"] in settings
+    settings = list(
+        oom_advice.smaller_settings(load_config("demo:32", [*tiny_overrides, "train.batch_size=16", "mesh.data=8"]))
+    )
+    assert ["mesh.data=4", "mesh.space=2", "train.per_device_batch_size=2"] in settings
+    settings = list(
+        oom_advice.smaller_settings(load_config("demo:32", [*tiny_overrides, "mesh.data=1", "mesh.space=8"]))
+    )
     assert not any(change.startswith("mesh.space") for overrides in settings for change in overrides)
 
 
 def test_each_setting_is_planned_with_its_own_mesh(capsys):
-    oom_advice.print_plans(load("demo:32", ["train.batch=16", "mesh.data=0"]))
+    oom_advice.print_plans(load_config("demo:32", ["train.batch_size=16", "mesh.data=0"]))
     output = capsys.readouterr().err
     assert re.search(r"as configured +8 x 1 +16 ", output)
-    assert re.search(r"mesh.space=2 train.per_device=2 +4 x 2 +8 ", output)
+    assert re.search(r"mesh.space=2 train.per_device_batch_size=2 +4 x 2 +8 ", output)
 
 
 def test_ctrl_c_prints_the_plans_made_so_far(monkeypatch, capsys):
@@ -154,19 +166,19 @@ def test_ctrl_c_prints_the_plans_made_so_far(monkeypatch, capsys):
         return plans[-1]
 
     monkeypatch.setattr(oom_advice, "estimate_plan", interrupted)
-    oom_advice.print_plans(load("demo:32", ["train.batch=16"]))
+    oom_advice.print_plans(load_config("demo:32", ["train.batch_size=16"]))
     rows = [line for line in capsys.readouterr().err.splitlines() if " x " in line]
     assert len(rows) == 2
 
 
 def test_an_estimate_says_likely(capsys, monkeypatch):
-    overrides = ["train.batch=16", "mesh.data=1"]
-    whole = estimate_plan(load("demo:32", overrides), ACCELERATORS["v5e"])
+    overrides = ["train.batch_size=16", "mesh.data=1"]
+    whole = estimate_plan(load_config("demo:32", overrides), ACCELERATORS["v5e"])
     nearly = dataclasses.replace(
         ACCELERATORS["v5e"], memory=int(0.99 * (whole.peak + whole.prefetched) / USABLE_FRACTION)
     )
     monkeypatch.setattr(oom_advice, "planner_for", lambda _: (nearly, estimate_plan))
-    oom_advice.print_plans(load("demo:32", overrides))
+    oom_advice.print_plans(load_config("demo:32", overrides))
     fits = [line.split()[-1] for line in capsys.readouterr().err.splitlines() if " x " in line]
     assert fits[0] == "unlikely"
     assert "likely" in fits[1:]
@@ -181,7 +193,7 @@ def test_a_step_is_traced_without_jaxs_cpu_backend(monkeypatch):
         return devices()
 
     monkeypatch.setattr(jax, "devices", no_cpu)
-    assert estimate_plan(load("demo:32", ["train.batch=16"]), ACCELERATORS["h200"]).peak > 0
+    assert estimate_plan(load_config("demo:32", ["train.batch_size=16"]), ACCELERATORS["h200"]).peak > 0
 
 
 def test_nothing_is_compiled_for_a_tpu():

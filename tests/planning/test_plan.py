@@ -21,7 +21,7 @@ from cxrjax.planning.sweep import plan_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.options.growth_rate=4", "model.options.block_config=(1, 1)", "model.options.stem_channels=4",
-         "train.batch=4", "model.options.pooling=average")  # fmt: skip
+         "train.batch_size=4", "model.options.pooling=average")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def config():
-    return configs.load("demo:32", [*SMALL])
+    return configs.load_config("demo:32", [*SMALL])
 
 
 def test_plan_of_one_device(config):
@@ -120,7 +120,7 @@ def test_a_step_that_exceeds_the_memory_does_not_fit(config, refusing):
     wanted = plan.compile_plan(config, cpu(), batch_size=8)
     planned = plan.compile_plan(config, cpu(), batch_size=4)
     refusing(planned.activations)
-    config.optimizer.rate *= 2  # another program, not cached
+    config.optimizer.learning_rate *= 2  # another program, not cached
     refused = plan.compile_plan(config, cpu(), batch_size=8)
     assert (refused.exceeded, refused.fits, refused.compiled, refused.traffic_known) == (True, False, True, False)
     assert refused.activations == pytest.approx(wanted.activations, rel=0.1)
@@ -132,7 +132,7 @@ def test_a_step_that_exceeds_the_memory_does_not_fit(config, refusing):
 def test_the_largest_batch_is_found_if_the_compiler_stops_for_larger_ones(config, refusing):
     nine = plan.compile_plan(config, cpu(), batch_size=9)
     refusing(nine.activations + 1000)
-    config.optimizer.rate *= 2
+    config.optimizer.learning_rate *= 2
     batch, planned = plan.largest_batch(config, cpu())
     assert batch == max(entry.microbatch for entry in planned if entry.fits)
     assert batch + 1 in {entry.microbatch for entry in planned if entry.exceeded}
@@ -165,7 +165,7 @@ def test_a_plan_without_a_writable_cache(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [plan.compile_plan, plan.estimate_plan])
 def test_accumulation_needs_one_microbatch_and_the_summed_gradients(config, make):
     one = make(config, cpu(), batch_size=2)
-    config.train.per_device = 2
+    config.train.per_device_batch_size = 2
     planned = make(config, cpu())
     assert (planned.microbatch, planned.accumulation_steps, planned.inputs) == (2, 2, 2 * one.inputs)
     parameters = planned.optimizer // 2
@@ -174,8 +174,8 @@ def test_accumulation_needs_one_microbatch_and_the_summed_gradients(config, make
     assert planned.free == planned.memory - planned.peak - planned.prefetched
     assert planned.flops == 2 * one.flops
     assert 1.5 * one.bytes_accessed <= planned.bytes_accessed <= 3 * one.bytes_accessed
-    config.train.per_device = 3
-    with pytest.raises(CxrError, match=r"train\.batch = 4 is not a multiple of 3"):
+    config.train.per_device_batch_size = 3
+    with pytest.raises(CxrError, match=r"train\.batch_size = 4 is not a multiple of 3"):
         make(config, cpu())
 
 
@@ -209,7 +209,7 @@ def test_an_estimate_is_near_xlas_figure_for_gpus(network, remat, images):
         for line in (ROOT / "docs" / "memory.md").read_text().splitlines()
         if line.startswith(f"| h200 | {network} | 2048 | {remat} | {images} |")
     )
-    config = configs.load("resolution:2048", [f"model.name={network}", f"model.remat={remat}"])
+    config = configs.load_config("resolution:2048", [f"model.name={network}", f"model.remat={remat}"])
     estimated = plan.estimate_plan(config, ACCELERATORS["h200"], batch_size=images)
     assert estimated.peak / 1e9 == pytest.approx(float(row[5]), rel=0.08)
 
@@ -217,14 +217,15 @@ def test_an_estimate_is_near_xlas_figure_for_gpus(network, remat, images):
 def test_the_papers_batch_fits_in_30_gb():
     """42 images of 2048 px at once, which took 39 GB on entry of six devices; by XLA's compiler 25.29 GB (docs)."""
     few, many = (
-        plan.estimate_plan(configs.load("resolution:2048"), ACCELERATORS["h200"], batch_size=n).peak for n in (4, 42)
+        plan.estimate_plan(configs.load_config("resolution:2048"), ACCELERATORS["h200"], batch_size=n).peak
+        for n in (4, 42)
     )
     assert (many - few) / 38 < 0.70e9
     assert many < 30e9
 
 
 def test_an_estimate_splits_maps_over_devices_and_pads_the_lanes_of_tpus():
-    config = configs.load("demo:256", [*SMALL])
+    config = configs.load_config("demo:256", [*SMALL])
     one, rows, padded = (
         plan.estimate_plan(config, ACCELERATORS[device], space=space, batch_size=1).activations
         for device, space in (("h200", 1), ("h200", 4), ("v5e", 1))
@@ -302,14 +303,17 @@ def test_a_sweep_has_every_combination(capsys, tmp_path, monkeypatch):
         (["--batch-size", "-4"], "--batch-size -4 is not a positive number"),
         (["--batch-size", "0"], "--batch-size 0 is not a positive number"),
         (["--batch-size", "2147483648"], "cannot plan a batch of 2147483648 images: choose at most 2147483647"),
-        (["--config.train.batch=3000000000"], "cannot plan a batch of 3000000000 images"),
+        (["--config.train.batch_size=3000000000"], "cannot plan a batch of 3000000000 images"),
         (
             ["--sweep", "--batch-size", "2147483647", "--sizes", "32", "--meshes", "data=2"],
             "cannot plan a batch of 4294967294 images",
         ),
         (["--largest", "--batch-size", "4"], "--largest finds the batch size: leave out --batch-size"),
         (["--mesh", "data=2,data=4"], "--mesh data=2,data=4 has data twice"),
-        (["--config.data.size=2"], "config key data.size = 2 does not suit the network: choose data.size = 32"),
+        (
+            ["--config.data.image_size=2"],
+            "config key data.image_size = 2 does not suit the network: choose data.image_size = 32",
+        ),
         (["--sizes", "64"], "--sizes is for --sweep"),
         (["--sweep", "--largest"], "--largest and --sweep"),
         (["--sweep", "--mesh", "data=2"], "--sweep takes --meshes"),

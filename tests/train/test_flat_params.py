@@ -126,7 +126,12 @@ def test_states_are_flat_on_accelerators_only():
 def test_flat_and_nested_states_train_alike_and_share_checkpoints(tiny, tmp_path, monkeypatch):
     """A checkpoint written by one kind resumes as the other."""
     were_flat, make = [], loop.make_train_step
-    overrides = ("train.epochs=2", "train.steps_per_epoch=2", "optimizer.schedule=constant", "optimizer.warmup=0")
+    overrides = (
+        "train.epochs=2",
+        "train.steps_per_epoch=2",
+        "optimizer.schedule=constant",
+        "optimizer.warmup_fraction=0",
+    )
 
     def recorded(*args, **kwargs):
         step = make(*args, **kwargs)

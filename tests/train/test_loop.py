@@ -10,7 +10,7 @@ import pytest
 
 from cxrjax.data.splits import save_split
 from cxrjax.errors import CxrError
-from cxrjax.inference.load_run import open_run
+from cxrjax.inference.load_run import load_run
 from cxrjax.train import loop
 from cxrjax.train.checkpoint import Checkpoints
 from cxrjax.train.experiment import Experiment
@@ -47,16 +47,16 @@ def test_a_run_writes_metrics_description_split_and_checkpoint(tiny, tmp_path):
 
 
 def test_a_finished_run_is_unchanged_and_more_epochs_resume_it(tiny, tmp_path):
-    config = tiny("optimizer.schedule=constant", "optimizer.warmup=0")
+    config = tiny("optimizer.schedule=constant", "optimizer.warmup_fraction=0")
     loop.train(config, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert loop.train(config, tmp_path).step == 12
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    longer = tiny("optimizer.schedule=constant", "optimizer.warmup=0", "train.epochs=4")
+    longer = tiny("optimizer.schedule=constant", "optimizer.warmup_fraction=0", "train.epochs=4")
     assert loop.train(longer, tmp_path).step == 16
 
 
-@pytest.mark.parametrize("override", ["optimizer.rate=0.5", "train.epochs=9", "model.options.growth_rate=8"])
+@pytest.mark.parametrize("override", ["optimizer.learning_rate=0.5", "train.epochs=9", "model.options.growth_rate=8"])
 def test_another_config_is_refused_with_the_key(tiny, tmp_path, override):
     loop.train(tiny("train.epochs=1", "train.steps_per_epoch=1"), tmp_path)
     with pytest.raises(CxrError, match=override.partition("=")[0]):
@@ -67,20 +67,20 @@ def test_a_refused_config_does_not_claim_the_directory(tiny, tmp_path):
     with pytest.raises(CxrError, match="did you mean Nodule"):
         loop.train(tiny("data.findings=('Nodul',)"), tmp_path)
     assert not list(tmp_path.iterdir())
-    with RunDirectory(tmp_path, tiny("optimizer.rate=0.5"), {}):
+    with RunDirectory(tmp_path, tiny("optimizer.learning_rate=0.5"), {}):
         assert (tmp_path / "config.json").exists()  # as if killed before its first checkpoint
     assert loop.train(tiny("train.epochs=1"), tmp_path).step == 4
 
 
 def test_other_data_are_refused(tiny, tmp_path, tmp_path_factory):
-    config = tiny("train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup=0")
+    config = tiny("train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup_fraction=0")
     loop.train(config, tmp_path / "run")
     prepare("cxr_phantom", data_dir=tmp_path / "other", size=32, patients=40)
     with pytest.raises(CxrError, match="was trained with another data"):
-        loop.train(tiny("train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup=0",
-                        f"data.dir={tmp_path / 'other'}"), tmp_path / "run")  # fmt: skip
+        loop.train(tiny("train.epochs=1", "optimizer.schedule=constant", "optimizer.warmup_fraction=0",
+                        f"data.data_dir={tmp_path / 'other'}"), tmp_path / "run")  # fmt: skip
     with pytest.raises(CxrError, match="was trained with another data"):
-        open_run(tmp_path / "run", tmp_path / "other")
+        load_run(tmp_path / "run", tmp_path / "other")
 
 
 def test_a_run_on_many_devices_opens_on_fewer(tiny, tmp_path):
@@ -89,7 +89,7 @@ def test_a_run_on_many_devices_opens_on_fewer(tiny, tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     stored["mesh"]["data"] = 64
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    experiment, network, _ = open_run(tmp_path)
+    experiment, network, _ = load_run(tmp_path)
     assert experiment.mesh.shape["data"] == 8
     assert network.classes == 7
 
@@ -129,8 +129,8 @@ def test_a_signal_during_the_last_validation_loses_nothing(tiny, tmp_path, monke
 
 
 def test_images_are_never_upscaled(tiny):
-    with pytest.raises(CxrError, match=r"data\.size = 64 is more than the 32 px"):
-        Experiment.open(tiny("data.size=64"))
+    with pytest.raises(CxrError, match=r"data\.image_size = 64 is more than the 32 px"):
+        Experiment.open(tiny("data.image_size=64"))
 
 
 def test_a_saved_split_can_be_reloaded(tiny, tmp_path):
@@ -161,7 +161,7 @@ def test_two_runs_in_one_directory_are_refused(tiny, tmp_path):
 
 def test_early_stopping_keeps_the_best_epoch(tiny, tmp_path, monkeypatch):
     values = iter([0.6, 0.8, 0.7, 0.75, 0.9])
-    config = tiny("train.epochs=5", "train.patience=2")
+    config = tiny("train.epochs=5", "train.early_stopping_patience=2")
     monkeypatch.setattr(loop, "mean_auroc", lambda *_: next(values))
     progress = loop.train(config, tmp_path)
     assert progress.stopped_early
@@ -176,15 +176,18 @@ def test_early_stopping_keeps_the_best_epoch(tiny, tmp_path, monkeypatch):
 def test_plateau_halves_the_learning_rate_after_three_epochs(tiny, tmp_path, monkeypatch):
     losses = iter([1.0, 0.9, 0.95, 0.9, 0.92, 0.91, 0.91, 0.95])
     monkeypatch.setattr(Loss, "mean", lambda *_: next(losses))
-    config = tiny("optimizer.schedule=plateau", "optimizer.warmup=0", "train.epochs=8", "train.steps_per_epoch=1")
+    config = tiny(
+        "optimizer.schedule=plateau", "optimizer.warmup_fraction=0", "train.epochs=8", "train.steps_per_epoch=1"
+    )
     loop.train(config, tmp_path)
     rates = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
-    np.testing.assert_allclose(np.array(rates) / config.optimizer.rate, [1] * 5 + [0.5] * 3)
+    np.testing.assert_allclose(np.array(rates) / config.optimizer.learning_rate, [1] * 5 + [0.5] * 3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    config = tiny("optimizer.name=sgd", "optimizer.clip=0", "optimizer.schedule=constant", "train.epochs=50",
-                  "optimizer.warmup=0", "optimizer.rate=1e12", "train.save_every=1")  # fmt: skip
+    config = tiny("optimizer.name=sgd", "optimizer.grad_clip_norm=0", "optimizer.schedule=constant",
+                  "train.epochs=50", "optimizer.warmup_fraction=0", "optimizer.learning_rate=1e12",
+                  "train.checkpoint_every_steps=1")  # fmt: skip
     named = r"at step \d+, for records p\d+_s\d+_\d+, .*(the last good checkpoint is|no checkpoint was saved)"
     with pytest.raises(CxrError, match=named):
         loop.train(config, tmp_path)
@@ -195,10 +198,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
 
 def test_an_undefined_val_auroc_is_refused_before_training(tiny, tmp_path):
     config = tiny("split.name=small", "split.sizes=(20, 1, 5)")
-    with pytest.raises(CxrError, match=r"train\.watch=val_loss"):
+    with pytest.raises(CxrError, match=r"train\.monitor=val_loss"):
         loop.train(config, tmp_path)
 
 
 def test_an_indivisible_batch_is_refused(tiny):
-    with pytest.raises(CxrError, match=r"train\.batch = 4"):
-        _ = Experiment.open(tiny("train.per_device=3")).accumulation_steps
+    with pytest.raises(CxrError, match=r"train\.batch_size = 4"):
+        _ = Experiment.open(tiny("train.per_device_batch_size=3")).accumulation_steps

@@ -64,9 +64,9 @@ def test_state_norms_loss_and_optimizer_of_a_bfloat16_run_are_float32(tiny):
 @pytest.mark.slow
 def test_bfloat16_losses_match_float32_within_seed_noise(phantom_data, tmp_path):
     overrides = (
-        "data.stored=32", "split.name=random", "split.fractions=(0.6, 0.2, 0.2)", "train.epochs=6",
-        "train.steps_per_epoch=20", "train.watch=val_loss",
-        "optimizer.rate=0.003",  # at the recipe's own a finding is learnt suddenly, and rounding decides when
+        "data.stored_size=32", "split.name=random", "split.fractions=(0.6, 0.2, 0.2)", "train.epochs=6",
+        "train.steps_per_epoch=20", "train.monitor=val_loss",
+        "optimizer.learning_rate=0.003",  # at the recipe's own a finding is learnt suddenly, and rounding decides when
     )  # fmt: skip
     words = ["--data-dir", str(phantom_data), "--workdir", str(tmp_path), "--sizes", "32", "--seeds", "0", "1"]
     words += [f"--config.{word}" for word in overrides]

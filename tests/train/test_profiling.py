@@ -181,7 +181,7 @@ def test_a_trace_contains_the_requested_steps(tiny_overrides, tmp_path, capsys):
 
 
 def test_completed_steps_are_not_traced(tiny, tmp_path, capsys):
-    steady = ("optimizer.schedule=constant", "optimizer.warmup=0")
+    steady = ("optimizer.schedule=constant", "optimizer.warmup_fraction=0")
     loop.train(tiny(*steady, "train.epochs=1"), tmp_path)
     loop.train(tiny(*steady, "train.epochs=2"), tmp_path, profile=(2, 4))
     assert "steps 2 to 4 are already done: nothing is traced" in " ".join(capsys.readouterr().err.split())

@@ -26,7 +26,7 @@ CLOCKS = ("seconds", "step_seconds", "wait_seconds", "data_wait_fraction")
 OPTIONS = (
     "train.epochs=5",
     "train.steps_per_epoch=12",
-    "train.save_every=1",
+    "train.checkpoint_every_steps=1",
     "augment.rotation=20",
     "augment.shift=0.1",
 )
@@ -53,7 +53,7 @@ def newest(directory: Path) -> int:
 
 def final(overrides, directory):
     """Return every array of the last state and the best network, as bytes, and the progress without clocks."""
-    config = configs.load("demo:32", overrides)
+    config = configs.load_config("demo:32", overrides)
     experiment = Experiment.open(config)
     like = TrainState.create(experiment.network, make_optimizer(config.optimizer), 0)
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
@@ -71,7 +71,7 @@ def uninterrupted(tiny_overrides, tmp_path_factory):
     """An uninterrupted run: its overrides and directory."""
     overrides = [*tiny_overrides, *OPTIONS]
     directory = tmp_path_factory.mktemp("uninterrupted")
-    train(configs.load("demo:32", overrides), directory)
+    train(configs.load_config("demo:32", overrides), directory)
     return overrides, directory
 
 
@@ -120,7 +120,7 @@ def test_random_kills_leave_a_bitwise_identical_result(uninterrupted, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_resumes(uninterrupted, tmp_path, number):
     overrides, reference = uninterrupted
-    overrides = [*overrides, "train.save_every=0"]
+    overrides = [*overrides, "train.checkpoint_every_steps=0"]
     process = start(overrides, tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path / "metrics.jsonl"):
         assert process.poll() is None, process.communicate()
@@ -139,6 +139,8 @@ def test_a_signal_saves_and_the_run_resumes(uninterrupted, tmp_path, number):
 
 def test_saving_within_epochs_leaves_the_result_bitwise_identical(uninterrupted, tmp_path):
     overrides, reference = uninterrupted
-    train(configs.load("demo:32", [*overrides, "train.save_every=5", "data.threads=3"]), tmp_path)
+    train(
+        configs.load_config("demo:32", [*overrides, "train.checkpoint_every_steps=5", "data.num_threads=3"]), tmp_path
+    )
     assert final(overrides, tmp_path) == final(overrides, reference)
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == STEPS

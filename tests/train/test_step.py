@@ -38,7 +38,9 @@ def network(dtype="float32", **options):
 
 
 def run(net, batch, mesh, accumulate=1, steps=2, name="sgd"):
-    optimizer = make_optimizer(configs.load("demo", [f"optimizer.name={name}", "optimizer.clip=0"]).optimizer)
+    optimizer = make_optimizer(
+        configs.load_config("demo", [f"optimizer.name={name}", "optimizer.grad_clip_norm=0"]).optimizer
+    )
     step = make_train_step(net, optimizer, optax.constant_schedule(0.05), mesh, accumulate)
     state = jax.device_put(TrainState.create(net, optimizer, 0), replicated(mesh))
     placed = put_batch(batch, batch_shardings(mesh))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cxrjax.errors import CxrError
-from cxrjax.findings import NEGATIVE, NOT_MENTIONED, PHANTOM, POSITIVE, UNCERTAIN, positions
+from cxrjax.findings import NEGATIVE, NOT_MENTIONED, PHANTOM, POSITIVE, UNCERTAIN, finding_indices
 
 PREVALENCE = {finding: 0.30 if finding == "Cardiomegaly" else 0.25 for finding in PHANTOM}
 """Fraction of studies with each finding."""
@@ -101,6 +101,6 @@ def with_findings(radiograph: Radiograph, *findings: str) -> Radiograph:
     Raises:
       CxrError: a finding is not in `PHANTOM`.
     """
-    selected = set(positions(findings, PHANTOM))
+    selected = set(finding_indices(findings, PHANTOM))
     present = tuple(k in selected for k in range(len(PHANTOM)))
     return replace(radiograph, present=present, labels=tuple(POSITIVE if p else NEGATIVE for p in present))
