@@ -70,7 +70,7 @@ def main() -> None:
         }
         print(json.dumps(compare(size, runs)), flush=True)
         curves[f"{size} px"] = runs
-    style.save(plots.losses_beside(curves), arguments.workdir / "losses.svg")
+    style.save(plots.compare_losses(curves), arguments.workdir / "losses.svg")
 
 
 if __name__ == "__main__":

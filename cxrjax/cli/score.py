@@ -24,9 +24,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score the predictions and print a table."""
     from cxrjax.console import stdout
     from cxrjax.metrics.scores import score_files
-    from cxrjax.report.tables import terminal
+    from cxrjax.report.tables import terminal_scores
 
     scores = score_files(arguments.predictions, arguments.labels, resamples=arguments.resamples, seed=arguments.seed)
     rows = scores.rows()
-    stdout.print(terminal({"AUROC": rows}, [row["finding"] for row in rows if row["finding"] != "mean"]))
+    stdout.print(terminal_scores({"AUROC": rows}, [row["finding"] for row in rows if row["finding"] != "mean"]))
     return scores.as_dict()

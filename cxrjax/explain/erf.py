@@ -1,4 +1,4 @@
-"""Effective receptive fields: which pixels the features in the centre of the image really listen to.
+"""Effective receptive fields: how strongly each pixel influences the central position of a feature map.
 
 Haque et al., "Effect of image resolution on automated classification of chest X-rays", equation 1, after Luo et al.,
 "Understanding the effective receptive field in deep convolutional neural networks" (2016).
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 from scipy import optimize
 
 from cxrjax.errors import CxrError
-from cxrjax.explain.inputs import batches, checked, feature_map, on, shares, spread
+from cxrjax.explain.inputs import batches, check_images, feature_map, mesh_shape, put_images, use_mesh
 from cxrjax.models.input_spec import prepare
 from cxrjax.models.layers import param_dtype
 from cxrjax.models.network import Network
@@ -33,16 +33,16 @@ class ERF:
     """An effective receptive field and its size.
 
     Attributes:
-      map: not negative; in (features per grey value, black 0 to white 1) squared where the moment is `square`.
-      area_fraction: of the image, the area that holds `mass` of the map; see `size_of`.
-      diameter: of the disc of that area, px.
-      mass: share of the map's sum.
-      estimator: as asked for; so are `moment` and `layer`.
-      moment: likewise.
+      map: not negative; (features per grey value, black 0 to white 1) squared for the moment `square`.
+      area_fraction: fraction of the image area that holds `mass` of the map, see `erf_size`.
+      diameter: diameter of the disc of that area, px.
+      mass: fraction of the map's sum.
+      estimator: see `measure`.
+      moment: see `measure`.
       layer: name of the feature map.
       position: row and column in the feature map.
-      channels: of the feature map.
-      images: how many.
+      channels: channels of the feature map.
+      images: number of images.
       passes: backward passes per image.
     """
 
@@ -56,7 +56,7 @@ class ERF:
     position: tuple[int, int]
     channels: int
     images: int
-    passes: int  # backward passes per image
+    passes: int
 
 
 def measure(
@@ -75,75 +75,75 @@ def measure(
     mesh: Mesh | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> ERF:
-    """The effective receptive field of the central position of a feature map, the network in evaluation mode.
+    """Measure the effective receptive field of a feature map's central position, with the network in evaluation mode.
 
     Equation 1: ERF(p, q) = 1/(K N) sum over channels k and images i of (d f^k(x_i, u, v) / d x_i(p, q))^2, with
     (u, v) the centre (h // 2, w // 2) of the map. x_i(p, q) is the grey value between black 0 and white 1, before it is
-    normalised and repeated to the network's channels. The gradient passes through the network's compute type and is
-    summed in float32 over what runs side by side, in float64 over the rest.
+    normalised and repeated to the network's channels. The gradient has the network's compute type; it is summed in
+    float32 over passes that run in parallel and in float64 over the rest.
 
     Args:
       network: a trained network.
-      images: grey images of the size the network is used at.
-      estimator: `exact`: one backward pass per channel. `probe`: passes of the channels' sum under random signs; their
-        mean square is unbiased for `exact`. `sum`: one pass, of the channels' plain sum ("one gradient per image");
-        with the moment `square` it also counts the products of different channels, so it estimates something else.
+      images: grey images of the size that the network is used at.
+      estimator: `exact`: one backward pass per channel. `probe`: passes of the channels' sum with random signs, whose
+        mean square is an unbiased estimate of `exact`. `sum`: one pass of the channels' plain sum ("one gradient per
+        image"); with the moment `square` it includes products of different channels, so it estimates another quantity.
       probes: random passes per image, for `probe`.
-      moment: `square` is equation 1. `absolute` is the mean absolute gradient. `mean` is the absolute value of the mean
-        gradient, as Luo et al. have it, where opposite signs cancel.
-      layer: name of the feature map; the last by default.
-      translate: images are shifted at random by up to this part of their sides, rows and columns alike; what comes in
-        is black.
-      mass: the share of the map that its size holds; 0.9545 is two sigma.
-      seed: of the shifts and the random signs.
-      batch_size: images side by side on a device, or on the devices that share their rows.
-      parallel: backward passes of each image side by side; memory grows with `batch_size * parallel`. By default as
-        many as make 2^20 pixels: 16 for one image of 256 x 256, and 1 from 1024 x 1024 on.
-      mesh: devices among which images and their rows are split, where the network lies; default one device.
-      advance: told how many backward passes were done, each time some were; there are `passes` per image in all
-        (see `console.progress_bar`).
+      moment: `square`: equation 1. `absolute`: the mean absolute gradient. `mean`: the absolute value of the mean
+        gradient, where opposite signs cancel, as in Luo et al.
+      layer: name of the feature map; default: the last.
+      translate: images are shifted at random, vertically and horizontally, by up to this fraction of their sides and
+        filled with black.
+      mass: fraction of the map's sum that its size refers to; 0.9545 is two sigma.
+      seed: seed of the shifts and the random signs.
+      batch_size: images per batch on each device, or on each group of devices that shares the rows of an image.
+      parallel: backward passes per image that run in parallel; memory grows with `batch_size * parallel`. Default: as
+        many as make 2^20 pixels: 16 for one image of 256 x 256, and 1 from 1024 x 1024.
+      mesh: devices over which images and their rows are sharded, and where the network is; default: one device.
+      advance: called with the number of finished backward passes; there are `passes` per image.
 
     Raises:
-      CxrError: an option out of range, no such feature map, wrong images, or a gradient that is zero everywhere.
+      CxrError: an option is out of range, the feature map does not exist, the images have a wrong format, or the
+        gradient is zero everywhere.
     """
     _check(estimator, probes, moment, translate, mass)
-    images = checked(images)
+    images = check_images(images)
     name, shape = feature_map(network, images, layer)
     channels, position = shape[3], (shape[1] // 2, shape[2] // 2)
     passes = {"exact": channels, "probe": probes, "sum": 1}[estimator]
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    data, space = shares(mesh)
-    side_by_side = min(parallel or max(2**20 * space // (batch_size * images[0].size), 1), passes)
+    data, space = mesh_shape(mesh)
+    chunk = min(parallel or max(2**20 * space // (batch_size * images[0].size), 1), passes)
     total = np.zeros(images.shape[1:3], np.float64)
     for batch, index in batches(images, batch_size * data):
-        shifted = spread(mesh, translated(batch, translate, rng))
-        for start in range(0, passes, side_by_side):
-            numbers = np.arange(start, start + side_by_side, dtype=np.int32)
-            numbers[numbers >= passes] = -1  # so that the last chunk has the size of the others
-            with on(mesh):
-                part = _moments(network, shifted, index, numbers, key, layer=name, estimator=estimator, moment=moment)
-            total += np.asarray(part)
+        shifted = put_images(mesh, random_shift(batch, translate, rng))
+        for start in range(0, passes, chunk):
+            numbers = np.arange(start, start + chunk, dtype=np.int32)
+            numbers[numbers >= passes] = -1  # padding: all chunks have one size
+            with use_mesh(mesh):
+                sums = _moments(network, shifted, index, numbers, key, layer=name, estimator=estimator, moment=moment)
+            total += np.asarray(sums)
             if advance is not None:
                 advance(int((index >= 0).sum() * (numbers >= 0).sum()))
     # Each pass of `probe` estimates the whole sum over channels; the passes of `exact` are its terms.
     terms = channels * len(images) * (probes if estimator == "probe" else 1)
     field = np.abs(total) / terms
-    area, diameter = size_of(field, mass)
+    area, diameter = erf_size(field, mass)
     return ERF(field, area, diameter, mass, estimator, moment, name, position, channels, len(images), passes)
 
 
-def size_of(field: Float[np.ndarray, "H W"], mass: float = TWO_SIGMA) -> tuple[float, float]:
-    """Size of the smallest set of pixels that holds `mass` of a map: highest pixels first.
+def erf_size(field: Float[np.ndarray, "H W"], mass: float = TWO_SIGMA) -> tuple[float, float]:
+    """Return the size of the smallest set of pixels that holds a fraction `mass` of a map's sum.
 
     Args:
-      field: a map without negative values.
-      mass: share of the sum, above 0 and at most 1. An isotropic Gaussian's area is 2 pi sigma^2 ln(1/(1 - mass)).
+      field: map without negative values.
+      mass: above 0 and at most 1. The area for an isotropic Gaussian is 2 pi sigma^2 ln(1/(1 - mass)).
 
     Returns:
       The set's area as a fraction of the map's, and the diameter of the disc of that area in px, 2 sqrt(area / pi).
 
     Raises:
-      CxrError: a map that is negative, not finite or zero everywhere, or `mass` out of range.
+      CxrError: the map is negative, not finite or zero everywhere, or `mass` is out of range.
     """
     field = np.asarray(field, np.float64)
     if not 0 < mass <= 1:
@@ -158,10 +158,10 @@ def size_of(field: Float[np.ndarray, "H W"], mass: float = TWO_SIGMA) -> tuple[f
     return pixels / field.size, 2 * np.sqrt(pixels / np.pi)
 
 
-def translated(
+def random_shift(
     images: UInt8[np.ndarray, "N H W 1"], fraction: float, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "N H W 1"]:
-    """Each image shifted by whole pixels, uniform up to `fraction` of its height and width; what comes in is black."""
+    """Shift each image by whole pixels, uniformly up to `fraction` of its height and width, and fill with black."""
     height, width = images.shape[1:3]
     limits = int(height * fraction), int(width * fraction)
     shifted = np.zeros_like(images)
@@ -185,25 +185,25 @@ def _moments(
     estimator: Estimator,
     moment: Moment,
 ) -> Float[Array, "H W"]:
-    """Sum over images and over backward passes, of these numbers, of the gradient's moment; -1 counts as none.
+    """Sum the gradient's moment over images (`index`) and backward passes (`numbers`), where -1 is padding.
 
-    A loop over all passes within the compiled function would spare the forward pass of each call, but the CPU runs
-    convolutions in compiled loops many times slower.
+    A compiled loop over all passes would save the forward pass of each call, but XLA runs convolutions inside loops
+    many times slower on CPUs.
     """
     wide = param_dtype(network.dtype)
     prepared = prepare(images, network.input_spec, network.dtype)
     black, white = prepare(jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1), network.input_spec, wide)
-    contrast = (white - black)[None]  # what one unit of grey is in each channel
+    contrast = (white - black)[None]  # of one unit of grey, per input channel
 
     def at_centre(grey: Float[Array, "B H W 1"]) -> Float[Array, "B K"]:
-        """Central features of the images plus `grey`, which is zero: it is there to be differentiated by."""
+        """Return the central features of the images plus `grey`, which is zero and only there for its gradient."""
         maps = network.model().features(prepared + (grey * contrast).astype(network.dtype))[layer]
         return maps[:, maps.shape[1] // 2, maps.shape[2] // 2].astype(wide)
 
     features, backward = jax.vjp(at_centre, jnp.zeros(images.shape, wide))
 
     def gradient(number: Int32[Array, ""]) -> Float[Array, "B H W 1"]:
-        """The gradient of the combination of channels that makes up pass `number`."""
+        """Return the gradient of the combination of channels of pass `number`."""
         if estimator == "exact":
             one = jax.nn.one_hot(number, features.shape[1], dtype=jnp.int32)
             chosen = jnp.broadcast_to(one, features.shape)
@@ -225,7 +225,9 @@ def _check(estimator: str, probes: int, moment: str, translate: float, mass: flo
     if moment not in get_args(Moment):
         raise CxrError(f"no moment {moment!r}; choose one of {', '.join(get_args(Moment))}")
     if estimator == "probe" and moment != "square":
-        raise CxrError(f"random signs estimate squares only: for the moment {moment!r} use the estimator exact or sum")
+        raise CxrError(
+            f"the estimator probe only estimates the moment square: for the moment {moment!r} use exact or sum"
+        )
     if probes < 1 or not 0 <= translate < 1 or not 0 < mass <= 1:
         raise CxrError(
             f"out of range: probes ({probes}) must be at least 1, translate ({translate}) in [0, 1), "
@@ -233,22 +235,21 @@ def _check(estimator: str, probes: int, moment: str, translate: float, mass: flo
         )
 
 
-_SIDE = 256  # pixels of a larger map are averaged in blocks before the fit
-_NARROWEST = 0.3  # px, the sigma that a fit starts from at least
+_SIDE = 256  # larger maps are averaged in blocks before the fit
+_SMALLEST_SIGMA = 0.3  # px, initial value of a fit
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A two-dimensional Gaussian in the frame of a map, in px.
+    """A two-dimensional Gaussian fitted to a map; lengths in px.
 
     Attributes:
-      row: of the centre; 0 is the middle of the first row.
-      column: likewise.
+      row: row of the centre; 0 is the middle of the first row.
+      column: column of the centre; 0 is the middle of the first column.
       major: standard deviation along the longer axis.
-      minor: along the shorter one.
-      angle: of the longer axis, in degrees from the direction of rising columns towards that of rising rows, in
-        (-90, 90].
-      explained: share of the map's variance over its pixels that the Gaussian explains; 1 is a perfect fit.
+      minor: standard deviation along the shorter axis.
+      angle: angle of the longer axis, in degrees from increasing columns towards increasing rows, in (-90, 90].
+      explained: fraction of the map's variance over its pixels that the Gaussian explains; 1 is a perfect fit.
     """
 
     row: float
@@ -259,20 +260,20 @@ class Gaussian:
     explained: float
 
     def diameter(self, mass: float) -> float:
-        """Of the disc that is as large as the ellipse which holds `mass` of the Gaussian, px."""
+        """Return the diameter, px, of the disc with the area of the ellipse that holds `mass` of the Gaussian."""
         return 2 * math.sqrt(2 * self.major * self.minor * -math.log1p(-mass)) if mass < 1 else math.inf
 
 
-def by_moments(field: Float[np.ndarray, "H W"]) -> Gaussian:
-    """The Gaussian with the map's mean and covariance, the map taken for a density on the centres of its pixels.
+def fit_moments(field: Float[np.ndarray, "H W"]) -> Gaussian:
+    """Fit a Gaussian by moments: the mean and covariance of the map, taken as a density at its pixel centres.
 
-    Far pixels weigh by their squared distance, so that faint tails make it wide. `explained` is for the amplitude that
-    explains most, and may be below 0.
+    Pixels weigh by their squared distance, so faint tails widen the Gaussian. `explained` is for the best amplitude;
+    it may be negative.
 
     Raises:
-      CxrError: a map that is negative, not finite or zero everywhere.
+      CxrError: the map is negative, not finite or zero everywhere.
     """
-    field = _checked(field)
+    field = _check_field(field)
     rows, columns = np.indices(field.shape, np.float64)
     share = field / field.sum()
     centre = np.array([(share * axis).sum() for axis in (rows, columns)])
@@ -284,31 +285,31 @@ def by_moments(field: Float[np.ndarray, "H W"]) -> Gaussian:
     return _gaussian(centre, covariance, _explained(field, shape * (field * shape).sum() / (shape**2).sum()))
 
 
-def fitted(field: Float[np.ndarray, "H W"]) -> Gaussian:
-    """The Gaussian nearest to the map, in the mean square over its pixels; amplitude, centre and both axes are free.
+def fit_least_squares(field: Float[np.ndarray, "H W"]) -> Gaussian:
+    """Fit a Gaussian by least squares over the pixels; amplitude, centre and both axes are free.
 
-    It follows the bulk and leaves out faint tails, so it is narrower than `by_moments` where there are some. Maps of
-    more than 256 px a side are averaged in blocks first, which is allowed for.
+    Faint tails have little influence, so it is narrower than that of `fit_moments` if there are some. Maps of more than
+    256 px a side are averaged in blocks first; the result is corrected for this.
 
     Raises:
-      CxrError: as in `by_moments`.
+      CxrError: see `fit_moments`.
     """
-    field = _checked(field)
+    field = _check_field(field)
     block = math.ceil(max(field.shape) / _SIDE)
-    small = _averaged(field, block) / field.max()
-    start = by_moments(small)
+    small = _block_means(field, block) / field.max()
+    start = fit_moments(small)
     rows, columns = np.indices(small.shape, np.float64)
 
     def shape(parameters: np.ndarray) -> np.ndarray:
-        """A Gaussian of precision L L', L lower triangular with a positive diagonal."""
+        """Return a Gaussian of precision L L', with L lower triangular with a positive diagonal."""
         amplitude, row, column, first, mixed, second = parameters
         dy, dx = rows - row, columns - column
         across, along = math.exp(first) * dy + mixed * dx, math.exp(second) * dx
         return amplitude * np.exp(-0.5 * (across**2 + along**2))
 
-    begin = -math.log(max(math.sqrt(start.major * start.minor), _NARROWEST))
+    log_scale = -math.log(max(math.sqrt(start.major * start.minor), _SMALLEST_SIGMA))
     peak = np.unravel_index(small.argmax(), small.shape)
-    guess = np.array([small.max(), *peak, begin, 0.0, begin])
+    guess = np.array([small.max(), *peak, log_scale, 0.0, log_scale])
     result = optimize.least_squares(lambda parameters: (shape(parameters) - small).ravel(), guess, x_scale="jac")
     _, row, column, first, mixed, second = result.x
     lower = np.array([[math.exp(first), 0], [mixed, math.exp(second)]])
@@ -317,22 +318,22 @@ def fitted(field: Float[np.ndarray, "H W"]) -> Gaussian:
     return _gaussian(centre, covariance, _explained(small, shape(result.x)))
 
 
-def _checked(field: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+def _check_field(field: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
     field = np.asarray(field, np.float64)
     if not np.isfinite(field).all() or (field < 0).any() or not field.any():
-        raise CxrError("a Gaussian describes a map that is finite, not negative, and not zero everywhere")
+        raise CxrError("a Gaussian can only be fitted to a map that is finite, not negative, and not zero everywhere")
     return field
 
 
-def _averaged(field: Float[np.ndarray, "H W"], block: int) -> Float[np.ndarray, "h w"]:
-    """Means of blocks of block x block pixels; what does not fill a block at the lower and right edge is left out."""
+def _block_means(field: Float[np.ndarray, "H W"], block: int) -> Float[np.ndarray, "h w"]:
+    """Return means of blocks of block x block pixels; incomplete blocks at the lower and right edges are left out."""
     height, width = (side // block for side in field.shape)
     return field[: height * block, : width * block].reshape(height, block, width, block).mean((1, 3))
 
 
 def _explained(field: np.ndarray, model: np.ndarray) -> float:
-    spread = ((field - field.mean()) ** 2).sum()
-    return float(1 - ((field - model) ** 2).sum() / spread) if spread else math.nan
+    total = ((field - field.mean()) ** 2).sum()
+    return float(1 - ((field - model) ** 2).sum() / total) if total else math.nan
 
 
 def _gaussian(centre: np.ndarray, covariance: np.ndarray, explained: float) -> Gaussian:

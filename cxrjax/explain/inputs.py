@@ -1,4 +1,4 @@
-"""What the explanations take: images in batches of one size, laid out on devices, and the name of a feature map."""
+"""Inputs of explanations: checked images in batches of one size, placed on devices, and feature maps by name."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +14,8 @@ from cxrjax.models.input_spec import prepare
 from cxrjax.models.network import Network
 
 
-def checked(images: np.ndarray) -> UInt8[np.ndarray, "N H W 1"]:
-    """The images as they are, or a `CxrError` unless they are grey, uint8 of shape N x H x W x 1, at least one."""
+def check_images(images: np.ndarray) -> UInt8[np.ndarray, "N H W 1"]:
+    """Return the images; raise a `CxrError` unless they are grey, uint8 of shape N x H x W x 1 with N at least 1."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 1:
         shape = " x ".join(map(str, images.shape))
@@ -28,10 +28,10 @@ def checked(images: np.ndarray) -> UInt8[np.ndarray, "N H W 1"]:
 def batches(
     images: UInt8[np.ndarray, "N H W 1"], batch_size: int
 ) -> Iterator[tuple[UInt8[np.ndarray, "B H W 1"], Int32[np.ndarray, " B"]]]:
-    """Batches of one size, with the number of each image; the last batch is padded, with the number -1.
+    """Yield batches of one size with the number of each image; padding in the last batch has number -1.
 
-    So each function of a batch compiles once. At most `batch_size` images each; few images are filled up to the next
-    power of two only, so that calls with almost as many share what was compiled.
+    One size means that functions of a batch compile once. If there are fewer than `batch_size` images, the batch has
+    the next power of two, so that calls with similar numbers of images share compiled code.
     """
     if batch_size < 1:
         raise CxrError(f"batch_size must be at least 1, not {batch_size}")
@@ -41,56 +41,56 @@ def batches(
         yield images[np.minimum(index, len(images) - 1)], np.where(index < len(images), index, -1)
 
 
-def on(mesh: Mesh | None) -> AbstractContextManager:
-    """Inside, functions are traced for the mesh, whose layers lay their maps out on it (`models.rows`)."""
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Return a context in which layers are traced for the mesh and shard their maps over it (`models.spatial`)."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def shares(mesh: Mesh | None) -> tuple[int, int]:
-    """Into how many parts the mesh splits a batch, and an image."""
+def mesh_shape(mesh: Mesh | None) -> tuple[int, int]:
+    """Return the number of shards that the mesh splits a batch into, and an image."""
     return (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["space"])
 
 
-def spread(mesh: Mesh | None, images: UInt8[np.ndarray, "B H W 1"]) -> Array | np.ndarray:
-    """The images on the mesh: split by both of its axes, or whole where an axis does not divide them."""
+def put_images(mesh: Mesh | None, images: UInt8[np.ndarray, "B H W 1"]) -> Array | np.ndarray:
+    """Place images on the mesh, sharded over each of its axes that divides them and replicated over the others."""
     if mesh is None:
         return images
     axes = zip(("data", "space"), images.shape[:2], strict=True)
-    where = P(*(axis if length % mesh.shape[axis] == 0 else None for axis, length in axes))
-    return jax.device_put(images, NamedSharding(mesh, where))
+    spec = P(*(axis if length % mesh.shape[axis] == 0 else None for axis, length in axes))
+    return jax.device_put(images, NamedSharding(mesh, spec))
 
 
 @jax.tree_util.register_static
 class Name(str):
-    """A feature map's name as part of a pytree: dictionaries leave traced functions sorted, a list keeps its order."""
+    """A feature map's name as a static pytree node: jit returns dictionaries sorted by key, but a list in its order."""
 
     __slots__ = ()
 
 
-def named(maps: Mapping[str, Array]) -> list[tuple[Name, Array]]:
-    """Feature maps with their names, in the backbone's order, as a traced function may return them."""
+def with_names(maps: Mapping[str, Array]) -> list[tuple[Name, Array]]:
+    """Return (name, feature map) pairs in the backbone's order, in a form that a traced function can return."""
     return [(Name(name), value) for name, value in maps.items()]
 
 
 def feature_map(network: Network, images: UInt8[np.ndarray, "N H W 1"], name: str | None) -> tuple[str, tuple]:
-    """Name (the last by default) and shape (1, h, w, C) of a feature map of one image; nothing is computed.
+    """Return the name (default: the last) and the shape (1, h, w, C) of a feature map, without computing it.
 
     Raises:
-      CxrError: no such feature map, or images the network does not take.
+      CxrError: there is no such feature map, or the network does not take such images.
     """
     image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     shapes = {str(key): maps.shape for key, maps in _features.eval_shape(network, image)}
-    name = name_in(shapes, name)
+    name = check_name(shapes, name)
     return name, shapes[name]
 
 
 @jax.jit
 def _features(network: Network, images: UInt8[Array, "B H W 1"]) -> list[tuple[Name, Array]]:
-    return named(network.model().features(prepare(images, network.input_spec, network.dtype)))
+    return with_names(network.model().features(prepare(images, network.input_spec, network.dtype)))
 
 
-def name_in(names: Iterable[str], name: str | None) -> str:
-    """The feature map's name, the last by default; a `CxrError` where it is none of `names`."""
+def check_name(names: Iterable[str], name: str | None) -> str:
+    """Return a feature map's name, by default the last; raise a `CxrError` if it is not among `names`."""
     names = list(names)
     if name is not None and name not in names:
         raise CxrError(f"no feature map {name!r}; this network has {', '.join(names)}")

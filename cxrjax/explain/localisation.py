@@ -1,7 +1,7 @@
-"""Whether a map points at the finding: pointing game, energy inside and overlap, against masks or boxes.
+"""Localisation scores of saliency maps against masks: pointing game, energy inside the mask, and overlap.
 
-Pointing game: Zhang et al., "Top-down neural attention by excitation backprop" (2016). Energy inside: Wang et al.,
-"Score-CAM" (2020). All of them need maps of some resolution: on fewer than 8 x 8 cells a cell is as large as a finding.
+Pointing game: Zhang et al., "Top-down neural attention by excitation backprop" (2016). Energy: Wang et al., "Score-CAM"
+(2020). The scores need maps of at least 8 x 8 cells; in coarser ones a cell is as large as a finding.
 """
 
 import math
@@ -20,20 +20,20 @@ RESOLVABLE = 8  # cells
 
 @dataclass(frozen=True)
 class Localisation:
-    """How well the maps of one finding point at it.
+    """Localisation scores of the maps of one finding.
 
     Attributes:
-      images: how many pairs of map and mask.
-      hits: maps whose maximum lies in the mask, within the tolerance.
+      images: number of pairs of map and mask.
+      hits: maps whose maximum is in the mask, within the tolerance.
       hit_rate: hits / images.
       low: lower end of the hit rate's Wilson interval.
-      high: its upper end.
-      chance: hit rate of a random pixel: mean area fraction of the masks, the tolerance added.
-      energy: mean share of the map that lies in the mask, of the maps that are not empty; nan if all are.
-      area: mean area fraction of the masks, which is what `energy` is by chance.
-      iou: mean intersection over union of the mask and of the map above the threshold.
+      high: upper end of the hit rate's Wilson interval.
+      chance: hit rate of a random pixel: mean area fraction of the masks, including the tolerance.
+      energy: mean fraction of the map that is inside the mask, over maps that are not empty; nan if all are.
+      area: mean area fraction of the masks, which is the expected `energy` by chance.
+      iou: mean intersection over union of the mask and the thresholded map.
       empty: maps that are zero everywhere; they count as misses.
-      resolvable: whether the maps have at least 8 x 8 cells; if not, none of these figures means anything.
+      resolvable: whether the maps have at least 8 x 8 cells; if not, the scores are meaningless.
     """
 
     images: int
@@ -57,17 +57,17 @@ def localisation(
     threshold: float = 0.5,
     confidence: float = 0.95,
 ) -> Localisation:
-    """Score the maps of one finding against where it is.
+    """Score the maps of one finding against masks of it.
 
     Args:
       maps: not negative, one per image that shows the finding.
-      masks: where it is, one per map, of any size each (`Records.mask`); none of them empty.
-      tolerance: how far outside the mask the maximum still counts, as a fraction of the mask's width.
-      threshold: the part of its maximum above which a map counts as marked, for `iou`.
-      confidence: of the interval.
+      masks: one per map, of any size (`Records.mask`), not empty.
+      tolerance: distance from the mask at which the maximum still counts as a hit, as a fraction of the mask's width.
+      threshold: fraction of a map's maximum above which a pixel counts as marked, for `iou`.
+      confidence: confidence level of the interval.
 
     Raises:
-      CxrError: no maps, not one mask per map, an empty mask, or a map that is negative or not finite.
+      CxrError: there are no maps, not one mask per map, a mask is empty, or a map is negative or not finite.
     """
     if len(maps) == 0 or len(maps) != len(masks):
         raise CxrError(f"localisation needs one mask per map and at least one map, not {len(masks)} for {len(maps)}")
@@ -98,15 +98,15 @@ def localisation(
 
 
 def pooled(scores: Sequence[Localisation], confidence: float = 0.95) -> Localisation:
-    """The scores of all maps of several findings together: each map counts once, for each finding that it is of."""
-    images = np.array([of.images for of in scores])
-    marked = images - [of.empty for of in scores]
-    hits = sum(of.hits for of in scores)
+    """Return the scores of the maps of several findings together; every map counts once."""
+    images = np.array([score.images for score in scores])
+    marked = images - [score.empty for score in scores]
+    hits = sum(score.hits for score in scores)
     low, high = wilson(hits, int(images.sum()), confidence)
 
     def mean(name: str, weights: np.ndarray) -> float:
         counted = weights > 0
-        values = np.array([getattr(of, name) for of in scores])[counted]
+        values = np.array([getattr(score, name) for score in scores])[counted]
         return float(np.average(values, weights=weights[counted])) if counted.any() else math.nan
 
     return Localisation(
@@ -119,27 +119,27 @@ def pooled(scores: Sequence[Localisation], confidence: float = 0.95) -> Localisa
         energy=mean("energy", marked),
         area=mean("area", images),
         iou=mean("iou", images),
-        empty=sum(of.empty for of in scores),
-        resolvable=all(of.resolvable for of in scores),
+        empty=sum(score.empty for score in scores),
+        resolvable=all(score.resolvable for score in scores),
     )
 
 
 def wilson(hits: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a rate; images count as independent."""
+    """Return the Wilson interval of a rate; images are treated as independent."""
     interval = stats.binomtest(hits, images).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def resolvable(shape: Sequence[int]) -> bool:
-    """Whether maps of this shape (rows, columns) have enough cells, 8 x 8, for localisation to mean anything."""
+    """Return whether maps of this shape (rows, columns) have the 8 x 8 cells that localisation scores need."""
     return min(shape) >= RESOLVABLE
 
 
 def points_at(heat: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "H W"], tolerance: float = 0.0) -> bool:
-    """The pointing game: whether the map's maximum is in the mask, or at most `tolerance` px of the mask away from it.
+    """Return whether the map's maximum is in the mask, or at most `tolerance` px of the mask away from it.
 
-    The maximum of the map resized by interpolation lies at the centre of its highest cell, so that is the point; of
-    several highest cells the first counts. A map of zeros points nowhere.
+    The maximum of an interpolated map is at the centre of its highest cell; of several highest cells, the first counts.
+    A map of zeros points nowhere.
     """
     if not heat.any():
         return False
@@ -152,19 +152,19 @@ def points_at(heat: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "H W"], tol
 
 
 def distance_to(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """Distance of each pixel from the nearest pixel of the mask, px; 0 inside."""
+    """Return the distance of each pixel from the mask, px; 0 inside."""
     return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
 def energy_inside(heat: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "H W"]) -> float:
-    """Share of the map, resized to the mask, that lies in the mask; nan for a map of zeros."""
+    """Return the fraction of the map, resized to the mask, that is inside the mask; nan for a map of zeros."""
     large = resize(heat, *mask.shape).astype(np.float64)
     total = large.sum()
     return float(large[mask].sum() / total) if total > 0 else math.nan
 
 
 def overlap(heat: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "H W"], threshold: float = 0.5) -> float:
-    """Intersection over union of the mask and the map, resized to it, above `threshold` of the map's maximum."""
+    """Return the IoU of the mask and the map, resized to it, above `threshold` of the map's maximum."""
     if not heat.any():
         return 0.0
     marked = normalise(resize(heat, *mask.shape)) >= threshold
@@ -176,18 +176,18 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def normalise(maps: Float[np.ndarray, "*maps h w"]) -> Float[np.ndarray, "*maps h w"]:
-    """Each map divided by its largest value, so that it lies in [0, 1]; a map of zeros stays one."""
+    """Divide each map by its maximum, so that it is in [0, 1]; maps of zeros stay zero."""
     highest = maps.max((-2, -1), keepdims=True)
     return np.where(highest > 0, maps / np.where(highest > 0, highest, 1), 0).astype(maps.dtype)
 
 
 def resize(maps: Float[np.ndarray, "*maps h w"], height: int, width: int) -> Float[np.ndarray, "*maps H W"]:
-    """Maps at the image's resolution: bilinear between the centres of the cells, constant beyond the outermost."""
+    """Resize maps bilinearly between the centres of their cells; constant beyond the outermost."""
     flat = np.asarray(maps, np.float32).reshape(-1, *maps.shape[-2:])
     large = [cv2.resize(single, (width, height), interpolation=cv2.INTER_LINEAR) for single in flat]
     return np.stack(large).reshape(*maps.shape[:-2], height, width)
 
 
 def smooth(maps: Float[np.ndarray, "*maps h w"], sigma: float) -> Float[np.ndarray, "*maps h w"]:
-    """Maps blurred by a Gaussian of standard deviation `sigma` px; each keeps its sum."""
+    """Blur maps by a Gaussian of standard deviation `sigma` px; each keeps its sum."""
     return ndimage.gaussian_filter(maps, (0,) * (maps.ndim - 2) + (sigma, sigma))

@@ -1,4 +1,4 @@
-"""Image files of any origin: found in folders, and read a few ahead of their use."""
+"""Find image files of any origin in folders, and decode them ahead of their use."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,33 +16,33 @@ IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 PREPARED = ".npy"
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and every image in the folders among them, in order.
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the given files, and every image in the given folders, in order.
 
     Raises:
-      CxrError: a path does not exist, or nothing is found.
+      CxrError: a path does not exist, or there are no images.
     """
     files = []
     for path in paths:
         if not path.exists():
             raise CxrError(f"{path} does not exist")
-        found = (f for f in path.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith("."))
-        files += sorted(f for f in found if f.is_file()) if path.is_dir() else [path]
+        images = (f for f in path.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith("."))
+        files += sorted(f for f in images if f.is_file()) if path.is_dir() else [path]
     if not files:
         raise CxrError(f"no images in {', '.join(map(str, paths))}: looked for {', '.join(IMAGES)}")
     return list(dict.fromkeys(files))
 
 
 def is_prepared(file: Path) -> bool:
-    """Whether a file holds images that were prepared elsewhere, as the network expects them."""
+    """Return whether a file holds images that are already prepared for a network."""
     return file.suffix.lower() == PREPARED
 
 
 def read_grey(file: Path) -> UInt8[np.ndarray, "H W"]:
-    """A PNG, JPEG or DICOM radiograph; the content decides.
+    """Read a PNG, JPEG or DICOM radiograph; the type is detected from the content.
 
     Raises:
-      CxrError: it cannot be read.
+      CxrError: the file cannot be read.
     """
     try:
         return decode(file.read_bytes(), str(file))
@@ -50,19 +50,19 @@ def read_grey(file: Path) -> UInt8[np.ndarray, "H W"]:
         raise CxrError(f"{file}: {error.strerror}") from None
 
 
-def resized(files: Sequence[Path], size: int, threads: int) -> Iterator[tuple[Path, Future]]:
-    """Each file with its decoded image at size x size px to come, a few ahead."""
+def read_resized(files: Sequence[Path], size: int, threads: int) -> Iterator[tuple[Path, Future]]:
+    """Yield each file with a future of its image at size x size px; some are decoded ahead."""
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[Path, Future]] = deque()
+        pending: deque[tuple[Path, Future]] = deque()
         for file in files:
-            ahead.append((file, pool.submit(lambda file: resize(read_grey(file), size), file)))
-            if len(ahead) > 4 * threads:
-                yield ahead.popleft()
-        yield from ahead
+            pending.append((file, pool.submit(lambda file: resize(read_grey(file), size), file)))
+            if len(pending) > 4 * threads:
+                yield pending.popleft()
+        yield from pending
 
 
-def shape_of_prepared(files: Sequence[Path]) -> tuple[int, int]:
-    """Height and width of the first prepared images that can be read; (0, 0) where none can."""
+def prepared_size(files: Sequence[Path]) -> tuple[int, int]:
+    """Return height and width of the first readable prepared images; (0, 0) if there are none."""
     for file in files:
         try:
             shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
@@ -73,11 +73,11 @@ def shape_of_prepared(files: Sequence[Path]) -> tuple[int, int]:
     return 0, 0
 
 
-def read_prepared(file: Path, inputs: InputSpec) -> Float[np.ndarray, "N H W C"]:
-    """Images that are normalised already; they stay on disk until they are used.
+def read_prepared(file: Path, input_spec: InputSpec) -> Float[np.ndarray, "N H W C"]:
+    """Open normalised images as a memory-mapped array.
 
     Raises:
-      CxrError: no array of floats N x H x W x C with values that this network can expect.
+      CxrError: not an array of floats N x H x W x C with values in the network's input range.
     """
     try:
         images = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -88,7 +88,7 @@ def read_prepared(file: Path, inputs: InputSpec) -> Float[np.ndarray, "N H W C"]
     if images.ndim != 4 or not images.size:
         raise CxrError(f"{file}: holds an array of shape {images.shape}; prepared images are N x H x W x C")
     try:
-        check_range(images, inputs)
+        check_range(images, input_spec)
     except CxrError as error:
         raise CxrError(f"{file}: {error}") from None
     return images

@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import Jaxpr
 from rich import box
 from rich.table import Table
 
 from cxrjax.console import progress_bar
 from cxrjax.errors import CxrError, check_choice, check_positive
-from cxrjax.explain.inputs import named
+from cxrjax.explain.inputs import with_names
 from cxrjax.explain.receptive_field import receptive_fields
+from cxrjax.jaxprs import needed_equations, subjaxprs
 from cxrjax.models.input_spec import INPUT_SPECS, InputSpec
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.registry import ARCHITECTURES, abstract
@@ -94,7 +95,7 @@ def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
     def forward(network: Network, images: jax.Array) -> Any:
         model = network.model()
         features = model.features(images)
-        return named(features), model.head(features)
+        return with_names(features), model.head(features)
 
     program, (features, _) = jax.make_jaxpr(forward, return_shape=True)(network, image)
     fields = receptive_fields(network)
@@ -136,31 +137,21 @@ def entries(names: Sequence[str] = (), *, size: int = 224, classes: int = 14) ->
     return found
 
 
-def multiply_adds(jaxpr: Jaxpr) -> int:
-    """Multiply-adds of a program's convolutions and matrix products, as papers count them.
+def multiply_adds(jaxpr: Jaxpr, results: Sequence[bool] | None = None) -> int:
+    """Count the multiply-adds of a program's convolutions and matrix products, as papers do.
 
-    Products with padding count, element-wise operations and what no result needs do not. (XLA's own analysis leaves out
-    the first, counts the second, and sees a device's substitutes for convolutions.) Of alternatives the most expensive
-    counts, of a loop without a fixed number of rounds one round.
+    Products with padding count; element-wise operations, and operations that no result needs, do not. (XLA's cost
+    analysis leaves out padding, counts element-wise operations and sees a device's substitutes for convolutions.) A
+    conditional counts its most expensive branch; a loop without a fixed number of iterations counts one.
+
+    Args:
+      jaxpr: the program.
+      results: which of its results are needed; default: all.
     """
-    return _of_results(jaxpr, [True] * len(jaxpr.outvars))
+    return sum(_multiply_adds(equation, needed) for equation, needed in needed_equations(jaxpr, results))
 
 
-def _of_results(jaxpr: Jaxpr, used: Sequence[bool]) -> int:
-    """Those that the used results need: compilers leave out the others."""
-    needed = {
-        result for result, is_used in zip(jaxpr.outvars, used, strict=True) if is_used and isinstance(result, Var)
-    }
-    total = 0
-    for equation in reversed(jaxpr.eqns):
-        wanted = [result in needed for result in equation.outvars]
-        if any(wanted) or equation.effects:
-            needed.update(taken for taken in equation.invars if isinstance(taken, Var))
-            total += _multiply_adds(equation, wanted)
-    return total
-
-
-def _multiply_adds(equation: Any, wanted: Sequence[bool]) -> int:
+def _multiply_adds(equation: Any, needed: Sequence[bool]) -> int:
     name, parameters = equation.primitive.name, equation.params
     if name == "conv_general_dilated":
         outputs, kernel = equation.outvars[0].aval.size, equation.invars[1].aval
@@ -169,26 +160,14 @@ def _multiply_adds(equation: Any, wanted: Sequence[bool]) -> int:
         (contracted, _), _ = parameters["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-    programs = [jaxpr for value in parameters.values() for jaxpr in _jaxprs(value)]
-
-    def used(program: Jaxpr) -> Sequence[bool]:
-        """A call's results are its program's; a loop's go around."""
-        same = len(program.outvars) == len(wanted) and name not in ("scan", "while")
-        return wanted if same else [True] * len(program.outvars)
-
-    inner = [_of_results(program, used(program)) for program in programs]
-    if name == "cond":  # of the ways of several platforms the last, which is the plain one
-        return inner[-1] if parameters.get("branches_platforms") else max(inner)
-    return sum(inner) * (parameters["length"] if name == "scan" else 1)
-
-
-def _jaxprs(value: Any) -> list[Jaxpr]:
-    """The programs in an operation's parameter."""
-    if isinstance(value, ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, Jaxpr):
-        return [value]
-    return [jaxpr for item in value for jaxpr in _jaxprs(item)] if isinstance(value, tuple | list) else []
+    counts = []
+    for program in subjaxprs(equation):
+        # The results of a call are those of its program; a loop feeds them back, so it needs all.
+        is_call = len(program.jaxpr.outvars) == len(needed) and name not in ("scan", "while")
+        counts.append(multiply_adds(program.jaxpr, needed if is_call else None))
+    if name == "cond":  # of branches for several platforms, the last is the general one
+        return counts[-1] if parameters.get("branches_platforms") else max(counts)
+    return sum(counts) * (parameters["length"] if name == "scan" else 1)
 
 
 def overview(listed: Sequence[Entry]) -> Table:

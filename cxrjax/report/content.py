@@ -44,7 +44,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Field:
+class ErfMap:
     """An effective receptive field.
 
     Attributes:
@@ -88,7 +88,7 @@ class Cam:
     probability: float
     mask: np.ndarray | None = None
     boxes: np.ndarray | None = None
-    said: Mapping[str, float] | None = None
+    positives: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class StudyReport:
     weights: np.ndarray | None = None
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     training: Mapping[str, Sequence[Row]] = field(default_factory=dict)
-    fields: Mapping[str, Field] = field(default_factory=dict)
+    erfs: Mapping[str, ErfMap] = field(default_factory=dict)
     cams: Mapping[str, Mapping[str, Cam]] = field(default_factory=dict)
     image_sizes: np.ndarray | None = None
     control: Table | None = None
@@ -224,7 +224,7 @@ class StudyReport:
         _known("scores", self.scores, models)
         _known("curves", self.curves, models)
         _known("training", self.training, self.sizes)
-        _known("fields", self.fields, self.sizes)
+        _known("fields", self.erfs, self.sizes)
         _known("cams", self.cams, self.findings)
         for finding, row in self.cams.items():
             _known(f"cams of {finding}", row, self.sizes)

@@ -4,15 +4,18 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from cxrjax.explain.boxes import HitRate
 from cxrjax.metrics.scores import MEAN
-from cxrjax.report import pictures, plots
+from cxrjax.report import pictures, plots, tables
 from cxrjax.report.content import Diagrams, Histogram, Matrix, RunReport, StudyReport
-from cxrjax.report.style import GRID, INK, WIDE, styled, words
+from cxrjax.report.style import GRID, INK, MUTED, PAPER, WIDE, colours, panel_grid, shorten, styled
 
-_STANDING_OUT = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+_HIGHLIGHTS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+_OVERLAP_STYLES = {"iou": ("o", "-"), "iobb": ("s", (0, (3, 1.2)))}
 
 
 def study_figures(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
@@ -35,8 +38,8 @@ def study_plots(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
         drawn["roc"] = plots.roc_grid(report.curves, findings, sizes, ensembles, width=width)
     if report.training:
         drawn["training"] = plots.loss_curves(report.training, sizes, width=width)
-    if report.fields:
-        drawn["erf"] = pictures.erf_maps(report.fields, width=width)
+    if report.erfs:
+        drawn["erf"] = pictures.erf_maps(report.erfs, width=width)
     if report.image_sizes is not None:
         drawn["sizes"] = plots.size_scatter(report.image_sizes, width=min(width, 4.2))
     for section in report.sections:
@@ -73,7 +76,7 @@ def summary(report: StudyReport) -> Figure:
     blocks: list[tuple[float, Callable[[Figure], None]]] = [(1.2, lambda block: _summary_scores(block, report))]
     if report.weights is not None:
         blocks.append((1.1, lambda block: _summary_weights(block, report)))
-    if report.fields:
+    if report.erfs:
         blocks.append((0.8, lambda block: _summary_fields(block, report)))
     figure = Figure(figsize=(9.6 * sum(share for share, _ in blocks) / 3.1, 3.0), layout="constrained")
     parts = figure.subfigures(1, len(blocks), width_ratios=[share for share, _ in blocks], squeeze=False)[0]
@@ -93,7 +96,7 @@ def _summary_scores(block: Figure, report: StudyReport) -> None:
     gain = {f: of[sizes - 1] - of[0] for f, of in values.items() if f != MEAN and sizes and np.isfinite(of).all()}
     ranked = sorted(gain, key=lambda finding: -gain[finding])
     named = list(dict.fromkeys(ranked[:2] + ranked[-2:]))
-    colour = dict(zip(named, _STANDING_OUT, strict=False)) | {MEAN: INK}
+    colour = dict(zip(named, _HIGHLIGHTS, strict=False)) | {MEAN: INK}
     panel = block.subplots()
     for finding, of in values.items():
         width = 2.2 if finding == MEAN else 1.3 if finding in colour else 0.9
@@ -102,10 +105,10 @@ def _summary_scores(block: Figure, report: StudyReport) -> None:
         panel.plot(range(sizes, len(models)), of[sizes:], "D", **look)
     if len(models) > sizes:
         panel.axvline(sizes - 0.5, color=GRID, lw=0.8, ls=":")
-    panel.set_xticks(range(len(models)), [words(model, 16).replace(" ", "\n") for model in models])
+    panel.set_xticks(range(len(models)), [shorten(model, 16).replace(" ", "\n") for model in models])
     panel.set(ylabel="AUC", title="AUC by image size")
     panel.grid(axis="y")
-    lines = [Line2D([], [], color=colour[f], marker="o", ms=3.5, label=words(f, 20)) for f in named]
+    lines = [Line2D([], [], color=colour[f], marker="o", ms=3.5, label=shorten(f, 20)) for f in named]
     lines.append(Line2D([], [], color=INK, lw=2.2, marker="o", ms=3.5, label="Mean of findings"))
     if len(values) > len(colour):
         lines.append(Line2D([], [], color=GRID, marker="o", ms=3.5, label="other findings"))
@@ -121,11 +124,48 @@ def _summary_weights(block: Figure, report: StudyReport) -> None:
 
 
 def _summary_fields(block: Figure, report: StudyReport) -> None:
-    columns = math.ceil(math.sqrt(len(report.fields)))
-    panels = block.subplots(math.ceil(len(report.fields) / columns), columns, squeeze=False).ravel()
-    for panel, (size, field) in zip(panels, report.fields.items(), strict=False):
-        pictures.draw_field(panel, size, field)
+    columns = math.ceil(math.sqrt(len(report.erfs)))
+    panels = block.subplots(math.ceil(len(report.erfs) / columns), columns, squeeze=False).ravel()
+    for panel, (size, field) in zip(panels, report.erfs.items(), strict=False):
+        pictures.draw_erf(panel, size, field)
         panel.set_xlabel(f"{field.diameter_fraction:.0%} of width", color=INK)
-    for empty in panels[len(report.fields) :]:
+    for empty in panels[len(report.erfs) :]:
         empty.remove()
     block.suptitle("Effective receptive field", x=0.02, ha="left", fontsize=7.5, fontweight="bold")
+
+
+@styled()
+def hit_rates(located: tables.Located, *, width: float = WIDE) -> Figure:
+    """Hit rates against the limit, a panel per finding: IoU and IoBB with their intervals, and what chance gives."""
+    shown = sorted(located, key=lambda finding: finding != tables.ALL)
+    figure, panels = panel_grid(len(shown), width, panel=1.7, height=1.35, legend=True)
+    shades = dict(zip(_OVERLAP_STYLES, colours(3)[::2], strict=True))
+    for panel, finding in zip(panels, shown, strict=True):
+        points, fit = located[finding]
+        panel.set_title(shorten(finding, 22))
+        panel.set_title(f"n = {points.images:,}", loc="right", fontsize=6, fontweight="normal", color=MUTED)
+        for kind, shade in shades.items():
+            _curve(panel, getattr(fit, kind), kind, shade)
+        panel.set(xlim=(0.05, 0.75), ylim=(-0.03, 1.03))
+        panel.set_xticks([0.1, 0.3, 0.5, 0.7])
+        panel.grid(axis="y")
+    figure.supxlabel("overlap is above", fontsize=7, color=MUTED)
+    figure.supylabel("share of images", fontsize=7, color=MUTED)
+    handles = [
+        Line2D([], [], color=shades[kind], marker=marker, ls=dashes, ms=3.5, label=tables.OVERLAPS[kind])
+        for kind, (marker, dashes) in _OVERLAP_STYLES.items()
+    ]
+    by_chance = [
+        Line2D([], [], color=shades[kind], ls=":", lw=0.9, label=f"{name} by chance")
+        for kind, name in tables.OVERLAPS.items()
+    ]
+    figure.legend(handles=handles + by_chance, loc="outside upper left", ncols=4 if width >= 4 else 2)
+    return figure
+
+
+def _curve(panel: Axes, rates: tuple[HitRate, ...], kind: str, shade: str) -> None:
+    marker, dashes = _OVERLAP_STYLES[kind]
+    limits = [rate.limit + (0.006 if kind == "iobb" else -0.006) for rate in rates]
+    panel.vlines(limits, [rate.low for rate in rates], [rate.high for rate in rates], color=shade, lw=0.9)
+    panel.plot(limits, [rate.rate for rate in rates], marker=marker, ls=dashes, color=shade, ms=3.5, mec=PAPER, mew=0.4)
+    panel.plot(limits, [rate.chance for rate in rates], ls=":", color=shade, lw=0.9)

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from cxrjax.report import figures, localisation_tables, pictures, style, tables
-from cxrjax.report.content import Cam, Field, MapsReport, RunReport, StudyReport, Table
+from cxrjax.report import figures, pictures, style, tables
+from cxrjax.report.content import Cam, ErfMap, MapsReport, RunReport, StudyReport, Table
 
 _LABELS = {
     "auc": "AUC of each model, for the mean and for each finding; the numbers are in the table of AUCs",
@@ -40,7 +40,7 @@ class Picture:
     size: str
     probability: float
     alt: str
-    said: str
+    positives: str
 
 
 def study_page(report: StudyReport) -> str:
@@ -54,9 +54,9 @@ def study_page(report: StudyReport) -> str:
         "study.html.j2",
         report=report,
         plots=plots,
-        auc=tables.lines(scores, report.findings, report.sizes),
-        precision=tables.lines(scores, report.findings, report.sizes, "average_precision"),
-        field_table=_field_table(report.fields),
+        auc=tables.score_lines(scores, report.findings, report.sizes),
+        precision=tables.score_lines(scores, report.findings, report.sizes, "average_precision"),
+        field_table=_field_table(report.erfs),
         cams={finding: _pictures(finding, row) for finding, row in report.cams.items() if row},
     )
 
@@ -65,7 +65,7 @@ def run_page(report: RunReport) -> str:
     """The page of one evaluated run as HTML."""
     plots = _plots([figures.run_figures(report, width) for width in (style.WIDE, style.NARROW)], _LABELS)
     rows = {report.title: report.scores}
-    auc, precision = (tables.lines(rows, report.findings, (), metric) for metric in tables.METRICS)
+    auc, precision = (tables.score_lines(rows, report.findings, (), metric) for metric in tables.METRICS)
     lines = [replace(a, cells=a.cells + p.cells) for a, p in zip(auc, precision, strict=True)]
     return _render("run.html.j2", report=report, plots=plots, lines=lines, columns=list(tables.METRICS.values()))
 
@@ -73,7 +73,7 @@ def run_page(report: RunReport) -> str:
 def maps_page(report: MapsReport) -> str:
     """The page of one run's saliency maps as HTML."""
     widths = (style.WIDE, style.NARROW) if report.located else ()
-    drawn = [{"hits": localisation_tables.hit_rates(report.located, width=width)} for width in widths]
+    drawn = [{"hits": figures.hit_rates(report.located, width=width)} for width in widths]
     cams = {finding: _pictures(finding, row) for finding, row in report.cams.items()}
     return _render("maps.html.j2", report=report, plots=_plots(drawn, _LABELS) if drawn else {}, cams=cams)
 
@@ -99,14 +99,14 @@ def _plots(drawn: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dic
     }
 
 
-def _field_table(fields: Mapping[str, Field]) -> Table:
+def _field_table(erfs: Mapping[str, ErfMap]) -> Table:
     rows = [
         (
             size, f"{field.diameter_px:.1f}", f"{field.diameter_fraction:.1%}", f"{field.area_fraction:.1%}",
             None if field.gaussian_px is None else f"{field.gaussian_px:.1f}",
             None if field.theoretical_px is None else f"{field.theoretical_px:.0f}",
         )
-        for size, field in fields.items()
+        for size, field in erfs.items()
     ]  # fmt: skip
     columns = ("Image", "Effective, px", "of the width", "of the area", "Gaussian fit, px", "Theoretical, px")
     return Table(
@@ -124,7 +124,7 @@ def _pictures(finding: str, row: Mapping[str, Cam]) -> list[Picture]:
             size,
             float(cam.probability),
             f"Activation map of {finding} at {size}, probability {cam.probability:.2f}",
-            pictures.said(cam),
+            pictures.describe_positives(cam),
         )
         for size, cam in row.items()
     ]

@@ -17,8 +17,8 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from cxrjax.report import pictures
-from cxrjax.report.content import Cam, Field
-from cxrjax.report.style import INK, MUTED, PAPER, WHITE, WIDE, colours, panel_grid, styled, words
+from cxrjax.report.content import Cam, ErfMap
+from cxrjax.report.style import INK, MUTED, PAPER, WHITE, WIDE, colours, panel_grid, shorten, styled
 
 _OUTLINE = (0, 229, 255)
 _DASHES = ((255, 255, 255), (16, 20, 24))
@@ -91,17 +91,17 @@ def jpeg_uri(picture: np.ndarray, quality: int = 82) -> str:
 
 
 @styled()
-def erf_maps(fields: Mapping[str, Field], *, width: float = WIDE) -> Figure:
+def erf_maps(erfs: Mapping[str, ErfMap], *, width: float = WIDE) -> Figure:
     """Effective receptive fields in the frame of the image (square-root scale), with the contour of their mass."""
-    figure, panels = panel_grid(len(fields), width, panel=1.7, height=1.75, smallest=2)
-    drawn = [draw_field(panel, size, field) for panel, (size, field) in zip(panels, fields.items(), strict=True)]
+    figure, panels = panel_grid(len(erfs), width, panel=1.7, height=1.75, smallest=2)
+    drawn = [draw_erf(panel, size, field) for panel, (size, field) in zip(panels, erfs.items(), strict=True)]
     bar = figure.colorbar(drawn[0], ax=panels, shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.set_label("relative sensitivity")
     return figure
 
 
-def draw_field(panel: Axes, size: str, field: Field, *, half: float = 0.5) -> AxesImage:
+def draw_erf(panel: Axes, size: str, field: ErfMap, *, half: float = 0.5) -> AxesImage:
     """One effective receptive field on a panel, 0 to 1 across the image, with a scale bar.
 
     With `half` below 1/2 only that much of the image is shown on each side of the field's centre of mass.
@@ -118,7 +118,7 @@ def draw_field(panel: Axes, size: str, field: Field, *, half: float = 0.5) -> Ax
     else:
         panel.set(xlim=(0, 1), ylim=(1, 0))
     scale_bar(panel, across, field.width_cm)
-    panel.set_title(words(size))
+    panel.set_title(shorten(size))
     panel.set_xlabel(f"⌀ {field.diameter_px:.0f} px, {field.diameter_fraction:.0%} of width", color=INK)
     panel.set(xticks=[], yticks=[], aspect="equal", facecolor="black")
     panel.spines[:].set_visible(False)
@@ -136,18 +136,18 @@ def gradcam_grid(
     rows = [finding for finding in findings if cams.get(finding)]
     columns = [size for size in sizes if any(size in cams[finding] for finding in rows)]
     side = (width - 0.3) / max(1, len(columns))
-    below = {(f, s): _lines(said(cam), side) for f in rows for s, cam in cams[f].items()}
+    below = {(f, s): _lines(describe_positives(cam), side) for f in rows for s, cam in cams[f].items()}
     lines = max((text.count("\n") + 1 for text in below.values() if text), default=0)
     figure = Figure(figsize=(width, 0.3 + len(rows) * (side + 0.05 + 0.1 * lines)), layout="constrained")
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
     for r, finding in enumerate(rows):
-        panels[r, 0].set_ylabel(words(finding), color=INK)
+        panels[r, 0].set_ylabel(shorten(finding), color=INK)
         for c, size in enumerate(columns):
             panel, cam = panels[r, c], cams[finding].get(size)
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
             if r == 0:
-                panel.set_title(words(size), loc="center")
+                panel.set_title(shorten(size), loc="center")
             if cam is not None:
                 panel.imshow(overlay(cam), interpolation="nearest")
                 panel.set_xlabel(below[finding, size], fontsize=5.6, labelpad=2)
@@ -159,12 +159,12 @@ def gradcam_grid(
     return figure
 
 
-def said(cam: Cam) -> str:
+def describe_positives(cam: Cam) -> str:
     """The findings that the network gives more than one half, the likeliest first; empty where that is not known."""
-    if cam.said is None:
+    if cam.positives is None:
         return ""
-    ranked = sorted(cam.said.items(), key=lambda each: -each[1])
-    return ", ".join(f"{words(name, 24)} {probability:.2f}" for name, probability in ranked) or "none above 0.50"
+    ranked = sorted(cam.positives.items(), key=lambda each: -each[1])
+    return ", ".join(f"{shorten(name, 24)} {probability:.2f}" for name, probability in ranked) or "none above 0.50"
 
 
 def _lines(text: str, side: float) -> str:
@@ -176,7 +176,7 @@ _MARKERS = "os^D"
 
 
 @styled()
-def field_grid(fields: Mapping[str, Mapping[str, Field]], *, whole: bool = False, width: float = WIDE) -> Figure:
+def erf_grid(erfs: Mapping[str, Mapping[str, ErfMap]], *, whole: bool = False, width: float = WIDE) -> Figure:
     """Fields in rows and columns, such as networks and feature maps, on one scale of colour, each with a scale bar.
 
     Args:
@@ -184,18 +184,18 @@ def field_grid(fields: Mapping[str, Mapping[str, Field]], *, whole: bool = False
       whole: show the whole image, else of each column what its widest theoretical field covers, about the centre.
       width: in inches, at most.
     """
-    columns = list(dict.fromkeys(name for row in fields.values() for name in row))
+    columns = list(dict.fromkeys(name for row in erfs.values() for name in row))
     side = min((width - 0.9) / len(columns) - 0.1, 2.2)
-    size = (side + 0.1) * len(columns) + 0.9, (side + 0.34) * len(fields) + 0.1
+    size = (side + 0.1) * len(columns) + 0.9, (side + 0.34) * len(erfs) + 0.1
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(fields), len(columns), squeeze=False)
-    for row, (network, of) in enumerate(fields.items()):
-        panels[row, 0].set_ylabel(words(network), color=INK)
+    panels = figure.subplots(len(erfs), len(columns), squeeze=False)
+    for row, (network, of) in enumerate(erfs.items()):
+        panels[row, 0].set_ylabel(shorten(network), color=INK)
         for column, name in enumerate(columns):
-            widest = max(each[name].theoretical_px or math.inf for each in fields.values())
+            widest = max(each[name].theoretical_px or math.inf for each in erfs.values())
             field = of[name]
             half = 0.5 if whole else min(0.6 * widest / field.map.shape[1], 0.5)
-            drawn = pictures.draw_field(panels[row, column], name if row == 0 else "", field, half=half)
+            drawn = pictures.draw_erf(panels[row, column], name if row == 0 else "", field, half=half)
             share = f", {field.diameter_fraction:.0%} of width" if whole else ""
             panels[row, column].set_xlabel(f"⌀ {field.diameter_px:.3g} px{share}", color=INK)
     bar = figure.colorbar(drawn, ax=panels.ravel().tolist(), shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
@@ -205,22 +205,22 @@ def field_grid(fields: Mapping[str, Mapping[str, Field]], *, whole: bool = False
 
 
 @styled()
-def size_by_depth(fields: Mapping[str, Mapping[str, Field]], *, width: float = WIDE) -> Figure:
+def size_by_depth(erfs: Mapping[str, Mapping[str, ErfMap]], *, width: float = WIDE) -> Figure:
     """Diameters of the fields of several networks against depth, and the side of the theoretical field.
 
     Solid lines are by mass, dotted ones by the fitted Gaussian; the axis of sizes is logarithmic.
     """
     figure = Figure(figsize=(min(width, 4.6), 2.7), layout="constrained")
     panel = figure.subplots()
-    names = list(dict.fromkeys(name for row in fields.values() for name in row))
-    for (network, row), shade, marker in zip(fields.items(), colours(len(fields) + 1)[::-1], _MARKERS, strict=False):
+    names = list(dict.fromkeys(name for row in erfs.values() for name in row))
+    for (network, row), shade, marker in zip(erfs.items(), colours(len(erfs) + 1)[::-1], _MARKERS, strict=False):
         places = [names.index(name) for name in row]
         look = {"color": shade, "marker": marker, "ms": 4, "mec": PAPER, "mew": 0.4}
-        panel.plot(places, [field.diameter_px for field in row.values()], label=f"{words(network)}, by mass", **look)
+        panel.plot(places, [field.diameter_px for field in row.values()], label=f"{shorten(network)}, by mass", **look)
         fits = [math.nan if field.gaussian_px is None else field.gaussian_px for field in row.values()]
         if np.isfinite(fits).any():
-            panel.plot(places, fits, ls=":", label=f"{words(network)}, Gaussian", **look)
-    first = next(iter(fields.values()))
+            panel.plot(places, fits, ls=":", label=f"{shorten(network)}, Gaussian", **look)
+    first = next(iter(erfs.values()))
     sides = [field.theoretical_px or math.nan for field in first.values()]
     panel.plot(range(len(names)), sides, color=MUTED, ls=(0, (3, 1.2)), lw=1, label="theoretical")
     across = next(iter(first.values())).map.shape[1]
@@ -228,7 +228,7 @@ def size_by_depth(fields: Mapping[str, Mapping[str, Field]], *, width: float = W
     panel.annotate("width of the image", (0, across), (0, 2), textcoords="offset points", color=MUTED, fontsize=6)
     panel.set_yscale("log")
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.set_xticks(range(len(names)), [words(name, 14) for name in names], rotation=30 if len(names) > 5 else 0)
+    panel.set_xticks(range(len(names)), [shorten(name, 14) for name in names], rotation=30 if len(names) > 5 else 0)
     panel.set(ylabel="size, px", xlim=(-0.3, len(names) - 0.7))
     panel.grid(axis="y")
     figure.legend(loc="outside upper left", ncols=2)

@@ -28,8 +28,8 @@ from cxrjax.report.style import (
     ink_on,
     panel_grid,
     sequential,
+    shorten,
     styled,
-    words,
 )
 
 MARKERS = "DsP^"
@@ -61,7 +61,7 @@ def auc_by_size(
     ordered = kind == "image size"
     figure, panels = panel_grid(len(shown), width, panel=1.7, height=1.35, legend=bool(ensembles) or not ordered)
     bottom = _floor(scores, metric)
-    ticks = [(x, words(name.removesuffix(" px"), 8)) for x, name in enumerate(models) if name in sizes and ordered]
+    ticks = [(x, shorten(name.removesuffix(" px"), 8)) for x, name in enumerate(models) if name in sizes and ordered]
     for panel, finding in zip(panels, shown, strict=True):
         _title(panel, "Mean of findings" if finding == MEAN else finding)
         line = []
@@ -78,7 +78,7 @@ def auc_by_size(
             panel.plot(*zip(*line, strict=True), color=MUTED, alpha=0.45, lw=0.9, zorder=2)
         elif not line:
             reason = next((str(rows[finding].get("reason") or "") for rows in table.values() if finding in rows), "")
-            text = f"n/a\n{words(reason, 34)}".strip()
+            text = f"n/a\n{shorten(reason, 34)}".strip()
             panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=MUTED, fontsize=6.5)
         panel.set(xlim=(-0.6, len(models) - 0.4), ylim=(bottom, 1 + 0.04 * (1 - bottom)))
         panel.set_xticks([x for x, _ in ticks], [text for _, text in ticks], fontsize=6.5 if len(models) < 6 else 5.4)
@@ -86,7 +86,7 @@ def auc_by_size(
         panel.grid(axis="y")
     _label(figure, x="image side, px" if ordered and all(size.endswith(" px") for size in sizes) else kind)
     handles = [
-        Line2D([], [], marker=marker.get(name, "o"), color=colour[name], ls="", ms=4.5, label=words(name))
+        Line2D([], [], marker=marker.get(name, "o"), color=colour[name], ls="", ms=4.5, label=shorten(name))
         for name in (models if not ordered else ensembles) if name in table
     ]  # fmt: skip
     _legend(figure, handles, width)
@@ -118,14 +118,14 @@ def draw_weights(
     rows, left = np.arange(len(findings)), np.zeros(len(findings))
     for s, (size, colour) in enumerate(zip(sizes, colours(len(sizes)), strict=True)):
         share = np.asarray(weights, np.float64)[:, s]
-        panel.barh(rows, share, left=left, height=0.74, color=colour, edgecolor=PAPER, lw=0.6, label=words(size, 12))
+        panel.barh(rows, share, left=left, height=0.74, color=colour, edgecolor=PAPER, lw=0.6, label=shorten(size, 12))
         for row in rows[share >= least]:
             middle = float(left[row] + share[row] / 2)
             panel.text(
                 middle, row, f"{share[row]:.2f}", ha="center", va="center_baseline", color=ink_on(colour), fontsize=6.5
             )
         left += share
-    panel.set_yticks(rows, [words(finding, 26) for finding in findings], color=INK)
+    panel.set_yticks(rows, [shorten(finding, 26) for finding in findings], color=INK)
     panel.set(xlim=(0, 1), ylim=(len(findings) - 0.5, -0.5), xlabel="weight")
     panel.spines["left"].set_visible(False)
     panel.tick_params(axis="y", length=0)
@@ -151,7 +151,7 @@ def roc_grid(
     _label(figure, x="false positive rate", y="true positive rate")
     if len(names) > 1:
         lines = [
-            Line2D([], [], color=colour[name], ls=_DASHED if name in ensembles else "-", label=words(name))
+            Line2D([], [], color=colour[name], ls=_DASHED if name in ensembles else "-", label=shorten(name))
             for name in names
         ]
         _legend(figure, lines, width)
@@ -211,7 +211,7 @@ def loss_curves(training: Mapping[str, Sequence[Row]], sizes: Sequence[str], *, 
         train, validation = (series(training[size], unit, key) for key in ("train_loss", "val_loss"))
         panel.plot(*train, color=colour[size], lw=1)
         panel.plot(*validation, color=INK, lw=1.1, ls=_DASHED)
-        panel.set_title(f"Loss, {words(size, 18)}" if len(shown) > 1 else "Loss")
+        panel.set_title(f"Loss, {shorten(size, 18)}" if len(shown) > 1 else "Loss")
         highest += [np.percentile(y, 98) for _, y in (train, validation) if y.size]
     for panel in panels[: len(shown)]:
         panel.set_ylim(0, 1.08 * max(highest, default=1.0))
@@ -223,7 +223,9 @@ def loss_curves(training: Mapping[str, Sequence[Row]], sizes: Sequence[str], *, 
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.grid(axis="y")
     _label(figure, x=unit)
-    lines = [Line2D([], [], color=colour[size], label=words(size if len(shown) > 1 else "training")) for size in shown]
+    lines = [
+        Line2D([], [], color=colour[size], label=shorten(size if len(shown) > 1 else "training")) for size in shown
+    ]
     if any(series(training[size], unit, "val_loss")[0].size for size in shown):
         lines.append(Line2D([], [], color=INK, ls=_DASHED, label="validation loss"))
     _legend(figure, lines, width)
@@ -271,7 +273,7 @@ def number(value: Any) -> float:
 
 
 def _title(panel: Axes, text: str) -> None:
-    short = words(text, 27)
+    short = shorten(text, 27)
     panel.set_title(short, fontsize=7.5 if len(short) <= 20 else 6.2)
 
 
@@ -287,7 +289,7 @@ def _legend(figure: Figure, lines: list[Line2D], width: float) -> None:
 
 
 @styled()
-def losses_beside(
+def compare_losses(
     training: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], *, key: str = "train_mean_loss", width: float = WIDE
 ) -> Figure:
     """One loss of several ways to train, a panel for each task, a thin line for each run and a thick one for the mean.
@@ -301,7 +303,7 @@ def losses_beside(
     colour = dict(zip(ways, colours(1, len(ways) - 1), strict=True))
     figure, panels = panel_grid(len(training), width, panel=3.0, height=2.2, legend=True)
     for panel, (task, of_task) in zip(panels, training.items(), strict=True):
-        panel.set_title(f"Loss, {words(task, 18)}")
+        panel.set_title(f"Loss, {shorten(task, 18)}")
         for way, runs in of_task.items():
             lines = [series(rows, "epoch", key) for rows in runs]
             for line in lines:
@@ -311,7 +313,7 @@ def losses_beside(
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.grid(axis="y")
     _label(figure, x="epoch")
-    _legend(figure, [Line2D([], [], color=colour[way], label=words(way)) for way in ways], width)
+    _legend(figure, [Line2D([], [], color=colour[way], label=shorten(way)) for way in ways], width)
     return figure
 
 
@@ -329,8 +331,8 @@ def histogram(content: Histogram, *, width: float = 4.2) -> Figure:
     bounds = max(0.0, low - around), min(1.0, high + around)
     panel.hist(values, bins=np.linspace(*bounds, 41).tolist(), color=colour)
     for (name, value), shade in zip(content.marks.items(), (INK, *ENSEMBLES), strict=False):
-        panel.axvline(value, color=shade, lw=1.1, ls="--", label=f"{words(name)} {value:.3f}")
-    panel.set(xlim=bounds, xlabel=words(content.label, 60), ylabel="passes")
+        panel.axvline(value, color=shade, lw=1.1, ls="--", label=f"{shorten(name)} {value:.3f}")
+    panel.set(xlim=bounds, xlabel=shorten(content.label, 60), ylabel="passes")
     panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     if content.marks:
         figure.legend(loc="outside upper left", ncols=len(content.marks))
@@ -349,7 +351,7 @@ def matrix(content: Matrix, *, width: float = 4.6) -> Figure:
         shade = sequential(float(share[row, column]))
         panel.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, color=shade, ec=PAPER, lw=0.8)
         panel.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=ink_on(shade), fontsize=6.5)
-    places, names = range(len(content.classes)), [words(name, 16) for name in content.classes]
+    places, names = range(len(content.classes)), [shorten(name, 16) for name in content.classes]
     panel.set_xticks(places, names, color=INK, rotation=40, ha="right", rotation_mode="anchor")
     panel.set_yticks(places, names, color=INK)
     panel.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")

@@ -94,7 +94,7 @@ def ink_on(colour: str) -> str:
     return WHITE if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
-def words(text: object, most: int = 30) -> str:
+def shorten(text: object, most: int = 30) -> str:
     """`text` as a figure may hold it: one line of printable characters, at most `most` of them."""
     line = "".join(c if c.isprintable() else " " for c in str(text)).strip()
     return line if len(line) <= most else line[: most - 1].rstrip() + "…"

@@ -1,6 +1,6 @@
-"""Scores as tables: for a page, for a terminal, and as CSV."""
+"""Tables of scores and of localisation results: for pages, for the terminal, and as CSV."""
 
-import csv as _csv
+import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +14,25 @@ from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
+from cxrjax.explain.boxes import BoxScores, HitRate
+from cxrjax.explain.localisation import Localisation
 from cxrjax.metrics.scores import MEAN
-from cxrjax.report.content import Row
+from cxrjax.report.content import Row, Table
 
 METRICS = {"auroc": "AUC", "average_precision": "Average precision"}
 COLUMNS = (
     "finding", "auroc", "auroc_low", "auroc_high", "average_precision", "average_precision_low",
     "average_precision_high", "positives", "negatives", "reason",
 )  # fmt: skip
+ALL, CHANCE = "All findings", "by chance"
+METHOD_NAMES = {
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "layercam": "LayerCAM",
+    "integrated": "Integrated gradients",
+}
+OVERLAPS = {"iou": "IoU", "iobb": "IoBB"}
+Located = Mapping[str, tuple[Localisation, BoxScores]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Line:
     note: str = ""
 
 
-def lines(
+def score_lines(
     scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str], metric: str = "auroc"
 ) -> list[Line]:
     """Score rows as the lines of a table: findings in their order, then the mean.
@@ -105,7 +116,7 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def terminal(
+def terminal_scores(
     scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str] = (), *,
     metric: str = "auroc", title: str | None = None,
 ) -> TerminalTable:  # fmt: skip
@@ -118,7 +129,7 @@ def terminal(
     table.add_column(METRICS[metric], min_width=min(max(longest, 12), 24), overflow="fold")
     for model in scores:
         table.add_column(Text(model), justify="right", min_width=9, overflow="fold")
-    for line in lines(scores, findings, sizes, metric):
+    for line in score_lines(scores, findings, sizes, metric):
         if line.is_mean:
             table.add_section()
         note = line.note if line.positives is None else f"{line.positives:,} positive"
@@ -129,7 +140,7 @@ def terminal(
     return table
 
 
-def highest(
+def likeliest_findings(
     names: Sequence[str],
     findings: Sequence[str],
     probability: Float[np.ndarray, "N K"],
@@ -158,10 +169,10 @@ def _short_interval(cell: Cell) -> str:
     return cell.interval.replace("0.", ".").replace("1.000", "1.00")  # nine characters
 
 
-def csv(scores: Mapping[str, Sequence[Row]]) -> str:
+def scores_csv(scores: Mapping[str, Sequence[Row]]) -> str:
     """All scores as CSV, a line per model and finding, at full precision; NaN is `n/a` and `reason` says why."""
     text = io.StringIO()
-    writer = _csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("model", *COLUMNS))
     for model, rows in scores.items():
         for row in rows:
@@ -175,3 +186,59 @@ def _csv_value(value: Any) -> Any:
     if isinstance(value, str | Integral):
         return value
     return "n/a" if math.isnan(value) else float(value)
+
+
+def localisation_tables(located: Located) -> list[Table]:
+    """The pointing game, then hit rates by IoU and by IoBB: a row per finding, with intervals and chance."""
+    points = Table(
+        "Pointing game: maps whose maximum lies in the finding. Energy: share of the map in the finding. By chance "
+        "both are the finding's share of the image.",
+        ("Finding", "Images", "Hits", "Hit rate", "Energy", "Empty maps"),
+        [
+            (finding, of.images, of.hits, f"{of.hit_rate:.2f} ({of.low:.2f}–{of.high:.2f}, chance {of.chance:.2f})",
+             None if math.isnan(of.energy) else f"{of.energy:.2f} (chance {of.area:.2f})", of.empty)
+            for finding, (of, _) in located.items()
+        ],
+    )  # fmt: skip
+    meanings = {
+        "iou": "intersection over union of the box around what the map marks and the true box",
+        "iobb": "intersection over the area of the box around what the map marks",
+    }
+    return [points, *(_box_table(located, kind, meaning) for kind, meaning in meanings.items())]
+
+
+def _box_table(located: Located, kind: str, meaning: str) -> Table:
+    limits = [rate.limit for rate in getattr(next(iter(located.values()))[1], kind)]
+    rows = []
+    for finding, (_, of) in located.items():
+        rates: tuple[HitRate, ...] = getattr(of, kind)
+        cells = [f"{rate.rate:.2f} ({rate.low:.2f}–{rate.high:.2f})" for rate in rates]
+        rows.append((finding, f"{getattr(of, f'mean_{kind}'):.2f}", *cells))
+        rows.append((CHANCE, "", *(f"{rate.chance:.2f}" for rate in rates)))
+    return Table(
+        f"{OVERLAPS[kind]}, {meaning}: its mean, and the share of images where it is above a limit. By chance: the "
+        "same boxes anywhere in the image.",
+        ("Finding", "Mean", *(f"> {limit:g}" for limit in limits)),
+        rows,
+    )
+
+
+def terminal_table(table: Table) -> TerminalTable:
+    """A table for the terminal; what is in brackets goes below its number."""
+    drawn = TerminalTable(
+        title=Text(table.caption), title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
+    for number, column in enumerate(table.columns):
+        drawn.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in table.rows:
+        if row[0] == ALL:
+            drawn.add_section()
+        drawn.add_row(*map(_in_lines, row), style="dim" if row[0] == CHANCE else "")
+    return drawn
+
+
+def _in_lines(cell: Any) -> Text:
+    value, _, rest = ("–" if cell is None else str(cell)).partition(" (")
+    below = rest.removesuffix(")").replace(", ", "\n").replace("0.", ".")
+    return Text.assemble(value, (f"\n{below}" if below else "", "dim"))

@@ -16,18 +16,18 @@ from cxrjax.errors import CxrError
 from cxrjax.explain import erf
 from cxrjax.explain.receptive_field import receptive_fields
 from cxrjax.files import atomic_path, write_json
-from cxrjax.inference.load_run import open_run
+from cxrjax.inference.load_run import load_run
 from cxrjax.models.network import Network
 from cxrjax.report import pictures, style
-from cxrjax.report.content import Field
+from cxrjax.report.content import ErfMap
 from cxrjax.runs.explain_run import load_images
-from cxrjax.train.described import network_of
 from cxrjax.train.experiment import Experiment
+from cxrjax.train.run_directory import create_network
 
 PROBES = 16
 """Random backward passes per image."""
 TRAINED, UNTRAINED = "trained", "untrained"
-ErfsByNetwork = dict[str, dict[str, Field]]
+ErfsByNetwork = dict[str, dict[str, ErfMap]]
 """Effective receptive fields: TRAINED or UNTRAINED -> feature map -> field."""
 
 
@@ -57,17 +57,17 @@ def measure_run_erf(
       layers: names of further feature maps, or "all"; the last one is always measured.
       untrained: measure the same architecture with other random initial weights too.
       width_cm: width in cm of what the images show, for the scale bar.
-      mesh: see `open_run`.
+      mesh: see `load_run`.
 
     Returns:
       Sizes, ready for JSON: those of the trained network's last feature map, and all under `networks`.
 
     Raises:
-      CxrError: the width is not above 0, a feature map is unknown, or see `open_run` and `erf.measure`.
+      CxrError: the width is not above 0, a feature map is unknown, or see `load_run` and `erf.measure`.
     """
     if width_cm is not None and not width_cm > 0:
         raise CxrError(f"the images' width must be above 0 cm, not {width_cm}")
-    experiment, network, _ = open_run(directory, data_dir, mesh)
+    experiment, network, _ = load_run(directory, data_dir, mesh)
     names = _select_layers(network, layers)
     networks = {TRAINED: network}
     if untrained:
@@ -87,7 +87,7 @@ def measure_run_erf(
     return result
 
 
-def measure_erf(experiment: Experiment, network: Network, split: str, estimator: erf.Estimator, images: int) -> Field:
+def measure_erf(experiment: Experiment, network: Network, split: str, estimator: erf.Estimator, images: int) -> ErfMap:
     """Measure the effective receptive field of the last feature map, on images spread evenly over a split."""
     return _measure(experiment, network, _sample_images(experiment, split, images), estimator)
 
@@ -97,7 +97,7 @@ def untrained_network(config: Config, classes: int) -> Network:
     other = config.copy_and_resolve_references()
     with other.unlocked():
         other.seed += 1
-    return network_of(other, classes)
+    return create_network(other, classes)
 
 
 def _sample_images(experiment: Experiment, split: str, count: int) -> UInt8[np.ndarray, "N H W 1"]:
@@ -123,7 +123,7 @@ def _measure(
     estimator: erf.Estimator,
     layer: str | None = None,
     state: str = "",
-) -> Field:
+) -> ErfMap:
     size, seed = experiment.config.data.image_size, experiment.config.seed
     passes = {"sum": 1, "probe": PROBES}.get(estimator)  # exact: one per channel, which only the network knows
     total = None if passes is None else passes * len(images)
@@ -133,23 +133,23 @@ def _measure(
             network, images, estimator=estimator, probes=PROBES, layer=layer, seed=seed, mesh=experiment.mesh,
             advance=advance,
         )  # fmt: skip
-    return Field(
+    return ErfMap(
         map=measured.map / measured.map.max(),
         area_fraction=measured.area_fraction,
         diameter_px=measured.diameter,
         diameter_fraction=measured.diameter / size,
         theoretical_px=receptive_fields(network)[measured.layer].size,
         mass=measured.mass,
-        gaussian_px=erf.fitted(measured.map).diameter(measured.mass),
+        gaussian_px=erf.fit_least_squares(measured.map).diameter(measured.mass),
     )
 
 
 def _to_json(erfs: ErfsByNetwork) -> dict[str, Any]:
     """Return the sizes of every field, with Gaussians fitted by moments and by least squares."""
 
-    def sizes(field: Field) -> dict[str, Any]:
+    def sizes(field: ErfMap) -> dict[str, Any]:
         numbers = {key: value for key, value in dataclasses.asdict(field).items() if key != "map"}
-        fits = {"moments": erf.by_moments(field.map), "least_squares": erf.fitted(field.map)}
+        fits = {"moments": erf.fit_moments(field.map), "least_squares": erf.fit_least_squares(field.map)}
         gaussian = {name: dataclasses.asdict(fit) | {"diameter_px": fit.diameter(field.mass)}
                     for name, fit in fits.items()}  # fmt: skip
         finite = {
@@ -169,9 +169,9 @@ def _write(folder: Path, erfs: ErfsByNetwork, result: Mapping[str, Any]) -> None
     with atomic_path(folder / "erf.npz") as temporary:
         np.savez_compressed(temporary, map=field.map, **arrays)  # pyright: ignore
     write_json(folder / "erf.json", dict(result))
-    figures = {"erf": pictures.field_grid({f"{field.map.shape[1]} px": last}, whole=True)}
+    figures = {"erf": pictures.erf_grid({f"{field.map.shape[1]} px": last}, whole=True)}
     if len(erfs[TRAINED]) > 1:
-        figures |= {"erf-layers": pictures.field_grid(erfs), "erf-depth": pictures.size_by_depth(erfs)}
+        figures |= {"erf-layers": pictures.erf_grid(erfs), "erf-depth": pictures.size_by_depth(erfs)}
     for name, figure in figures.items():
         for suffix in ("png", "pdf"):
             style.save(figure, folder / f"{name}.{suffix}")

@@ -9,15 +9,15 @@ from cxrjax.console import print_text, stdout
 from cxrjax.distributed.runtime import check_consistent, on_main_process
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
-from cxrjax.inference.calibration_file import fit_run
-from cxrjax.inference.load_run import open_run, predict
+from cxrjax.inference.calibration_file import fit_calibration
+from cxrjax.inference.load_run import load_run, predict
 from cxrjax.metrics.auc import roc_curve
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import Scores, score
 from cxrjax.report import figures, style
 from cxrjax.report.content import Curve, RunReport
 from cxrjax.report.page import write_page
-from cxrjax.report.tables import terminal
+from cxrjax.report.tables import terminal_scores
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.monitoring import read_metrics
 
@@ -43,12 +43,12 @@ def evaluate_run(
       data_dir: where the prepared data are now; default: where they were in training.
       resamples: bootstrap resamples; default: the config's.
       batch_size: images per batch; default: the config's.
-      mesh: see `open_run`.
+      mesh: see `load_run`.
 
     Returns:
       The scores, ready for JSON; None in all processes but the main one.
     """
-    experiment, network, checkpoint = open_run(directory, data_dir, mesh)
+    experiment, network, checkpoint = load_run(directory, data_dir, mesh)
     if batch_size is not None:
         experiment.config.evaluate.batch_size = batch_size
         validate(experiment.config)
@@ -57,7 +57,7 @@ def evaluate_run(
     check_consistent("run, data, split, mesh and batch size", settings)
     predictions = predict(experiment, network, split)
     validation = predictions if split == "validation" else predict(experiment, network, "validation")
-    calibration = fit_run(experiment, network, checkpoint, validation)
+    calibration = fit_calibration(experiment, network, checkpoint, validation)
 
     def write() -> dict[str, Any]:
         calibration.write(directory)
@@ -94,7 +94,7 @@ def _write_scores(
     for name, figure in figures.run_figures(report).items():
         style.save(figure, directory / "figures" / f"{split}-{name}.svg")
     page = write_page(report, directory / "report" / "index.html")
-    stdout.print(terminal({split: scores.rows()}, predictions.findings))
+    stdout.print(terminal_scores({split: scores.rows()}, predictions.findings))
     print_text(f"report: {page}")
     return result
 

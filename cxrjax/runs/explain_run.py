@@ -19,10 +19,10 @@ from cxrjax.explain import boxes, saliency
 from cxrjax.explain.localisation import Localisation, localisation, normalise, pooled, resolvable, smooth
 from cxrjax.files import atomic_path, write_json
 from cxrjax.findings import finding_indices
-from cxrjax.inference.load_run import open_run
+from cxrjax.inference.load_run import load_run
 from cxrjax.metrics.predictions import log_odds
 from cxrjax.models.network import Network
-from cxrjax.report import localisation_tables, pictures, style
+from cxrjax.report import figures, pictures, style, tables
 from cxrjax.report.content import Cam, MapsReport
 from cxrjax.report.page import write_page
 from cxrjax.runs.evaluate_run import read_provenance
@@ -121,7 +121,7 @@ def explain_run(
       CxrError: an option is out of range, a finding is unknown, or no image of the split shows one of the findings.
     """
     boxes.detected(np.zeros((1, 1)), threshold=options.threshold, regions=options.regions)  # fail early on bad options
-    experiment, network, _ = open_run(directory, data_dir, mesh)
+    experiment, network, _ = load_run(directory, data_dir, mesh)
     findings = tuple(findings or experiment.findings)
     finding_indices(findings, experiment.findings)
     positives = {finding: find_positives(experiment, split, finding, images) for finding in findings}
@@ -242,9 +242,7 @@ def _explain_finding(
     return FindingMaps(cams.maps.shape[-2:], detected, points, shown, total_gain, error)
 
 
-def _score_localisation(
-    positives: Mapping[str, Positives], results: Mapping[str, FindingMaps]
-) -> localisation_tables.Located:
+def _score_localisation(positives: Mapping[str, Positives], results: Mapping[str, FindingMaps]) -> tables.Located:
     """Score each finding that the data locate, and all of them pooled where there are several."""
     located, detected, true = {}, [], []
     for finding, result in results.items():
@@ -254,7 +252,7 @@ def _score_localisation(
             true += positives[finding].boxes
     if len(located) > 1:
         everything = pooled([points for points, _ in located.values()])
-        located[localisation_tables.ALL] = everything, boxes.box_scores(detected, true)
+        located[tables.ALL] = everything, boxes.box_scores(detected, true)
     return located
 
 
@@ -263,7 +261,7 @@ def _to_json(
     split: str,
     positives: Mapping[str, Positives],
     results: Mapping[str, FindingMaps],
-    located: localisation_tables.Located,
+    located: tables.Located,
 ) -> dict[str, Any]:
     def scores(name: str) -> dict[str, Any]:
         if name not in located:
@@ -284,8 +282,8 @@ def _to_json(
         "resolvable": resolvable(shape),
         "findings": {finding: {"images": len(images.row)} | scores(finding) for finding, images in positives.items()},
     }
-    if localisation_tables.ALL in located:
-        result["overall"] = scores(localisation_tables.ALL)
+    if tables.ALL in located:
+        result["overall"] = scores(tables.ALL)
     if options.method == "integrated":
         gain = sum(result.gain for result in results.values())
         result["incompleteness"] = sum(result.error for result in results.values()) / gain if gain else None
@@ -298,26 +296,26 @@ def _write_report(
     experiment: Experiment,
     options: SaliencyOptions,
     cams: Mapping[str, Mapping[str, Cam]],
-    located: localisation_tables.Located,
+    located: tables.Located,
     scores: dict[str, Any],
     directory: Path,
 ) -> None:
     folder, config = directory / "explain" / options.method, experiment.config
     write_json(folder / "scores.json", scores)
-    tables = localisation_tables.tables(located) if located else []
-    for table in tables:
-        stdout.print(localisation_tables.terminal(table))
+    score_tables = tables.localisation_tables(located) if located else []
+    for table in score_tables:
+        stdout.print(tables.terminal_table(table))
     if located:
-        figure = localisation_tables.hit_rates(located)
+        figure = figures.hit_rates(located)
         for suffix in ("png", "pdf"):
             style.save(figure, folder / f"hits.{suffix}")
     notes = _notes(options, scores)
     report = MapsReport(
-        title=f"{localisation_tables.NAMES[options.method]}: {config.title or config.model.name}, "
+        title=f"{tables.METHOD_NAMES[options.method]}: {config.title or config.model.name}, "
         f"{config.data.image_size} px",
         cams={finding: dict(list(images.items())[:_IMAGES_ON_PAGE]) for finding, images in cams.items()},
         located=located,
-        tables=tables,
+        tables=score_tables,
         lead=[
             f"What the network's score for each finding depends on, in images of the {scores['split']} split that show "
             "it. Cyan outlines the true mask or box; dashed boxes surround the regions that the map marks.",

@@ -14,12 +14,12 @@ from cxrjax.errors import CxrError
 from cxrjax.explain.localisation import normalise
 from cxrjax.explain.saliency import saliency
 from cxrjax.findings import finding_indices
-from cxrjax.inference.image_files import image_files, is_prepared, read_grey
-from cxrjax.inference.load_run import Trained, open_trained
-from cxrjax.inference.predict_files import Classified, Manner, classify, decide
+from cxrjax.inference.image_files import find_images, is_prepared, read_grey
+from cxrjax.inference.load_run import LoadedModel, load_model
+from cxrjax.inference.predict_files import FilePredictions, PredictOptions, classify, resolve_options
 from cxrjax.metrics import tables
 from cxrjax.report.content import Cam
-from cxrjax.report.tables import highest
+from cxrjax.report.tables import likeliest_findings
 from cxrjax.runs.explain_run import write_overlay
 
 _OVERLAY_BATCH = 16  # full-size images in memory
@@ -43,8 +43,8 @@ def predict_files(
     Args:
       directory: run directory, or directory of converted weights.
       paths: files and folders.
-      size: side of the images in px; 0: as in training.
-      batch_size: images at once.
+      size: side of the images, px; 0: as in training.
+      batch_size: images per batch.
       passes: Monte Carlo dropout passes; None: as on validation.
       threshold: uncertainty above which an image is flagged; None: the one chosen on validation.
       out: table to write; nothing is written if no image could be read.
@@ -52,7 +52,7 @@ def predict_files(
       findings: findings to overlay on every image; default: those above their thresholds in each image.
 
     Returns:
-      `Classified.as_dict()`, ready for JSON, with the overlays' paths in each image where they were asked for.
+      `FilePredictions.as_dict()`, ready for JSON, with the overlays' paths in each image where they were asked for.
       Unreadable files are listed under "failed".
 
     Raises:
@@ -64,11 +64,11 @@ def predict_files(
         raise CxrError(f"{overlays} is a file: give --overlays a folder, or a name that is free")
     if findings and overlays is None:
         raise CxrError("--findings chooses overlays: give --overlays DIR too")
-    trained, files = open_trained(directory), image_files(paths)
-    columns = finding_indices(list(findings), trained.findings)
-    options = decide(trained, files, size=size, batch=batch_size, passes=passes, threshold=threshold)
+    model, files = load_model(directory), find_images(paths)
+    columns = finding_indices(list(findings), model.findings)
+    options = resolve_options(model, files, size=size, batch_size=batch_size, passes=passes, threshold=threshold)
     with progress_bar("classifying", len(files)) as advance:
-        predictions = classify(trained, files, options, advance=advance)
+        predictions = classify(model, files, options, advance=advance)
     result = predictions.as_dict()
     if not predictions.id:
         print_text("no image could be read; nothing is written")
@@ -77,14 +77,14 @@ def predict_files(
         print_text(note)
     flagged = "" if predictions.flag is None else f", flagged above {predictions.threshold:.4g}"
     print_text(f"uncertainty: {predictions.measure}{flagged}")
-    stdout.print(highest(predictions.id, predictions.findings, predictions.probability, predictions.flag))
+    stdout.print(likeliest_findings(predictions.id, predictions.findings, predictions.probability, predictions.flag))
     if out is not None:
         predictions.write(out)
         print_text(f"table: {out}")
     if overlays is not None:
         selected = np.isin(np.arange(len(predictions.findings)), columns)
-        shown = np.broadcast_to(selected, predictions.logit.shape) if columns else predictions.called
-        written = write_overlays(trained, predictions, options, shown, overlays)
+        shown = np.broadcast_to(selected, predictions.logit.shape) if columns else predictions.positive
+        written = write_overlays(model, predictions, options, shown, overlays)
         for image, image_overlays in zip(result["images"], written, strict=True):
             image["overlays"] = {finding: str(path) for finding, path in image_overlays.items()}
         print_text(f"{sum(map(len, written))} overlays: {overlays}")
@@ -92,7 +92,11 @@ def predict_files(
 
 
 def write_overlays(
-    trained: Trained, predictions: Classified, options: Manner, shown: Bool[np.ndarray, "N K"], folder: Path
+    model: LoadedModel,
+    predictions: FilePredictions,
+    options: PredictOptions,
+    shown: Bool[np.ndarray, "N K"],
+    folder: Path,
 ) -> list[dict[str, Path]]:
     """Write Grad-CAM over each image for the findings marked in `shown`.
 
@@ -101,14 +105,15 @@ def write_overlays(
     """
     written: list[dict[str, Path]] = [{} for _ in predictions.id]
     rows = [n for n, file in enumerate(predictions.file) if shown[n].any() and not is_prepared(file)]
-    columns, batch_size = np.flatnonzero(shown[rows].any(0)).tolist(), min(options.batch, _OVERLAY_BATCH, len(rows))
+    columns = np.flatnonzero(shown[rows].any(0)).tolist()
+    batch_size = min(options.batch_size, _OVERLAY_BATCH, len(rows))
     with progress_bar("overlays", len(rows)) as advance:
         for start in range(0, len(rows), batch_size or 1):
             batch = rows[start : start + batch_size]
             images = [read_grey(predictions.file[n]) for n in batch]
             inputs = [resize(image, options.size) for image in images]
             inputs += inputs[-1:] * (batch_size - len(batch))  # one shape compiles once
-            maps = normalise(saliency(trained.network, np.stack(inputs)[..., None], columns))
+            maps = normalise(saliency(model.network, np.stack(inputs)[..., None], columns))
             for n, image, image_maps in zip(batch, images, maps, strict=False):
                 for k, heat in zip(columns, image_maps, strict=True):
                     if shown[n, k]:

@@ -135,5 +135,5 @@ def test_what_cannot_be_scored_says_so():
     heat = np.ones((8, 8), np.float32)
     with pytest.raises(CxrError, match="threshold must be above 0"):
         detected(heat, threshold=0)
-    with pytest.raises(CxrError, match="no reading of regions 'most'"):
+    with pytest.raises(CxrError, match="regions must not be 'most'"):
         detected(heat, regions="most")

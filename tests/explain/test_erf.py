@@ -18,6 +18,8 @@ from cxrjax.models.network import Network
 
 SIDE = 24
 
+SMALL = {"classes": 2, "seed": 1, "block_config": (1, 1), "growth_rate": 4}
+
 
 class TwoConvolutions(Backbone):
     """Linear, so that its receptive field is the convolution of its kernels, whatever the image."""
@@ -108,7 +110,7 @@ def test_the_sum_differs_by_the_products_of_different_channels(linear):
 def test_random_signs_are_unbiased_for_a_network_with_kinks_and_norms():
     """The mean over seeds is within five of its own standard errors at every pixel; the plain sum is not."""
     with jax.enable_x64(True):
-        network = Network.from_model(create("densenet_small", classes=2, seed=1, block_config=(1, 1), growth_rate=4, dtype="float64"))
+        network = Network.from_model(create("densenet_small", dtype="float64", **SMALL))
         images, options = some_images(2, 32), {"translate": 0.0, "batch_size": 2, "parallel": 8}
         exact, plain = (erf.measure(network, images, estimator=e, **options).map for e in ("exact", "sum"))
         seeds = [erf.measure(network, images, probes=8, seed=seed, **options).map for seed in range(40)]
@@ -162,7 +164,7 @@ def test_batches_and_chunks_change_nothing(network, estimator):
 
 def test_bfloat16_measures_the_same_field(network):
     images = some_images(4, 64)
-    half = Network.from_model(create("densenet_small", classes=2, seed=1, block_config=(1, 1), growth_rate=4, dtype="bfloat16"))
+    half = Network.from_model(create("densenet_small", dtype="bfloat16", **SMALL))
     fields = [erf.measure(n, images, estimator="exact", parallel=32) for n in (network, half)]
     assert fields[1].map.sum() == pytest.approx(fields[0].map.sum(), rel=0.05)
     assert fields[1].diameter == pytest.approx(fields[0].diameter, rel=0.05)
@@ -173,7 +175,7 @@ def test_bfloat16_measures_the_same_field(network):
 def test_size_of_a_gaussian(sigma, mass):
     axis = np.arange(160) - 79.5
     field = np.exp(-(axis[:, None] ** 2 + axis**2) / (2 * sigma**2))
-    fraction, diameter = erf.size_of(field, mass)
+    fraction, diameter = erf.erf_size(field, mass)
     area = 2 * np.pi * sigma**2 * np.log(1 / (1 - mass))
     assert fraction * field.size == pytest.approx(area, rel=0.02, abs=8)  # 8: pixels of equal distance come together
     assert diameter == pytest.approx(2 * np.sqrt(fraction * field.size / np.pi))
@@ -181,7 +183,7 @@ def test_size_of_a_gaussian(sigma, mass):
 
 def test_size_counts_whole_pixels():
     field = np.array([[4.0, 3.0], [2.0, 1.0]])
-    assert [erf.size_of(field, mass)[0] for mass in (0.4, 0.41, 0.7, 0.9, 0.91, 1.0)] == [0.25, 0.5, 0.5, 0.75, 1, 1]
+    assert [erf.erf_size(field, mass)[0] for mass in (0.4, 0.41, 0.7, 0.9, 0.91, 1.0)] == [0.25, 0.5, 0.5, 0.75, 1, 1]
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 0.99))
@@ -189,7 +191,7 @@ def test_size_counts_whole_pixels():
 def test_translation_moves_whole_pixels_within_its_limits(seed, fraction):
     height, width = 9, 12
     image = np.arange(1, height * width + 1, dtype=np.uint8).reshape(1, height, width, 1)
-    (moved,) = erf.translated(image, fraction, np.random.default_rng(seed))
+    (moved,) = erf.random_shift(image, fraction, np.random.default_rng(seed))
     rows, columns = np.nonzero(moved[..., 0])
     source = moved[rows, columns, 0].astype(int) - 1
     shifts = {(r - s // width, c - s % width) for r, c, s in zip(rows, columns, source, strict=True)}
@@ -219,4 +221,4 @@ def test_what_cannot_be_measured_says_so(network):
     with pytest.raises(CxrError, match="zero everywhere"):
         erf.measure(dead, images)
     with pytest.raises(CxrError, match="finite"):
-        erf.size_of(np.array([[1.0, np.nan]]))
+        erf.erf_size(np.array([[1.0, np.nan]]))

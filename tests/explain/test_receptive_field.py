@@ -216,7 +216,8 @@ def test_densenet121_has_the_papers_field(remat):
 
 def test_a_real_networks_field_is_the_support_of_its_gradient():
     with jax.enable_x64(True):
-        model = create("densenet_small", classes=2, dtype="float64", stem_pool="none", block_config=(1, 1), growth_rate=4)
+        options = {"stem_pool": "none", "block_config": (1, 1), "growth_rate": 4}
+        model = create("densenet_small", classes=2, dtype="float64", **options)
         network = Network.from_model(model)
         positive = jax.tree.map(lambda p: jnp.abs(p) + 0.1, network.params)
         network = Network(positive, network.stats, network.definition)

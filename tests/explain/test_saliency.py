@@ -13,8 +13,7 @@ from scipy.special import logsumexp, softmax
 from cxrjax.errors import CxrError
 from cxrjax.explain.saliency import METHODS, _activation, baselines, logits, saliency
 from cxrjax.models import create
-from cxrjax.models.backbone import Backbone
-from cxrjax.models.backbone import LSE_SHARPNESS
+from cxrjax.models.backbone import LSE_SHARPNESS, Backbone
 from cxrjax.models.input_spec import IMAGENET, prepare
 from cxrjax.models.network import Network
 
@@ -24,7 +23,8 @@ def some_images(count: int, side: int = 64) -> np.ndarray:
 
 
 def features(network: Network, images: np.ndarray) -> np.ndarray:
-    return np.asarray(network.model().features(prepare(jnp.asarray(images), network.input_spec, network.dtype))["final"])
+    inputs = prepare(jnp.asarray(images), network.input_spec, network.dtype)
+    return np.asarray(network.model().features(inputs)["final"])
 
 
 def test_a_linear_head_gives_class_activation_maps():
@@ -209,7 +209,7 @@ def test_bfloat16_gives_nearly_the_same_maps():
 def test_what_cannot_be_mapped_says_so():
     network, images = Network.from_model(create("densenet_small", classes=2)), some_images(1)
     for findings in ([2], [-1], []):
-        with pytest.raises(CxrError, match="positions 0 to 1"):
+        with pytest.raises(CxrError, match="indices 0 to 1"):
             saliency(network, images, findings)
     with pytest.raises(CxrError, match=r"does not read the feature map 'block2'.*'final'"):
         saliency(network, images, [0], layer="block2")

@@ -6,7 +6,7 @@ import pytest
 
 from cxrjax.distributed.mesh import make_mesh
 from cxrjax.explain import erf, saliency
-from cxrjax.explain.inputs import on, spread
+from cxrjax.explain.inputs import put_images, use_mesh
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.planning.compiled_memory import parse_collectives
@@ -15,8 +15,8 @@ from cxrjax.planning.compiled_memory import parse_collectives
 @pytest.fixture(scope="module")
 def network():
     with jax.enable_x64(True):
-        options = {"block_config": (1, 1), "growth_rate": 4, "stem_channels": 4, "pooling": "average", "dtype": "float64"}
-        return Network.from_model(create("densenet_small", classes=2, seed=1, **options))
+        options = {"block_config": (1, 1), "growth_rate": 4, "stem_channels": 4, "pooling": "average"}
+        return Network.from_model(create("densenet_small", classes=2, seed=1, dtype="float64", **options))
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), np.uint8)
@@ -40,14 +40,14 @@ def test_the_maps_are_those_of_one_device(network, shape):
 
 def sent(function, mesh, *arguments, **static):
     """What the devices send each other in a compiled explanation."""
-    with on(mesh):
+    with use_mesh(mesh):
         compiled = function.lower(*arguments, **static).compile()
     return parse_collectives(compiled.as_text() or "")
 
 
 def test_no_device_sees_whole_maps(network):
     mesh = make_mesh(1, 4)
-    images = spread(mesh, np.zeros((1, 64, 32, 1), np.uint8))
+    images = put_images(mesh, np.zeros((1, 64, 32, 1), np.uint8))
     assert {shard.data.shape for shard in images.addressable_shards} == {(1, 16, 32, 1)}
     with jax.enable_x64(True):
         calls = sent(saliency._activation, mesh, network, images, np.array([0]), layer="final", method="gradcam")

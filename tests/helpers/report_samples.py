@@ -5,7 +5,7 @@ from matplotlib.colors import to_rgb
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from cxrjax.metrics.scores import MEAN
-from cxrjax.report.content import Cam, Claim, Curve, Field, Reliability, RunReport, StudyReport, Table
+from cxrjax.report.content import Cam, Claim, Curve, ErfMap, Reliability, RunReport, StudyReport, Table
 
 FINDINGS = ("Cardiomegaly", "Pleural Effusion", "Mass", "Nodule", "Pneumothorax", "Reticulation", "Support Devices")
 SIZES = ("32 px", "64 px", "128 px")
@@ -67,10 +67,10 @@ def gaussian_field(size, sigma):
     y, x = np.mgrid[0:size, 0:size] - (size - 1) / 2
     field = np.exp(-(x**2 + y**2) / (2 * (sigma * size) ** 2))
     diameter = 2 * sigma * size * np.sqrt(-2 * np.log(1 - 0.9545))
-    return Field(field, np.pi * (diameter / size / 2) ** 2, diameter, diameter / size, theoretical_px=87)
+    return ErfMap(field, np.pi * (diameter / size / 2) ** 2, diameter, diameter / size, theoretical_px=87)
 
 
-BARE = {"weights": None, "curves": {}, "training": {}, "fields": {}, "cams": {}}
+BARE = {"weights": None, "curves": {}, "training": {}, "erfs": {}, "cams": {}}
 
 
 def study_report(**changes):
@@ -119,7 +119,7 @@ def study_report(**changes):
         "interval": INTERVAL,
         "weights": weights,
         "training": training,
-        "fields": {s: gaussian_field(int(s[:-3]), sigma) for s, sigma in zip(SIZES, (0.14, 0.12, 0.07), strict=True)},
+        "erfs": {s: gaussian_field(int(s[:-3]), sigma) for s, sigma in zip(SIZES, (0.14, 0.12, 0.07), strict=True)},
         "cams": {
             f: {
                 s: cam(int(s[:-3]), place[f], 0.2 / (i + 1), rng, float(1 / (1 + np.exp(2 - SHIFT[f][i]))))

@@ -6,7 +6,7 @@ import pytest
 
 from cxrjax.distributed.mesh import make_mesh
 from cxrjax.errors import CxrError
-from cxrjax.explain.inputs import checked
+from cxrjax.explain.inputs import check_images
 from cxrjax.inference.mc_dropout import has_dropout, make_pooled_step, stochastic_logits
 from cxrjax.models import create
 from cxrjax.models.input_spec import prepare
@@ -21,7 +21,8 @@ RATE, PASSES = 0.4, 6
 def examples(phantom_data):
     from cxrjax import config as configs
 
-    experiment = Experiment.open(configs.load("demo:32", [f"data.dir={phantom_data}", "data.stored=32"]))
+    config = configs.load_config("demo:32", [f"data.data_dir={phantom_data}", "data.stored_size=32"])
+    experiment = Experiment.open(config)
     return experiment.examples_of_rows(np.arange(7))
 
 
@@ -36,7 +37,7 @@ def run(net, examples, passes=PASSES, devices=1, **options):
 
 
 def maps_of(net, examples):
-    images = checked(np.stack([examples.records.image(int(row)) for row in examples.row])[..., None])
+    images = check_images(np.stack([examples.records.image(int(row)) for row in examples.row])[..., None])
     model = net.model()
     return np.asarray(jax.jit(lambda x: model.features(prepare(x, net.input_spec, net.dtype))["final"])(images))
 
@@ -87,7 +88,7 @@ def test_moments_of_a_linear_head_are_those_of_dropout(examples):
 def test_a_head_without_dropout_is_refused(examples):
     with pytest.raises(CxrError, match="no dropout"):
         run(network(hidden=0, dropout=0.0), examples)
-    with pytest.raises(CxrError, match="2 or more"):
+    with pytest.raises(CxrError, match="2 or more, not 1"):
         run(network(hidden=0), examples, passes=1)
 
 

@@ -11,8 +11,8 @@ from cxrjax.cli.main import main
 from cxrjax.data.images import encode
 from cxrjax.data.records import open_records
 from cxrjax.errors import CxrError
-from cxrjax.inference.image_files import image_files
-from cxrjax.inference.load_run import open_run, open_trained, predict
+from cxrjax.inference.image_files import find_images
+from cxrjax.inference.load_run import load_model, load_run, predict
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.models.input_spec import GREY, check_range, prepare
 from cxrjax.train.loop import train
@@ -21,14 +21,14 @@ from cxrjax.train.loop import train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_overrides):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    train(configs.load("demo:32", [*tiny_overrides, "train.epochs=1"]), directory)
+    train(configs.load_config("demo:32", [*tiny_overrides, "train.epochs=1"]), directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def images(run, phantom_data, tmp_path_factory):
     """The test part's first five images as files, and what `evaluate` predicts for them."""
-    experiment, network, _ = open_run(run)
+    experiment, network, _ = load_run(run)
     predictions = predict(experiment, network, "test")
     rows = experiment.examples("test").row[:5]
     folder = tmp_path_factory.mktemp("images")
@@ -69,9 +69,10 @@ def test_prepared_images_are_used_as_they_are(run, images, tmp_path):
     folder, expected = images
     files = sorted(folder.iterdir())
     grey = np.stack([cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) for file in files])[..., None]
-    network = open_trained(run).network
+    network = load_model(run).network
     np.save(tmp_path / "x.npy", np.asarray(prepare(grey, network.input_spec, np.float32)))
-    assert main(["predict", str(run), str(tmp_path / "x.npy"), "--json", str(tmp_path / "p.json"), "--batch-size", "2"]) == 0
+    arguments = [str(run), str(tmp_path / "x.npy"), "--json", str(tmp_path / "p.json"), "--batch-size", "2"]
+    assert main(["predict", *arguments]) == 0
     for file, image in zip(files, json.loads((tmp_path / "p.json").read_text())["images"], strict=True):
         ours = list(image["probability"].values())
         np.testing.assert_allclose(ours, 1 / (1 + np.exp(-expected[file.name])), atol=1e-5)
@@ -112,7 +113,7 @@ def test_one_constant_image_among_good_ones_is_refused():
 def test_a_folder_without_its_hidden_files(run, images, tmp_path):
     (tmp_path / "._c.png").write_bytes(b"of a Mac")
     (tmp_path / "a.png").write_bytes(sorted(images[0].iterdir())[0].read_bytes())
-    assert image_files([tmp_path]) == [tmp_path / "a.png"]
+    assert find_images([tmp_path]) == [tmp_path / "a.png"]
 
 
 def test_names_that_come_twice_are_whole_paths(run, images, tmp_path):
@@ -130,8 +131,8 @@ def test_names_that_come_twice_are_whole_paths(run, images, tmp_path):
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(CxrError, match="does not exist"):
-        image_files([tmp_path / "none.png"])
+        find_images([tmp_path / "none.png"])
     with pytest.raises(CxrError, match="no images in"):
-        image_files([tmp_path])
+        find_images([tmp_path])
     with pytest.raises(CxrError, match="not the directory of a run"):
-        open_trained(tmp_path)
+        load_model(tmp_path)

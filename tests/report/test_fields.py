@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from report_samples import gaussian_field
 
-from cxrjax.report.pictures import field_grid, round_length, scale_bar, size_by_depth
+from cxrjax.report.pictures import erf_grid, round_length, scale_bar, size_by_depth
 
 
 @given(st.floats(1e-6, 1e6))
@@ -45,7 +45,7 @@ def fields():
 
 
 def test_a_grid_shows_what_each_feature_map_can_see():
-    panels = field_grid(fields()).axes[:4]
+    panels = erf_grid(fields()).axes[:4]
     assert [panel.get_ylabel() for panel in panels] == ["trained", "", "untrained", ""]
     assert [panel.get_title(loc="left") for panel in panels] == ["stem", "final", "", ""]
     left, right = panels[0].get_xlim()
@@ -54,7 +54,7 @@ def test_a_grid_shows_what_each_feature_map_can_see():
     assert ((left + right) / 2 - 0.5) * 128 == pytest.approx(4, abs=0.01)  # it goes with the field
     assert ((bottom + top) / 2 - 0.5) * 128 == pytest.approx(10, abs=0.01)
     assert panels[1].get_xlim() == pytest.approx((0.5 - 0.6 * 87 / 128, 0.5 + 0.6 * 87 / 128), abs=1e-6)
-    whole = field_grid(fields(), whole=True).axes[:4]
+    whole = erf_grid(fields(), whole=True).axes[:4]
     assert {panel.get_xlim() for panel in whole} == {(0, 1)}
     assert whole[1].get_xlabel() == "⌀ 63.6 px, 50% of width"
 

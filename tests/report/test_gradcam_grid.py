@@ -7,17 +7,19 @@ import numpy as np
 from report_samples import FINDINGS, SIZES
 
 from cxrjax.report.page import study_page
-from cxrjax.report.pictures import gradcam_grid, said
+from cxrjax.report.pictures import describe_positives, gradcam_grid
 
 
-def speaking(study, **said):
-    cams = {f: {s: dataclasses.replace(cam, said=said) for s, cam in row.items()} for f, row in study.cams.items()}
+def speaking(study, **positives):
+    cams = {
+        f: {s: dataclasses.replace(cam, positives=positives) for s, cam in row.items()} for f, row in study.cams.items()
+    }
     return dataclasses.replace(study, cams=cams)
 
 
 def test_findings_above_one_half_stand_below_each_map_the_likeliest_first(study):
     report = speaking(study, Mass=0.61, **{"Pleural Effusion": 0.987})
-    assert said(report.cams["Mass"]["32 px"]) == "Pleural Effusion 0.99, Mass 0.61"
+    assert describe_positives(report.cams["Mass"]["32 px"]) == "Pleural Effusion 0.99, Mass 0.61"
     figure = gradcam_grid(report.cams, FINDINGS, SIZES)
     below = [" ".join(panel.get_xlabel().split()) for panel in figure.axes]
     assert below == ["Pleural Effusion 0.99, Mass 0.61"] * len(FINDINGS) * len(SIZES)
@@ -27,8 +29,8 @@ def test_findings_above_one_half_stand_below_each_map_the_likeliest_first(study)
 
 
 def test_a_network_that_says_nothing_is_told_from_one_that_was_not_asked(study):
-    assert said(speaking(study).cams["Mass"]["32 px"]) == "none above 0.50"
-    assert said(study.cams["Mass"]["32 px"]) == ""
+    assert describe_positives(speaking(study).cams["Mass"]["32 px"]) == "none above 0.50"
+    assert describe_positives(study.cams["Mass"]["32 px"]) == ""
     assert {panel.get_xlabel() for panel in gradcam_grid(study.cams, FINDINGS, SIZES).axes} == {""}
     assert "all findings that the network gives more than one half" not in study_page(study)
 

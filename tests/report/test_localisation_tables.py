@@ -7,8 +7,9 @@ from rich.console import Console
 from cxrjax.explain.boxes import LIMITS, box_scores
 from cxrjax.explain.localisation import localisation, pooled
 from cxrjax.report.content import Cam, MapsReport
-from cxrjax.report.localisation_tables import ALL, hit_rates, tables, terminal
+from cxrjax.report.figures import hit_rates
 from cxrjax.report.page import maps_page
+from cxrjax.report.tables import ALL, localisation_tables, terminal_table
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def located():
 
 
 def test_tables_state_rate_interval_and_chance(located):
-    points, iou, iobb = tables(located)
+    points, iou, iobb = localisation_tables(located)
     assert [row[0] for row in points.rows] == ["Mass", "Nodule <b>", ALL]
     of, fit = located["Mass"]
     assert points.rows[0][1:4] == (
@@ -48,8 +49,8 @@ def test_tables_state_rate_interval_and_chance(located):
 
 def test_the_terminals_table_fits_and_takes_names_as_they_are(located):
     console = Console(width=120, record=True, file=io.StringIO())
-    for table in tables(located):
-        console.print(terminal(table))
+    for table in localisation_tables(located):
+        console.print(terminal_table(table))
     text = console.export_text()
     assert "Nodule <b>" in text
     assert f"{located[ALL][1].iou[0].rate:.2f}" in text
@@ -74,7 +75,9 @@ def test_curves_are_the_hit_rates(located):
 
 def test_the_page_shows_maps_and_scores_and_escapes_names(located):
     cam = Cam(np.zeros((16, 16), np.uint8), np.ones((4, 4), np.float32), 0.7, None, np.array([[0.1, 0.1, 0.5, 0.5]]))
-    report = MapsReport("Maps of <i>a run", {"Nodule <b>": {"a.png": cam}}, located, tables(located), notes=["A note."])
+    report = MapsReport(
+        "Maps of <i>a run", {"Nodule <b>": {"a.png": cam}}, located, localisation_tables(located), notes=["A note."]
+    )
     page = maps_page(report)
     assert "<b>0.70</b>" in page
     assert "Nodule &lt;b&gt;" in page

@@ -9,7 +9,7 @@ from PIL import Image
 from report_samples import gaussian_field
 
 from cxrjax.report.content import Cam
-from cxrjax.report.pictures import draw_field, erf_maps, jpeg_uri, mass_level, overlay
+from cxrjax.report.pictures import draw_erf, erf_maps, jpeg_uri, mass_level, overlay
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9, 0.9545])
@@ -39,7 +39,7 @@ def test_erf_contour_encloses_the_stated_diameter():
 def test_erf_label_states_the_size():
     figure = erf_maps({"a": gaussian_field(32, 0.1), "b": gaussian_field(64, 0.1)})
     assert [panel.get_xlabel() for panel in figure.axes[:2]] == ["⌀ 16 px, 50% of width", "⌀ 32 px, 50% of width"]
-    assert draw_field(figure.axes[0], "a", gaussian_field(32, 0.1)).get_extent() == [0, 1, 1, 0]
+    assert draw_erf(figure.axes[0], "a", gaussian_field(32, 0.1)).get_extent() == [0, 1, 1, 0]
 
 
 def test_overlay_of_a_cold_map_is_the_image_with_its_pixels():

@@ -28,7 +28,7 @@ SCORES = {
 
 
 def test_lines_hold_text_intervals_and_ranks():
-    a, b, mean = tables.lines(SCORES, ["A", "B"], ["32 px", "64 px"])
+    a, b, mean = tables.score_lines(SCORES, ["A", "B"], ["32 px", "64 px"])
     assert [cell.text for cell in a.cells] == ["0.900", "0.900", "0.950"]
     assert [cell.interval for cell in a.cells] == ["0.890–0.910", "0.890–0.910", "0.900–0.990"]
     assert [cell.best for cell in a.cells] == [False, False, True]
@@ -42,19 +42,19 @@ def test_lines_hold_text_intervals_and_ranks():
 
 
 def test_lines_take_the_order_asked_for_and_the_metric():
-    lines = tables.lines(SCORES, ["B", "A", "not scored"], [], "average_precision")
+    lines = tables.score_lines(SCORES, ["B", "A", "not scored"], [], "average_precision")
     assert [line.finding for line in lines] == ["B", "A", MEAN]
     assert [cell.text for cell in lines[1].cells] == ["0.450", "0.450", "0.475"]
 
 
 def test_a_model_without_the_finding_shows_a_dash():
     scores = {"one": [row("A", 0.9)], "other": [row("B", 0.8)]}
-    assert [cell.text for cell in tables.lines(scores, ["A"], [])[0].cells] == ["0.900", "–"]
+    assert [cell.text for cell in tables.score_lines(scores, ["A"], [])[0].cells] == ["0.900", "–"]
 
 
 def test_csv_reads_back_at_full_precision():
     scores = {'a "model", really': [row("Effusion\nleft", 2 / 3)], "b": SCORES["32 px"][1:2]}
-    first, second = csv.DictReader(io.StringIO(tables.csv(scores)))
+    first, second = csv.DictReader(io.StringIO(tables.scores_csv(scores)))
     assert first["model"] == 'a "model", really'
     assert first["finding"] == "Effusion\nleft"
     assert float(first["auroc"]) == 2 / 3
@@ -66,7 +66,7 @@ def test_csv_reads_back_at_full_precision():
 def printed():
     def show(scores, findings):
         console = Console(record=True, width=100, file=io.StringIO(), color_system="standard", force_terminal=True)
-        console.print(tables.terminal(scores, findings, ["32 px", "64 px"]))
+        console.print(tables.terminal_scores(scores, findings, ["32 px", "64 px"]))
         return console.export_text(styles=True, clear=False), console.export_text()
 
     return show

@@ -10,7 +10,7 @@ from cxrjax.data.records import Box, Record, Records, open_records
 from cxrjax.errors import CxrError
 from cxrjax.runs.erf_run import measure_run_erf, untrained_network
 from cxrjax.runs.explain_run import SaliencyOptions, explain_run, find_positives
-from cxrjax.train.described import network_of
+from cxrjax.train.run_directory import create_network
 
 FINDINGS = ("Mass", "Nodule")
 
@@ -72,7 +72,7 @@ def test_only_integrated_gradients_are_blurred():
 def test_an_untrained_network_has_other_initial_values_and_leaves_the_config_alone(tiny):
     config = tiny()
     seed = config.seed
-    first, other = network_of(config, 3), untrained_network(config, 3)
+    first, other = create_network(config, 3), untrained_network(config, 3)
     assert config.seed == seed
     assert other.definition is first.definition
     kernels = [np.asarray(network.params["classifier"]["output"]["kernel"]) for network in (first, other)]

@@ -20,7 +20,7 @@ from cxrjax.data.images import decode, encode
 from cxrjax.data.records import open_records
 from cxrjax.explain.localisation import normalise
 from cxrjax.explain.saliency import saliency
-from cxrjax.inference.load_run import open_trained
+from cxrjax.inference.load_run import load_model
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.models.input_spec import prepare
 from cxrjax.train.loop import train
@@ -114,7 +114,7 @@ def column(result, name):
 
 
 def network_says(directory, images):
-    network = open_trained(directory).network
+    network = load_model(directory).network
     return np.asarray(jax.jit(lambda x: network.apply(x)[0])(images[..., None]), np.float64)
 
 
@@ -129,7 +129,7 @@ def test_every_kind_of_file_and_a_table_of_all_numbers(run, folder, grey, tmp_pa
     np.testing.assert_allclose(column(result, "probability"), expit(logits), atol=1e-5)
 
     table = pyarrow.csv.read_csv(tmp_path / "p.csv").to_pydict()
-    findings = open_trained(run).findings
+    findings = load_model(run).findings
     prefixes = ("prob", "logit", "calibrated", "uncertainty")
     expected = {"id", "file", "uncertainty", "flag"} | {f"{prefix}_{f}" for prefix in prefixes for f in findings}
     assert set(table) == expected
@@ -169,7 +169,10 @@ def test_without_evaluation_nothing_is_calibrated_and_that_is_said(folder, tmp_p
     assert code == 0
     assert "calibrated" not in result["images"][0]
     assert "flag" not in result["images"][0]
-    assert f"no calibrated probabilities: there is no {run / 'fitted.json'}: `cxrjax evaluate {run}` fits it" in text
+    assert (
+        f"no calibrated probabilities: there is no {run / 'calibration.json'}: run `cxrjax evaluate {run}` to fit it"
+        in text
+    )
     assert "no image is flagged" in text
     assert "entropy of the probability" in text
     names = pyarrow.parquet.read_schema(tmp_path / "p.parquet").names
@@ -181,20 +184,20 @@ def test_without_evaluation_nothing_is_calibrated_and_that_is_said(folder, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda stored: stored["checkpoint"].update(step=1), "is of another checkpoint (step 1): `cxrjax evaluate"),
+        (lambda stored: stored["checkpoint"].update(step=1), "is of another checkpoint (step 1): run `cxrjax evaluate"),
         (lambda stored: stored.pop("entropy"), "cannot be read"),
         (lambda stored: stored["temperatures"].pop("values"), "cannot be read"),
     ],
 )
 def test_what_was_fitted_for_something_else_is_left_out(run, folder, tmp_path, capsys, change, message):
-    text = (run / "fitted.json").read_text()
+    text = (run / "calibration.json").read_text()
     stored = json.loads(text)
     change(stored)
-    (run / "fitted.json").write_text(json.dumps(stored))
+    (run / "calibration.json").write_text(json.dumps(stored))
     try:
         code, result, said = predict(capsys, tmp_path, run, folder)
     finally:
-        (run / "fitted.json").write_text(text)
+        (run / "calibration.json").write_text(text)
     assert code == 0
     assert message in said
     assert "calibrated" not in result["images"][0]
@@ -209,7 +212,7 @@ def test_other_sizes_are_not_calibrated(run, folder, tmp_path, capsys):
 def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, capsys):
     _, result, text = predict(capsys, tmp_path, dropping, folder)
     assert "standard deviation of 8 passes with dropout" in text
-    network = open_trained(dropping).network
+    network = load_model(dropping).network
 
     @jax.jit
     def passes(network, image, number):
@@ -222,7 +225,7 @@ def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, c
     np.testing.assert_allclose(column(result, "uncertainty_by_finding")[0], expit(drawn).std(0), atol=1e-6)
     np.testing.assert_allclose(column(result, "uncertainty"), column(result, "uncertainty_by_finding").mean(1))
     np.testing.assert_array_equal(column(result, "flag"), column(result, "uncertainty") > result["threshold"])
-    assert json.loads((dropping / "fitted.json").read_text())["deviation"] == result["threshold"]
+    assert json.loads((dropping / "calibration.json").read_text())["deviation"] == result["threshold"]
 
     files = sorted(folder.iterdir())
     for words in ([folder, "--batch-size", 1], [folder, "--batch-size", 64], files[::-1], [files[3]]):
@@ -237,7 +240,7 @@ def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, c
 def test_how_many_passes(dropping, run, folder, tmp_path, capsys):
     _, result, text = predict(capsys, tmp_path, dropping, folder, "--passes", 4)
     assert "standard deviation of 4 passes" in text
-    assert "the threshold of uncertainty was chosen with 8 passes; here are 4" in text
+    assert "the uncertainty threshold was chosen with 8 passes, not 4" in text
     _, result, text = predict(capsys, tmp_path, dropping, folder, "--passes", 0)
     assert result["uncertainty"] == "entropy of the calibrated probability, in nats"
     _, result, text = predict(capsys, tmp_path, run, folder, "--passes", 4)
@@ -255,7 +258,7 @@ def test_exclusive_classes_add_up_to_one(six, folder, grey, tmp_path, capsys):
     np.testing.assert_allclose(column(result, "probability").sum(1), 1, atol=1e-6)
     logits = network_says(six, grey[:2])
     np.testing.assert_allclose(column(result, "probability")[:2], softmax(logits, axis=1), atol=1e-5)
-    [temperature] = set(json.loads((six / "fitted.json").read_text())["temperatures"]["values"])
+    [temperature] = set(json.loads((six / "calibration.json").read_text())["temperatures"]["values"])
     np.testing.assert_allclose(column(result, "calibrated")[:2], softmax(logits / temperature, axis=1), atol=1e-5)
     np.testing.assert_allclose(column(result, "uncertainty"), entropy(column(result, "calibrated"), axis=1), atol=1e-6)
     assert "uncertainty_by_finding" not in result["images"][0]
@@ -266,9 +269,9 @@ def test_exclusive_classes_add_up_to_one(six, folder, grey, tmp_path, capsys):
 
 def test_overlays_of_what_is_above_its_threshold(run, folder, grey, tmp_path, capsys):
     _, result, text = predict(capsys, tmp_path, run, folder, "--overlays", tmp_path / "cams", "--batch-size", 2)
-    thresholds = json.loads((run / "fitted.json").read_text())["thresholds"]
+    thresholds = json.loads((run / "calibration.json").read_text())["thresholds"]
     limits = np.array([np.inf if limit is None else limit for limit in thresholds])
-    findings, written = open_trained(run).findings, 0
+    findings, written = load_model(run).findings, 0
     for image, probability in zip(result["images"], column(result, "probability"), strict=True):
         assert list(image["overlays"]) == [f for f, above in zip(findings, probability >= limits, strict=True) if above]
         for finding, path in image["overlays"].items():
@@ -287,14 +290,14 @@ def test_overlays_of_named_findings_show_their_maps(run, grey, tmp_path, capsys)
     assert list(result["images"][0]["overlays"]) == ["Cardiomegaly", "Mass"]
     picture = cv2.imread(str(tmp_path / "cams" / "Mass" / "wide.png")).astype(float)
     assert picture.shape == (640, 960, 3)
-    place = open_trained(run).findings.index("Mass")
-    heat = normalise(saliency(open_trained(run).network, grey[1:2, ..., None], [place]))[0, 0]
+    place = load_model(run).findings.index("Mass")
+    heat = normalise(saliency(load_model(run).network, grey[1:2, ..., None], [place]))[0, 0]
     coloured = cv2.resize((picture.max(2) - picture.min(2)), heat.shape[::-1], interpolation=cv2.INTER_AREA)
     if heat.max() > 0:
         assert np.corrcoef(coloured.ravel(), heat.ravel())[0, 1] > 0.3
     else:
         assert coloured.max() < 1
-    np.save(tmp_path / "x.npy", prepare(grey[:1, ..., None], open_trained(run).network.input_spec, np.float32))
+    np.save(tmp_path / "x.npy", prepare(grey[:1, ..., None], load_model(run).network.input_spec, np.float32))
     code, result, _ = predict(capsys, tmp_path, run, tmp_path / "x.npy", *words[2:])
     assert (code, result["images"][0]["overlays"]) == (0, {})
 

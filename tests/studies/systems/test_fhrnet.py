@@ -9,7 +9,7 @@ from scipy.special import log_expit, logit
 from scipy.stats import spearmanr
 
 from cxrjax.cli.main import main
-from cxrjax.inference.load_run import open_trained
+from cxrjax.inference.load_run import load_model
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.tables import read
 from cxrjax.models.backbone import Architecture
@@ -18,15 +18,16 @@ from cxrjax.models.input_spec import GREY
 from cxrjax.train.monitoring import read_metrics
 
 FEW = (
-    "data.stored=32", "data.size=32", "data.threads=1", "split.name=random", "split.fractions=(0.5, 0.25, 0.25)",
-    "train.batch=4", "train.steps_per_epoch=3", "train.epochs=1", "train.log_every=1", "evaluate.resamples=20",
-    "evaluate.batch=16", "data.findings=('Mass','Pleural Effusion')", "model.options.backbone=hrnet_tiny",
+    "data.stored_size=32", "data.image_size=32", "data.num_threads=1", "split.name=random",
+    "split.fractions=(0.5, 0.25, 0.25)", "train.batch_size=4", "train.steps_per_epoch=3", "train.epochs=1",
+    "train.log_every_steps=1", "evaluate.bootstrap_resamples=20", "evaluate.batch_size=16",
+    "data.findings=('Mass','Pleural Effusion')", "model.options.backbone=hrnet_tiny",
 )  # fmt: skip
 JOINT = ("train.stages=()", "model.options.stage=joint")
 
 
 def command(verb, directory, phantom_data, *overrides):
-    words = [*verb, "--workdir", str(directory), f"--config.data.dir={phantom_data}"]
+    words = [*verb, "--workdir", str(directory), f"--config.data.data_dir={phantom_data}"]
     return main([*words, *(f"--config.{word}" for word in (*FEW, *overrides))])
 
 
@@ -75,10 +76,10 @@ def test_the_study_compares_three_heads_and_their_consistency(study):
 def test_each_way_of_training_moves_what_it_should(study):
     kind, directory = study
     _, run = predictions(kind, directory, "fusion")
-    network = open_trained(run).network
+    network = load_model(run).network
     names = list(network.params)
     if kind == "staged":
-        first, second = (open_trained(run / "stages" / n).network for n in ("1", "2"))
+        first, second = (load_model(run / "stages" / n).network for n in ("1", "2"))
         moved = [{name for name in names if differ(a.params[name], b.params[name])}
                  for a, b in ((first, second), (second, network))]  # fmt: skip
         assert moved == [{"local_branch"}, {"classifier"}]
@@ -106,7 +107,7 @@ def test_the_geometric_mean_can_be_the_prediction(study):
     for name in ("checkpoints", "metrics.jsonl", "run.json"):
         (other / name).symlink_to(run / name)
     assert main(["evaluate", str(other), "--resamples", "0"]) == 0
-    assert json.loads((other / "fitted.json").read_text())["passes"] == 0, "only the fusion has dropout"
+    assert json.loads((other / "calibration.json").read_text())["passes"] == 0, "only the fusion has dropout"
     ours = Predictions.read(other / "predictions" / "test.parquet")
     branches = [predictions(kind, directory, arm)[0].probability for arm in ("global", "local")]
     np.testing.assert_allclose(ours.logit, logit(np.sqrt(branches[0] * branches[1])), atol=1e-4)
