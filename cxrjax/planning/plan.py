@@ -20,9 +20,9 @@ from cxrjax.planning.accelerators import Accelerator
 from cxrjax.planning.compiled_memory import Collective, compile_memory
 from cxrjax.planning.memory_estimate import peak_bytes
 from cxrjax.planning.model_summary import multiply_adds
-from cxrjax.train.run_directory import create_network
 from cxrjax.train.losses import make_loss
 from cxrjax.train.optimizer import make_optimizer, schedule
+from cxrjax.train.run_directory import create_network
 from cxrjax.train.state import TrainState, flatten_for_mesh
 from cxrjax.train.step import make_train_step
 from cxrjax.train.trainable import TrainableParams

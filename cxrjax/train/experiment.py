@@ -27,9 +27,9 @@ from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, finding_indices
 from cxrjax.models.network import Network, check_size
-from cxrjax.train.run_directory import create_network
 from cxrjax.train.init_from import InitialNetwork, load_initial_network, missing_init, resolve_init_paths
 from cxrjax.train.losses import Loss, label_prevalence, make_loss
+from cxrjax.train.run_directory import create_network
 from cxrjax.train.trainable import TrainableParams
 
 
