@@ -1,7 +1,7 @@
-"""What a report says: plain arrays, numbers and words, gathered by a study or a run; this package only draws them.
+"""The content of reports: plain arrays, numbers and text, which studies and runs collect and this package draws.
 
-Every part but the title, the findings and the scores may be left out (empty or None): its section is then absent.
-All strings may come from data: they are shown as text, whatever they contain.
+Everything except the title, the findings and the scores is optional: the sections of empty fields are left out. Strings
+may come from data; they are always shown as text.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,21 +23,21 @@ step, epoch, train_loss, ..."""
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement that the study was to test, and what came of it."""
+    """A statement that a study tests, its verdict and the evidence."""
 
     statement: str
     supported: Literal["yes", "no", "undecided"]
     evidence: str
 
     def __post_init__(self):
-        """Refuse a fourth verdict."""
+        """Check the verdict."""
         if self.supported not in ("yes", "no", "undecided"):
             raise CxrError(f"claim {self.statement!r}: supported is {self.supported!r}; use yes, no or undecided")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A receiver operating characteristic: fpr f[n] and tpr f[n], both rising from 0 to 1."""
+    """A ROC curve: false positive rate f[n] and true positive rate f[n], both increasing from 0 to 1."""
 
     fpr: np.ndarray
     tpr: np.ndarray
@@ -48,15 +48,15 @@ class ErfMap:
     """An effective receptive field.
 
     Attributes:
-      map: f[H, W], >= 0, maximum 1, in the frame of the image.
-      area_fraction: area holding `mass` of the map over the area of the image.
-      diameter_px: diameter of the circle of that area, in pixels of the network's input.
-      diameter_fraction: the same over the width of the image.
-      theoretical_px: side of the theoretical receptive field in pixels; None where unknown.
-      mass: share of the map inside the contour; 0.9545 is two standard deviations.
-      gaussian_px: diameter of the circle as large as the ellipse that holds `mass` of the Gaussian fitted to the map;
-        None where none was fitted.
-      width_cm: of what the image shows, for the scale bar; None where unknown.
+      map: f[H, W], >= 0, maximum 1, covering the image.
+      area_fraction: fraction of the image area that holds `mass` of the map.
+      diameter_px: diameter of the disc of that area, in pixels of the network's input.
+      diameter_fraction: diameter / width of the image.
+      theoretical_px: side of the theoretical receptive field, px; None if unknown.
+      mass: fraction of the map inside the contour; 0.9545 is two standard deviations.
+      gaussian_px: diameter, px, of the disc with the area of the ellipse that holds `mass` of a Gaussian fitted to the
+        map; None if none was fitted.
+      width_cm: width in cm of what the image shows, for the scale bar; None if unknown.
     """
 
     map: np.ndarray
@@ -74,13 +74,13 @@ class Cam:
     """A class activation map over its image.
 
     Attributes:
-      image: uint8[H, W], as the network saw it.
-      cam: f[h, w] in 0..1, of the image's frame at any resolution.
-      probability: what the network said of this finding.
-      mask: bool[H', W'], where the finding truly is; None where unknown.
-      boxes: f[n, 4], what the map marks: left, top, width and height as fractions of the image's sides; None where
-        boxes were not looked for.
-      said: all findings that the network gives more than one half, with their probabilities; None where not asked.
+      image: uint8[H, W], the network's input.
+      cam: f[h, w] in 0..1, covering the image at any resolution.
+      probability: predicted probability of the finding.
+      mask: bool[H', W'], the true mask; None if unknown.
+      boxes: f[n, 4], detected boxes: left, top, width and height as fractions of the image's sides; None if not
+        detected.
+      said: probabilities of all findings predicted above 0.5; None if not requested.
     """
 
     image: np.ndarray
@@ -93,7 +93,7 @@ class Cam:
 
 @dataclass(frozen=True)
 class Reliability:
-    """A calibration curve in bins: mean predicted probability f[n], observed frequency f[n], number of images i[n]."""
+    """A binned calibration curve: mean predicted probability f[n], observed frequency f[n], number of images i[n]."""
 
     predicted: np.ndarray
     observed: np.ndarray
@@ -102,14 +102,14 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Table:
-    """Any small table: a caption, column names, and rows of strings and numbers (floats are shown to 3 decimals)."""
+    """A small table: a caption, column names, and rows of strings and numbers (floats are shown to 3 decimals)."""
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
     def __post_init__(self):
-        """Refuse ragged rows."""
+        """Check the length of the rows."""
         for number, row in enumerate(self.rows, 1):
             if len(row) != len(self.columns):
                 raise CxrError(f"table {self.caption!r}: row {number} has {len(row)} cells, not {len(self.columns)}")
@@ -117,13 +117,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values in 0..1 occur.
+    """A histogram of values in 0..1.
 
     Attributes:
-      caption: a sentence for below it.
+      caption: text below it.
       values: f[n], 0 to 1.
-      label: of the horizontal axis.
-      marks: name -> value, drawn as upright lines.
+      label: label of the horizontal axis.
+      marks: name -> value, drawn as vertical lines.
     """
 
     caption: str
@@ -134,7 +134,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A confusion matrix: a caption, class names, counts i[K, K], and what its rows and columns are."""
+    """A confusion matrix: a caption, class names, counts i[K, K], and what rows and columns are."""
 
     caption: str
     classes: Sequence[str]
@@ -153,14 +153,14 @@ class Diagrams:
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter of a study's page that other studies do not have.
+    """An additional section of a study's page.
 
     Attributes:
-      title: its heading.
+      title: heading.
       text: paragraphs.
-      figures: name (of the file, too) -> what is drawn.
+      figures: name (also of the file) -> content.
       tables: shown after the figures.
-      details: tables that are folded away until asked for.
+      details: tables that are collapsed by default.
     """
 
     title: str
@@ -172,28 +172,28 @@ class Section:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """Everything that the page of a study shows.
+    """The content of a study's page.
 
     Attributes:
-      title: of the page.
+      title: page title.
       findings: K names, in the order of all tables and figures.
       sizes: S names of the single models: image sizes, smallest first, such as "32 px", or arms such as "fusion".
-      scores: model (a single one or an ensemble) -> rows of findings and of `MEAN`.
+      scores: model (single or ensemble) -> rows of findings and of `MEAN`.
       kind: what the single models differ in, such as "image size" (whose scores a line joins) or "arm".
-      ensembles: names of the models made of all single ones, such as "stacked ensemble".
+      ensembles: names of the ensembles of all single models, such as "stacked ensemble".
       lead: opening paragraphs.
-      claims: what was to be shown.
-      notes: what this does and does not prove, one paragraph each.
-      interval: how the intervals were made, such as "95 % percentile bootstrap over patients, 1,000 resamples".
-      weights: f64[K, S], the stacked ensemble's weights, each row summing to 1.
+      claims: claims that the study tests.
+      notes: limits of the results, one paragraph each.
+      interval: how intervals were computed, such as "95 % percentile bootstrap over patients, 1,000 resamples".
+      weights: f64[K, S], weights of the stacked ensemble; each row sums to 1.
       curves: model -> finding -> Curve.
       training: single model -> log lines (step, epoch, train_loss, val_loss, val_auroc; any may be missing).
-      fields: single model -> Field.
+      fields: single model -> ErfMap.
       cams: finding -> single model -> Cam.
       image_sizes: i[N, 2], width and height of the original images.
       control: a table of control runs.
-      tables: any others that belong to the scores.
-      sections: what else there is to say, after all the rest but the notes.
+      tables: further tables of scores.
+      sections: additional sections, before the notes.
       provenance: nested dict: fingerprints, versions, device, seeds, timings.
     """
 
@@ -219,30 +219,30 @@ class StudyReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        """Refuse parts that do not fit together."""
+        """Check that the fields are consistent."""
         models = (*self.sizes, *self.ensembles)
-        _known("scores", self.scores, models)
-        _known("curves", self.curves, models)
-        _known("training", self.training, self.sizes)
-        _known("fields", self.erfs, self.sizes)
-        _known("cams", self.cams, self.findings)
+        _check_names("scores", self.scores, models)
+        _check_names("curves", self.curves, models)
+        _check_names("training", self.training, self.sizes)
+        _check_names("fields", self.erfs, self.sizes)
+        _check_names("cams", self.cams, self.findings)
         for finding, row in self.cams.items():
-            _known(f"cams of {finding}", row, self.sizes)
+            _check_names(f"cams of {finding}", row, self.sizes)
         for model, rows in self.scores.items():
-            _known(f"scores of {model}", (row["finding"] for row in rows), (*self.findings, MEAN))
+            _check_names(f"scores of {model}", (row["finding"] for row in rows), (*self.findings, MEAN))
         shape = (len(self.findings), len(self.sizes))
         if self.weights is not None and np.shape(self.weights) != shape:
             raise CxrError(f"report: weights have shape {np.shape(self.weights)}, not findings x sizes {shape}")
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Single models, then ensembles: those that have scores."""
+        """Single models, then ensembles, of those that have scores."""
         return tuple(name for name in (*self.sizes, *self.ensembles) if name in self.scores)
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that the page of one evaluated run shows; the attributes are those of `StudyReport`, for one model."""
+    """The content of an evaluated run's page; see `StudyReport` for the attributes, which are of one model here."""
 
     title: str
     findings: Sequence[str]
@@ -256,23 +256,22 @@ class RunReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        """Refuse parts that do not fit together."""
-        _known("scores", (row["finding"] for row in self.scores), (*self.findings, MEAN))
-        _known("curves", self.curves, self.findings)
-        _known("reliability", self.reliability, self.findings)
+        """Check that the fields are consistent."""
+        _check_names("scores", (row["finding"] for row in self.scores), (*self.findings, MEAN))
+        _check_names("curves", self.curves, self.findings)
+        _check_names("reliability", self.reliability, self.findings)
 
 
 @dataclass(frozen=True)
 class MapsReport:
-    """Everything that the page of one run's saliency maps shows.
+    """The content of the page of a run's saliency maps.
 
     Attributes:
-      title: of the page.
+      title: page title.
       cams: finding -> name of the image -> Cam.
-      located: finding, and `ALL` for all of them pooled -> how well maps point and boxes fit; without those that the
-        data do not locate.
-      tables: of the same.
-      lead, notes, provenance: as in `StudyReport`.
+      located: finding, or `tables.ALL` for all pooled -> localisation scores; only findings that the data locate.
+      tables: the same scores as tables.
+      lead, notes, provenance: see `StudyReport`.
     """
 
     title: str
@@ -284,7 +283,7 @@ class MapsReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _known(part: str, names: Iterable[str], allowed: Sequence[str]) -> None:
+def _check_names(field: str, names: Iterable[str], allowed: Sequence[str]) -> None:
     for name in names:
         if name not in allowed:
-            raise CxrError(f"report: {part} names {name!r}, which is none of {', '.join(allowed)}")
+            raise CxrError(f"report: {field} names {name!r}; choose from {', '.join(allowed)}")

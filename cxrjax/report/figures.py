@@ -1,4 +1,4 @@
-"""Which figures a report has, by name, and the whole study in one picture."""
+"""The figures of reports by name, a summary of a study in one figure, and hit rates of saliency maps."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _OVERLAP_STYLES = {"iou": ("o", "-"), "iobb": ("s", (0, (3, 1.2)))}
 
 
 def study_figures(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
-    """All figures that a study has the parts for, by name: those of `study_plots`, and gradcam."""
+    """Return all figures that a study has content for, by name: those of `study_plots`, and gradcam."""
     drawn = study_plots(report, width)
     if report.cams:
         drawn["gradcam"] = pictures.gradcam_grid(report.cams, report.findings, report.sizes, width=width)
@@ -27,7 +27,7 @@ def study_figures(report: StudyReport, width: float = WIDE) -> dict[str, Figure]
 
 
 def study_plots(report: StudyReport, width: float = WIDE) -> dict[str, Figure]:
-    """The plots that a study has the parts for, by name: auc, weights, roc, training, erf, sizes, and its sections'."""
+    """Return the plots that a study has content for, by name: auc, weights, roc, training, erf, sizes, sections."""
     findings, sizes, ensembles = report.findings, report.sizes, report.ensembles
     drawn: dict[str, Figure] = {}
     if report.scores:
@@ -56,7 +56,7 @@ def _section_figure(content: Histogram | Matrix | Diagrams, width: float) -> Fig
 
 
 def run_figures(report: RunReport, width: float = WIDE) -> dict[str, Figure]:
-    """All figures that a run has the parts for, by name: roc, reliability, training."""
+    """Return the figures that a run has content for, by name: roc, reliability, training."""
     drawn: dict[str, Figure] = {}
     if report.curves:
         drawn["roc"] = plots.roc_grid({report.title: report.curves}, report.findings, [report.title], width=width)
@@ -69,9 +69,9 @@ def run_figures(report: RunReport, width: float = WIDE) -> dict[str, Figure]:
 
 @styled()
 def summary(report: StudyReport) -> Figure:
-    """The study in one picture: AUC by size and ensemble, the ensemble's weights, the effective receptive fields.
+    """Return a study in one figure: AUC by size and ensemble, ensemble weights, and effective receptive fields.
 
-    Of the AUC lines those of the mean, and of the two findings that gain most and least from larger images, are named.
+    The AUC lines of the mean, and of the two findings that gain most and least from larger images, are labelled.
     """
     blocks: list[tuple[float, Callable[[Figure], None]]] = [(1.2, lambda block: _summary_scores(block, report))]
     if report.weights is not None:
@@ -79,9 +79,9 @@ def summary(report: StudyReport) -> Figure:
     if report.erfs:
         blocks.append((0.8, lambda block: _summary_fields(block, report)))
     figure = Figure(figsize=(9.6 * sum(share for share, _ in blocks) / 3.1, 3.0), layout="constrained")
-    parts = figure.subfigures(1, len(blocks), width_ratios=[share for share, _ in blocks], squeeze=False)[0]
-    for part, (_, draw) in zip(parts, blocks, strict=True):
-        draw(part)
+    subfigures = figure.subfigures(1, len(blocks), width_ratios=[share for share, _ in blocks], squeeze=False)[0]
+    for subfigure, (_, draw) in zip(subfigures, blocks, strict=True):
+        draw(subfigure)
     return figure
 
 
@@ -92,17 +92,21 @@ def _summary_scores(block: Figure, report: StudyReport) -> None:
         finding: np.array([plots.number(table[model].get(finding, {}).get("auroc")) for model in models])
         for finding in (*report.findings, MEAN)
     }
-    values = {finding: of for finding, of in values.items() if np.isfinite(of).any()}
-    gain = {f: of[sizes - 1] - of[0] for f, of in values.items() if f != MEAN and sizes and np.isfinite(of).all()}
+    values = {finding: auc for finding, auc in values.items() if np.isfinite(auc).any()}
+    gain = {
+        finding: auc[sizes - 1] - auc[0]
+        for finding, auc in values.items()
+        if finding != MEAN and sizes and np.isfinite(auc).all()
+    }
     ranked = sorted(gain, key=lambda finding: -gain[finding])
     named = list(dict.fromkeys(ranked[:2] + ranked[-2:]))
     colour = dict(zip(named, _HIGHLIGHTS, strict=False)) | {MEAN: INK}
     panel = block.subplots()
-    for finding, of in values.items():
+    for finding, auc in values.items():
         width = 2.2 if finding == MEAN else 1.3 if finding in colour else 0.9
         look = {"color": colour.get(finding, GRID), "lw": width, "ms": 3.5, "zorder": 2 + (finding in colour)}
-        panel.plot(of[:sizes], "o-", **look)
-        panel.plot(range(sizes, len(models)), of[sizes:], "D", **look)
+        panel.plot(auc[:sizes], "o-", **look)
+        panel.plot(range(sizes, len(models)), auc[sizes:], "D", **look)
     if len(models) > sizes:
         panel.axvline(sizes - 0.5, color=GRID, lw=0.8, ls=":")
     panel.set_xticks(range(len(models)), [shorten(model, 16).replace(" ", "\n") for model in models])
@@ -136,7 +140,7 @@ def _summary_fields(block: Figure, report: StudyReport) -> None:
 
 @styled()
 def hit_rates(located: tables.Located, *, width: float = WIDE) -> Figure:
-    """Hit rates against the limit, a panel per finding: IoU and IoBB with their intervals, and what chance gives."""
+    """Plot hit rates against the limit, a panel per finding: IoU and IoBB with intervals and chance levels."""
     shown = sorted(located, key=lambda finding: finding != tables.ALL)
     figure, panels = panel_grid(len(shown), width, panel=1.7, height=1.35, legend=True)
     shades = dict(zip(_OVERLAP_STYLES, colours(3)[::2], strict=True))
@@ -149,8 +153,8 @@ def hit_rates(located: tables.Located, *, width: float = WIDE) -> Figure:
         panel.set(xlim=(0.05, 0.75), ylim=(-0.03, 1.03))
         panel.set_xticks([0.1, 0.3, 0.5, 0.7])
         panel.grid(axis="y")
-    figure.supxlabel("overlap is above", fontsize=7, color=MUTED)
-    figure.supylabel("share of images", fontsize=7, color=MUTED)
+    figure.supxlabel("overlap above", fontsize=7, color=MUTED)
+    figure.supylabel("fraction of images", fontsize=7, color=MUTED)
     handles = [
         Line2D([], [], color=shades[kind], marker=marker, ls=dashes, ms=3.5, label=tables.OVERLAPS[kind])
         for kind, (marker, dashes) in _OVERLAP_STYLES.items()

@@ -1,4 +1,4 @@
-"""One self-contained HTML file per study or run: figures as inline SVG, pictures as data, no script, no network."""
+"""Self-contained HTML pages of studies and runs: inline SVG and embedded pictures, no scripts, no network."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,20 @@ from cxrjax.report import figures, pictures, style, tables
 from cxrjax.report.content import Cam, ErfMap, MapsReport, RunReport, StudyReport, Table
 
 _LABELS = {
-    "auc": "AUC of each model, for the mean and for each finding; the numbers are in the table of AUCs",
+    "auc": "AUC of each model, for the mean and for each finding; see the table of AUCs for the numbers",
     "weights": "Stacked bars: the weight of each image size in the ensemble, for each finding",
-    "roc": "Receiver operating characteristics, one panel per finding",
+    "roc": "ROC curves, one panel per finding",
     "training": "Training and validation loss",
-    "erf": "Effective receptive fields; their sizes are in the table below",
+    "erf": "Effective receptive fields; see the table below for their sizes",
     "sizes": "Widths and heights of the original images",
-    "hits": "Share of images whose overlap is above each limit, one panel per finding; the numbers are in the tables",
+    "hits": "Fraction of images whose overlap is above each limit, by finding; see the tables for the numbers",
     "reliability": "Observed frequency against predicted probability, one panel per finding",
 }
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as two `<svg>` elements, of which the page shows the one that suits its width."""
+    """A figure as two `<svg>` elements for wide and narrow pages."""
 
     wide: Markup
     narrow: Markup
@@ -34,7 +34,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Picture:
-    """A class activation map as an `<img>`: its address, name of its size or arm, what it shows, what is said."""
+    """A class activation map as an `<img>`: data URI, size or arm, probability, alt text, and positive findings."""
 
     uri: str
     size: str
@@ -44,7 +44,7 @@ class Picture:
 
 
 def study_page(report: StudyReport) -> str:
-    """The page of a study as HTML."""
+    """Return the page of a study as HTML."""
     labels = {
         name: content.caption for section in report.sections for name, content in section.figures.items()
     } | _LABELS  # fmt: skip
@@ -62,7 +62,7 @@ def study_page(report: StudyReport) -> str:
 
 
 def run_page(report: RunReport) -> str:
-    """The page of one evaluated run as HTML."""
+    """Return the page of an evaluated run as HTML."""
     plots = _plots([figures.run_figures(report, width) for width in (style.WIDE, style.NARROW)], _LABELS)
     rows = {report.title: report.scores}
     auc, precision = (tables.score_lines(rows, report.findings, (), metric) for metric in tables.METRICS)
@@ -71,7 +71,7 @@ def run_page(report: RunReport) -> str:
 
 
 def maps_page(report: MapsReport) -> str:
-    """The page of one run's saliency maps as HTML."""
+    """Return the page of a run's saliency maps as HTML."""
     widths = (style.WIDE, style.NARROW) if report.located else ()
     drawn = [{"hits": figures.hit_rates(report.located, width=width)} for width in widths]
     cams = {finding: _pictures(finding, row) for finding, row in report.cams.items()}
@@ -79,7 +79,7 @@ def maps_page(report: MapsReport) -> str:
 
 
 def write_page(report: StudyReport | RunReport | MapsReport, path: str | Path) -> Path:
-    """Write the page of a report; the file is whole or absent. Returns its path."""
+    """Write the page of a report atomically, and return its path."""
     if isinstance(report, StudyReport):
         html = study_page(report)
     else:
@@ -88,7 +88,7 @@ def write_page(report: StudyReport | RunReport | MapsReport, path: str | Path) -
 
 
 def _plots(drawn: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, Plot]:
-    """Each figure, drawn at both widths, wide first."""
+    """Return each figure at both widths; `drawn` has the wide ones first."""
     wide, narrow = drawn
     return {
         name: Plot(
@@ -110,8 +110,8 @@ def _field_table(erfs: Mapping[str, ErfMap]) -> Table:
     ]  # fmt: skip
     columns = ("Image", "Effective, px", "of the width", "of the area", "Gaussian fit, px", "Theoretical, px")
     return Table(
-        "Sizes of the receptive fields: diameter of the effective one, by the share of the sum that it holds and by "
-        "the Gaussian fitted to it; side of the theoretical one.",
+        "Sizes of the receptive fields: diameter of the effective one, by mass and by a fitted Gaussian; side of the "
+        "theoretical one.",
         columns,
         rows,
     )
@@ -142,14 +142,14 @@ def _render(template: str, **content: Any) -> str:
 
 
 def _cell(cell: Any) -> str:
-    """A table's cell: numbers to 3 decimals; no line breaks inside an interval, but before one that follows a score."""
+    """Format a table cell: floats to 3 decimals; a line may break before an interval, but not inside it."""
     text = f"{cell:.3f}" if isinstance(cell, float) else _value(cell)
-    parts = re.fullmatch(r"([-+.\d]+ )?(\([-+.\d]+–[-+.\d]+\)|[-+.\d]+(?:–| to )[-+.\d]+)", text)
-    return Markup('{}<span class="whole">{}</span>').format(parts[1] or "", parts[2]) if parts else text
+    match = re.fullmatch(r"([-+.\d]+ )?(\([-+.\d]+–[-+.\d]+\)|[-+.\d]+(?:–| to )[-+.\d]+)", text)
+    return Markup('{}<span class="whole">{}</span>').format(match[1] or "", match[2]) if match else text
 
 
 def _value(value: Any) -> str:
-    """A leaf of the provenance as text."""
+    """Format a provenance value."""
     if value is None:
         return "–"
     if isinstance(value, bool):

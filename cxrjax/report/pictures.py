@@ -1,4 +1,4 @@
-"""Pictures: effective receptive fields, and class activation maps over their images."""
+"""Figures of effective receptive fields, and class activation maps overlaid on images."""
 
 import base64
 import io
@@ -16,22 +16,21 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from cxrjax.report import pictures
 from cxrjax.report.content import Cam, ErfMap
 from cxrjax.report.style import INK, MUTED, PAPER, WHITE, WIDE, colours, panel_grid, shorten, styled
 
 _OUTLINE = (0, 229, 255)
 _DASHES = ((255, 255, 255), (16, 20, 24))
-"""Of the boxes around what a map marks: light and dark in turn, so that they show on any ground."""
+"""Of detected boxes: alternately light and dark, to be visible on any background."""
 
 
 def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
-    """A class activation map over its image.
+    """Return a class activation map overlaid on its image.
 
     Args:
-      cam: image, map, and perhaps the true place, which is outlined in cyan, and boxes, which are dashed.
-      side: length of the picture's longer side in pixels. Smaller images keep their visible pixels, larger ones are
-        averaged down; the map is interpolated.
+      cam: image and map; a true mask is outlined in cyan, detected boxes are dashed.
+      side: longer side of the result, px. Smaller images are enlarged without interpolation, larger ones are averaged;
+        the map is interpolated.
 
     Returns:
       uint8[h, w, 3].
@@ -39,8 +38,8 @@ def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
     height, width = cam.image.shape
     size = (max(1, round(side * width / max(height, width))), max(1, round(side * height / max(height, width))))
     grey = Image.fromarray(np.asarray(cam.image, np.uint8))
-    way = Image.Resampling.NEAREST if max(height, width) <= side else Image.Resampling.BOX
-    base = np.asarray(grey.resize(size, way), np.float32)[..., None]
+    resampling = Image.Resampling.NEAREST if max(height, width) <= side else Image.Resampling.BOX
+    base = np.asarray(grey.resize(size, resampling), np.float32)[..., None]
     heat = Image.fromarray(np.clip(np.nan_to_num(cam.cam), 0, 1).astype(np.float32))
     heat = np.asarray(heat.resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
     colour = mpl.colormaps["inferno"](heat)[..., :3].astype(np.float32) * 255
@@ -55,7 +54,7 @@ def overlay(cam: Cam, side: int = 288) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _dash(picture: UInt8[np.ndarray, "h w 3"], box: np.ndarray, thickness: int) -> None:
-    """Draw the edge of a box, given as fractions of the sides, in dashes of six times its thickness."""
+    """Draw the edge of a box, given as fractions of the sides, with dashes six times as long as thick."""
     height, width = picture.shape[:2]
     left, top = round(box[0] * width), round(box[1] * height)
     right, bottom = max(round((box[0] + box[2]) * width), left + 1), max(round((box[1] + box[3]) * height), top + 1)
@@ -77,14 +76,14 @@ def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def mass_level(field: Float[np.ndarray, "H W"], mass: float = 0.9545) -> float:
-    """The value above which (inclusive) the cells of `field` hold `mass` of its sum: the level of its contour."""
+    """Return the contour level: cells of `field` with at least this value hold `mass` of its sum."""
     values = np.sort(np.asarray(field, np.float64), axis=None)[::-1]
     total = np.cumsum(values)
     return float(values[np.searchsorted(total, mass * total[-1])])
 
 
 def jpeg_uri(picture: np.ndarray, quality: int = 82) -> str:
-    """A `data:` address holding uint8[H, W] or uint8[H, W, 3] as JPEG."""
+    """Return a `data:` URI of uint8[H, W] or uint8[H, W, 3] as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -92,7 +91,7 @@ def jpeg_uri(picture: np.ndarray, quality: int = 82) -> str:
 
 @styled()
 def erf_maps(erfs: Mapping[str, ErfMap], *, width: float = WIDE) -> Figure:
-    """Effective receptive fields in the frame of the image (square-root scale), with the contour of their mass."""
+    """Plot effective receptive fields over the image area (square-root scale), with the contour of their mass."""
     figure, panels = panel_grid(len(erfs), width, panel=1.7, height=1.75, smallest=2)
     drawn = [draw_erf(panel, size, field) for panel, (size, field) in zip(panels, erfs.items(), strict=True)]
     bar = figure.colorbar(drawn[0], ax=panels, shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
@@ -102,9 +101,9 @@ def erf_maps(erfs: Mapping[str, ErfMap], *, width: float = WIDE) -> Figure:
 
 
 def draw_erf(panel: Axes, size: str, field: ErfMap, *, half: float = 0.5) -> AxesImage:
-    """One effective receptive field on a panel, 0 to 1 across the image, with a scale bar.
+    """Draw an effective receptive field with a scale bar; the axes are 0 to 1 across the image.
 
-    With `half` below 1/2 only that much of the image is shown on each side of the field's centre of mass.
+    If `half` is below 1/2, only that fraction of the image on each side of the field's centre of mass is shown.
     """
     values = np.asarray(field.map, np.float64)
     image = panel.imshow(values, cmap="magma", norm=PowerNorm(0.5, 0, 1), extent=(0, 1, 1, 0), interpolation="nearest")
@@ -129,9 +128,9 @@ def draw_erf(panel: Axes, size: str, field: ErfMap, *, half: float = 0.5) -> Axe
 def gradcam_grid(
     cams: Mapping[str, Mapping[str, Cam]], findings: Sequence[str], sizes: Sequence[str], *, width: float = WIDE
 ) -> Figure:
-    """Class activation maps: findings down, sizes across; the number is the probability, cyan outlines the truth.
+    """Plot class activation maps with probabilities and true outlines (cyan): a row per finding, a column per size.
 
-    Below each map stand the findings that the network gives more than one half, where the map knows them.
+    Findings with a probability above 0.5 are listed below each map that has them.
     """
     rows = [finding for finding in findings if cams.get(finding)]
     columns = [size for size in sizes if any(size in cams[finding] for finding in rows)]
@@ -160,15 +159,15 @@ def gradcam_grid(
 
 
 def describe_positives(cam: Cam) -> str:
-    """The findings that the network gives more than one half, the likeliest first; empty where that is not known."""
+    """List the findings with a probability above 0.5, the most likely first; empty if the map has none recorded."""
     if cam.positives is None:
         return ""
-    ranked = sorted(cam.positives.items(), key=lambda each: -each[1])
+    ranked = sorted(cam.positives.items(), key=lambda item: -item[1])
     return ", ".join(f"{shorten(name, 24)} {probability:.2f}" for name, probability in ranked) or "none above 0.50"
 
 
 def _lines(text: str, side: float) -> str:
-    """A text in lines for a map `side` inches wide."""
+    """Wrap a text to the width of a map of `side` inches."""
     return "\n".join(textwrap.wrap(text, max(12, int(side * 25)), max_lines=3, placeholder=" …"))
 
 
@@ -177,25 +176,25 @@ _MARKERS = "os^D"
 
 @styled()
 def erf_grid(erfs: Mapping[str, Mapping[str, ErfMap]], *, whole: bool = False, width: float = WIDE) -> Figure:
-    """Fields in rows and columns, such as networks and feature maps, on one scale of colour, each with a scale bar.
+    """Plot a grid of effective receptive fields, such as networks x feature maps, with one colour scale.
 
     Args:
-      fields: name of the row -> name of the column -> field; all rows have the same columns.
-      whole: show the whole image, else of each column what its widest theoretical field covers, about the centre.
-      width: in inches, at most.
+      erfs: row -> column -> field; all rows have the same columns.
+      whole: show the whole image; otherwise, the area of each column's widest theoretical field.
+      width: maximum width in inches.
     """
     columns = list(dict.fromkeys(name for row in erfs.values() for name in row))
     side = min((width - 0.9) / len(columns) - 0.1, 2.2)
     size = (side + 0.1) * len(columns) + 0.9, (side + 0.34) * len(erfs) + 0.1
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(erfs), len(columns), squeeze=False)
-    for row, (network, of) in enumerate(erfs.items()):
+    for row, (network, by_layer) in enumerate(erfs.items()):
         panels[row, 0].set_ylabel(shorten(network), color=INK)
         for column, name in enumerate(columns):
-            widest = max(each[name].theoretical_px or math.inf for each in erfs.values())
-            field = of[name]
+            widest = max(fields[name].theoretical_px or math.inf for fields in erfs.values())
+            field = by_layer[name]
             half = 0.5 if whole else min(0.6 * widest / field.map.shape[1], 0.5)
-            drawn = pictures.draw_erf(panels[row, column], name if row == 0 else "", field, half=half)
+            drawn = draw_erf(panels[row, column], name if row == 0 else "", field, half=half)
             share = f", {field.diameter_fraction:.0%} of width" if whole else ""
             panels[row, column].set_xlabel(f"⌀ {field.diameter_px:.3g} px{share}", color=INK)
     bar = figure.colorbar(drawn, ax=panels.ravel().tolist(), shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
@@ -206,9 +205,9 @@ def erf_grid(erfs: Mapping[str, Mapping[str, ErfMap]], *, whole: bool = False, w
 
 @styled()
 def size_by_depth(erfs: Mapping[str, Mapping[str, ErfMap]], *, width: float = WIDE) -> Figure:
-    """Diameters of the fields of several networks against depth, and the side of the theoretical field.
+    """Plot the diameters of several networks' fields against depth, and the side of the theoretical field.
 
-    Solid lines are by mass, dotted ones by the fitted Gaussian; the axis of sizes is logarithmic.
+    Solid lines are diameters by mass, dotted lines by a fitted Gaussian; the size axis is logarithmic.
     """
     figure = Figure(figsize=(min(width, 4.6), 2.7), layout="constrained")
     panel = figure.subplots()
@@ -239,18 +238,18 @@ _AROUND = [patheffects.withStroke(linewidth=2.2, foreground="#101418")]
 
 
 def round_length(most: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that is at most `most`, which is above 0."""
+    """Return the largest number not above `most` that is 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(most))
     return power * next(step for step in (5, 2, 1) if step * power <= most * (1 + 1e-9))
 
 
 def scale_bar(panel: Axes, across: int, width_cm: float | None = None) -> None:
-    """Draw a bar of a round length, at most a third of what the panel shows.
+    """Draw a scale bar of a round length, at most a third of the panel.
 
     Args:
-      panel: whose coordinates are fractions of the image's sides.
+      panel: axes whose coordinates are fractions of the image's sides.
       across: width of the image, px.
-      width_cm: of what the image shows; then the length is round in cm, else in px.
+      width_cm: width in cm of what the image shows; if given, the length is round in cm, otherwise in px.
     """
     (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
     shown = (right - left) * across / 3

@@ -1,7 +1,7 @@
 """Plots of scores, weights, curves and losses, each a function of plain arrays.
 
-Plots are made for a width in inches: `WIDE` puts panels side by side, `NARROW` stacks them for a telephone or a
-single column. Strings are shown as they are: no mathematics, no markup.
+Plots take a width in inches: `WIDE` for panels side by side, `NARROW` for a phone or a single column. Strings are shown
+literally, without mathematics or markup.
 """
 
 import math
@@ -33,7 +33,7 @@ from cxrjax.report.style import (
 )
 
 MARKERS = "DsP^"
-"""Of the ensembles; sizes are dots."""
+"""Markers of ensembles; sizes are dots."""
 _DASHED = (0, (3, 1.2))
 
 
@@ -42,15 +42,15 @@ def auc_by_size(
     scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str], ensembles: Sequence[str] = (),
     *, metric: str = "auroc", kind: str = "image size", width: float = WIDE,
 ) -> Figure:  # fmt: skip
-    """AUC against image size or of each arm, a panel for the mean and for each finding; whiskers are the intervals.
+    """Plot AUC by image size or arm: a panel for the mean and each finding, with intervals as whiskers.
 
     Args:
       scores: model -> rows (see `content.Row`).
       findings: order of the panels.
       sizes: names of the single models; image sizes, smallest first, are joined by a line.
-      ensembles: names of the ensembles: to the right, each with its own marker.
+      ensembles: names of the ensembles, shown on the right with a marker each.
       metric: "auroc" or "average_precision".
-      kind: what the single models differ in; where that is not the image size, a legend names them.
+      kind: what the single models differ in; unless it is the image size, a legend names them.
       width: in inches.
     """
     table = by_finding(scores)
@@ -94,7 +94,7 @@ def auc_by_size(
 
 
 def _floor(scores: Mapping[str, Sequence[Row]], metric: str) -> float:
-    """A round number under all values and intervals."""
+    """Return a round number below all values and intervals."""
     values = [number(row.get(key)) for rows in scores.values() for row in rows for key in (metric, f"{metric}_low")]
     lowest = min(filter(math.isfinite, values), default=0.5)
     return max(0.0, math.floor(lowest * 20 - 0.2) / 20)
@@ -104,7 +104,7 @@ def _floor(scores: Mapping[str, Sequence[Row]], metric: str) -> float:
 def weights_bars(
     weights: Float[np.ndarray, "K S"], findings: Sequence[str], sizes: Sequence[str], *, width: float = WIDE
 ) -> Figure:
-    """The weight of each size in the stacked ensemble, rows summing to 1, as a stacked bar per finding."""
+    """Plot the weights of the stacked ensemble, whose rows sum to 1, as a stacked bar per finding."""
     figure = Figure(figsize=(width, 0.65 + 0.22 * len(findings)), layout="constrained")
     draw_weights(figure.subplots(), weights, findings, sizes, least=0.4 / width)
     figure.legend(loc="outside upper left", ncols=len(sizes), handlelength=1, handleheight=1, columnspacing=1.2)
@@ -114,7 +114,7 @@ def weights_bars(
 def draw_weights(
     panel: Axes, weights: Float[np.ndarray, "K S"], findings: Sequence[str], sizes: Sequence[str], *, least: float
 ) -> None:
-    """Stacked bars on a panel; weights from `least` on are printed in their part of the bar."""
+    """Draw stacked bars; weights of at least `least` are printed inside the bar."""
     rows, left = np.arange(len(findings)), np.zeros(len(findings))
     for s, (size, colour) in enumerate(zip(sizes, colours(len(sizes)), strict=True)):
         share = np.asarray(weights, np.float64)[:, s]
@@ -136,8 +136,8 @@ def roc_grid(
     curves: Mapping[str, Mapping[str, Curve]], findings: Sequence[str], sizes: Sequence[str],
     ensembles: Sequence[str] = (), *, width: float = WIDE,
 ) -> Figure:  # fmt: skip
-    """Receiver operating characteristics: a panel per finding, a line per model (ensembles dashed)."""
-    shown = [finding for finding in findings if any(finding in of_model for of_model in curves.values())]
+    """Plot ROC curves: a panel per finding, a line per model (ensembles dashed)."""
+    shown = [finding for finding in findings if any(finding in by_finding for by_finding in curves.values())]
     names = [name for name in (*sizes, *ensembles) if name in curves]
     colour = dict(zip((*sizes, *ensembles), colours(len(sizes), len(ensembles)), strict=True))
     figure, panels = panel_grid(len(shown), width, panel=1.6, height=1.6, legend=len(names) > 1)
@@ -166,19 +166,19 @@ def _unit_square(panel: Axes, title: str) -> None:
 
 
 def _thinned(curve: Curve, points: int = 150) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `points` corners, evenly spread along the curve: more cannot be seen."""
+    """Reduce a curve to about `points` points, spread evenly along it; more would not be visible."""
     fpr, tpr = np.asarray(curve.fpr, np.float64), np.asarray(curve.tpr, np.float64)
     if fpr.size <= points:
         return fpr, tpr
     along = np.concatenate([[0], np.cumsum(np.abs(np.diff(fpr)) + np.abs(np.diff(tpr)))])
-    kept = np.searchsorted(along, np.linspace(0, along[-1], points)).clip(0, fpr.size - 1)
-    kept = np.union1d(kept, [0, fpr.size - 1])
-    return fpr[kept], tpr[kept]
+    index = np.searchsorted(along, np.linspace(0, along[-1], points)).clip(0, fpr.size - 1)
+    index = np.union1d(index, [0, fpr.size - 1])
+    return fpr[index], tpr[index]
 
 
 @styled()
 def reliability_grid(reliability: Mapping[str, Reliability], findings: Sequence[str], *, width: float = WIDE) -> Figure:
-    """Observed frequency against predicted probability, a panel per finding; a dot's area grows with its images."""
+    """Plot observed frequency against predicted probability, a panel per finding; larger dots have more images."""
     shown = [finding for finding in findings if finding in reliability]
     figure, panels = panel_grid(len(shown), width, panel=1.6, height=1.6)
     (colour,) = colours(1)
@@ -194,10 +194,10 @@ def reliability_grid(reliability: Mapping[str, Reliability], findings: Sequence[
 
 @styled()
 def loss_curves(training: Mapping[str, Sequence[Row]], sizes: Sequence[str], *, width: float = WIDE) -> Figure:
-    """Training and validation loss, a panel per size, and the validation AUC of all sizes in the last panel.
+    """Plot training and validation loss, a panel per size, and the validation AUC of all sizes in the last panel.
 
     Args:
-      training: size -> log lines; keys step, epoch, train_loss, val_loss, val_auroc, any of which may be missing.
+      training: size -> log rows with keys step, epoch, train_loss, val_loss, val_auroc, which may be missing.
       sizes: order of the panels.
       width: in inches.
     """
@@ -233,7 +233,7 @@ def loss_curves(training: Mapping[str, Sequence[Row]], sizes: Sequence[str], *, 
 
 
 def series(rows: Sequence[Row], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two columns of log lines, f64[n] each, where both are there."""
+    """Return two columns of log rows, f64[n] each, for rows that have both."""
     points = np.array([(number(row.get(x)), number(row.get(y))) for row in rows], np.float64).reshape(-1, 2)
     points = points[np.isfinite(points).all(1)]
     return points[:, 0], points[:, 1]
@@ -241,7 +241,7 @@ def series(rows: Sequence[Row], x: str, y: str) -> tuple[np.ndarray, np.ndarray]
 
 @styled()
 def size_scatter(image_sizes: Int[np.ndarray, "N 2"], *, width: float = 4.2) -> Figure:
-    """Widths and heights of the original images, each distinct pair a dot, with both marginals."""
+    """Plot widths and heights of the original images, a dot per distinct pair, with both marginal histograms."""
     pairs, count = np.unique(np.asarray(image_sizes), axis=0, return_counts=True)
     figure = Figure(figsize=(width, width), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5))
@@ -249,7 +249,7 @@ def size_scatter(image_sizes: Int[np.ndarray, "N 2"], *, width: float = 4.2) -> 
     top, side = figure.add_subplot(grid[0, 0], sharex=main), figure.add_subplot(grid[1, 1], sharey=main)
     (colour,) = colours(1)
     main.scatter(pairs[:, 0], pairs[:, 1], s=3 + 12 * np.log10(count), color=colour, alpha=0.5, lw=0, rasterized=True)
-    around = np.maximum(0.06 * np.ptp(pairs, axis=0), 0.03 * pairs.max(0))  # one size alone has a scale, too
+    around = np.maximum(0.06 * np.ptp(pairs, axis=0), 0.03 * pairs.max(0))  # not zero for a single size
     low, high = np.maximum(pairs.min(0) - around, 0), pairs.max(0) + around
     bins = [np.linspace(*bounds, 51).tolist() for bounds in zip(low, high, strict=True)]
     main.set(xlabel="width, px", ylabel="height, px", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
@@ -263,12 +263,12 @@ def size_scatter(image_sizes: Int[np.ndarray, "N 2"], *, width: float = 4.2) -> 
 
 
 def by_finding(scores: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Row]]:
-    """Score rows as model -> finding -> row."""
+    """Index score rows as model -> finding -> row."""
     return {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
 
 
 def number(value: Any) -> float:
-    """A score or log value as a float; NaN where there is none."""
+    """Return a score or log value as a float; NaN for None."""
     return math.nan if value is None else float(value)
 
 
@@ -292,41 +292,41 @@ def _legend(figure: Figure, lines: list[Line2D], width: float) -> None:
 def compare_losses(
     training: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], *, key: str = "train_mean_loss", width: float = WIDE
 ) -> Figure:
-    """One loss of several ways to train, a panel for each task, a thin line for each run and a thick one for the mean.
+    """Compare a loss between training methods: a panel per task, a thin line per run and a thick line for the mean.
 
     Args:
-      training: task -> way -> log lines of each of its runs, an epoch each.
-      key: of the lines, beside "epoch".
+      training: task -> method -> log rows of each run, one per epoch.
+      key: key of the loss in the rows.
       width: in inches.
     """
-    ways = list(dict.fromkeys(way for of_task in training.values() for way in of_task))
-    colour = dict(zip(ways, colours(1, len(ways) - 1), strict=True))
+    methods = list(dict.fromkeys(method for runs in training.values() for method in runs))
+    colour = dict(zip(methods, colours(1, len(methods) - 1), strict=True))
     figure, panels = panel_grid(len(training), width, panel=3.0, height=2.2, legend=True)
-    for panel, (task, of_task) in zip(panels, training.items(), strict=True):
+    for panel, (task, by_method) in zip(panels, training.items(), strict=True):
         panel.set_title(f"Loss, {shorten(task, 18)}")
-        for way, runs in of_task.items():
+        for method, runs in by_method.items():
             lines = [series(rows, "epoch", key) for rows in runs]
             for line in lines:
-                panel.plot(*line, color=colour[way], lw=0.7, alpha=0.5)
+                panel.plot(*line, color=colour[method], lw=0.7, alpha=0.5)
             if len({len(x) for x, _ in lines}) == 1:
-                panel.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=colour[way], lw=1.6)
+                panel.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=colour[method], lw=1.6)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.grid(axis="y")
     _label(figure, x="epoch")
-    _legend(figure, [Line2D([], [], color=colour[way], label=shorten(way)) for way in ways], width)
+    _legend(figure, [Line2D([], [], color=colour[method], label=shorten(method)) for method in methods], width)
     return figure
 
 
 @styled()
 def histogram(content: Histogram, *, width: float = 4.2) -> Figure:
-    """How often values occur, in 40 bins over their range; marks are upright lines."""
+    """Plot a histogram with 40 bins over the range of the values; marks are vertical lines."""
     figure = Figure(figsize=(width, 0.55 * width), layout="constrained")
     panel = figure.subplots()
     (colour,) = colours(1)
     values = np.asarray(content.values, np.float64)
     marks = list(content.marks.values())
-    every = np.append(values, marks)
-    low, high = float(every.min()), float(every.max())
+    extent = np.append(values, marks)
+    low, high = float(extent.min()), float(extent.max())
     around = max(0.05 * (high - low), 0.005)
     bounds = max(0.0, low - around), min(1.0, high + around)
     panel.hist(values, bins=np.linspace(*bounds, 41).tolist(), color=colour)
@@ -341,7 +341,7 @@ def histogram(content: Histogram, *, width: float = 4.2) -> Figure:
 
 @styled()
 def matrix(content: Matrix, *, width: float = 4.6) -> Figure:
-    """A confusion matrix: each count, on a shade that grows with its share of the row."""
+    """Plot a confusion matrix; the shade of a cell is its fraction of the row."""
     counts = np.asarray(content.counts)
     total = counts.sum(1, keepdims=True)
     share = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
@@ -351,9 +351,9 @@ def matrix(content: Matrix, *, width: float = 4.6) -> Figure:
         shade = sequential(float(share[row, column]))
         panel.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, color=shade, ec=PAPER, lw=0.8)
         panel.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=ink_on(shade), fontsize=6.5)
-    places, names = range(len(content.classes)), [shorten(name, 16) for name in content.classes]
-    panel.set_xticks(places, names, color=INK, rotation=40, ha="right", rotation_mode="anchor")
-    panel.set_yticks(places, names, color=INK)
+    ticks, names = range(len(content.classes)), [shorten(name, 16) for name in content.classes]
+    panel.set_xticks(ticks, names, color=INK, rotation=40, ha="right", rotation_mode="anchor")
+    panel.set_yticks(ticks, names, color=INK)
     panel.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
     panel.set_xlabel(f"{content.columns} class", color=MUTED)
     panel.set_ylabel(f"{content.rows} class", color=MUTED)

@@ -1,4 +1,4 @@
-"""The look of every figure, and how a figure becomes a file or a part of a page."""
+"""The style of all figures, and how figures are written to files and embedded in pages."""
 
 import io
 import math
@@ -19,14 +19,14 @@ from cxrjax.errors import CxrError
 from cxrjax.files import atomic_path
 
 WIDE, NARROW = 7.2, 3.4
-"""Figure widths in inches: two columns of a journal (a desktop), one column (a telephone)."""
+"""Figure widths in inches: two columns of a journal (desktop), one column (phone)."""
 
 INK, MUTED, GRID, PAPER = "#1d2329", "#5f6873", "#d9dde2", "#fefefe"
-"""Colours that a page replaces with its own, light or dark."""
+"""Colours that a page replaces with those of its light or dark theme."""
 WHITE = "#fffffe"
-"""White that stays white."""
+"""White in both themes."""
 ENSEMBLES = ("#d55e00", "#8b8f94", "#b8860b", "#b05a8c")
-"""Colours of ensembles: vermilion stands out from the sizes' teal to violet for every kind of colour vision."""
+"""Colours of ensembles, distinct from the sizes' teal to violet with any colour vision."""
 
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": MUTED,
@@ -72,30 +72,30 @@ _SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6fa", "#58c6b6", "#2
 
 
 def styled():
-    """A context manager and decorator under which figures are made and saved."""
+    """Return a context manager and decorator that applies the style."""
     return mpl.rc_context(STYLE)
 
 
 def colours(sizes: int, ensembles: int = 0) -> list[str]:
-    """Hex colours of the sizes, light to dark as they grow, then of the ensembles."""
+    """Return hex colours of the sizes, light to dark, then of the ensembles."""
     ramp = [to_hex(_RAMP(x)) for x in np.linspace(0, 1, sizes)] if sizes > 1 else [to_hex(_RAMP(0.45))] * sizes
     return ramp + [ENSEMBLES[i % len(ENSEMBLES)] for i in range(ensembles)]
 
 
-def sequential(share: float) -> str:
-    """The hex colour of a share from 0, nearly white, to 1."""
-    return to_hex(_SHADES(share))
+def sequential(fraction: float) -> str:
+    """Return the hex colour of a fraction, from nearly white at 0 to dark at 1."""
+    return to_hex(_SHADES(fraction))
 
 
 def ink_on(colour: str) -> str:
-    """White or black, whichever is read better on a hex colour: a contrast of at least 4.5 (WCAG 2)."""
+    """Return white or black, whichever contrasts more with a hex colour: at least 4.5 (WCAG 2)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return WHITE if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def shorten(text: object, most: int = 30) -> str:
-    """`text` as a figure may hold it: one line of printable characters, at most `most` of them."""
+    """Return `text` as one line of at most `most` printable characters."""
     line = "".join(c if c.isprintable() else " " for c in str(text)).strip()
     return line if len(line) <= most else line[: most - 1].rstrip() + "…"
 
@@ -103,7 +103,7 @@ def shorten(text: object, most: int = 30) -> str:
 def panel_grid(
     count: int, width: float, *, panel: float, height: float, legend: bool = False, smallest: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels about `panel` inches wide and `height` high, as many in a row as fit its width."""
+    """Return a figure with `count` panels, about `panel` inches wide and `height` high, and the panels."""
     columns = max(smallest, min(count, int(width / panel)))
     rows = max(1, math.ceil(count / columns))
     figure = Figure(figsize=(width, rows * height + (0.4 if legend else 0.2)), layout="constrained")
@@ -114,27 +114,27 @@ def panel_grid(
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
-    """Write a figure as SVG, PNG or PDF, by the name's suffix; the file is whole or absent, and the same every time."""
+    """Write a figure as SVG, PNG or PDF, by the suffix; the file is written atomically and is reproducible."""
     path = Path(path)
     kind = path.suffix.lower().lstrip(".")
     if kind not in ("svg", "png", "pdf"):
-        raise CxrError(f"figure {path}: the suffix is none of .svg, .png, .pdf; rename it")
+        raise CxrError(f"figure {path}: the suffix must be .svg, .png, .pdf")
     return write(path, render(figure, kind, dpi))
 
 
 def render(figure: Figure, kind: str, dpi: int = 200) -> bytes:
-    """The bytes of a figure as "svg", "png" or "pdf", without a date."""
+    """Return a figure as "svg", "png" or "pdf" bytes, without a date."""
     buffer = io.BytesIO()
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
     with styled(), warnings.catch_warnings():
-        # An SVG is drawn with the fonts of its reader, who may have the glyph.
+        # An SVG is drawn with the reader's fonts, which may have the glyph.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated[kind])
     return buffer.getvalue()
 
 
 def write(path: str | Path, data: bytes) -> Path:
-    """Write a file whole and return its path."""
+    """Write a file atomically, and return its path."""
     path = Path(path)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
@@ -148,12 +148,12 @@ _DECIMALS = re.compile(r"-?\d+\.\d{3,}")
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:
-    """A figure as an `<svg>` element of a page: it takes the page's width, ink and font, and says `label` aloud.
+    """Return a figure as an `<svg>` element that takes the width, colours and font of its page.
 
     Args:
-      figure: to draw.
-      name: unique in the page; its ids begin with it.
-      label: what a screen reader says.
+      figure: the figure.
+      name: prefix of its ids, unique in the page.
+      label: text for screen readers.
     """
     root = ET.fromstring(render(figure, "svg", dpi=220))
     for parent in list(root.iter()):
@@ -164,11 +164,11 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
     for element in root.iter():
         element.tag = _NAMESPACE.sub("", element.tag)
         element.attrib = {_NAMESPACE.sub("", key): value for key, value in element.attrib.items()}
-    kept = {match for element in root.iter() for key in links for match in _REFERENCE.findall(element.get(key, ""))}
+    used = {match for element in root.iter() for key in links for match in _REFERENCE.findall(element.get(key, ""))}
     for element in root.iter():
         for key, value in list(element.attrib.items()):
             if key == "id":
-                if value in kept:
+                if value in used:
                     element.set(key, f"{name}-{value}")
                 else:
                     del element.attrib[key]

@@ -37,7 +37,7 @@ Located = Mapping[str, tuple[Localisation, BoxScores]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One score as text: "0.921", its interval "0.902–0.938" (or the reason why there is none), and its rank."""
+    """A score as text, such as "0.921", its interval "0.902–0.938" (or why there is none), and its rank."""
 
     value: float
     text: str
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One finding (or the mean): numbers of positive and negative images, a cell per model, a note on all of them."""
+    """A finding (or the mean): numbers of positive and negative images, a cell per model, and a note."""
 
     finding: str
     positives: int | None
@@ -61,21 +61,21 @@ class Line:
 def score_lines(
     scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str], metric: str = "auroc"
 ) -> list[Line]:
-    """Score rows as the lines of a table: findings in their order, then the mean.
+    """Return the lines of a table of scores: findings in order, then the mean.
 
-    Values that print the same are equally good: `best` marks the highest of a line, `best_size` the highest among the
-    models in `sizes`; both are false where there is nothing to choose from.
+    `best` marks the highest value of a line, `best_size` the highest among the models in `sizes`. Values that print the
+    same are tied; a value without others to compare with is not marked.
 
     Args:
       scores: model -> rows, in the order of the columns.
       findings: names, in the order of the lines.
-      sizes: which models are single sizes.
+      sizes: models that are single sizes.
       metric: "auroc" or "average_precision".
     """
     table = {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
     result = []
     for finding in (*findings, MEAN):
-        rows: dict[str, Row] = {model: of_model.get(finding, {}) for model, of_model in table.items()}
+        rows: dict[str, Row] = {model: by_finding.get(finding, {}) for model, by_finding in table.items()}
         if not any(rows.values()):
             continue
         values = {model: _number(row.get(metric)) for model, row in rows.items()}
@@ -97,19 +97,19 @@ def score_lines(
 def _texts(row: Row, metric: str) -> tuple[str, str]:
     if not row:
         return "–", ""
-    value, low, high = (_number(row.get(metric + part)) for part in ("", "_low", "_high"))
+    value, low, high = (_number(row.get(metric + suffix)) for suffix in ("", "_low", "_high"))
     if math.isnan(value):
         return "n/a", str(row.get("reason") or "")
-    return _shown(value), "" if math.isnan(low + high) else f"{_shown(low)}–{_shown(high)}"
+    return _format(value), "" if math.isnan(low + high) else f"{_format(low)}–{_format(high)}"
 
 
-def _shown(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:.3f}"
 
 
 def _highest(values: Iterable[float]) -> str | None:
     finite = [value for value in values if not math.isnan(value)]
-    return _shown(max(finite)) if len(finite) > 1 else None
+    return _format(max(finite)) if len(finite) > 1 else None
 
 
 def _number(value: Any) -> float:
@@ -120,7 +120,7 @@ def terminal_scores(
     scores: Mapping[str, Sequence[Row]], findings: Sequence[str], sizes: Sequence[str] = (), *,
     metric: str = "auroc", title: str | None = None,
 ) -> TerminalTable:  # fmt: skip
-    """A table for the terminal: the score of each finding and model over its interval, the best in bold."""
+    """Return a terminal table of scores with their intervals; the best of each finding is bold."""
     table = TerminalTable(
         title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
         collapse_padding=True,
@@ -147,8 +147,8 @@ def likeliest_findings(
     uncertain: Sequence[bool] | np.ndarray | None = None,
     most: int = 40,
 ) -> TerminalTable:
-    """The likeliest findings of each image, for a terminal; what is more than `most` images is counted only."""
-    table = TerminalTable("image", "likeliest findings", "", box=box.SIMPLE_HEAD, show_edge=False)
+    """Return a terminal table of the most likely findings of each image, for the first `most` images."""
+    table = TerminalTable("image", "most likely findings", "", box=box.SIMPLE_HEAD, show_edge=False)
     flags = [False] * len(names) if uncertain is None else uncertain
     for name, row, flag in list(zip(names, probability, flags, strict=True))[:most]:
         order = np.argsort(-row)[:4]
@@ -170,7 +170,7 @@ def _short_interval(cell: Cell) -> str:
 
 
 def scores_csv(scores: Mapping[str, Sequence[Row]]) -> str:
-    """All scores as CSV, a line per model and finding, at full precision; NaN is `n/a` and `reason` says why."""
+    """Return all scores as CSV at full precision, a line per model and finding; NaN is `n/a`, with a `reason`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("model", *COLUMNS))
@@ -189,20 +189,21 @@ def _csv_value(value: Any) -> Any:
 
 
 def localisation_tables(located: Located) -> list[Table]:
-    """The pointing game, then hit rates by IoU and by IoBB: a row per finding, with intervals and chance."""
+    """Return tables of the pointing game and of hit rates by IoU and IoBB: a row per finding, with chance levels."""
     points = Table(
-        "Pointing game: maps whose maximum lies in the finding. Energy: share of the map in the finding. By chance "
-        "both are the finding's share of the image.",
+        "Pointing game: maps whose maximum is inside the finding. Energy: fraction of the map inside the finding. The "
+        "chance level of both is the finding's fraction of the image.",
         ("Finding", "Images", "Hits", "Hit rate", "Energy", "Empty maps"),
         [
-            (finding, of.images, of.hits, f"{of.hit_rate:.2f} ({of.low:.2f}–{of.high:.2f}, chance {of.chance:.2f})",
-             None if math.isnan(of.energy) else f"{of.energy:.2f} (chance {of.area:.2f})", of.empty)
-            for finding, (of, _) in located.items()
+            (finding, score.images, score.hits,
+             f"{score.hit_rate:.2f} ({score.low:.2f}–{score.high:.2f}, chance {score.chance:.2f})",
+             None if math.isnan(score.energy) else f"{score.energy:.2f} (chance {score.area:.2f})", score.empty)
+            for finding, (score, _) in located.items()
         ],
     )  # fmt: skip
     meanings = {
-        "iou": "intersection over union of the box around what the map marks and the true box",
-        "iobb": "intersection over the area of the box around what the map marks",
+        "iou": "intersection over union of detected and true box",
+        "iobb": "intersection over the area of the detected box",
     }
     return [points, *(_box_table(located, kind, meaning) for kind, meaning in meanings.items())]
 
@@ -210,32 +211,32 @@ def localisation_tables(located: Located) -> list[Table]:
 def _box_table(located: Located, kind: str, meaning: str) -> Table:
     limits = [rate.limit for rate in getattr(next(iter(located.values()))[1], kind)]
     rows = []
-    for finding, (_, of) in located.items():
-        rates: tuple[HitRate, ...] = getattr(of, kind)
+    for finding, (_, score) in located.items():
+        rates: tuple[HitRate, ...] = getattr(score, kind)
         cells = [f"{rate.rate:.2f} ({rate.low:.2f}–{rate.high:.2f})" for rate in rates]
-        rows.append((finding, f"{getattr(of, f'mean_{kind}'):.2f}", *cells))
+        rows.append((finding, f"{getattr(score, f'mean_{kind}'):.2f}", *cells))
         rows.append((CHANCE, "", *(f"{rate.chance:.2f}" for rate in rates)))
     return Table(
-        f"{OVERLAPS[kind]}, {meaning}: its mean, and the share of images where it is above a limit. By chance: the "
-        "same boxes anywhere in the image.",
+        f"{OVERLAPS[kind]}, {meaning}: its mean, and the fraction of images above each limit. By chance: the same "
+        "boxes placed at random in the image.",
         ("Finding", "Mean", *(f"> {limit:g}" for limit in limits)),
         rows,
     )
 
 
 def terminal_table(table: Table) -> TerminalTable:
-    """A table for the terminal; what is in brackets goes below its number."""
-    drawn = TerminalTable(
+    """Return a table for the terminal, with text in brackets below its number."""
+    result = TerminalTable(
         title=Text(table.caption), title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False,
         collapse_padding=True,
     )  # fmt: skip
     for number, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if number else "left", overflow="fold")
+        result.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
         if row[0] == ALL:
-            drawn.add_section()
-        drawn.add_row(*map(_in_lines, row), style="dim" if row[0] == CHANCE else "")
-    return drawn
+            result.add_section()
+        result.add_row(*map(_in_lines, row), style="dim" if row[0] == CHANCE else "")
+    return result
 
 
 def _in_lines(cell: Any) -> Text:

@@ -207,7 +207,7 @@ def test_what_cannot_be_measured_says_so(network):
     for options, message in [
         ({"estimator": "guess"}, "no estimator 'guess'"),
         ({"moment": "cube"}, "no moment 'cube'"),
-        ({"estimator": "probe", "moment": "mean"}, "squares only"),
+        ({"estimator": "probe", "moment": "mean"}, "only estimates the moment square"),
         ({"layer": "stem9"}, "no feature map 'stem9'; this network has stem, block1"),
         ({"probes": 0}, "out of range"),
     ]:

@@ -190,7 +190,7 @@ def test_findings_pass_in_groups_where_images_are_large(monkeypatch):
         some_images(2),
     )
     together = saliency(network, images, [2, 0, 1], method="integrated", steps=2)
-    monkeypatch.setattr("cxrjax.explain.saliency._AT_ONCE", 2 * images.size)
+    monkeypatch.setattr("cxrjax.explain.saliency._PIXELS_PER_PASS", 2 * images.size)
     np.testing.assert_allclose(
         saliency(network, images, [2, 0, 1], method="integrated", steps=2, batch_size=2), together, atol=1e-6
     )

@@ -142,7 +142,7 @@ def test_sizes_darken_as_they_grow_and_their_labels_can_be_read(sizes):
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(CxrError, match=r"weights have shape \(2, 3\), not findings x sizes \(7, 3\)"):
         study_report(weights=np.ones((2, 3)))
-    with pytest.raises(CxrError, match="scores names '16 px', which is none of 32 px"):
+    with pytest.raises(CxrError, match="scores names '16 px'; choose from 32 px"):
         study_report(scores={"16 px": []})
     with pytest.raises(CxrError, match="cams of Mass names 'voting'"):
         study_report(cams={"Mass": {"voting": None}})

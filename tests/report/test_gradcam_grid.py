@@ -25,14 +25,14 @@ def test_findings_above_one_half_stand_below_each_map_the_likeliest_first(study)
     assert below == ["Pleural Effusion 0.99, Mass 0.61"] * len(FINDINGS) * len(SIZES)
     page = study_page(report)
     assert page.count("<small>Pleural Effusion 0.99, Mass 0.61</small>") == len(FINDINGS) * len(SIZES)
-    assert "all findings that the network gives more than one half" in page
+    assert "all findings with a probability above 0.50" in page
 
 
 def test_a_network_that_says_nothing_is_told_from_one_that_was_not_asked(study):
     assert describe_positives(speaking(study).cams["Mass"]["32 px"]) == "none above 0.50"
     assert describe_positives(study.cams["Mass"]["32 px"]) == ""
     assert {panel.get_xlabel() for panel in gradcam_grid(study.cams, FINDINGS, SIZES).axes} == {""}
-    assert "all findings that the network gives more than one half" not in study_page(study)
+    assert "all findings with a probability above 0.50" not in study_page(study)
 
 
 def test_many_findings_are_cut_to_three_lines_and_rows_grow_with_them(study):
