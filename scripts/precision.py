@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from cxrjax.config import load_config
 from cxrjax.distributed.runtime import enable_compilation_cache
@@ -52,6 +55,27 @@ def compare(size: int, runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str,
     }
 
 
+@style.styled()
+def plot_losses(curves: dict[str, dict[str, list[list[dict[str, Any]]]]]) -> Figure:
+    """Plot the training losses: a panel per size, a thin line per run and a thick line for the mean of each type."""
+    colour: dict[str, str] = dict(zip(TYPES, style.colours(1, 1), strict=True))
+    figure, panels = style.panel_grid(len(curves), style.WIDE, panel=3.0, height=2.2, legend=True)
+    for panel, (size, runs) in zip(panels, curves.items(), strict=True):
+        panel.set_title(f"Loss, {size}")
+        for dtype, rows_of_runs in runs.items():
+            lines = [plots.series(rows, "epoch", "train_mean_loss") for rows in rows_of_runs]
+            for line in lines:
+                panel.plot(*line, color=colour[dtype], lw=0.7, alpha=0.5)
+            if len({len(x) for x, _ in lines}) == 1:
+                panel.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=colour[dtype], lw=1.6)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.grid(axis="y")
+    figure.supxlabel("epoch", fontsize=7, color=style.MUTED)
+    handles = [Line2D([], [], color=colour[dtype], label=dtype) for dtype in TYPES]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(TYPES))
+    return figure
+
+
 def main() -> None:
     """Train, compare and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +94,7 @@ def main() -> None:
         }
         print(json.dumps(compare(size, runs)), flush=True)
         curves[f"{size} px"] = runs
-    style.save(plots.compare_losses(curves), arguments.workdir / "losses.svg")
+    style.save(plot_losses(curves), arguments.workdir / "losses.svg")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Print one table of all networks, or one table per named network."""
     from cxrjax.console import stdout
-    from cxrjax.planning.model_summary import detail, entries, overview
+    from cxrjax.planning.model_summary import detail_table, overview_table, summarize_models
 
-    summaries = entries(arguments.names, size=arguments.size, classes=arguments.classes)
-    for table in map(detail, summaries) if arguments.names else [overview(summaries)]:
+    summaries = summarize_models(arguments.names, size=arguments.size, classes=arguments.classes)
+    for table in map(detail_table, summaries) if arguments.names else [overview_table(summaries)]:
         stdout.print(table)
     return [summary.as_dict() for summary in summaries]

@@ -24,7 +24,6 @@ from cxrjax.models.layers import param_dtype
 from cxrjax.models.network import Network
 
 Estimator = Literal["exact", "probe", "sum"]
-Moment = Literal["square", "absolute", "mean"]
 TWO_SIGMA = 0.9545
 
 
@@ -33,16 +32,13 @@ class ERF:
     """An effective receptive field and its size.
 
     Attributes:
-      map: not negative; (features per grey value, black 0 to white 1) squared for the moment `square`.
+      map: not negative; (features per grey value, black 0 to white 1) squared.
       area_fraction: fraction of the image area that holds `mass` of the map, see `erf_size`.
       diameter: diameter of the disc of that area, px.
       mass: fraction of the map's sum.
-      estimator: see `measure`.
-      moment: see `measure`.
       layer: name of the feature map.
       position: row and column in the feature map.
       channels: channels of the feature map.
-      images: number of images.
       passes: backward passes per image.
     """
 
@@ -50,12 +46,9 @@ class ERF:
     area_fraction: float
     diameter: float
     mass: float
-    estimator: str
-    moment: str
     layer: str
     position: tuple[int, int]
     channels: int
-    images: int
     passes: int
 
 
@@ -65,7 +58,6 @@ def measure(
     *,
     estimator: Estimator = "probe",
     probes: int = 16,
-    moment: Moment = "square",
     layer: str | None = None,
     translate: float = 0.25,
     mass: float = TWO_SIGMA,
@@ -87,10 +79,8 @@ def measure(
       images: grey images of the size that the network is used at.
       estimator: `exact`: one backward pass per channel. `probe`: passes of the channels' sum with random signs, whose
         mean square is an unbiased estimate of `exact`. `sum`: one pass of the channels' plain sum ("one gradient per
-        image"); with the moment `square` it includes products of different channels, so it estimates another quantity.
+        image"), whose square includes products of different channels, so it estimates another quantity.
       probes: random passes per image, for `probe`.
-      moment: `square`: equation 1. `absolute`: the mean absolute gradient. `mean`: the absolute value of the mean
-        gradient, where opposite signs cancel, as in Luo et al.
       layer: name of the feature map; default: the last.
       translate: images are shifted at random, vertically and horizontally, by up to this fraction of their sides and
         filled with black.
@@ -106,7 +96,7 @@ def measure(
       CxrError: an option is out of range, the feature map does not exist, the images have a wrong format, or the
         gradient is zero everywhere.
     """
-    _check(estimator, probes, moment, translate, mass)
+    _check(estimator, probes, translate, mass)
     images = check_images(images)
     name, shape = feature_map(network, images, layer)
     channels, position = shape[3], (shape[1] // 2, shape[2] // 2)
@@ -121,15 +111,15 @@ def measure(
             numbers = np.arange(start, start + chunk, dtype=np.int32)
             numbers[numbers >= passes] = -1  # padding: all chunks have one size
             with use_mesh(mesh):
-                sums = _moments(network, shifted, index, numbers, key, layer=name, estimator=estimator, moment=moment)
+                sums = _squared_gradients(network, shifted, index, numbers, key, layer=name, estimator=estimator)
             total += np.asarray(sums)
             if advance is not None:
                 advance(int((index >= 0).sum() * (numbers >= 0).sum()))
     # Each pass of `probe` estimates the whole sum over channels; the passes of `exact` are its terms.
     terms = channels * len(images) * (probes if estimator == "probe" else 1)
-    field = np.abs(total) / terms
+    field = total / terms
     area, diameter = erf_size(field, mass)
-    return ERF(field, area, diameter, mass, estimator, moment, name, position, channels, len(images), passes)
+    return ERF(field, area, diameter, mass, name, position, channels, passes)
 
 
 def erf_size(field: Float[np.ndarray, "H W"], mass: float = TWO_SIGMA) -> tuple[float, float]:
@@ -173,8 +163,8 @@ def random_shift(
     return shifted
 
 
-@partial(jax.jit, static_argnames=("layer", "estimator", "moment"))
-def _moments(
+@partial(jax.jit, static_argnames=("layer", "estimator"))
+def _squared_gradients(
     network: Network,
     images: UInt8[Array, "B H W 1"],
     index: Int32[Array, " B"],
@@ -183,9 +173,8 @@ def _moments(
     *,
     layer: str,
     estimator: Estimator,
-    moment: Moment,
 ) -> Float[Array, "H W"]:
-    """Sum the gradient's moment over images (`index`) and backward passes (`numbers`), where -1 is padding.
+    """Sum squared gradients over images (`index`) and backward passes (`numbers`), where -1 is padding.
 
     A compiled loop over all passes would save the forward pass of each call, but XLA runs convolutions inside loops
     many times slower on CPUs.
@@ -215,19 +204,12 @@ def _moments(
         used = (index >= 0) & (number >= 0)
         return backward(jnp.where(used[:, None], chosen, 0).astype(wide))[0]
 
-    terms = {"square": jnp.square, "absolute": jnp.abs, "mean": lambda g: g}[moment](jax.vmap(gradient)(numbers))
-    return terms.sum((0, 1, 4))
+    return jnp.square(jax.vmap(gradient)(numbers)).sum((0, 1, 4))
 
 
-def _check(estimator: str, probes: int, moment: str, translate: float, mass: float) -> None:
+def _check(estimator: str, probes: int, translate: float, mass: float) -> None:
     if estimator not in get_args(Estimator):
         raise CxrError(f"no estimator {estimator!r}; choose one of {', '.join(get_args(Estimator))}")
-    if moment not in get_args(Moment):
-        raise CxrError(f"no moment {moment!r}; choose one of {', '.join(get_args(Moment))}")
-    if estimator == "probe" and moment != "square":
-        raise CxrError(
-            f"the estimator probe only estimates the moment square: for the moment {moment!r} use exact or sum"
-        )
     if probes < 1 or not 0 <= translate < 1 or not 0 < mass <= 1:
         raise CxrError(
             f"out of range: probes ({probes}) must be at least 1, translate ({translate}) in [0, 1), "

@@ -94,7 +94,10 @@ def saliency(
         one_batch = partial(_integrated, network, mesh=mesh, baseline=baseline, steps=steps)
     else:
         name = feature_map(network, images, layer)[0]
-        one_batch = partial(_activations, network, mesh=mesh, layer=name, method=method)
+
+        def one_batch(batch: UInt8[np.ndarray, "B H W 1"], chosen: Int[np.ndarray, " K"]) -> Float[Array, "B K h w"]:
+            return _activation(network, put_images(mesh, batch), chosen, layer=name, method=method)
+
     batches_of_maps = []
     for batch, index in _batches(images, batch_size, mesh):
         with use_mesh(mesh):
@@ -103,18 +106,6 @@ def saliency(
         if advance is not None:
             advance(len(maps))
     return np.concatenate(batches_of_maps)
-
-
-def _activations(
-    network: Network,
-    images: UInt8[np.ndarray, "B H W 1"],
-    findings: Int[np.ndarray, " K"],
-    *,
-    mesh: Mesh | None,
-    layer: str,
-    method: Method,
-) -> Float[Array, "B K h w"]:
-    return _activation(network, put_images(mesh, images), findings, layer=layer, method=method)
 
 
 @partial(jax.jit, static_argnames=("layer", "method"))

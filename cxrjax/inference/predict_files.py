@@ -157,9 +157,7 @@ def resolve_options(
     if size < 0:
         raise CxrError(f"size must be a whole number above 0, not {size}")
     if passes is not None and (passes < 0 or passes == 1):
-        raise CxrError(
-            f"passes must be 0, for none, or at least 2, not {passes}: one pass has no spread"
-        )
+        raise CxrError(f"passes must be 0, for none, or at least 2, not {passes}: one pass has no spread")
     side = size or model.size
     if not side and not all(map(is_prepared, files)):
         raise CxrError("these weights do not record the image size they were trained on: give --size, such as 224")

@@ -1,4 +1,4 @@
-"""What every network is: parameters, feature maps, receptive fields, arithmetic, inputs; by tracing alone."""
+"""Summaries of networks by tracing alone: parameters, feature maps, receptive fields, operations, inputs."""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ class FeatureMap:
     """One feature map.
 
     Attributes:
-      name: the backbone's.
-      channels: of it.
-      height: in positions, for images of the entry's size.
-      width: likewise.
-      stride: px between neighbouring positions; 0 where no local path leads to the image.
-      receptive_field: side in px of the theoretical receptive field of the local paths, not clipped to the image.
-      whole: whether some path reads the whole image (squeeze-and-excitation, attention): then every pixel can count.
+      name: name in the backbone.
+      channels: number of channels.
+      height: number of rows, for images of the summary's size.
+      width: number of columns.
+      stride: px between neighbouring positions; 0 if no local path leads to the image.
+      receptive_field: side, px, of the theoretical receptive field of the local paths, not clipped to the image.
+      whole: whether some path reads the whole image (squeeze-and-excitation, attention), so that every pixel counts.
     """
 
     name: str
@@ -44,18 +44,19 @@ class FeatureMap:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One network.
+class ModelSummary:
+    """The summary of one network.
 
     Attributes:
-      name: what the config calls it.
+      name: name in configs.
       reference: the implementation or paper that defines it.
-      classes: number of findings that `parameters` and `multiply_adds` are for.
-      parameters: their number, batch statistics left out.
-      size: side in px of the square images that the maps' sizes and `multiply_adds` are for.
-      multiply_adds: of the convolutions and matrix products of one image's forward pass; those with padding count too.
+      classes: number of findings.
+      parameters: number of parameters, without batch statistics.
+      size: side of the square images, px.
+      multiply_adds: multiply-adds of convolutions and matrix products, padding included, in the forward pass of one
+        image.
       inputs: what the network expects of its images.
-      maps: the feature maps in order; the head takes the last.
+      maps: feature maps in order; the head takes the last.
     """
 
     name: str
@@ -69,24 +70,24 @@ class Entry:
 
     @property
     def gflops(self) -> float:
-        """Floating-point operations of one image in 1e9: two per multiply-add."""
+        """Floating-point operations per image in 1e9: two per multiply-add."""
         return 2 * self.multiply_adds / 1e9
 
     def as_dict(self) -> dict[str, Any]:
-        """The entry for JSON."""
+        """Return the summary ready for JSON."""
         return {**asdict(self), "gflops": self.gflops}
 
 
-def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
-    """What one network is.
+def summarize_model(name: str, *, size: int = 224, classes: int = 14) -> ModelSummary:
+    """Summarize a network.
 
     Args:
-      name: one of the registry's.
-      size: side in px of the square images; a network whose head fits one size only keeps its own.
+      name: name in the registry.
+      size: side of the square images, px; a network with a fixed image size keeps its own.
       classes: number of findings.
 
     Raises:
-      CxrError: unknown name, classes or size out of range, or a size that the network does not take.
+      CxrError: the name is unknown, classes or size are out of range, or the network does not take this size.
     """
     network = abstract(name, classes=classes)
     size = getattr(network.model(), "image_size", check_positive("size", size))
@@ -111,7 +112,7 @@ def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
         )
         for feature, maps in features
     ]
-    return Entry(
+    return ModelSummary(
         name=name,
         reference=ARCHITECTURES[name].reference,
         classes=classes,
@@ -123,18 +124,18 @@ def entry(name: str, *, size: int = 224, classes: int = 14) -> Entry:
     )
 
 
-def entries(names: Sequence[str] = (), *, size: int = 224, classes: int = 14) -> list[Entry]:
-    """What these networks are, or all of the registry; see `entry`."""
+def summarize_models(names: Sequence[str] = (), *, size: int = 224, classes: int = 14) -> list[ModelSummary]:
+    """Summarize these networks, or all of the registry; see `summarize_model`."""
     chosen = [check_choice("network", name, ARCHITECTURES) for name in names] or list(ARCHITECTURES)
     with progress_bar("tracing", len(chosen), unit="networks") as advance:
-        found = []
+        summaries = []
         for name in chosen:
             try:
-                found.append(entry(name, size=size, classes=classes))
+                summaries.append(summarize_model(name, size=size, classes=classes))
             except CxrError as error:
                 raise CxrError(f"{name} at {size} px: {error}") from error
             advance()
-    return found
+    return summaries
 
 
 def multiply_adds(jaxpr: Jaxpr, results: Sequence[bool] | None = None) -> int:
@@ -170,53 +171,53 @@ def _multiply_adds(equation: Any, needed: Sequence[bool]) -> int:
     return sum(counts) * (parameters["length"] if name == "scan" else 1)
 
 
-def overview(listed: Sequence[Entry]) -> Table:
-    """One line per network, for the terminal."""
+def overview_table(summaries: Sequence[ModelSummary]) -> Table:
+    """Return a terminal table with a line per network."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("network", no_wrap=True)
     for column in ("parameters", "maps", "stride, px", "field, px", "GFLOPs", "at px"):
         table.add_column(column, justify="right")
     table.add_column("inputs", no_wrap=True)
     table.add_column("reference", overflow="fold")
-    for each in listed:
-        last = each.maps[-1]
+    for summary in summaries:
+        last = summary.maps[-1]
         table.add_row(
-            each.name, f"{each.parameters:,}", f"{last.channels}", f"{last.stride:g}",
+            summary.name, f"{summary.parameters:,}", f"{last.channels}", f"{last.stride:g}",
             "whole image" if last.whole else f"{last.receptive_field:,}",
-            f"{each.gflops:.2f}", f"{each.size}", _short(each.inputs), each.reference,
+            f"{summary.gflops:.2f}", f"{summary.size}", _spec_name(summary.inputs), summary.reference,
         )  # fmt: skip
     return table
 
 
-def detail(each: Entry) -> Table:
-    """All feature maps of one network, for the terminal; the title holds the rest."""
+def detail_table(summary: ModelSummary) -> Table:
+    """Return a terminal table of a network's feature maps, with everything else in the title."""
     table = Table(
-        title=f"{each.name} ({each.reference})\n{each.parameters:,} parameters at {each.classes} findings, "
-        f"{each.gflops:.2f} GFLOPs at {each.size} px\n{_long(each.inputs)}",
+        title=f"{summary.name} ({summary.reference})\n{summary.parameters:,} parameters at {summary.classes} findings, "
+        f"{summary.gflops:.2f} GFLOPs at {summary.size} px\n{_describe_inputs(summary.inputs)}",
         title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     table.add_column("maps", no_wrap=True)
-    for column in ("channels", f"size at {each.size} px", "stride, px", "receptive field, px"):
+    for column in ("channels", f"size at {summary.size} px", "stride, px", "receptive field, px"):
         table.add_column(column, justify="right")
-    for maps in each.maps:
+    for maps in summary.maps:
         table.add_row(
-            maps.name, f"{maps.channels}", f"{maps.height} x {maps.width}", f"{maps.stride:g}", _field(maps)
+            maps.name, f"{maps.channels}", f"{maps.height} x {maps.width}", f"{maps.stride:g}", _format_field(maps)
         )  # fmt: skip
     return table
 
 
-def _field(maps: FeatureMap) -> str:
+def _format_field(maps: FeatureMap) -> str:
     local = f"{maps.receptive_field:,}" if maps.receptive_field else ""
     return " ".join(filter(None, (local, "+ whole image" if local else "whole image"))) if maps.whole else local
 
 
-def _short(inputs: InputSpec) -> str:
+def _spec_name(inputs: InputSpec) -> str:
     return next((name for name, spec in INPUT_SPECS.items() if spec == inputs), "its own")
 
 
-def _long(inputs: InputSpec) -> str:
+def _describe_inputs(inputs: InputSpec) -> str:
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (inputs.mean, inputs.std))
-    kind = _short(inputs)
+    kind = _spec_name(inputs)
     return (
         f"inputs {kind}: grey 0..255 to {inputs.low:g}..{inputs.high:g} in {inputs.channels} "
         f"channel{'s' if inputs.channels > 1 else ''}, less mean {mean}, over deviation {std}"

@@ -4,6 +4,7 @@ Everything except the title, the findings and the scores is optional: the sectio
 may come from data; they are always shown as text.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,16 @@ Row = Mapping[str, Any]
 """One score: finding, auroc, auroc_low, auroc_high, average_precision, average_precision_low, average_precision_high,
 positives, negatives, reason (why a value is NaN, or which findings the mean leaves out). Or one training log line:
 step, epoch, train_loss, ..."""
+
+
+def by_finding(scores: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Row]]:
+    """Index score rows as model -> finding -> row."""
+    return {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
+
+
+def number(value: Any) -> float:
+    """Return a score or log value as a float; NaN for None."""
+    return math.nan if value is None else float(value)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from cxrjax.explain.boxes import HitRate
 from cxrjax.metrics.scores import MEAN
 from cxrjax.report import pictures, plots, tables
-from cxrjax.report.content import Diagrams, Histogram, Matrix, RunReport, StudyReport
+from cxrjax.report.content import Diagrams, Histogram, Matrix, RunReport, StudyReport, by_finding, number
 from cxrjax.report.style import GRID, INK, MUTED, PAPER, WIDE, colours, panel_grid, shorten, styled
 
 _HIGHLIGHTS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -86,10 +86,10 @@ def summary(report: StudyReport) -> Figure:
 
 
 def _summary_scores(block: Figure, report: StudyReport) -> None:
-    table, models = plots.by_finding(report.scores), report.models
+    table, models = by_finding(report.scores), report.models
     sizes = sum(model in report.sizes for model in models)
     values = {
-        finding: np.array([plots.number(table[model].get(finding, {}).get("auroc")) for model in models])
+        finding: np.array([number(table[model].get(finding, {}).get("auroc")) for model in models])
         for finding in (*report.findings, MEAN)
     }
     values = {finding: auc for finding, auc in values.items() if np.isfinite(auc).any()}

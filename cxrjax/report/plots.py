@@ -6,7 +6,6 @@ literally, without mathematics or markup.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cxrjax.metrics.scores import MEAN
-from cxrjax.report.content import Curve, Histogram, Matrix, Reliability, Row
+from cxrjax.report.content import Curve, Histogram, Matrix, Reliability, Row, by_finding, number
 from cxrjax.report.style import (
     ENSEMBLES,
     GRID,
@@ -262,16 +261,6 @@ def size_scatter(image_sizes: Int[np.ndarray, "N 2"], *, width: float = 4.2) -> 
     return figure
 
 
-def by_finding(scores: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Row]]:
-    """Index score rows as model -> finding -> row."""
-    return {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
-
-
-def number(value: Any) -> float:
-    """Return a score or log value as a float; NaN for None."""
-    return math.nan if value is None else float(value)
-
-
 def _title(panel: Axes, text: str) -> None:
     short = shorten(text, 27)
     panel.set_title(short, fontsize=7.5 if len(short) <= 20 else 6.2)
@@ -286,35 +275,6 @@ def _label(figure: Figure, *, x: str = "", y: str = "") -> None:
 def _legend(figure: Figure, lines: list[Line2D], width: float) -> None:
     if lines:
         figure.legend(handles=lines, loc="outside upper left", ncols=max(1, min(len(lines), int(width / 1.1))))
-
-
-@styled()
-def compare_losses(
-    training: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], *, key: str = "train_mean_loss", width: float = WIDE
-) -> Figure:
-    """Compare a loss between training methods: a panel per task, a thin line per run and a thick line for the mean.
-
-    Args:
-      training: task -> method -> log rows of each run, one per epoch.
-      key: key of the loss in the rows.
-      width: in inches.
-    """
-    methods = list(dict.fromkeys(method for runs in training.values() for method in runs))
-    colour = dict(zip(methods, colours(1, len(methods) - 1), strict=True))
-    figure, panels = panel_grid(len(training), width, panel=3.0, height=2.2, legend=True)
-    for panel, (task, by_method) in zip(panels, training.items(), strict=True):
-        panel.set_title(f"Loss, {shorten(task, 18)}")
-        for method, runs in by_method.items():
-            lines = [series(rows, "epoch", key) for rows in runs]
-            for line in lines:
-                panel.plot(*line, color=colour[method], lw=0.7, alpha=0.5)
-            if len({len(x) for x, _ in lines}) == 1:
-                panel.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=colour[method], lw=1.6)
-        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        panel.grid(axis="y")
-    _label(figure, x="epoch")
-    _legend(figure, [Line2D([], [], color=colour[method], label=shorten(method)) for method in methods], width)
-    return figure
 
 
 @styled()

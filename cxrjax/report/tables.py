@@ -17,7 +17,7 @@ from rich.text import Text
 from cxrjax.explain.boxes import BoxScores, HitRate
 from cxrjax.explain.localisation import Localisation
 from cxrjax.metrics.scores import MEAN
-from cxrjax.report.content import Row, Table
+from cxrjax.report.content import Row, Table, by_finding, number
 
 METRICS = {"auroc": "AUC", "average_precision": "Average precision"}
 COLUMNS = (
@@ -72,13 +72,13 @@ def score_lines(
       sizes: models that are single sizes.
       metric: "auroc" or "average_precision".
     """
-    table = {model: {row["finding"]: row for row in rows} for model, rows in scores.items()}
+    table = by_finding(scores)
     result = []
     for finding in (*findings, MEAN):
-        rows: dict[str, Row] = {model: by_finding.get(finding, {}) for model, by_finding in table.items()}
+        rows: dict[str, Row] = {model: scored.get(finding, {}) for model, scored in table.items()}
         if not any(rows.values()):
             continue
-        values = {model: _number(row.get(metric)) for model, row in rows.items()}
+        values = {model: number(row.get(metric)) for model, row in rows.items()}
         best = _highest(values.values())
         best_size = _highest(value for model, value in values.items() if model in sizes)
         cells = []
@@ -97,7 +97,7 @@ def score_lines(
 def _texts(row: Row, metric: str) -> tuple[str, str]:
     if not row:
         return "–", ""
-    value, low, high = (_number(row.get(metric + suffix)) for suffix in ("", "_low", "_high"))
+    value, low, high = (number(row.get(metric + suffix)) for suffix in ("", "_low", "_high"))
     if math.isnan(value):
         return "n/a", str(row.get("reason") or "")
     return _format(value), "" if math.isnan(low + high) else f"{_format(low)}–{_format(high)}"
@@ -110,10 +110,6 @@ def _format(value: float) -> str:
 def _highest(values: Iterable[float]) -> str | None:
     finite = [value for value in values if not math.isnan(value)]
     return _format(max(finite)) if len(finite) > 1 else None
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def terminal_scores(
@@ -230,8 +226,8 @@ def terminal_table(table: Table) -> TerminalTable:
         title=Text(table.caption), title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False,
         collapse_padding=True,
     )  # fmt: skip
-    for number, column in enumerate(table.columns):
-        result.add_column(column, justify="right" if number else "left", overflow="fold")
+    for index, column in enumerate(table.columns):
+        result.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in table.rows:
         if row[0] == ALL:
             result.add_section()

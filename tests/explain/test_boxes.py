@@ -1,4 +1,4 @@
-"""Detected boxes against cases worked out by hand, counted pixels and OpenCV's components."""
+"""Detected boxes against cases computed by hand, pixel counts and OpenCV components."""
 
 import cv2
 import numpy as np
@@ -12,14 +12,14 @@ from cxrjax.errors import CxrError
 from cxrjax.explain.boxes import LIMITS, box_scores, boxes_of, detected, overlaps
 
 
-def of(*boxes) -> np.ndarray:
+def boxes_array(*boxes) -> np.ndarray:
     return np.array(boxes, np.float64).reshape(-1, 4)
 
 
 def test_overlaps_of_rectangles_by_hand():
-    found = of((0, 0, 0.4, 0.4), (0.2, 0.2, 0.2, 0.2), (0.8, 0.8, 0.2, 0.2), (0.1, 0.1, 0, 0.3))
-    true = of((0.2, 0.2, 0.4, 0.2))
-    iou, iobb = (pairs[:, 0] for pairs in overlaps(found[:, None], true[None]))
+    predicted = boxes_array((0, 0, 0.4, 0.4), (0.2, 0.2, 0.2, 0.2), (0.8, 0.8, 0.2, 0.2), (0.1, 0.1, 0, 0.3))
+    true = boxes_array((0.2, 0.2, 0.4, 0.2))
+    iou, iobb = (pairs[:, 0] for pairs in overlaps(predicted[:, None], true[None]))
     np.testing.assert_allclose(iou, [0.04 / 0.20, 0.04 / 0.08, 0, 0], atol=1e-12)
     np.testing.assert_allclose(iobb, [0.04 / 0.16, 1, 0, 0], atol=1e-12)
 
@@ -28,7 +28,7 @@ boxes = st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(1, 20)] * 2)
 
 
 @given(boxes, boxes)
-def test_overlaps_are_those_of_pixels(first, second):
+def test_overlaps_match_pixel_counts(first, second):
     masks = np.zeros((2, 32, 32), bool)
     for mask, (x, y, w, h) in zip(masks, (first, second), strict=True):
         mask[y : y + h, x : x + w] = True
@@ -40,7 +40,7 @@ def test_overlaps_are_those_of_pixels(first, second):
 
 
 @given(hnp.arrays(bool, (9, 12)))
-def test_boxes_are_those_of_opencvs_components(mask):
+def test_boxes_match_opencv_components(mask):
     count, _, measured, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     theirs = {tuple(row[:4]) for row in measured[1:]}
     ours = boxes_of(mask) * [12, 9, 12, 9]
@@ -78,15 +78,20 @@ def test_coarse_maps_are_interpolated():
     np.testing.assert_allclose(detected(heat), [(5 / 8, 2 / 8, 1 / 8, 1 / 8)], atol=1 / 256)
 
 
-def test_hit_rates_of_a_set_worked_out_by_hand():
-    true = [of((0, 0, 0.5, 0.5)), of((0.5, 0.5, 0.2, 0.2), (0, 0, 0.2, 0.2)), of((0, 0, 0.5, 1)), of((0, 0, 1, 1))]
-    found = [
-        of((0, 0, 0.5, 0.5)),  # IoU 1, IoBB 1
-        of((0, 0, 0.4, 0.2), (0.9, 0.9, 0.1, 0.1)),  # the best pair: .04/.08 = IoU .5, IoBB .5; one false box
-        of((0.25, 0, 0.5, 1)),  # .25/.75 = IoU 1/3, IoBB .5
-        of(),  # an empty map
+def test_hit_rates_computed_by_hand():
+    true = [
+        boxes_array((0, 0, 0.5, 0.5)),
+        boxes_array((0.5, 0.5, 0.2, 0.2), (0, 0, 0.2, 0.2)),
+        boxes_array((0, 0, 0.5, 1)),
+        boxes_array((0, 0, 1, 1)),
     ]
-    scores = box_scores(found, true)
+    predicted = [
+        boxes_array((0, 0, 0.5, 0.5)),  # IoU 1, IoBB 1
+        boxes_array((0, 0, 0.4, 0.2), (0.9, 0.9, 0.1, 0.1)),  # the best pair: .04/.08 = IoU .5, IoBB .5; one false box
+        boxes_array((0.25, 0, 0.5, 1)),  # .25/.75 = IoU 1/3, IoBB .5
+        boxes_array(),  # an empty map
+    ]
+    scores = box_scores(predicted, true)
     assert scores.images == 4
     assert scores.mean_iou == pytest.approx((1 + 0.5 + 1 / 3) / 4)
     assert scores.mean_iobb == pytest.approx((1 + 0.5 + 0.5) / 4)
@@ -103,12 +108,12 @@ def test_hit_rates_of_a_set_worked_out_by_hand():
 def test_chance_of_a_box_that_fits_in_two_ways():
     # A box of width 1/2 and full height slides by 0 to 1/2; the true one is the left half: IoBB = 1 - 2 x, so it is
     # above T for x < (1 - T) / 2, of 1/2; IoU = (1/2 - x) / (1/2 + x) > T for x < (1 - T) / (1 + T) / 2.
-    scores = box_scores([of((0.5, 0, 0.5, 1))], [of((0, 0, 0.5, 1))])
+    scores = box_scores([boxes_array((0.5, 0, 0.5, 1))], [boxes_array((0, 0, 0.5, 1))])
     for iou, iobb, limit in zip(scores.iou, scores.iobb, LIMITS, strict=True):
         assert iobb.chance == pytest.approx(1 - limit, abs=1 / 32)
         assert iou.chance == pytest.approx((1 - limit) / (1 + limit), abs=1 / 32)
         assert iou.hits == iobb.hits == 0
-    twice = box_scores([of((0.5, 0, 0.5, 1), (0, 0, 0.5, 1))], [of((0, 0, 0.5, 1))])
+    twice = box_scores([boxes_array((0.5, 0, 0.5, 1), (0, 0, 0.5, 1))], [boxes_array((0, 0, 0.5, 1))])
     for one, two in zip(scores.iou, twice.iou, strict=True):
         assert two.chance == pytest.approx(1 - (1 - one.chance) ** 2)
 
@@ -118,7 +123,7 @@ def test_random_boxes_hit_as_often_as_chance():
 
     def somewhere(count):
         sizes = rng.uniform(0.1, 0.5, (count, 2))
-        return [of((*(rng.random(2) * (1 - size)), *size)) for size in sizes]
+        return [boxes_array((*(rng.random(2) * (1 - size)), *size)) for size in sizes]
 
     scores = box_scores(somewhere(3000), somewhere(3000), confidence=0.9999)
     for rate in (*scores.iou[:4], *scores.iobb):
@@ -126,12 +131,12 @@ def test_random_boxes_hit_as_often_as_chance():
         assert stats.binomtest(rate.hits, 3000, rate.chance).pvalue > 1e-5
 
 
-def test_what_cannot_be_scored_says_so():
-    box = of((0, 0, 1, 1))
+def test_bad_scoring_inputs_are_errors():
+    box = boxes_array((0, 0, 1, 1))
     with pytest.raises(CxrError, match="1 for 2"):
         box_scores([box, box], [box])
     with pytest.raises(CxrError, match="image 1 has no true box"):
-        box_scores([box, box], [box, of()])
+        box_scores([box, box], [box, boxes_array()])
     heat = np.ones((8, 8), np.float32)
     with pytest.raises(CxrError, match="threshold must be above 0"):
         detected(heat, threshold=0)

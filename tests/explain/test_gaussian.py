@@ -26,15 +26,15 @@ def sampled(shape, centre, major, minor, degrees) -> np.ndarray:
 @settings(max_examples=15, deadline=None)
 def test_a_gaussian_is_recovered(major, ratio, degrees, shift):
     field = 5 * sampled((96, 110), (48 + shift, 55 - shift), major, ratio * major, degrees)
-    for found in (fit_moments(field), fit_least_squares(field)):
-        assert (found.row, found.column) == pytest.approx((48 + shift, 55 - shift), abs=1e-3)
-        assert (found.major, found.minor) == pytest.approx((major, ratio * major), rel=1e-3)
-        assert found.angle == pytest.approx(degrees, abs=0.1)
-        assert found.explained == pytest.approx(1, abs=1e-6)
+    for fit in (fit_moments(field), fit_least_squares(field)):
+        assert (fit.row, fit.column) == pytest.approx((48 + shift, 55 - shift), abs=1e-3)
+        assert (fit.major, fit.minor) == pytest.approx((major, ratio * major), rel=1e-3)
+        assert fit.angle == pytest.approx(degrees, abs=0.1)
+        assert fit.explained == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9545])
-def test_its_diameter_is_the_mass_quantiles(mass):
+def test_diameter_is_the_mass_quantile(mass):
     field = sampled((200, 200), (100, 100), 14, 9, 30)
     assert fit_moments(field).diameter(mass) == pytest.approx(erf.erf_size(field, mass)[1], rel=0.01)
     assert fit_moments(field).diameter(1.0) == math.inf
@@ -48,7 +48,7 @@ def test_a_faint_wide_tail_widens_the_moments_and_not_the_fit():
     assert fit_moments(field).explained < fit_least_squares(field).explained
 
 
-def test_a_map_cut_by_the_frame_is_fitted_still():
+def test_a_truncated_map_is_fitted():
     field = sampled((64, 64), (60, 32), 9, 9, 0)
     assert fit_least_squares(field).major == pytest.approx(9, rel=1e-3)
     assert fit_least_squares(field).row == pytest.approx(60, abs=1e-2)
@@ -56,9 +56,9 @@ def test_a_map_cut_by_the_frame_is_fitted_still():
 
 
 def test_large_maps_are_averaged_without_bias():
-    found = fit_least_squares(sampled((700, 1000), (300, 450), 12, 7, 20))
-    assert (found.row, found.column) == pytest.approx((300, 450), abs=0.01)
-    assert (found.major, found.minor, found.angle) == pytest.approx((12, 7, 20), rel=0.01)
+    fit = fit_least_squares(sampled((700, 1000), (300, 450), 12, 7, 20))
+    assert (fit.row, fit.column) == pytest.approx((300, 450), abs=0.01)
+    assert (fit.major, fit.minor, fit.angle) == pytest.approx((12, 7, 20), rel=0.01)
 
 
 def test_uniform_kernels_in_a_row_are_a_random_walk():
@@ -85,7 +85,7 @@ def test_single_pixels_and_lines_have_a_size():
     assert fit_moments(field).angle == pytest.approx(0, abs=1e-6)
 
 
-def test_what_has_no_gaussian_says_so():
+def test_maps_without_a_gaussian_are_errors():
     for field in (np.zeros((4, 4)), np.array([[1.0, -1.0]]), np.array([[1.0, np.nan]])):
         for fit in (fit_moments, fit_least_squares):
             with pytest.raises(CxrError, match="finite, not negative, and not zero"):

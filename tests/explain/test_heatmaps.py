@@ -1,4 +1,4 @@
-"""Maps rescaled, resized and smoothed, against what that should come to."""
+"""Normalised, resized and smoothed maps against expected values."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_resizing_interpolates_between_centres():
     np.testing.assert_allclose(large[0, 0], 2 * rows[:, None] + columns, atol=1e-6)
 
 
-def test_smoothing_spreads_each_map_by_itself():
+def test_maps_are_smoothed_independently():
     maps = np.zeros((2, 1, 9, 9), np.float32)
     maps[0, 0, 4, 4] = 3
     blurred = smooth(maps, 1.0)

@@ -1,4 +1,4 @@
-"""Localisation scores against cases worked out by hand and textbook formulas."""
+"""Localisation scores against cases computed by hand and textbook formulas."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_pointing_game_takes_the_centre_of_the_highest_cell():
 
 
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(1, 6))
-def test_distances_are_scipys(top, left, size):
+def test_distances_match_scipy(top, left, size):
     mask = box(16, top, left, size)
     np.testing.assert_allclose(distance_to(mask), ndimage.distance_transform_edt(~mask), rtol=1e-5)
 
@@ -69,7 +69,7 @@ def test_scores_of_a_set():
     assert math.isnan(localisation(maps[3:], [mask]).energy)
 
 
-def test_pooled_scores_are_those_of_all_maps_together():
+def test_pooled_scores_match_scores_of_all_maps():
     rng = np.random.default_rng(0)
     masks = [box(32, *rng.integers(0, 20, 2), int(rng.integers(4, 12))) for _ in range(12)]
     maps = rng.random((12, 16, 16), np.float32)
@@ -95,7 +95,7 @@ def test_maps_of_few_cells_are_not_resolvable():
     assert not localisation(np.ones((1, 4, 4), np.float32), [box(8, 0, 0, 4)]).resolvable
 
 
-def test_what_cannot_be_scored_says_so():
+def test_bad_scoring_inputs_are_errors():
     maps, mask = np.ones((1, 8, 8), np.float32), box(8, 0, 0, 4)
     with pytest.raises(CxrError, match="one mask per map"):
         localisation(maps, [])

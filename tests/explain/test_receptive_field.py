@@ -1,4 +1,4 @@
-"""The calculated receptive field against the support of the gradient, in float64 with positive weights."""
+"""The theoretical receptive field against the support of the gradient, in float64 with positive weights."""
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ def test_downsampling_by_resize_counts_the_antialiasing_filter():
     assert_exact(function)
 
 
-def test_global_paths_are_named_and_do_not_hide_the_local_ones():
+def test_global_paths_are_flagged_besides_local_ones():
     def squeeze_and_excite(x):
         y = conv(x, 5)
         gate = jax.nn.sigmoid(y.mean((1, 2), keepdims=True))
@@ -206,7 +206,7 @@ def test_a_map_without_the_image_is_an_error():
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
-def test_densenet121_has_the_papers_field(remat):
+def test_densenet121_has_the_published_field(remat):
     fields = receptive_fields(Network.from_model(create("densenet121", classes=2, remat=remat)))
     # stem 7x7/2 and 3x3/2; 3x3 per layer at strides 4, 8, 16, 32; 2x2/2 in each transition
     sizes = {"stem": 1 + 6 + 2 * 2, "block1": 11 + 6 * 8, "block2": 59 + 4 + 12 * 16, "block3": 255 + 8 + 24 * 32}

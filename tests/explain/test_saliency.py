@@ -62,18 +62,18 @@ def sharp_network() -> Network:
 
 
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "layercam"])
-def test_class_activation_maps_as_the_papers_write_them(method):
+def test_class_activation_maps_match_the_papers(method):
     """NumPy in float64, with log-sum-exp pooling's gradient worked out by hand and Grad-CAM++'s exp(S) left in."""
     with jax.enable_x64(True):
         network, images = sharp_network(), some_images(3, 40)
         maps = saliency(network, images, [2, 0], method=method, signed=True)
         a = features(network, images)
         kernel, bias = (np.asarray(network.params["classifier"]["output"][name]) for name in ("kernel", "bias"))
-        found = logits(network, images)
+        outputs = logits(network, images)
     positions = a.shape[1] * a.shape[2]
     pooled = (logsumexp(LSE_SHARPNESS * a, axis=(1, 2)) - np.log(positions)) / LSE_SHARPNESS
     score = pooled @ kernel + bias
-    np.testing.assert_allclose(found, score, rtol=1e-9)
+    np.testing.assert_allclose(outputs, score, rtol=1e-9)
     for place, finding in enumerate([2, 0]):
         g = softmax(LSE_SHARPNESS * a, axis=(1, 2)) * kernel[:, finding]
         first, second, third = (np.exp(score[:, finding])[:, None, None, None] * g**n for n in (1, 2, 3))
@@ -111,7 +111,7 @@ class Powers(Backbone):
 
 
 @pytest.mark.parametrize("baseline", ["black", "mean"])
-def test_integrated_gradients_of_a_quadratic_network_are_its_gradient_half_way(baseline):
+def test_integrated_gradients_of_a_quadratic_network_are_the_midpoint_gradient(baseline):
     with jax.enable_x64(True):
         network, images = Network.from_model(Powers(2)), some_images(2, 12)
         maps = saliency(network, images, [1, 0], method="integrated", baseline=baseline, steps=3, signed=True)
@@ -139,7 +139,7 @@ def test_integrated_gradients_of_a_quadratic_network_are_its_gradient_half_way(b
     assert (maps < 0).any()
 
 
-def test_the_error_of_completeness_falls_as_midpoints_do():
+def test_completeness_error_falls_quadratically_with_steps():
     """Twice the steps, a quarter of the error; of a third power that is exact."""
     with jax.enable_x64(True):
         network, images = Network.from_model(Powers(3)), some_images(2, 12)
@@ -153,7 +153,7 @@ def test_the_error_of_completeness_falls_as_midpoints_do():
     assert np.abs(errors[0]).min() > 1e-3 * np.abs(gained).max()
 
 
-def test_attributions_of_a_network_with_kinks_add_up_to_the_logits_difference():
+def test_attributions_sum_to_the_difference_of_logits():
     network, images = (
         Network.from_model(create("densenet_small", classes=3, seed=1, block_config=(1, 1), growth_rate=4)),
         some_images(3),
@@ -162,12 +162,12 @@ def test_attributions_of_a_network_with_kinks_add_up_to_the_logits_difference():
     maps = saliency(network, images, [2, 1], method="integrated", steps=200, signed=True)
     assert maps.shape == (3, 2, 64, 64)
     np.testing.assert_allclose(maps.sum((2, 3)), gained[:, [2, 1]], atol=0.01 * np.abs(gained).max())
-    kept = saliency(network, images, [2, 1], method="integrated", steps=200)
-    np.testing.assert_array_equal(kept, np.maximum(maps, 0))
+    unsigned = saliency(network, images, [2, 1], method="integrated", steps=200)
+    np.testing.assert_array_equal(unsigned, np.maximum(maps, 0))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_neither_batches_nor_the_company_of_findings_change_a_map(method):
+def test_maps_do_not_depend_on_batches_or_other_findings(method):
     network, images = (
         Network.from_model(create("densenet_small", classes=3, seed=1, block_config=(1, 1), growth_rate=4)),
         some_images(5),
@@ -184,7 +184,7 @@ def test_neither_batches_nor_the_company_of_findings_change_a_map(method):
     np.testing.assert_array_equal(np.maximum(signed, 0), whole)
 
 
-def test_findings_pass_in_groups_where_images_are_large(monkeypatch):
+def test_large_images_process_findings_in_groups(monkeypatch):
     network, images = (
         Network.from_model(create("densenet_small", classes=3, seed=1, block_config=(1, 1), growth_rate=4)),
         some_images(2),
@@ -206,7 +206,7 @@ def test_bfloat16_gives_nearly_the_same_maps():
     np.testing.assert_allclose(maps[1], maps[0], atol=0.05 * maps[0].max())
 
 
-def test_what_cannot_be_mapped_says_so():
+def test_bad_saliency_options_are_errors():
     network, images = Network.from_model(create("densenet_small", classes=2)), some_images(1)
     for findings in ([2], [-1], []):
         with pytest.raises(CxrError, match="indices 0 to 1"):

@@ -1,4 +1,4 @@
-"""Explanations of images whose rows several devices share are those of one device, and no device sees whole maps."""
+"""Explanations of row-sharded images match those of one device, and no device gathers whole maps."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), np.uint8)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
-def test_the_maps_are_those_of_one_device(network, shape):
+def test_sharded_maps_match_one_device(network, shape):
     mesh = make_mesh(*shape)
     with jax.enable_x64(True):
         for method in ("gradcam", "integrated"):
@@ -53,8 +53,8 @@ def test_no_device_sees_whole_maps(network):
         calls = sent(saliency._activation, mesh, network, images, np.array([0]), layer="final", method="gradcam")
         numbers = np.zeros(1, np.int32)
         calls += sent(
-            erf._moments, mesh, network, images, numbers, numbers, jax.random.key(0),
-            layer="final", estimator="probe", moment="square",
+            erf._squared_gradients, mesh, network, images, numbers, numbers, jax.random.key(0),
+            layer="final", estimator="probe",
         )  # fmt: skip
     kinds = {call.kind for call in calls}
     assert "collective-permute" in kinds  # the rows that neighbours need

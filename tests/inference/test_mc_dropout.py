@@ -46,7 +46,7 @@ def masks(key, place, count):
     return np.asarray(jax.random.bernoulli(jax.random.fold_in(key, place), 1 - RATE, (1, count)))[0]
 
 
-def test_passes_are_those_of_a_loop_in_numpy(examples):
+def test_passes_match_numpy(examples):
     net = network(hidden=5)
     maps = maps_of(net, examples).astype(np.float64)
     vectors = np.concatenate([maps.mean((1, 2)), maps.max((1, 2))], axis=1)
@@ -63,7 +63,7 @@ def test_passes_are_those_of_a_loop_in_numpy(examples):
     assert np.ptp(expected, axis=0).min() > 0
 
 
-def test_batches_and_devices_make_no_difference_but_the_seed_does(examples):
+def test_passes_depend_on_the_seed_only(examples):
     net = network(hidden=0)
     one = run(net, examples)
     np.testing.assert_allclose(run(net, examples, batch=7), one, atol=1e-6)
@@ -72,7 +72,7 @@ def test_batches_and_devices_make_no_difference_but_the_seed_does(examples):
     assert not np.allclose(run(net, examples, seed=4), one)
 
 
-def test_moments_of_a_linear_head_are_those_of_dropout(examples):
+def test_moments_of_a_linear_head_match_closed_forms(examples):
     net = network(hidden=0)
     passes = run(net, examples, passes=4000).astype(np.float64)
     maps = maps_of(net, examples).astype(np.float64)
@@ -85,7 +85,7 @@ def test_moments_of_a_linear_head_are_those_of_dropout(examples):
     np.testing.assert_allclose(passes.var(0), variance, rtol=0.15)
 
 
-def test_a_head_without_dropout_is_refused(examples):
+def test_a_head_without_dropout_is_an_error(examples):
     with pytest.raises(CxrError, match="no dropout"):
         run(network(hidden=0, dropout=0.0), examples)
     with pytest.raises(CxrError, match="2 or more, not 1"):
@@ -105,7 +105,7 @@ def test_a_head_without_dropout_is_refused(examples):
         ("fhrnet_small", {"stage": "joint", "prediction": "geometric-mean"}, False),
     ],
 )
-def test_whether_a_head_has_dropout_is_known_without_computing(name, options, expected):
+def test_has_dropout(name, options, expected):
     assert has_dropout(Network.from_model(create(name, classes=2, **options)), (64, 64)) == expected
 
 

@@ -1,4 +1,4 @@
-"""A trained network on image files gives what it gives on the same images in a prepared data set."""
+"""A trained network gives the same results for image files and for records of a prepared data set."""
 
 import json
 
@@ -38,10 +38,10 @@ def images(run, phantom_data, tmp_path_factory):
     return folder, dict(zip((f"{name}.png" for name in predictions.id[:5]), predictions.logit, strict=False))
 
 
-def test_files_give_what_records_give(run, images, tmp_path, capsys):
+def test_files_and_records_give_the_same_logits(run, images, tmp_path, capsys):
     folder, expected = images
-    words = ["predict", str(run), str(folder), "--batch-size", "3", "--out", str(tmp_path / "p.csv")]
-    assert main([*words, "--json", str(tmp_path / "p.json")]) == 0
+    arguments = ["predict", str(run), str(folder), "--batch-size", "3", "--out", str(tmp_path / "p.csv")]
+    assert main([*arguments, "--json", str(tmp_path / "p.json")]) == 0
     table = Predictions.read(tmp_path / "p.csv")
     assert len(table) == 5
     for name, logit in zip(table.id, table.logit, strict=True):
@@ -53,7 +53,7 @@ def test_files_give_what_records_give(run, images, tmp_path, capsys):
     np.testing.assert_allclose(list(first["probability"].values()), 1 / (1 + np.exp(-expected[first["id"]])), atol=1e-5)
 
 
-def test_a_bad_file_does_not_stop_the_rest_and_the_exit_code_tells(run, images, tmp_path, capsys):
+def test_a_bad_file_fails_alone_with_exit_code_1(run, images, tmp_path, capsys):
     folder, _ = images
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not an image")
@@ -65,7 +65,7 @@ def test_a_bad_file_does_not_stop_the_rest_and_the_exit_code_tells(run, images, 
     assert f"1 failed: {bad}" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_prepared_images_are_used_as_they_are(run, images, tmp_path):
+def test_prepared_images_are_used_unchanged(run, images, tmp_path):
     folder, expected = images
     files = sorted(folder.iterdir())
     grey = np.stack([cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) for file in files])[..., None]
@@ -90,19 +90,19 @@ def test_prepared_images_are_used_as_they_are(run, images, tmp_path):
         (np.zeros((0, 32, 32, 1), np.float32), "an array of shape (0, 32, 32, 1)"),
     ],
 )
-def test_images_prepared_for_something_else_are_refused(run, tmp_path, capsys, array, message):
+def test_images_prepared_otherwise_are_errors(run, tmp_path, capsys, array, message):
     np.save(tmp_path / "x.npy", array)
     assert main(["predict", str(run), str(tmp_path / "x.npy")]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("words", [["--batch-size", "0"], ["--batch-size", "-1"], ["--size", "-5"]])
-def test_numbers_out_of_range_are_named(run, images, capsys, words):
-    assert main(["predict", str(run), str(images[0]), *words]) == 1
+@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--batch-size", "-1"], ["--size", "-5"]])
+def test_numbers_out_of_range_are_errors(run, images, capsys, arguments):
+    assert main(["predict", str(run), str(images[0]), *arguments]) == 1
     assert "must be a whole number above 0" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_one_constant_image_among_good_ones_is_refused():
+def test_one_constant_image_is_an_error():
     good = np.random.default_rng(0).uniform(-2, 2, (2, 8, 8, 1)).astype(np.float32)
     check_range(good, GREY)
     good[1] = -1
@@ -110,13 +110,13 @@ def test_one_constant_image_among_good_ones_is_refused():
         check_range(good, GREY)
 
 
-def test_a_folder_without_its_hidden_files(run, images, tmp_path):
+def test_hidden_files_are_skipped(run, images, tmp_path):
     (tmp_path / "._c.png").write_bytes(b"of a Mac")
     (tmp_path / "a.png").write_bytes(sorted(images[0].iterdir())[0].read_bytes())
     assert find_images([tmp_path]) == [tmp_path / "a.png"]
 
 
-def test_names_that_come_twice_are_whole_paths(run, images, tmp_path):
+def test_duplicate_file_names_become_paths(run, images, tmp_path):
     folder, _ = images
     one = sorted(folder.iterdir())[0]
     for part in ("a", "b"):
@@ -129,7 +129,7 @@ def test_names_that_come_twice_are_whole_paths(run, images, tmp_path):
     assert names == [str(tmp_path / "a" / "x.png"), str(tmp_path / "b" / "x.png")]
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_missing_paths_are_errors(tmp_path):
     with pytest.raises(CxrError, match="does not exist"):
         find_images([tmp_path / "none.png"])
     with pytest.raises(CxrError, match="no images in"):

@@ -15,7 +15,7 @@ from published_networks import FAMILIES, Results, count_multiply_adds, find_modu
 
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.planning.model_summary import entry
+from cxrjax.planning.model_summary import summarize_model
 from cxrjax.weights.published import load_published, published_names
 
 
@@ -36,7 +36,7 @@ def logit_weights() -> np.ndarray:
 
 
 def test_parameters_and_multiply_adds_agree(name, original):
-    summary = entry(name, classes=1000, size=64)
+    summary = summarize_model(name, classes=1000, size=64)
     assert summary.parameters == sum(parameter.numel() for parameter in original.parameters())
     expected = count_multiply_adds(original, size=64)
     if name.startswith("densenet"):  # ours pools before the 1x1 convolutions of its transitions

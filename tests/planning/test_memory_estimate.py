@@ -1,4 +1,4 @@
-"""What a program holds, counted by hand; tests/planning/test_plan.py has XLA's figures of whole training steps."""
+"""Peak memory of small programs, counted by hand; tests/planning/test_plan.py compares training steps with XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,17 @@ def held(function, *shapes, **options):
     return peak_bytes(jax.make_jaxpr(function)(*shapes).jaxpr, **options)
 
 
-def test_what_is_between_products_is_written_for_the_next_one_only():
+def test_intermediates_live_until_the_next_product():
     # The product and its tanh, then that and the result.
     assert held(lambda x, w, v: jnp.tanh(2 * (x @ w)) @ v, ROWS, SQUARE, SQUARE) == 2 * MAP
 
 
-def test_sums_are_computed_on_the_way():
+def test_reductions_are_fused_with_their_operands():
     assert held(lambda x: jnp.exp(x).sum(), SQUARE) == 4
     assert held(lambda x, w: jnp.exp(x @ w).sum(), ROWS, SQUARE) == MAP + 4
 
 
-def test_what_nobody_needs_is_not_there():
+def test_unneeded_results_take_no_memory():
     assert held(lambda x, w: ((x @ w) @ w, x.sum())[1], ROWS, SQUARE) == 4
 
 
@@ -47,7 +47,7 @@ def layers(x, kernels):
 
 
 @pytest.mark.parametrize("depth", [3, 6])
-def test_gradients_keep_every_map_and_recomputing_keeps_one_a_layer(depth):
+def test_gradients_keep_every_map_and_remat_one_per_layer(depth):
     def gradient(step):
         return lambda x, *kernels: jax.grad(lambda x: step(x, kernels).sum())(x)
 
@@ -59,7 +59,7 @@ def test_gradients_keep_every_map_and_recomputing_keeps_one_a_layer(depth):
     assert depth * MAP <= less <= (depth + 3) * MAP
 
 
-def test_loops_hold_what_one_round_does():
+def test_loops_hold_one_iteration():
     def looped(xs, w):
         return jax.lax.map(lambda x: (jnp.tanh(x @ w) @ w).sum(), xs)
 
@@ -67,6 +67,6 @@ def test_loops_hold_what_one_round_does():
     assert held(looped, many, SQUARE) == pytest.approx(2 * MAP, abs=100)
 
 
-def test_devices_share_what_the_caller_says():
+def test_size_of_sets_the_bytes_per_device():
     halves = held(lambda x, w: (x @ w) @ w, ROWS, SQUARE, size_of=lambda aval: 2 * aval.size)
     assert halves == held(lambda x, w: (x @ w) @ w, ROWS, SQUARE) / 2

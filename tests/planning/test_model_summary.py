@@ -11,7 +11,7 @@ from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network, parameter_count
 from cxrjax.models.registry import abstract
-from cxrjax.planning.model_summary import detail, entries, entry, multiply_adds, overview
+from cxrjax.planning.model_summary import detail_table, multiply_adds, overview_table, summarize_model, summarize_models
 
 PUBLISHED = {  # parameters at 1000 classes, as torchvision and timm state them
     "densenet121": 7_978_856,
@@ -32,7 +32,7 @@ PUBLISHED = {  # parameters at 1000 classes, as torchvision and timm state them
 }
 
 
-def test_parameters_are_as_many_as_published():
+def test_parameter_counts_match_published_ones():
     assert {name: parameter_count(abstract(name, classes=1000)) for name in PUBLISHED} == PUBLISHED
 
 
@@ -45,15 +45,15 @@ def test_parameters_are_as_many_as_published():
         ("densenet121", 2_834_161_664, 2.83),
     ],
 )
-def test_arithmetic_is_the_published(name, counted, published):
+def test_multiply_adds_match_published_ones(name, counted, published):
     # Our DenseNet pools before the 1x1 convolutions of its transitions, at a quarter of their cost.
     saved = 3 * (3 * 128 * 256 * 56**2) // 4 if name == "densenet121" else 0
-    found = entry(name, classes=1000).multiply_adds
-    assert found == counted - saved
-    assert round((found + saved) / 1e9, 2) == published
+    result = summarize_model(name, classes=1000).multiply_adds
+    assert result == counted - saved
+    assert round((result + saved) / 1e9, 2) == published
 
 
-def test_multiply_adds_of_small_programs_are_those_counted_by_hand():
+def test_multiply_adds_of_small_programs():
     images, matrix = jax.ShapeDtypeStruct((2, 8, 6, 4), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
     kernel = jax.ShapeDtypeStruct((3, 3, 2, 10), jnp.float32)  # of two groups
 
@@ -85,36 +85,36 @@ def test_multiply_adds_of_small_programs_are_those_counted_by_hand():
     assert count(lambda m: unused(m)[1] + (m[:1] @ m.T) * 0, matrix) == 5 * 5 * 7 + 5 * 7
 
 
-def test_an_entry_says_what_the_network_does():
-    found = entry("densenet_small", size=96, classes=3)
+def test_summary_matches_the_network():
+    result = summarize_model("densenet_small", size=96, classes=3)
     network = Network.from_model(create("densenet_small", classes=3))
     features = network.model().features(np.zeros((1, 96, 96, 1), np.float32))
-    assert [(maps.name, maps.height, maps.width, maps.channels) for maps in found.maps] == [
+    assert [(maps.name, maps.height, maps.width, maps.channels) for maps in result.maps] == [
         (name, *maps.shape[1:]) for name, maps in features.items()
     ]
-    assert [maps.stride for maps in found.maps] == [96 / maps.shape[1] for maps in features.values()]
-    assert found.parameters == parameter_count(network)
-    assert (found.size, found.classes, found.inputs) == (96, 3, network.input_spec)
-    assert (found.maps[-1].receptive_field, found.maps[-1].whole) == (131, False)
+    assert [maps.stride for maps in result.maps] == [96 / maps.shape[1] for maps in features.values()]
+    assert result.parameters == parameter_count(network)
+    assert (result.size, result.classes, result.inputs) == (96, 3, network.input_spec)
+    assert (result.maps[-1].receptive_field, result.maps[-1].whole) == (131, False)
 
 
 def test_squeeze_and_excitation_reads_the_whole_image():
-    found = entry("efficientnet_small")
-    assert [maps.whole for maps in found.maps[:1]] == [False]
-    assert found.maps[-1].whole
+    result = summarize_model("efficientnet_small")
+    assert [maps.whole for maps in result.maps[:1]] == [False]
+    assert result.maps[-1].whole
 
 
-def test_a_network_of_one_size_keeps_it():
-    assert [entry(name, size=96).size for name in ("sequential_cnn", "simple_cnn")] == [64, 96]
+def test_a_network_with_a_fixed_size_keeps_it():
+    assert [summarize_model(name, size=96).size for name in ("sequential_cnn", "simple_cnn")] == [64, 96]
 
 
-def test_bad_sizes_and_names_are_one_line():
+def test_bad_sizes_and_names_are_errors():
     with pytest.raises(CxrError, match="hrnet_small at 100 px: HRNet's branches do not fit"):
-        entries(["hrnet_small"], size=100)
+        summarize_models(["hrnet_small"], size=100)
     with pytest.raises(CxrError, match="densenet_small at 0 px: size must be a whole number above 0"):
-        entries(["densenet_small"], size=0)
+        summarize_models(["densenet_small"], size=0)
     with pytest.raises(CxrError, match="did you mean 'densenet121'"):
-        entries(["densenet12"])
+        summarize_models(["densenet12"])
 
 
 def test_the_command_lists_all_or_details_some(capsys, tmp_path):
@@ -124,19 +124,19 @@ def test_the_command_lists_all_or_details_some(capsys, tmp_path):
     assert "11,822 parameters at 14 findings" in " ".join(out.split())
     assert "+ whole image" in out
     listed = json.loads((tmp_path / "models.json").read_text())
-    assert [each["name"] for each in listed] == small
-    assert listed[0] == json.loads(json.dumps(entry("densenet_small", size=64).as_dict()))
+    assert [entry["name"] for entry in listed] == small
+    assert listed[0] == json.loads(json.dumps(summarize_model("densenet_small", size=64).as_dict()))
     assert main(["models", "hrnet_smal"]) == 1
     assert "did you mean 'hrnet_small'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_overview_has_a_line_for_each():
-    listed = entries(["densenet_small", "efficientnet_small", "simple_cnn"], size=64)
+    listed = summarize_models(["densenet_small", "efficientnet_small", "simple_cnn"], size=64)
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(overview(listed), detail(listed[0]))
+        console.print(overview_table(listed), detail_table(listed[0]))
     text = capture.get()
-    for each in listed:
-        line = next(line for line in text.splitlines() if line.strip().startswith(each.name))
-        assert f"{each.parameters:,}" in line
-        assert ("whole image" in line) == each.maps[-1].whole
+    for entry in listed:
+        line = next(line for line in text.splitlines() if line.strip().startswith(entry.name))
+        assert f"{entry.parameters:,}" in line
+        assert ("whole image" in line) == entry.maps[-1].whole

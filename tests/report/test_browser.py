@@ -140,7 +140,7 @@ def test_hostile_strings_are_text(hostile, browse, name, protected):
     assert seen["wide"] == []
 
 
-def test_the_harness_would_notice(browse, tmp_path):
+def test_the_browser_harness_detects_faults(browse, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}/absent.png"

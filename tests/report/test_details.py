@@ -1,4 +1,4 @@
-"""The chapters that only some studies have, and their figures."""
+"""Additional sections of study pages, and their figures."""
 
 import re
 
@@ -33,10 +33,10 @@ def test_a_histogram_holds_every_value_and_its_marks(passes):
     assert sum(bar.get_height() for bar in steady.axes[0].patches) == 5
 
 
-def test_a_matrix_says_its_counts_where_they_belong(confusion):
+def test_a_matrix_shows_counts_in_their_cells(confusion):
     panel = plots.matrix(confusion).axes[0]
-    said = {text.get_position(): text.get_text() for text in panel.texts}
-    assert said == {(c, r): str(confusion.counts[r, c]) for r in range(3) for c in range(3)}
+    counts_shown = {text.get_position(): text.get_text() for text in panel.texts}
+    assert counts_shown == {(c, r): str(confusion.counts[r, c]) for r in range(3) for c in range(3)}
     assert panel.get_xlabel() == "predicted class"
     assert panel.get_ylim()[0] > panel.get_ylim()[1], "the first class is on top"
     for text in panel.texts:
@@ -44,7 +44,7 @@ def test_a_matrix_says_its_counts_where_they_belong(confusion):
         assert contrast(text.get_color(), style.sequential(share)) >= 4.5
 
 
-def test_a_page_has_a_chapter_for_each_section(passes, confusion):
+def test_a_page_shows_every_section(passes, confusion):
     bins = Reliability(np.array([0.1, 0.6]), np.array([0.2, 0.5]), np.array([40, 60]))
     sections = [
         Section("First <chapter>", ["Words & words."], {"passes": passes, "confusion": confusion}),

@@ -26,7 +26,7 @@ def test_round_lengths_are_one_two_or_five(most):
         ((0.49, 0.51), 35, 2 / 350 * 1024, "2 mm (6 px)"),
     ],
 )
-def test_a_scale_bar_is_as_long_as_it_says(limits, width_cm, pixels, label):
+def test_scale_bar_length_matches_its_label(limits, width_cm, pixels, label):
     panel = Figure().subplots()
     panel.set(xlim=limits, ylim=limits[::-1])
     scale_bar(panel, 1024, width_cm)
@@ -44,7 +44,7 @@ def fields():
     return {"trained": row, "untrained": row}
 
 
-def test_a_grid_shows_what_each_feature_map_can_see():
+def test_erf_grid_panels():
     panels = erf_grid(fields()).axes[:4]
     assert [panel.get_ylabel() for panel in panels] == ["trained", "", "untrained", ""]
     assert [panel.get_title(loc="left") for panel in panels] == ["stem", "final", "", ""]
@@ -59,7 +59,7 @@ def test_a_grid_shows_what_each_feature_map_can_see():
     assert whole[1].get_xlabel() == "⌀ 63.6 px, 50% of width"
 
 
-def test_sizes_are_drawn_against_depth():
+def test_sizes_are_plotted_against_depth():
     (panel,) = size_by_depth(fields()).axes
     lines = {line.get_label(): line for line in panel.lines}
     diameters = [field.diameter_px for field in fields()["trained"].values()]

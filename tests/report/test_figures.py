@@ -38,7 +38,7 @@ def test_auc_panels_plot_the_rows(study):
         assert any(np.array_equal(line, joined) for line in lines), "the line joins the sizes only"
 
 
-def test_auc_panel_without_a_value_says_why():
+def test_auc_panel_without_a_value_shows_the_reason():
     row = {"finding": "A", "auroc": np.nan, "auroc_low": np.nan, "auroc_high": np.nan, "reason": "no positive image"}
     figure = plots.auc_by_size({"32 px": [row]}, ["A"], ["32 px"])
     assert figure.axes[0].texts[0].get_text() == "n/a\nno positive image"
@@ -76,7 +76,7 @@ def test_losses_are_against_steps_where_epochs_are_not_logged():
     assert "validation loss" not in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_a_study_has_the_figures_of_its_parts(study):
+def test_a_study_has_the_figures_of_its_content(study):
     assert set(figures.study_figures(study)) == {"auc", "weights", "roc", "training", "erf", "gradcam"}
     bare = study_report(**BARE)
     assert set(figures.study_figures(bare)) == {"auc"}
@@ -87,7 +87,7 @@ def test_a_study_has_the_figures_of_its_parts(study):
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
-def test_saved_figures_are_the_same_every_time(study, tmp_path, suffix):
+def test_saved_figures_are_reproducible(study, tmp_path, suffix):
     names = [style.save(plots.weights_bars(study.weights, FINDINGS, SIZES), tmp_path / f"{i}.{suffix}") for i in "ab"]
     first, second = (name.read_bytes() for name in names)
     assert first == second
@@ -95,13 +95,13 @@ def test_saved_figures_are_the_same_every_time(study, tmp_path, suffix):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.{suffix}", f"b.{suffix}"]
 
 
-def test_an_unknown_suffix_is_refused(study, tmp_path):
+def test_an_unknown_suffix_is_an_error(study, tmp_path):
     with pytest.raises(CxrError, match=r"f\.bmp.*\.svg, \.png, \.pdf"):
         style.save(plots.weights_bars(study.weights, FINDINGS, SIZES), tmp_path / "f.bmp")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_drawn_as_they_are():
+def test_names_are_drawn_literally():
     figure = plots.weights_bars(np.full((5, 2), 0.5), HOSTILE, ["$x$", "<b>"])
     svg = style.render(figure, "svg")
     shown = texts(svg)
@@ -139,7 +139,7 @@ def test_sizes_darken_as_they_grow_and_their_labels_can_be_read(sizes):
     assert all(contrast(colour, page) >= 2 for colour in colours for page in ("#ffffff", "#14171b"))
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_inconsistent_content_is_an_error():
     with pytest.raises(CxrError, match=r"weights have shape \(2, 3\), not findings x sizes \(7, 3\)"):
         study_report(weights=np.ones((2, 3)))
     with pytest.raises(CxrError, match="scores names '16 px'; choose from 32 px"):

@@ -16,27 +16,27 @@ from cxrjax.report.tables import ALL, localisation_tables, terminal_table
 def located():
     rng = np.random.default_rng(0)
 
-    def one(images):
+    def make_scores(images):
         mask = np.zeros((32, 32), bool)
         mask[8:16, 8:20] = True
         maps = rng.random((images, 8, 8), np.float32)
         maps[: images // 2, 2:4, 2:5] += 2
-        found = [rng.uniform(0.1, 0.4, (1, 4)) for _ in range(images)]
+        predicted = [rng.uniform(0.1, 0.4, (1, 4)) for _ in range(images)]
         true = [np.array([[0.25, 0.25, 0.375, 0.25]])] * images
-        return localisation(maps, [mask] * images), box_scores(found, true), found, true
+        return localisation(maps, [mask] * images), box_scores(predicted, true), predicted, true
 
-    parts = {"Mass": one(20), "Nodule <b>": one(31)}
-    of = {finding: part[:2] for finding, part in parts.items()}
-    found, true = ([boxes for part in parts.values() for boxes in part[k]] for k in (2, 3))
-    return of | {ALL: (pooled([points for points, _ in of.values()]), box_scores(found, true))}
+    results = {"Mass": make_scores(20), "Nodule <b>": make_scores(31)}
+    scores = {finding: result[:2] for finding, result in results.items()}
+    predicted, true = ([boxes for result in results.values() for boxes in result[k]] for k in (2, 3))
+    return scores | {ALL: (pooled([points for points, _ in scores.values()]), box_scores(predicted, true))}
 
 
-def test_tables_state_rate_interval_and_chance(located):
+def test_tables_show_rate_interval_and_chance(located):
     points, iou, iobb = localisation_tables(located)
     assert [row[0] for row in points.rows] == ["Mass", "Nodule <b>", ALL]
-    of, fit = located["Mass"]
+    score, fit = located["Mass"]
     assert points.rows[0][1:4] == (
-        20, of.hits, f"{of.hit_rate:.2f} ({of.low:.2f}–{of.high:.2f}, chance {of.chance:.2f})"
+        20, score.hits, f"{score.hit_rate:.2f} ({score.low:.2f}–{score.high:.2f}, chance {score.chance:.2f})"
     )  # fmt: skip
     for table, name in ((iou, "iou"), (iobb, "iobb")):
         rate = getattr(fit, name)[2]
@@ -47,7 +47,7 @@ def test_tables_state_rate_interval_and_chance(located):
         assert len(table.columns) == 2 + len(LIMITS)
 
 
-def test_the_terminals_table_fits_and_takes_names_as_they_are(located):
+def test_terminal_table_fits_and_shows_names_literally(located):
     console = Console(width=120, record=True, file=io.StringIO())
     for table in localisation_tables(located):
         console.print(terminal_table(table))
@@ -65,10 +65,10 @@ def test_curves_are_the_hit_rates(located):
     for panel, name in zip(figure.axes, (ALL, "Mass", "Nodule <b>"), strict=True):
         fit = located[name][1]
         drawn = [list(line.get_ydata()) for line in panel.lines]
-        wanted = [
+        expected = [
             [getattr(rate, what) for rate in rates] for rates in (fit.iou, fit.iobb) for what in ("rate", "chance")
         ]
-        assert sorted(drawn) == sorted(wanted)
+        assert sorted(drawn) == sorted(expected)
         looks = {(line.get_marker(), line.get_linestyle(), line.get_color()) for line in panel.lines}
         assert len(looks) == 4
 

@@ -45,7 +45,7 @@ def outline(pages):
 
 
 @pytest.mark.parametrize("name", ["study", "run"])
-def test_page_stands_alone(pages, outline, name):
+def test_page_is_self_contained(pages, outline, name):
     html = (pages / f"{name}.html").read_text()
     assert not re.search(r"https?:", html)
     assert "@import" not in html
@@ -58,7 +58,7 @@ def test_page_stands_alone(pages, outline, name):
 
 
 @pytest.mark.parametrize("name", ["study", "run"])
-def test_page_can_be_read_aloud(outline, name):
+def test_page_is_accessible(outline, name):
     page = outline[name]
     assert page.all("html")[0]["lang"] == "en"
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
@@ -89,7 +89,7 @@ def test_study_page_shows_its_numbers(study, outline):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_stands_out_from_the_page(pages, dark):
+def test_text_has_enough_contrast(pages, dark):
     blocks = re.findall(r":root \{(.*?)\}", (pages / "study.html").read_text(), re.DOTALL)
     colours = dict(re.findall(r"--(\w+): (#\w+)", blocks[dark]))
     paper = {"#fff": "#ffffff"}.get(colours["paper"], colours["paper"])
@@ -97,7 +97,7 @@ def test_text_stands_out_from_the_page(pages, dark):
         assert contrast(colours[name], paper) >= 4.5, name
 
 
-def test_absent_parts_leave_no_trace():
+def test_sections_without_content_are_left_out():
     bare = study_page(
         study_report(
             **BARE, lead=(), claims=(), notes=(), interval="", control=None, provenance={}
@@ -121,7 +121,7 @@ def test_columns_follow_the_models_whatever_the_order_of_the_scores(study):
     assert study_page(backwards) == study_page(study_report(**BARE))
 
 
-def test_a_finding_without_a_score_says_why(study):
+def test_a_finding_without_a_score_shows_the_reason(study):
     rows = [dict(row) for row in study.scores["32 px"]]
     rows[0] |= {"auroc": np.nan, "auroc_low": np.nan, "auroc_high": np.nan, "reason": "no <positive> image"}
     text = " ".join(Outline(study_page(study_report(**BARE, scores={"32 px": rows}))).text)
@@ -139,7 +139,7 @@ def test_long_names_break_at_underscores_and_intervals_do_not():
     assert "<td>n/a (no)</td>" in html
 
 
-def test_a_page_is_whole_or_absent(tmp_path, monkeypatch):
+def test_pages_are_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "report" / "index.html"
     bare = {"curves": {}, "reliability": {}, "training": ()}
     write_page(run_report(**bare, title="first \ud800"), path)

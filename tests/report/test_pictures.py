@@ -70,7 +70,7 @@ def test_overlay_is_hot_where_the_map_is_and_outlines_the_truth():
     assert (cyan == (mask & ~inner)).all()
 
 
-def test_overlay_dashes_the_boxes_that_were_found():
+def test_overlay_dashes_detected_boxes():
     box = np.array([[0.25, 0.5, 0.5, 0.25], [0, 0, 1, 1]])
     picture = overlay(Cam(np.full((64, 64), 90, np.uint8), np.zeros((4, 4), np.float32), 0.9, boxes=box), side=64)
     drawn = (picture != 90).any(-1)

@@ -19,7 +19,7 @@ def test_dots_are_the_distinct_sizes_and_marginals_count_every_image():
         assert inside.sum() == bar.get_height()
 
 
-def test_one_size_alone_has_a_scale_of_whole_pixels():
+def test_a_single_size_has_integer_ticks():
     main, *_ = size_scatter(np.full((40, 2), 1024)).axes
     assert main.get_xlim()[0] < 1024 < main.get_xlim()[1]
     assert all(tick == round(tick) for tick in (*main.get_xticks(), *main.get_yticks()))

@@ -41,7 +41,7 @@ def test_lines_hold_text_intervals_and_ranks():
     assert mean.cells[2].interval == ""
 
 
-def test_lines_take_the_order_asked_for_and_the_metric():
+def test_lines_follow_the_given_order_and_metric():
     lines = tables.score_lines(SCORES, ["B", "A", "not scored"], [], "average_precision")
     assert [line.finding for line in lines] == ["B", "A", MEAN]
     assert [cell.text for cell in lines[1].cells] == ["0.450", "0.450", "0.475"]

@@ -1,4 +1,4 @@
-"""`cxrjax predict` on files of every kind, against SciPy and the network itself, and what it does with bad ones."""
+"""`cxrjax predict` on files of every kind, good and bad, against SciPy and the network itself."""
 
 import json
 import zlib
@@ -48,7 +48,7 @@ def run(tmp_path_factory, tiny_overrides):
 
 
 @pytest.fixture(scope="module")
-def dropping(tmp_path_factory, tiny_overrides):
+def dropout_run(tmp_path_factory, tiny_overrides):
     """A run of a network with dropout, evaluated with 8 passes."""
     more = ("train.epochs=1", "model.options.dropout=0.4", "study.passes=8")
     return trained(tmp_path_factory.mktemp("runs") / "dropping", [*tiny_overrides, *more])
@@ -74,14 +74,14 @@ def grey(phantom_data):
 @pytest.fixture
 def folder(grey, tmp_path):
     """Five images: PNG, PNG of 16 x the size, JPEG, DICOM, DICOM without an ending; and three files that are none."""
-    place = tmp_path / "images"
-    place.mkdir()
-    (place / "a.png").write_bytes(encode(grey[0]))
-    (place / "b.png").write_bytes(encode(np.kron(grey[1], np.ones((4, 4), np.uint8))))
-    (place / "c.jpg").write_bytes(encode(grey[2], "jpeg"))
-    (place / "d.dcm").write_bytes(dicom(grey[3]))
-    (place / "e.dicom").write_bytes(dicom(grey[4]))
-    return place
+    image_folder = tmp_path / "images"
+    image_folder.mkdir()
+    (image_folder / "a.png").write_bytes(encode(grey[0]))
+    (image_folder / "b.png").write_bytes(encode(np.kron(grey[1], np.ones((4, 4), np.uint8))))
+    (image_folder / "c.jpg").write_bytes(encode(grey[2], "jpeg"))
+    (image_folder / "d.dcm").write_bytes(dicom(grey[3]))
+    (image_folder / "e.dicom").write_bytes(dicom(grey[4]))
+    return image_folder
 
 
 def dicom(image) -> bytes:
@@ -101,9 +101,9 @@ def dicom(image) -> bytes:
     return stream.getvalue()
 
 
-def predict(capsys, tmp_path, *words):
+def predict(capsys, tmp_path, *arguments):
     """Exit code, the JSON, and all that was printed as one line."""
-    code = main(["predict", *map(str, words), "--json", str(tmp_path / "p.json")])
+    code = main(["predict", *map(str, arguments), "--json", str(tmp_path / "p.json")])
     text = " ".join("".join(capsys.readouterr()).split())
     return code, json.loads((tmp_path / "p.json").read_text()), text
 
@@ -141,7 +141,7 @@ def test_every_kind_of_file_and_a_table_of_all_numbers(run, folder, grey, tmp_pa
     np.testing.assert_allclose(Predictions.read(tmp_path / "p.csv").logit, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_calibration_and_threshold_are_those_of_validation(run, folder, tmp_path, capsys):
+def test_calibration_and_threshold_come_from_validation(run, folder, tmp_path, capsys):
     _, result, text = predict(capsys, tmp_path, run, folder)
     assert main(["evaluate", str(run), "--split", "validation", "--resamples", "0"]) == 0
     validation = Predictions.read(run / "predictions" / "validation.parquet")
@@ -163,7 +163,7 @@ def test_calibration_and_threshold_are_those_of_validation(run, folder, tmp_path
     assert "entropy of the calibrated probability" in text
 
 
-def test_without_evaluation_nothing_is_calibrated_and_that_is_said(folder, tmp_path, tiny_overrides, capsys):
+def test_without_evaluation_there_is_no_calibration(folder, tmp_path, tiny_overrides, capsys):
     run = trained(tmp_path / "run", [*tiny_overrides, "train.epochs=1"], evaluated=False)
     code, result, text = predict(capsys, tmp_path, run, folder, "--out", tmp_path / "p.parquet")
     assert code == 0
@@ -189,17 +189,17 @@ def test_without_evaluation_nothing_is_calibrated_and_that_is_said(folder, tmp_p
         (lambda stored: stored["temperatures"].pop("values"), "cannot be read"),
     ],
 )
-def test_what_was_fitted_for_something_else_is_left_out(run, folder, tmp_path, capsys, change, message):
-    text = (run / "calibration.json").read_text()
-    stored = json.loads(text)
+def test_a_calibration_that_does_not_fit_is_ignored(run, folder, tmp_path, capsys, change, message):
+    original = (run / "calibration.json").read_text()
+    stored = json.loads(original)
     change(stored)
     (run / "calibration.json").write_text(json.dumps(stored))
     try:
-        code, result, said = predict(capsys, tmp_path, run, folder)
+        code, result, text = predict(capsys, tmp_path, run, folder)
     finally:
-        (run / "calibration.json").write_text(text)
+        (run / "calibration.json").write_text(original)
     assert code == 0
-    assert message in said
+    assert message in text
     assert "calibrated" not in result["images"][0]
 
 
@@ -209,10 +209,10 @@ def test_other_sizes_are_not_calibrated(run, folder, tmp_path, capsys):
     assert "calibrated" not in result["images"][0]
 
 
-def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, capsys):
-    _, result, text = predict(capsys, tmp_path, dropping, folder)
+def test_dropout_depends_on_the_image_alone(dropout_run, folder, grey, tmp_path, capsys):
+    _, result, text = predict(capsys, tmp_path, dropout_run, folder)
     assert "standard deviation of 8 passes with dropout" in text
-    network = load_model(dropping).network
+    network = load_model(dropout_run).network
 
     @jax.jit
     def passes(network, image, number):
@@ -225,11 +225,11 @@ def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, c
     np.testing.assert_allclose(column(result, "uncertainty_by_finding")[0], expit(drawn).std(0), atol=1e-6)
     np.testing.assert_allclose(column(result, "uncertainty"), column(result, "uncertainty_by_finding").mean(1))
     np.testing.assert_array_equal(column(result, "flag"), column(result, "uncertainty") > result["threshold"])
-    assert json.loads((dropping / "calibration.json").read_text())["deviation"] == result["threshold"]
+    assert json.loads((dropout_run / "calibration.json").read_text())["deviation"] == result["threshold"]
 
     files = sorted(folder.iterdir())
-    for words in ([folder, "--batch-size", 1], [folder, "--batch-size", 64], files[::-1], [files[3]]):
-        _, other, _ = predict(capsys, tmp_path, dropping, *words)
+    for arguments in ([folder, "--batch-size", 1], [folder, "--batch-size", 64], files[::-1], [files[3]]):
+        _, other, _ = predict(capsys, tmp_path, dropout_run, *arguments)
         ours = {image["id"]: image for image in result["images"]}
         for image in other["images"]:
             for name in ("probability", "calibrated", "uncertainty_by_finding"):
@@ -237,20 +237,20 @@ def test_dropout_is_drawn_by_the_image_alone(dropping, folder, grey, tmp_path, c
                 np.testing.assert_allclose(list(image[name].values()), theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_how_many_passes(dropping, run, folder, tmp_path, capsys):
-    _, result, text = predict(capsys, tmp_path, dropping, folder, "--passes", 4)
+def test_number_of_passes(dropout_run, run, folder, tmp_path, capsys):
+    _, result, text = predict(capsys, tmp_path, dropout_run, folder, "--passes", 4)
     assert "standard deviation of 4 passes" in text
     assert "the uncertainty threshold was chosen with 8 passes, not 4" in text
-    _, result, text = predict(capsys, tmp_path, dropping, folder, "--passes", 0)
+    _, result, text = predict(capsys, tmp_path, dropout_run, folder, "--passes", 0)
     assert result["uncertainty"] == "entropy of the calibrated probability, in nats"
     _, result, text = predict(capsys, tmp_path, run, folder, "--passes", 4)
     assert "the network's head has no dropout" in text
     assert result["uncertainty"].startswith("entropy")
-    assert main(["predict", str(dropping), str(folder), "--passes", "1"]) == 1
+    assert main(["predict", str(dropout_run), str(folder), "--passes", "1"]) == 1
     assert "at least 2, not 1" in capsys.readouterr().err
 
 
-def test_exclusive_classes_add_up_to_one(six, folder, grey, tmp_path, capsys):
+def test_exclusive_classes_sum_to_one(six, folder, grey, tmp_path, capsys):
     code, result, text = predict(
         capsys, tmp_path, six, folder, "--out", tmp_path / "p.csv", "--overlays", tmp_path / "cams"
     )
@@ -267,7 +267,7 @@ def test_exclusive_classes_add_up_to_one(six, folder, grey, tmp_path, capsys):
     assert len(list((tmp_path / "cams").rglob("*.png"))) == 5
 
 
-def test_overlays_of_what_is_above_its_threshold(run, folder, grey, tmp_path, capsys):
+def test_overlays_of_findings_above_their_thresholds(run, folder, grey, tmp_path, capsys):
     _, result, text = predict(capsys, tmp_path, run, folder, "--overlays", tmp_path / "cams", "--batch-size", 2)
     thresholds = json.loads((run / "calibration.json").read_text())["thresholds"]
     limits = np.array([np.inf if limit is None else limit for limit in thresholds])
@@ -285,24 +285,24 @@ def test_overlays_of_what_is_above_its_threshold(run, folder, grey, tmp_path, ca
 def test_overlays_of_named_findings_show_their_maps(run, grey, tmp_path, capsys):
     wide = np.kron(grey[1], np.ones((20, 30), np.uint8))
     (tmp_path / "wide.png").write_bytes(encode(wide))
-    words = (run, tmp_path / "wide.png", "--overlays", tmp_path / "cams", "--findings", "Mass,Cardiomegaly")
-    _, result, _ = predict(capsys, tmp_path, *words)
+    arguments = (run, tmp_path / "wide.png", "--overlays", tmp_path / "cams", "--findings", "Mass,Cardiomegaly")
+    _, result, _ = predict(capsys, tmp_path, *arguments)
     assert list(result["images"][0]["overlays"]) == ["Cardiomegaly", "Mass"]
     picture = cv2.imread(str(tmp_path / "cams" / "Mass" / "wide.png")).astype(float)
     assert picture.shape == (640, 960, 3)
-    place = load_model(run).findings.index("Mass")
-    heat = normalise(saliency(load_model(run).network, grey[1:2, ..., None], [place]))[0, 0]
+    index = load_model(run).findings.index("Mass")
+    heat = normalise(saliency(load_model(run).network, grey[1:2, ..., None], [index]))[0, 0]
     coloured = cv2.resize((picture.max(2) - picture.min(2)), heat.shape[::-1], interpolation=cv2.INTER_AREA)
     if heat.max() > 0:
         assert np.corrcoef(coloured.ravel(), heat.ravel())[0, 1] > 0.3
     else:
         assert coloured.max() < 1
     np.save(tmp_path / "x.npy", prepare(grey[:1, ..., None], load_model(run).network.input_spec, np.float32))
-    code, result, _ = predict(capsys, tmp_path, run, tmp_path / "x.npy", *words[2:])
+    code, result, _ = predict(capsys, tmp_path, run, tmp_path / "x.npy", *arguments[2:])
     assert (code, result["images"][0]["overlays"]) == (0, {})
 
 
-def test_bad_files_do_not_stop_the_rest_and_the_exit_code_tells(run, folder, tmp_path, capsys):
+def test_bad_files_fail_alone_with_exit_code_1(run, folder, tmp_path, capsys):
     (folder / "0.png").write_bytes(b"")
     (folder / "bb.png").write_bytes((folder / "a.png").read_bytes()[:60])
     (folder / "z.dcm").write_bytes(dicom(np.zeros((8, 8)))[:200])
@@ -317,11 +317,11 @@ def test_bad_files_do_not_stop_the_rest_and_the_exit_code_tells(run, folder, tmp
     assert len(pyarrow.csv.read_csv(tmp_path / "p.csv")) == 5
 
 
-def test_nothing_but_bad_files_writes_nothing(run, tmp_path, capsys):
+def test_only_bad_files_write_nothing(run, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "worse.dcm").write_bytes(bytes(128) + b"DICM")
-    words = (run, tmp_path, "--out", tmp_path / "p.csv", "--overlays", tmp_path / "cams")
-    code, result, text = predict(capsys, tmp_path, *words)
+    arguments = (run, tmp_path, "--out", tmp_path / "p.csv", "--overlays", tmp_path / "cams")
+    code, result, text = predict(capsys, tmp_path, *arguments)
     assert code == 1
     assert (result["images"], len(result["failed"])) == ([], 2)
     assert "no image could be read; nothing is written" in text
@@ -331,22 +331,22 @@ def test_nothing_but_bad_files_writes_nothing(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--out", "x.txt"], "x.txt: the name must end in .parquet, .csv or .csv.gz"),
         (["--findings", "Mass"], "give --overlays DIR too"),
         (["--overlays", "FILE"], "is a file: give --overlays a folder"),
     ],
 )
-def test_words_that_cannot_be_are_refused_before_any_work(tmp_path, capsys, words, message):
+def test_bad_arguments_fail_before_any_work(tmp_path, capsys, arguments, message):
     (tmp_path / "file").touch()
-    words = [str(tmp_path / "file") if word == "FILE" else word for word in words]
-    assert main(["predict", str(tmp_path / "no-run"), str(tmp_path / "no-image.png"), *words]) == 1
+    arguments = [str(tmp_path / "file") if word == "FILE" else word for word in arguments]
+    assert main(["predict", str(tmp_path / "no-run"), str(tmp_path / "no-image.png"), *arguments]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_unknown_finding_is_named_before_any_image_is_read(run, tmp_path, capsys):
+def test_an_unknown_finding_fails_before_images_are_read(run, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
-    words = [str(run), str(tmp_path / "bad.png"), "--overlays", str(tmp_path / "cams"), "--findings", "Mas"]
-    assert main(["predict", *words]) == 1
+    arguments = [str(run), str(tmp_path / "bad.png"), "--overlays", str(tmp_path / "cams"), "--findings", "Mas"]
+    assert main(["predict", *arguments]) == 1
     assert "did you mean Mass" in capsys.readouterr().err
