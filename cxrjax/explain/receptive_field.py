@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from cxrjax.errors import CxrError
 from cxrjax.explain.index_range import RULES, IndexRange, merge_ranges
-from cxrjax.explain.inputs import check_name, with_names
+from cxrjax.explain.inputs import with_names
 from cxrjax.jaxprs import subjaxprs
 from cxrjax.models.network import Network
 
@@ -68,24 +68,16 @@ class ReceptiveField:
         return float(max(self.rows.stride, self.columns.stride))
 
 
-def theoretical(network: Network, name: str | None = None, *, image_size: int = 1024) -> ReceptiveField:
-    """Return the theoretical receptive field of one feature map: 2071 px for the last of DenseNet121.
+def receptive_fields(network: Network, *, image_size: int = 1024) -> dict[str, ReceptiveField]:
+    """Return the theoretical receptive field of every feature map, in the backbone's order.
+
+    The last map of DenseNet121 has 2071 px.
 
     Args:
       network: any network; its parameters are not read.
-      name: feature map of the backbone; default: the last (coarsest).
       image_size: side of the traced square, px. An operation that reads at least half of it at once counts as reading
         the whole image, so it should exceed twice every kernel and pooling window, in px. The field may be larger.
-
-    Raises:
-      CxrError: the network has no such feature map.
     """
-    fields = receptive_fields(network, image_size=image_size)
-    return fields[check_name(fields, name)]
-
-
-def receptive_fields(network: Network, *, image_size: int = 1024) -> dict[str, ReceptiveField]:
-    """Return the theoretical receptive field of every feature map, in the backbone's order; see `theoretical`."""
 
     def features(images: jax.Array, network: Network) -> dict[str, jax.Array]:
         return network.model().features(images)

@@ -90,18 +90,15 @@ def saliency(
     images = check_images(images)
     _check(network, findings, method, layer, baseline, steps)
     chosen = np.asarray(findings, np.int32)
-    if method == "integrated":
-        one_batch = partial(_integrated, network, mesh=mesh, baseline=baseline, steps=steps)
-    else:
-        name = feature_map(network, images, layer)[0]
-
-        def one_batch(batch: UInt8[np.ndarray, "B H W 1"], chosen: Int[np.ndarray, " K"]) -> Float[Array, "B K h w"]:
-            return _activation(network, put_images(mesh, batch), chosen, layer=name, method=method)
-
+    name = "" if method == "integrated" else feature_map(network, images, layer)[0]
     batches_of_maps = []
     for batch, index in _batches(images, batch_size, mesh):
         with use_mesh(mesh):
-            maps = np.asarray(one_batch(batch, chosen), np.float32)[index >= 0]
+            if method == "integrated":
+                maps = _integrated(network, batch, chosen, mesh=mesh, baseline=baseline, steps=steps)
+            else:
+                maps = _activation(network, put_images(mesh, batch), chosen, layer=name, method=method)
+            maps = np.asarray(maps, np.float32)[index >= 0]
         batches_of_maps.append(maps if signed else np.maximum(maps, 0))
         if advance is not None:
             advance(len(maps))

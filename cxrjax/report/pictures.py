@@ -94,10 +94,14 @@ def erf_maps(erfs: Mapping[str, ErfMap], *, width: float = WIDE) -> Figure:
     """Plot effective receptive fields over the image area (square-root scale), with the contour of their mass."""
     figure, panels = panel_grid(len(erfs), width, panel=1.7, height=1.75, smallest=2)
     drawn = [draw_erf(panel, size, field) for panel, (size, field) in zip(panels, erfs.items(), strict=True)]
-    bar = figure.colorbar(drawn[0], ax=panels, shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
+    _add_colorbar(figure, drawn[0], panels)
+    return figure
+
+
+def _add_colorbar(figure: Figure, image: AxesImage, panels: list[Axes]) -> None:
+    bar = figure.colorbar(image, ax=panels, shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.set_label("relative sensitivity")
-    return figure
 
 
 def draw_erf(panel: Axes, size: str, field: ErfMap, *, half: float = 0.5) -> AxesImage:
@@ -197,9 +201,7 @@ def erf_grid(erfs: Mapping[str, Mapping[str, ErfMap]], *, whole: bool = False, w
             drawn = draw_erf(panels[row, column], name if row == 0 else "", field, half=half)
             share = f", {field.diameter_fraction:.0%} of width" if whole else ""
             panels[row, column].set_xlabel(f"⌀ {field.diameter_px:.3g} px{share}", color=INK)
-    bar = figure.colorbar(drawn, ax=panels.ravel().tolist(), shrink=0.8, aspect=18, pad=0.02, ticks=[0, 0.1, 0.4, 1])
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    bar.set_label("relative sensitivity")
+    _add_colorbar(figure, drawn, panels.ravel().tolist())
     return figure
 
 

@@ -14,6 +14,7 @@ from cxrjax.config import Config
 from cxrjax.console import print_text, progress_bar, stdout
 from cxrjax.errors import CxrError
 from cxrjax.explain import erf
+from cxrjax.explain.inputs import check_name
 from cxrjax.explain.receptive_field import receptive_fields
 from cxrjax.files import atomic_path, write_json
 from cxrjax.inference.load_run import load_run
@@ -28,7 +29,7 @@ PROBES = 16
 """Random backward passes per image."""
 TRAINED, UNTRAINED = "trained", "untrained"
 ErfsByNetwork = dict[str, dict[str, ErfMap]]
-"""Effective receptive fields: TRAINED or UNTRAINED -> feature map -> field."""
+"""TRAINED or UNTRAINED -> feature map -> effective receptive field."""
 
 
 def measure_run_erf(
@@ -75,10 +76,10 @@ def measure_run_erf(
     inputs = _sample_images(experiment, split, images)
     erfs: ErfsByNetwork = {
         state: {
-            name: dataclasses.replace(_measure(experiment, each, inputs, estimator, name, state), width_cm=width_cm)
+            name: dataclasses.replace(_measure(experiment, network, inputs, estimator, name, state), width_cm=width_cm)
             for name in names
         }
-        for state, each in networks.items()
+        for state, network in networks.items()
     }
     result = _to_json(erfs) | {
         "estimator": estimator, "images": len(inputs), "split": split, "image_px": experiment.config.data.image_size
@@ -110,10 +111,8 @@ def _select_layers(network: Network, layers: Sequence[str]) -> list[str]:
     names = list(receptive_fields(network))
     if list(layers) == ["all"]:
         return names
-    unknown = [name for name in layers if name not in names]
-    if unknown:
-        raise CxrError(f"no feature map {unknown[0]!r}; this network has {', '.join(names)}")
-    return [name for name in names if name in layers or name == names[-1]]
+    chosen = {check_name(names, name) for name in layers}
+    return [name for name in names if name in chosen or name == names[-1]]
 
 
 def _measure(
@@ -127,8 +126,8 @@ def _measure(
     size, seed = experiment.config.data.image_size, experiment.config.seed
     passes = {"sum": 1, "probe": PROBES}.get(estimator)  # exact: one per channel, which only the network knows
     total = None if passes is None else passes * len(images)
-    words = (state, "receptive field", layer and f"of {layer}", f"at {size} px")
-    with progress_bar(" ".join(filter(None, words)), total, unit="passes") as advance:
+    title = (state, "receptive field", layer and f"of {layer}", f"at {size} px")
+    with progress_bar(" ".join(filter(None, title)), total, unit="passes") as advance:
         measured = erf.measure(
             network, images, estimator=estimator, probes=PROBES, layer=layer, seed=seed, mesh=experiment.mesh,
             advance=advance,
