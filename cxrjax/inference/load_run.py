@@ -16,8 +16,7 @@ from cxrjax.errors import CxrError, InterruptedRunError
 from cxrjax.inference.calibration_file import Calibration
 from cxrjax.metrics.predictions import Predictions, log_odds
 from cxrjax.models.network import Network
-from cxrjax.train.experiment import Experiment
-from cxrjax.train.forward import predict_logits
+from cxrjax.train.experiment import Experiment, predict_logits
 from cxrjax.train.run_directory import check_same_identity, load_best_network
 from cxrjax.train.step import make_predict_step
 from cxrjax.weights import load_converted, read_converted

@@ -14,7 +14,7 @@ from cxrjax.errors import CxrError
 from cxrjax.jaxprs import needed_inputs
 from cxrjax.models.input_spec import prepare
 from cxrjax.models.network import Network
-from cxrjax.train.forward import PredictStep, predict_logits
+from cxrjax.train.experiment import PredictStep, predict_logits
 from cxrjax.train.state import unflatten_params
 
 

@@ -21,11 +21,10 @@ from cxrjax.planning.compiled_memory import Collective, compile_memory
 from cxrjax.planning.memory_estimate import peak_bytes
 from cxrjax.planning.model_summary import multiply_adds
 from cxrjax.train.losses import make_loss
-from cxrjax.train.optimizer import make_optimizer, schedule
+from cxrjax.train.optimizer import TrainableParams, make_optimizer, schedule
 from cxrjax.train.run_directory import create_network
 from cxrjax.train.state import TrainState, flatten_for_mesh
 from cxrjax.train.step import make_train_step
-from cxrjax.train.trainable import TrainableParams
 
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
 """Autotuning needs the device, and memory does not depend on how well kernels are optimised."""

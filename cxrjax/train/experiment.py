@@ -1,12 +1,14 @@
 """From a config to the objects of a run: records, split, examples, network, loss, mesh."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from cxrjax.config import Config
 from cxrjax.data.images import Augment
@@ -19,18 +21,20 @@ from cxrjax.data.mixture import (
     mixture_weights,
     translated_policy,
 )
-from cxrjax.data.pipeline import Examples, Sampling, make_examples
+from cxrjax.data.pipeline import Examples, Sampling, evaluation_batches, make_examples
 from cxrjax.data.records import Records
 from cxrjax.data.splits import DataSplit
-from cxrjax.distributed.mesh import check_divides, make_mesh, suggest_space
+from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, suggest_space
+from cxrjax.distributed.placement import prefetch_to_device, process_shard, put_batch
 from cxrjax.distributed.runtime import is_distributed
 from cxrjax.errors import CxrError
 from cxrjax.findings import NO_FINDING, finding_indices
 from cxrjax.models.network import Network, check_size
 from cxrjax.train.init_from import InitialNetwork, load_initial_network, missing_init, resolve_init_paths
 from cxrjax.train.losses import Loss, label_prevalence, make_loss
+from cxrjax.train.optimizer import TrainableParams
 from cxrjax.train.run_directory import create_network
-from cxrjax.train.trainable import TrainableParams
+from cxrjax.train.state import flatten_for_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,3 +254,45 @@ class Experiment:
                     "initial values: name the modules to freeze, without these"
                 )
         return identity
+
+
+PredictStep = Callable[[Network, Any], jax.Array]
+"""A jitted step from a network, possibly flat, and images to an array with one row per image."""
+
+
+def predict_logits(
+    network: Network,
+    examples: Examples,
+    step: PredictStep,
+    mesh: jax.sharding.Mesh,
+    *,
+    size: int,
+    batch: int,
+    threads: int = 2,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Float[np.ndarray, "N K"]:
+    """Return the logits of every example, in order.
+
+    Args:
+      network: parameters and statistics, used in inference mode.
+      examples: N records.
+      step: `make_predict_step(mesh)`.
+      mesh: devices.
+      size: side of the images in px.
+      batch: batch size over all devices; rounded up to a multiple of the `data` axis.
+      threads: decoding threads.
+      advance: called with the number of images of each batch.
+    """
+    devices = mesh.shape["data"]
+    batch = -(-batch // devices) * devices
+    shardings = batch_shardings(mesh)
+    batches = evaluation_batches(
+        examples, size=size, batch_size=batch, threads=threads, shard=process_shard(shardings.example_mask)
+    )
+    outputs, flat = [], flatten_for_mesh(network, mesh)
+    for placed in prefetch_to_device(batches, lambda batch: put_batch(batch, shardings)):
+        outputs.append(step(flat, placed.image))  # asynchronous: the device runs ahead of the host
+        if len(outputs) > 2:
+            outputs[-3] = np.asarray(outputs[-3])
+        advance(batch)
+    return np.concatenate([np.asarray(output) for output in outputs])[: len(examples.row)]

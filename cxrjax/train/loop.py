@@ -36,8 +36,7 @@ from cxrjax.metrics.auc import mean_auroc
 from cxrjax.metrics.predictions import log_odds
 from cxrjax.models.network import parameter_count
 from cxrjax.train.checkpoint import Checkpoints
-from cxrjax.train.experiment import Experiment
-from cxrjax.train.forward import predict_logits
+from cxrjax.train.experiment import Experiment, predict_logits
 from cxrjax.train.monitoring import DataWaitTimer, MetricWriter, NullMetricWriter, Profiler
 from cxrjax.train.optimizer import make_optimizer, schedule
 from cxrjax.train.run_directory import RunDirectory, describe_environment

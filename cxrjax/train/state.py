@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
 from cxrjax.models.network import Network
-from cxrjax.train.trainable import TrainableParams, all_trainable
+from cxrjax.train.optimizer import TrainableParams, all_trainable
 
 
 @jax.tree_util.register_dataclass

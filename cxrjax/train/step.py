@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from cxrjax.distributed.mesh import batch_shardings, replicated, with_mesh
 from cxrjax.models.network import Network
 from cxrjax.train.losses import Loss, masked_bce
+from cxrjax.train.optimizer import TrainableParams, all_trainable
 from cxrjax.train.state import TrainState, flatten_params, is_flat, unflatten_params
-from cxrjax.train.trainable import TrainableParams, all_trainable
 
 Metrics = dict[str, jax.Array]
 DeviceBatch = Any  # a Batch whose fields are on the devices

@@ -22,8 +22,18 @@ from cxrjax.weights.converted import (
 )
 from cxrjax.weights.files import WeightFile, read_weight_file
 from cxrjax.weights.fold_channels import fold_channels
-from cxrjax.weights.names import RenamedArrays, abstract_model, get_family, suggest_architecture, to_published_names
-from cxrjax.weights.published import FittedWeights, fit_published, published_name, published_names, published_shapes
+from cxrjax.weights.published import (
+    FittedWeights,
+    RenamedArrays,
+    abstract_model,
+    fit_published,
+    get_family,
+    published_name,
+    published_names,
+    published_shapes,
+    suggest_architecture,
+    to_published_names,
+)
 
 REPORT = "report.json"
 

@@ -7,8 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from torchformat import write
 
-from cxrjax.weights.names import abstract_model
-from cxrjax.weights.published import published_shapes
+from cxrjax.weights.published import abstract_model, published_shapes
 
 SMALL = {"growth_rate": 4, "block_config": (2, 1), "stem_channels": 4, "pooling": "average"}
 """Options of a densenet_small whose weights are some kilobytes."""

@@ -11,8 +11,7 @@ from cxrjax.inference.mc_dropout import has_dropout, make_pooled_step, stochasti
 from cxrjax.models import create
 from cxrjax.models.input_spec import prepare
 from cxrjax.models.network import Network
-from cxrjax.train.experiment import Experiment
-from cxrjax.train.forward import predict_logits
+from cxrjax.train.experiment import Experiment, predict_logits
 
 RATE, PASSES = 0.4, 6
 

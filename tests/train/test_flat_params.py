@@ -14,7 +14,7 @@ from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
 from cxrjax.distributed.placement import put_batch
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.train import forward, loop
+from cxrjax.train import experiment, loop
 from cxrjax.train.monitoring import read_metrics
 from cxrjax.train.optimizer import as_one_vector
 from cxrjax.train.state import FlatTree, TrainState, flatten_for_mesh, flatten_params, is_flat, unflatten_params
@@ -145,7 +145,7 @@ def test_flat_and_nested_states_train_alike_and_share_checkpoints(tiny, tmp_path
     monkeypatch.setattr(loop, "make_train_step", recorded)
     loop.train(tiny(*overrides), tmp_path / "apart")
     loop.train(tiny(*overrides, "train.epochs=1"), tmp_path / "both")
-    for module in (loop, forward):
+    for module in (loop, experiment):
         monkeypatch.setattr(module, "flatten_for_mesh", lambda tree, _: flatten_params(tree))
     loop.train(tiny(*overrides), tmp_path / "both")
     assert were_flat == [False] * 6 + [True] * 2

@@ -1,3 +1,5 @@
+"""The optimizers against optax's own."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ def options(**changes):
 
 
 def test_cosine_with_warmup_rises_to_the_rate_and_falls_to_zero():
-    rate = schedule(options(rate=0.1, schedule="cosine", warmup=0.1), 100)
+    rate = schedule(options(learning_rate=0.1, schedule="cosine", warmup_fraction=0.1), 100)
     values = np.array([rate(step) for step in range(101)])
     np.testing.assert_allclose(values[:11], np.linspace(0, 0.1, 11), rtol=1e-5)
     expected = 0.05 * (1 + np.cos(np.pi * np.arange(91) / 90))
@@ -30,13 +32,13 @@ def test_cosine_with_warmup_rises_to_the_rate_and_falls_to_zero():
 
 def test_constant_and_plateau_hold_the_rate():
     for name in ("constant", "plateau"):
-        rate = schedule(options(rate=0.1, schedule=name), 10)
+        rate = schedule(options(learning_rate=0.1, schedule=name), 10)
         assert rate(0) == rate(9) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_steps_equal_optax_with_the_rate_inside(name):
-    ours = make_optimizer(options(name=name, rate=0.01, decay=0.1))
+    ours = make_optimizer(options(name=name, learning_rate=0.01, weight_decay=0.1))
     reference = {
         "adam": optax.adam(0.01),
         "adamw": optax.adamw(0.01, weight_decay=0.1, mask={"w": True, "b": False}),
@@ -54,7 +56,7 @@ def test_steps_equal_optax_with_the_rate_inside(name):
 
 
 def test_clip_bounds_the_global_norm():
-    ours = make_optimizer(options(name="sgd", beta1=0.0, clip=1.0))
+    ours = make_optimizer(options(name="sgd", beta1=0.0, grad_clip_norm=1.0))
     gradient = {"w": jnp.full((4,), 10.0)}
     direction, _ = ours.update(gradient, ours.init(gradient), gradient)
     assert optax.tree.norm(direction) == pytest.approx(1.0)

@@ -16,10 +16,9 @@ from cxrjax.distributed.placement import put_batch
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.train.optimizer import make_optimizer
+from cxrjax.train.optimizer import TrainableParams, make_optimizer
 from cxrjax.train.state import TrainState
 from cxrjax.train.step import make_train_step
-from cxrjax.train.trainable import TrainableParams
 
 
 @pytest.fixture
