@@ -35,7 +35,7 @@ def run_demo(directory: Path, *, recipe: str = "demo", patients: int | None = No
     """
     from cxrjax.config import load_config
     from cxrjax.console import print_text
-    from cxrjax.studies.resolution.study import resolution
+    from cxrjax.studies.resolution import run_resolution_study
     from tfds_builders.prepare import prepare
 
     start = time.perf_counter()
@@ -43,7 +43,7 @@ def run_demo(directory: Path, *, recipe: str = "demo", patients: int | None = No
     data = directory / "data"
     options: dict[str, Any] = {} if patients is None else {"patients": patients}
     prepare(config.data.dataset, data_dir=data, size=int(config.data.stored_size), **options)
-    result = resolution(recipe, [f"data.data_dir={data}"], directory) or {}
+    result = run_resolution_study(recipe, [f"data.data_dir={data}"], directory) or {}
     seconds = time.perf_counter() - start
     print_text(f"the demo took {seconds / 60:.1f} minutes")
     return result | {"seconds": round(seconds, 1)}

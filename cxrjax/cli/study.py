@@ -32,11 +32,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     join_processes(arguments, stops_together=True)
     use_compilation_cache(arguments.workdir)
     if arguments.what == "resolution":
-        from cxrjax.studies.resolution.study import resolution
+        from cxrjax.studies.resolution import run_resolution_study
 
-        return resolution(recipe, arguments.overrides, arguments.workdir, arguments.only)
+        return run_resolution_study(recipe, arguments.overrides, arguments.workdir, arguments.only)
     if arguments.only:
         raise CxrError(f"--only is for the resolution study; {arguments.what} trains all of its runs")
-    from cxrjax.studies.system_study import arms
+    from cxrjax.studies.systems import run_system_study
 
-    return arms(arguments.what, recipe, arguments.overrides, arguments.workdir)
+    return run_system_study(arguments.what, recipe, arguments.overrides, arguments.workdir)

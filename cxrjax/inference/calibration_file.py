@@ -10,11 +10,16 @@ import numpy as np
 from cxrjax.console import progress_bar
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
-from cxrjax.inference.mc_dropout import has_dropout, stochastic_logits
+from cxrjax.inference.mc_dropout import (
+    Uncertainty,
+    has_dropout,
+    stochastic_logits,
+    summarize_passes,
+    uncertainty_threshold,
+)
 from cxrjax.metrics.calibration import Temperatures, fit_temperatures
 from cxrjax.metrics.predictions import Predictions, probabilities
 from cxrjax.metrics.thresholds import choose_thresholds
-from cxrjax.metrics.uncertainty import Uncertainty, summarize_passes, uncertainty_threshold
 from cxrjax.models.network import Network
 from cxrjax.train.experiment import Experiment
 

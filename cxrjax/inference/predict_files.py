@@ -17,10 +17,9 @@ from cxrjax.errors import CxrError, check_positive
 from cxrjax.inference.calibration_file import Calibration
 from cxrjax.inference.image_files import is_prepared, prepared_size, read_prepared, read_resized
 from cxrjax.inference.load_run import LoadedModel
-from cxrjax.inference.mc_dropout import has_dropout, make_step
+from cxrjax.inference.mc_dropout import has_dropout, make_step, summarize_passes
 from cxrjax.metrics import tables
 from cxrjax.metrics.predictions import log_odds, probabilities
-from cxrjax.metrics.uncertainty import summarize_passes
 
 DEFAULT_PASSES = 100
 

@@ -1,64 +1,64 @@
-"""The chapters that every study of arms has: comparison, operating points, calibration, subgroups, the paper's numbers.
+"""Sections of a report that any study can have, and how their tables show scores and differences.
 
-Each gives a `Section`, and its numbers for `study.json`.
+Each section function returns a `Section` and the numbers behind it for `study.json`.
 """
 
 import math
 from typing import Any
 
-import numpy as np
-
 from cxrjax.metrics.calibration import calibration_report, fit_temperatures, reliability_diagram
 from cxrjax.metrics.comparison import compare_findings
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import MEAN
-from cxrjax.metrics.subgroups import UNKNOWN, subgroup_attributes, score_subgroups
+from cxrjax.metrics.subgroups import UNKNOWN, score_subgroups, subgroup_attributes
 from cxrjax.metrics.tables import normalize_name
 from cxrjax.metrics.thresholds import choose_thresholds
 from cxrjax.report.content import Claim, Diagrams, Reliability, Section, Table
-from cxrjax.runs.evaluate_run import describe_intervals
-from cxrjax.studies.framework import ArmStudy
-from cxrjax.studies.resolution.statements import listed, verdict
+from cxrjax.studies.study import Study, claim_status, comparability, join_names
 
-Chapter = tuple[Section, Any]
+PAPER_SECTION = "Beside the paper"
+"""Title of the section that compares with the paper."""
+SINGLE_TRAINING_NOTE = (
+    "Every model was trained once. The intervals and tests cover the test patients only; they do not show how much "
+    "another training seed would change."
+)
+_MIN_BIN = 10  # smallest number of images in a bin of a reliability diagram
 
-_FEWEST = 10  # images in a bin of a reliability diagram whose frequency is worth drawing
 
-
-def compared(study: ArmStudy) -> Chapter:
-    """Each arm less the first, finding by finding and on average."""
+def compare_arms(study: Study) -> tuple[Section, Any]:
+    """Compare each arm with the first, by finding and on average."""
     first, tables, numbers = study.members[0], [], {}
     for member in study.members[1:]:
-        rows = compare_findings(member.test, first.test, confidence=study.config.evaluate.confidence)
-        gain = study.gain(member, first)
+        rows = compare_findings(member.test, first.test, confidence=study.config.evaluate.confidence_level)
+        gain = study.member_difference(member, first)
         numbers[member.name] = {"mean": vars(gain), "findings": rows}
-        means = [number(study.scores[each.name].mean.auroc) for each in (member, first)]
-        mean = ["Mean", *means, signed(gain.value), signed_between(gain.low, gain.high), None, None]
+        means = [nan_to_none(study.scores[arm.name].mean.auroc) for arm in (member, first)]
+        mean = ["Mean", *means, format_difference(gain.value), format_differences(gain.low, gain.high), None, None]
         tables.append(
             Table(
-                f"AUC of {member.name} less that of {first.name}.",
+                f"AUC of {member.name} minus that of {first.name}.",
                 ("Finding", member.name, first.name, "Difference", "Interval", "p", "p (Holm)"),
-                [_difference_row(row) for row in rows] + [mean],
+                [_difference_cells(row) for row in rows] + [mean],
             )
         )
     text = (
-        f"Each arm is compared with {first.name} on the same {len(first.test):,} test images. Findings: DeLong's test "
-        "with the patient as the unit; p (Holm) is adjusted for the number of findings, in each table by itself. Mean: "
-        "paired bootstrap over patients, on findings that the labels define.",
+        f"Each arm is compared with {first.name} on the same {len(first.test):,} test images. By finding: DeLong's "
+        "test with the patient as the unit; p (Holm) is adjusted for the number of findings, separately in each table. "
+        "Mean: paired bootstrap over patients, on findings that have both labels.",
     )
     return Section("Arms compared", text, tables=tables), numbers
 
 
-def _difference_row(row: dict[str, Any]) -> list[Any]:
+def _difference_cells(row: dict[str, Any]) -> list[Any]:
     if row["reason"]:
         return [row["finding"], None, None, f"n/a ({row['reason']})", None, None, None]
-    probabilities = (p_value(row["p"]), p_value(row["p_holm"]))
-    spread = signed_between(row["low"], row["high"])
-    return [row["finding"], row["first"], row["second"], signed(row["difference"]), spread, *probabilities]
+    interval = format_differences(row["low"], row["high"])
+    p_values = (_format_p(row["p"]), _format_p(row["p_holm"]))
+    return [row["finding"], row["first"], row["second"], format_difference(row["difference"]), interval, *p_values]
 
 
-def operating(study: ArmStudy) -> Chapter:
-    """Thresholds chosen on validation, and what they do on the test part."""
+def operating_points(study: Study) -> tuple[Section, Any]:
+    """Choose thresholds on validation and apply them to the test split."""
     columns = {
         "threshold": "Threshold", "sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV",
         "npv": "NPV", "accuracy": "Accuracy", "f1": "F1",
@@ -67,219 +67,208 @@ def operating(study: ArmStudy) -> Chapter:
     for member in study.members:
         rows = choose_thresholds(member.validation, "youden").apply(member.test)
         numbers[member.name] = rows
-        cells = [[_with_reason(row), *(number(row[name]) for name in columns)] for row in rows]
+        cells = [
+            [f"{row['finding']} ({row['reason']})" if row["reason"] else row["finding"],
+             *(nan_to_none(row[name]) for name in columns)]
+            for row in rows
+        ]  # fmt: skip
         tables[member.name] = Table(
-            f"{member.name} at thresholds of highest sensitivity + specificity on validation.",
+            f"{member.name} at the thresholds with the highest sensitivity + specificity on validation.",
             ("Finding", *columns.values()), cells,
         )  # fmt: skip
     text = (
-        "Thresholds are probabilities chosen on the validation images (Youden's index) and applied to the test images "
-        "unchanged. PPV and NPV hold for the test part's prevalence.",
+        "Thresholds are probabilities, chosen on the validation images (Youden's index) and applied unchanged to the "
+        "test images. PPV and NPV hold for the prevalence in the test split.",
     )
-    shown = tables.pop(study.best.name)
-    return Section("Operating points", text, tables=[shown], details=list(tables.values())), numbers
+    best = tables.pop(study.best.name)
+    return Section("Operating points", text, tables=[best], details=list(tables.values())), numbers
 
 
-def calibrated(study: ArmStudy) -> Chapter:
-    """Calibration on the test part, before and after temperatures fitted on validation."""
-    rows, details, numbers = [], [], {}
+def calibration(study: Study) -> tuple[Section, Any]:
+    """Report calibration on the test split, before and after temperature scaling fitted on validation."""
+    exclusive, rows, details, numbers = study.config.loss.name == "cross_entropy", [], [], {}
+    names = ("ece_width", "ece_mass", "brier")
+    columns = [f"{name}{scaled}" for name in ("ECE (width)", "ECE (mass)", "Brier") for scaled in ("", ", scaled")]
     for member in study.members:
-        temperatures = fit_temperatures(member.validation, exclusive=_exclusive(study))
+        temperatures = fit_temperatures(member.validation, exclusive=exclusive)
         before, after = calibration_report(member.test), calibration_report(temperatures.apply(member.test))
         numbers[member.name] = {
             "temperatures": dict(zip(temperatures.findings, temperatures.values, strict=True)),
             "before": before, "after": after,
         }  # fmt: skip
-        names = ("ece_width", "ece_mass", "brier")
-        rows.append([member.name, *(number(each[-1][name]) for name in names for each in (before, after))])
+        rows.append([member.name, *(nan_to_none(report[-1][name]) for name in names for report in (before, after))])
         cells = [
-            [b["finding"], number(t), reason or None, *(number(each[name]) for name in names for each in (b, a))]
+            [
+                b["finding"],
+                nan_to_none(t),
+                reason or None,
+                *(nan_to_none(row[name]) for name in names for row in (b, a)),
+            ]
             for b, a, t, reason in zip(before, after, temperatures.values, temperatures.reasons, strict=False)
         ]
-        columns = [f"{name}{scaled}" for name in ("ECE (width)", "ECE (mass)", "Brier") for scaled in ("", ", scaled")]
         details.append(Table(f"{member.name} by finding.", ("Finding", "Temperature", "Note", *columns), cells))
-    curves = _diagrams(study.best.test)
+    scaling = "the softmax at one temperature" if exclusive else "each finding's logits divided by its own temperature"
     text = (
         "Expected calibration errors (15 bins of equal width, and of equal mass) and Brier scores on the test images, "
-        "means over findings; scaled: "
-        + (
-            "the softmax at one temperature"
-            if _exclusive(study)
-            else "each finding's logits divided by its own temperature"
-        )
-        + ", fitted on validation.",
+        f"means over findings. Scaled: {scaling}, fitted on validation.",
     )
+    curves = _reliability_diagrams(study.best.test)
     figure = Diagrams(
-        f"{study.best.name}, unscaled: observed frequency against predicted probability; larger dots stand for more "
-        f"images, and bins of fewer than {_FEWEST} are left out.",
+        f"{study.best.name}, unscaled: observed frequency against predicted probability. Larger dots stand for more "
+        f"images; bins of fewer than {_MIN_BIN} images are left out.",
         curves,
     )
     table = Table("Calibration of each arm, means over findings.", ("Arm", *columns), rows)
     return Section("Calibration", text, {"reliability": figure} if curves else {}, [table], details), numbers
 
 
-def _diagrams(test: Predictions) -> dict[str, Reliability]:
-    drawn = {}
+def _reliability_diagrams(test: Predictions) -> dict[str, Reliability]:
+    diagrams = {}
     for k, finding in enumerate(test.findings):
         bins = reliability_diagram(test.probability[:, k], test.label[:, k], test.label_mask[:, k])
-        filled = bins.count >= min(_FEWEST, bins.count.max())
+        shown = bins.count >= min(_MIN_BIN, bins.count.max())
         if bins.count.any():
-            drawn[finding] = Reliability(bins.predicted[filled], bins.observed[filled], bins.count[filled])
-    return drawn
+            diagrams[finding] = Reliability(bins.predicted[shown], bins.observed[shown], bins.count[shown])
+    return diagrams
 
 
-def _exclusive(study: ArmStudy) -> bool:
-    return study.config.loss.name == "cross_entropy"
-
-
-def grouped(study: ArmStudy) -> Chapter | None:
-    """The best arm by sex, age and view, as far as the records say them; None if they say nothing."""
+def subgroups(study: Study) -> tuple[Section, Any] | None:
+    """Score the best arm by sex, age and view; None if the records hold none of them."""
     member = study.best
-    label_mask = {
+    attributes = {
         name: values
         for name, values in subgroup_attributes(member.experiment.records, member.test).items()
         if not (values == UNKNOWN).all()
     }
-    if not label_mask:
+    if not attributes:
         return None
-    found = score_subgroups(member.test, label_mask, seed=study.config.seed, **study.drawing)
+    result = score_subgroups(member.test, attributes, seed=study.config.seed, **study.bootstrap_options)
     rows = [
-        [row["attribute"], row["group"], row["images"], row["patients"], number(row["auroc"]),
-         between(row["low"], row["high"]), row["reason"] or None]
-        for row in found.groups if row["finding"] == MEAN
+        [row["attribute"], row["group"], row["images"], row["patients"], nan_to_none(row["auroc"]),
+         format_interval(row["low"], row["high"]), row["reason"] or None]
+        for row in result.groups if row["finding"] == MEAN
     ]  # fmt: skip
     gaps = [
         [row["attribute"], row["finding"].capitalize() if row["finding"] == MEAN else row["finding"],
-         row["best"] or None, row["worst"] or None, number(row["gap"]), between(row["low"], row["high"]),
+         row["best"] or None, row["worst"] or None, nan_to_none(row["gap"]), format_interval(row["low"], row["high"]),
          row["reason"] or None]
-        for row in found.gaps
+        for row in result.gaps
     ]  # fmt: skip
     text = (
         f"{member.name}, the best arm on validation. Gaps are between the best and the worst group of at least 100 "
-        "images; they are picked for being far apart, which their intervals do not allow for.",
+        "images. These groups are selected because they are far apart, which the intervals do not account for.",
     )
-    groups = ("Attribute", "Group", "Images", "Patients", "Mean AUC", "Interval", "Note")
-    between_groups = ("Attribute", "Finding", "Best", "Worst", "Gap", "Interval", "Note")
+    group_columns = ("Attribute", "Group", "Images", "Patients", "Mean AUC", "Interval", "Note")
+    gap_columns = ("Attribute", "Finding", "Best", "Worst", "Gap", "Interval", "Note")
     section = Section(
-        "Subgroups", text, tables=[Table("Mean AUC by group.", groups, rows)],
-        details=[Table("Gaps between groups, by finding.", between_groups, gaps)],
+        "Subgroups", text, tables=[Table("Mean AUC by group.", group_columns, rows)],
+        details=[Table("Gaps between groups, by finding.", gap_columns, gaps)],
     )  # fmt: skip
-    return section, {"groups": list(found.groups), "gaps": list(found.gaps)}
+    return section, {"groups": list(result.groups), "gaps": list(result.gaps)}
 
 
-def comparability(study: ArmStudy) -> str:
-    """Whether our numbers can be held against the paper's, with n, split and interval of both."""
-    experiment, test = study.members[0].experiment, study.members[0].test
-    ours = (
-        f"Ours are of {len(test):,} test images of {len(np.unique(test.patient)):,} patients ({study.dataset}, split "
-        f"{experiment.split.name!r}, no patient in two parts), with {describe_intervals(study.scores[study.arms[0]])}. The "
-        f"paper's are of {study.paper.test}; it prints no intervals."
+def describe_comparability(study: Study) -> str:
+    """Return `comparability` of the first arm with a paper that prints no intervals."""
+    return comparability(
+        study, study.scores[study.arms[0]], ", no patient in two splits", "the paper prints no intervals"
     )
-    if study.phantom:
-        return f"Phantom data: not comparable. {ours}"
-    if not study.comparable:
-        return f"Other data ({study.dataset}; the paper: {study.paper.dataset}): not comparable. {ours}"
-    return f"Comparable as far as test parts that are not the same images allow. {ours}"
 
 
-def beside_paper(study: ArmStudy) -> tuple[Section, list[Claim]] | None:
-    """The paper's AUCs beside ours, and whether they are reached; None where the paper prints none."""
-    paper, ours = study.paper, {name: {row["finding"]: row for row in of.rows()} for name, of in study.scores.items()}
-    arms = [name for name in study.arms if any(paper.auc_of(name, finding) for finding in _printed(study))]
+def paper_scores(study: Study) -> tuple[Section, list[Claim]] | None:
+    """Show the paper's AUCs beside ours, and claim whether we reach them; None if the paper prints none."""
+    paper = study.paper
+    ours = {name: {row["finding"]: row for row in scores.rows()} for name, scores in study.scores.items()}
+    printed = list(dict.fromkeys(finding for aucs in paper.auc.values() for finding in aucs))
+    arms = [name for name in study.arms if any(paper.finding_auc(name, finding) for finding in printed)]
     if not arms:
         return None
-    same = {normalize_name(finding) for finding in study.findings}
+    learnt = {normalize_name(finding) for finding in study.findings}
     rows = []
-    for finding in (*study.findings, *(name for name in _printed(study) if normalize_name(name) not in same)):
-        cells = [(interval_cell(ours[name].get(finding)), paper.auc_of(name, finding)) for name in arms]
+    for finding in (*study.findings, *(name for name in printed if normalize_name(name) not in learnt)):
+        cells = [(format_score(ours[name].get(finding)), paper.finding_auc(name, finding)) for name in arms]
         rows.append([finding, *(cell for pair in cells for cell in pair)])
-    means = [(interval_cell(ours[name][MEAN]), paper.mean_auc(name)) for name in arms]
+    means = [(format_score(ours[name][MEAN]), paper.mean_auc(name)) for name in arms]
     rows.append(["Mean", *(cell for pair in means for cell in pair)])
-    columns = ("Finding", *(f"{name}, {whose}" for name in arms for whose in ("ours", "paper")))
-    text = (comparability(study), f"The paper: {study.paper.source}. Its means are computed here from what it prints.")
-    claims = [_reached(study, name) for name in arms if study.comparable and paper.mean_auc(name)]
-    return Section("Beside the paper", text, tables=[Table("AUC, ours and the paper's.", columns, rows)]), claims
+    columns = ("Finding", *(f"{name}, {source}" for name in arms for source in ("ours", "paper")))
+    text = (
+        describe_comparability(study),
+        f"The paper: {paper.source}. Its means are computed here from the AUCs it prints.",
+    )
+    claims = [_reached_claim(study, name) for name in arms if study.is_comparable and paper.mean_auc(name)]
+    return Section(PAPER_SECTION, text, tables=[Table("AUC, ours and the paper's.", columns, rows)]), claims
 
 
-def _printed(study: ArmStudy) -> list[str]:
-    """Findings in the paper's order."""
-    return list(dict.fromkeys(finding for of_arm in study.paper.auc.values() for finding in of_arm))
-
-
-def _reached(study: ArmStudy, name: str) -> Claim:
+def _reached_claim(study: Study, name: str) -> Claim:
     printed, mean = study.paper.mean_auc(name), study.scores[name].mean
     assert printed is not None
-    spread = mean.auroc_interval
-    low, high = (math.nan, math.nan) if spread is None else (spread.low, spread.high)
+    interval = mean.auroc_interval
+    low, high = (math.nan, math.nan) if interval is None else (interval.low, interval.high)
     return Claim(
         f"{name} reaches the paper's mean AUC of {printed:.3f}",
-        verdict(low >= printed, high < printed),
+        claim_status(low >= printed, high < printed),
         f"ours is {mean.auroc:.3f} ({low:.3f} to {high:.3f})" + (f"; {mean.reason}" if mean.reason else ""),
     )
 
 
-def lead(study: ArmStudy) -> list[str]:
-    """The opening: what was done, and the numbers that matter most."""
+def introduction(study: Study) -> list[str]:
+    """Return the opening paragraphs: the design and the main result."""
     experiment, best = study.members[0].experiment, study.best.name
-    images = {name: len(part.row) for name, part in experiment.examples_by_split.items()}
-    spread = study.scores[best].mean.auroc_interval
+    images = {split: len(examples.row) for split, examples in experiment.examples_by_split.items()}
+    mean = study.scores[best].mean
+    interval = mean.auroc_interval
     return [
-        f"{listed(study.arms)} were trained on {images['train']:,} images of {study.dataset}; each kept its best epoch "
-        f"of {images['validation']:,} validation images. All scores are of {images['test']:,} test images of other "
-        "patients.",
-        f"On validation {best} is the best; on the test images its mean AUROC is {study.scores[best].mean.auroc:.3f}"
-        + ("" if spread is None else f" ({spread.low:.3f} to {spread.high:.3f})") + ".",
-        comparability(study),
+        f"{join_names(study.arms)} were trained on {images['train']:,} images of {study.dataset}. Each kept its best "
+        f"epoch on {images['validation']:,} validation images. All scores are from {images['test']:,} test images of "
+        "other patients.",
+        f"{best} is the best arm on validation; its mean AUROC on the test images is {mean.auroc:.3f}"
+        + ("" if interval is None else f" ({interval.low:.3f} to {interval.high:.3f})") + ".",
+        describe_comparability(study),
     ]  # fmt: skip
 
 
-def notes(study: ArmStudy) -> list[str]:
-    """What a study of arms does not prove."""
-    drawn = (
-        "The radiographs of this study are drawn by a program, and the networks are small. It proves that the whole "
-        "path works, from files to this report, and nothing about patients."
+def limitations(study: Study) -> list[str]:
+    """Return what the study does not show."""
+    phantom = (
+        "The radiographs of this study are drawn by a program, and the networks are small. The study shows that the "
+        "pipeline works from files to this report, and nothing about patients."
     )
-    seeds = (
-        "Every arm was trained once: intervals and tests are of the test patients, and say nothing of how much another "
-        "training seed would change."
-    )
-    return [drawn, seeds] if study.phantom else [seeds]
+    return [phantom, SINGLE_TRAINING_NOTE] if study.is_phantom else [SINGLE_TRAINING_NOTE]
 
 
-def interval_cell(row: Any) -> str | None:
-    """A score row's AUROC as text, with its interval; None without a row."""
+def format_score(row: Any, value: str | None = None) -> str | None:
+    """Return the AUROC of a score row with its interval; None without a row.
+
+    Args:
+      row: of `Scores.rows()`, or None.
+      value: shown instead of the AUROC.
+    """
     if row is None:
         return None
     if math.isnan(row["auroc"]):
         return f"n/a ({row['reason']})"
-    spread = between(row["auroc_low"], row["auroc_high"])
-    return f"{row['auroc']:.3f}" + (f" ({spread})" if spread else "")
+    interval = format_interval(row["auroc_low"], row["auroc_high"])
+    return (value or f"{row['auroc']:.3f}") + (f" ({interval})" if interval else "")
 
 
-def number(value: float) -> float | None:
-    """A number for a table; None, which is shown as a dash, where it is undefined."""
+def nan_to_none(value: float) -> float | None:
+    """Return a number for a table, which shows None as a dash."""
     return None if math.isnan(value) else float(value)
 
 
-def signed(value: float) -> str:
-    """A difference, with its sign."""
-    return "n/a" if math.isnan(value) else f"{value:+.3f}"
-
-
-def between(low: float, high: float) -> str | None:
-    """An interval as text; None where it is undefined."""
+def format_interval(low: float, high: float) -> str | None:
+    """Return an interval as text; None if undefined."""
     return None if math.isnan(low + high) else f"{low:.3f}–{high:.3f}"
 
 
-def signed_between(low: float, high: float) -> str | None:
-    """An interval of differences as text; None where it is undefined."""
-    return None if math.isnan(low + high) else f"{signed(low)} to {signed(high)}"
+def format_difference(value: float) -> str:
+    """Return a difference with its sign."""
+    return "n/a" if math.isnan(value) else f"{value:+.3f}"
 
 
-def p_value(p: float) -> str | None:
-    """A p value as text."""
+def format_differences(low: float, high: float) -> str | None:
+    """Return an interval of differences as text; None if undefined."""
+    return None if math.isnan(low + high) else f"{format_difference(low)} to {format_difference(high)}"
+
+
+def _format_p(p: float) -> str | None:
     return None if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _with_reason(row: dict[str, Any]) -> str:
-    return f"{row['finding']} ({row['reason']})" if row["reason"] else row["finding"]

@@ -2,21 +2,21 @@
 
 import json
 
-from cxrjax.studies.system_study import arms
+from cxrjax.studies.systems import run_system_study
 
 RECIPE = """
-from cxrjax.config import load
+from cxrjax.config import load_config
 
 ARMS = {arms!r}
 
 
 def get_config(arg=""):
-    config = load("demo:32")
+    config = load_config("demo:32")
     arm = arg if arg in ARMS else ARMS[-1]
     config.seed = ARMS.index(arm)
     config.model.options.dropout = 0.3
-    config.optimizer.schedule, config.optimizer.warmup = "constant", 0.0
-    config.study.arms, config.study.passes, config.evaluate.resamples = ARMS, 4, 30
+    config.optimizer.schedule, config.optimizer.warmup_fraction = "constant", 0.0
+    config.study.arms, config.study.passes, config.evaluate.bootstrap_resamples = ARMS, 4, 30
 {more}
     return config
 """
@@ -35,7 +35,7 @@ class Run:
         self.page = (self.directory / "report" / "index.html").read_text()
 
     def again(self):
-        return arms(*self.words)
+        return run_system_study(*self.words)
 
     @property
     def stored(self):

@@ -8,8 +8,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from cxrjax.errors import CxrError
 from cxrjax.metrics.bootstrap import BootstrapResult
-from cxrjax.metrics.comparison import compare_findings, difference
-from cxrjax.metrics.delong import delong
+from cxrjax.metrics.comparison import compare_findings, delong, difference
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import score, scores_from_bootstrap
 

@@ -5,8 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.comparison import compare_findings, difference
-from cxrjax.metrics.delong import delong
+from cxrjax.metrics.comparison import compare_findings, delong, difference
 from cxrjax.metrics.predictions import Predictions
 
 

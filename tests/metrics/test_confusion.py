@@ -10,9 +10,8 @@ from sklearn import metrics
 
 from cxrjax.errors import CxrError
 from cxrjax.findings import SIX_CLASS
-from cxrjax.metrics.confusion import REPORT_COLUMNS, ConfusionMatrix
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.thresholds import ConfusionCounts
+from cxrjax.metrics.thresholds import REPORT_COLUMNS, ConfusionCounts, ConfusionMatrix
 
 # A matrix (rows actual) with the paper's supports, hits and numbers of predictions per class; which class is mistaken
 # for which is not printed and does not enter the report.

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from cxrjax.errors import CxrError
 from cxrjax.metrics.auc import Ranking
 from cxrjax.metrics.bootstrap import bootstrap_scores
-from cxrjax.metrics.delong import Estimate, delong
+from cxrjax.metrics.comparison import Estimate, delong
 
 # The ovarian cancer data of DeLong et al. (1988) without missing values, as SAS/STAT prints them in the example
 # "Comparing Receiver Operating Characteristic Curves" of PROC LOGISTIC: albumin, total protein, K-G score, outcome.

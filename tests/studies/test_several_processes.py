@@ -7,25 +7,25 @@ import pytest
 from processes import finish, start
 
 from cxrjax.cli.main import main
-from cxrjax.inference.load_run import open_run, predict
+from cxrjax.inference.load_run import load_run, predict
 from cxrjax.metrics.predictions import Predictions
 
 RECIPE = """
-from cxrjax.config import load
+from cxrjax.config import load_config
 
 
 def get_config(arg=""):
-    config = load(f"demo:{arg or 32}")
+    config = load_config(f"demo:{arg or 32}")
     config.study.sizes, config.study.folds, config.study.paper = (16, 32), (), "resolution"
     config.study.fine = config.study.coarse = config.study.control = ()
-    config.study.erf_images, config.evaluate.resamples = 2, 30
+    config.study.erf_images, config.evaluate.bootstrap_resamples = 2, 30
     return config
 """
 MORE = (
     "mesh.data=2",
     "train.epochs=1",
     "mesh.space=2",
-    "train.watch=val_loss",
+    "train.monitor=val_loss",
     "data.findings=('Cardiomegaly','Mass')",
 )
 RUNS = ("16px", "32px")
@@ -53,7 +53,7 @@ def test_all_train_and_predict_and_the_first_reports(studied):
     for name in RUNS:
         run = directory / "runs" / name
         assert json.loads((run / "run.json").read_text())["processes"] == 2
-        experiment, network, _ = open_run(run, mesh=(1, 1))
+        experiment, network, _ = load_run(run, mesh=(1, 1))
         for part in ("validation", "test"):
             found = Predictions.read(run / "predictions" / f"{part}.parquet")
             wanted = predict(experiment, network, part)
@@ -65,7 +65,7 @@ def test_one_process_finds_it_all_done(studied):
     words, directory, result = studied
     made = {file: file.stat().st_mtime_ns for file in (directory / "runs").glob("*/predictions/*.*")}
     assert len(made) == len(RUNS) * len(("validation", "test", "made-of", "receptive-field"))
-    assert main.main(words) == 0
+    assert main(words) == 0
     again = json.loads((directory / "study.json").read_text())
     for of in (again, result):
         of["provenance"].pop("training, seconds", None)
@@ -82,7 +82,7 @@ def test_the_first_explains_with_its_own_devices(studied):
     with np.load(maps) as stored:
         wanted = dict(stored)
     maps.unlink()
-    assert main.main(["explain", str(run), "gradcam", "--images", "2", "--mesh", "data=1"]) == 0
+    assert main(["explain", str(run), "gradcam", "--images", "2", "--mesh", "data=1"]) == 0
     with np.load(maps) as stored:
         assert stored["id"].tolist() == wanted["id"].tolist()
         np.testing.assert_allclose(stored["map"], wanted["map"], rtol=1e-3, atol=1e-6)

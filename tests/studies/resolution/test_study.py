@@ -16,24 +16,24 @@ import pytest
 from sklearn import metrics
 
 from cxrjax.cli.main import main
-from cxrjax.config import load
+from cxrjax.config import load_config
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.studies.resolution.study import plan
+from cxrjax.studies.resolution import plan
 from cxrjax.train.experiment import Experiment
 
 RECIPE = """
-from cxrjax.config import load
+from cxrjax.config import load_config
 
 
 def get_config(arg=""):
-    config = load(f"demo:{arg or 32}")
+    config = load_config(f"demo:{arg or 32}")
     config.study.sizes, config.study.folds, config.study.paper = (16, 32), (0, 2), "resolution"
     config.study.fine = config.study.coarse = config.study.control = ()
-    config.study.erf_images, config.evaluate.resamples = 2, 30
+    config.study.erf_images, config.evaluate.bootstrap_resamples = 2, 30
     return config
 """
-MORE = ("split.name=folds", "split.folds=3", "train.watch=val_loss", "data.findings=('Cardiomegaly','Mass')")
+MORE = ("split.name=folds", "split.folds=3", "train.monitor=val_loss", "data.findings=('Cardiomegaly','Mass')")
 RUNS = ("16px-fold0", "32px-fold0", "16px-fold2", "32px-fold2")
 
 
@@ -115,9 +115,9 @@ def test_the_page_has_the_folds_the_paper_and_what_it_cannot_prove(whole):
     page = (whole / "report" / "index.html").read_text()
     text = re.sub(r"<[^>]+>|\s+", " ", page)
     for phrase in ("AUROC over 2 folds, mean ± standard deviation", "stacked: AUROC in each fold", "Fold 2",
-                   "Phantom data: not comparable", "0.816 ± 0.004", "drawn by a program", "those of fold 0",
+                   "Phantom data: not comparable", "0.816 ± 0.004", "drawn by a program", "are from fold 0",
                    "Cardiomegaly falls with image size", "The stacked ensemble is the best on every finding",
-                   "Sizes of the paper that are not run here: 256 px, 512 px, 1024 px and 2048 px",
+                   "Sizes of the paper that were not run here: 256 px, 512 px, 1024 px and 2048 px",
                    "The records hold no sizes of original images", "corrected t-test over folds"):  # fmt: skip
         assert phrase in text, phrase
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
@@ -159,7 +159,7 @@ def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(words
         assert main(words(tmp_path)) == 1
         error = " ".join(capsys.readouterr().err.split())
         assert f"other processes are training {RUNS[3]} (process 4711)" in error
-        assert "give this command again when they are done" in error
+        assert "rerun this command when they have finished" in error
         assert [run.name for run in (tmp_path / "runs").iterdir()] == [RUNS[3]]
         assert main(words(tmp_path, "--only", RUNS[3])) == 1
         assert "another process (id 4711) is training" in " ".join(capsys.readouterr().err.split())
@@ -173,13 +173,13 @@ def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(words
         (("--config.study.folds=(1, 1)",), "give folds from 0 to 2, each once"),
         (("--config.split.name=random",), "set split.name=folds"),
         (("--config.study.seeds=()",), "one training seed or more"),
-        (("--config.study.sizes=(32, 16)",), "must rise"),
+        (("--config.study.sizes=(32, 16)",), "in increasing order"),
         (("--config.study.sizes=(16,)",), "two sizes or more"),
-        (("--config.data.size=16",), "in the run at 32 px: leave the size to study.sizes"),
+        (("--config.data.image_size=16",), "in the run at 32 px: set study.sizes instead"),
         (("--config.study.paper=fhrnet",), "must be one of"),
         (("--config.loss.name=cross_entropy",), "set loss.name=bce"),
         (("--config.mesh.data=3",), "set mesh.data to 2"),
-        (("--config.train.per_device=3",), "set train.per_device to a divisor of 4"),
+        (("--config.train.per_device_batch_size=3",), "set train.per_device_batch_size to a divisor of 4"),
         (("--config.study.sizes=(16, 64)",), "more than the 32 px that are stored"),
     ],
 )
@@ -198,16 +198,16 @@ def test_only_is_for_resolution(capsys, tmp_path):
 def test_rates_and_batches_are_the_papers_or_scale_linearly(shared):
     table1 = json.loads((shared / "papers" / "tables.json").read_text())["resolution"]["table1"]
     for spec in ("resolution", "resolution:table", "resolution:512,table"):
-        runs = plan(spec, [], load(spec))
+        runs = plan(spec, [], load_config(spec))
         assert len(runs) == 4 * 5
         for size, of in table1.items():
             for fold in range(5):
                 config = runs[f"{size}px-fold{fold}"].config
-                assert (config.optimizer.rate, config.train.batch) == (of["learning_rate"], of["batch"])
-                assert (config.split.fold, config.data.size) == (fold, int(size))
-    linear = plan("resolution:linear", [], load("resolution:linear"))
-    rates = {size: linear[f"{size}px-fold0"].config.optimizer.rate for size in table1}
-    assert {size: linear[f"{size}px-fold0"].config.train.batch for size in table1} == {
+                assert (config.optimizer.learning_rate, config.train.batch_size) == (of["learning_rate"], of["batch"])
+                assert (config.split.fold, config.data.image_size) == (fold, int(size))
+    linear = plan("resolution:linear", [], load_config("resolution:linear"))
+    rates = {size: linear[f"{size}px-fold0"].config.optimizer.learning_rate for size in table1}
+    assert {size: linear[f"{size}px-fold0"].config.train.batch_size for size in table1} == {
         size: of["batch"] for size, of in table1.items()
     }
     assert rates == {"256": 5e-4, "512": 2.5e-4, "1024": 5e-4 * 168 / 512, "2048": 5e-4 * 42 / 512}
@@ -215,7 +215,7 @@ def test_rates_and_batches_are_the_papers_or_scale_linearly(shared):
 
 
 def test_the_phantom_is_the_same_study_on_small_networks():
-    runs = plan("resolution:phantom", [], load("resolution:phantom"))
+    runs = plan("resolution:phantom", [], load_config("resolution:phantom"))
     assert list(runs)[:4] == ["32px-fold0", "64px-fold0", "128px-fold0", "32px-fold1"]
     assert len(runs) == 15
     assert {run.config.data.dataset for run in runs.values()} == {"cxr_phantom"}
@@ -224,31 +224,31 @@ def test_the_phantom_is_the_same_study_on_small_networks():
 @pytest.mark.parametrize("words", ["300", "lineer", "table,linear", "256,512", "1024,phantom"])
 def test_unknown_words_of_the_recipe_are_refused(words):
     with pytest.raises(CxrError, match=f"resolution:{words} is no argument of this recipe"):
-        load(f"resolution:{words}")
+        load_config(f"resolution:{words}")
 
 
 def test_the_effective_batch_is_the_tables_on_any_number_of_devices(tiny):
     assert len(jax.devices()) == 8
     for size, (batch, fits) in {256: (512, 8), 512: (256, 8), 1024: (168, 8), 2048: (42, 7)}.items():
-        assert load(f"resolution:{size}").train.batch == batch
+        assert load_config(f"resolution:{size}").train.batch_size == batch
         for devices in range(1, 9):
-            config = tiny(f"train.batch={batch}", f"mesh.data={devices}")
+            config = tiny(f"train.batch_size={batch}", f"mesh.data={devices}")
             experiment = Experiment.open(config)
             if batch % devices:
                 largest = max(n for n in range(1, devices + 1) if batch % n == 0)
-                with pytest.raises(CxrError, match=rf"train\.batch = {batch} .*set mesh\.data to {largest}, "):
+                with pytest.raises(CxrError, match=rf"train\.batch_size = {batch} .*set mesh\.data to {largest}, "):
                     _ = experiment.accumulation_steps
                 continue
             assert experiment.accumulation_steps == 1
             for at_once in (1, batch // devices):
                 with config.unlocked():
-                    config.train.per_device = at_once
+                    config.train.per_device_batch_size = at_once
                 assert Experiment.open(config).accumulation_steps * devices * at_once == batch
         assert max(n for n in range(1, 9) if batch % n == 0) == fits
 
 
 def test_a_batch_that_the_images_at_once_do_not_divide_is_refused_with_the_mend(tiny):
-    config = tiny("train.batch=42", "mesh.data=2", "train.per_device=4")
+    config = tiny("train.batch_size=42", "mesh.data=2", "train.per_device_batch_size=4")
     with pytest.raises(CxrError, match=r"2 devices x 4 images\): set train\.per_device to a divisor of 21"):
         _ = Experiment.open(config).accumulation_steps
 

@@ -23,7 +23,7 @@ FEW = (
     "train.log_every_steps=1", "evaluate.bootstrap_resamples=20", "evaluate.batch_size=16",
     "data.findings=('Mass','Pleural Effusion')", "model.options.backbone=hrnet_tiny",
 )  # fmt: skip
-JOINT = ("train.stages=()", "model.options.stage=joint")
+JOINT = ("train.stages={}", "model.options.stage=joint")
 
 
 def command(verb, directory, phantom_data, *overrides):
@@ -127,9 +127,9 @@ def test_train_takes_the_literal_reading(phantom_data, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("train.stages=()", "model.options.stage=local"), "must be an fhrnet with model.options.stage=joint"),
-        ((*JOINT, "study.arms=('global', 'local', 'fusion', 'mean')"), "the arms its heads global, local, fusion"),
-        (("train.stages=('seed=1',)",), "of which there are 1"),
+        (("train.stages={}", "model.options.stage=local"), "or use an fhrnet with model.options.stage=joint"),
+        ((*JOINT, "study.arms=('global', 'local', 'fusion', 'mean')"), "its heads global, local, fusion as arms"),
+        (("train.stages={}", "train.stages.one.seed=1"), "each of the 1 train.stages"),
     ],
 )
 def test_arms_that_are_neither_stages_nor_heads_are_refused(phantom_data, tmp_path, capsys, overrides, message):

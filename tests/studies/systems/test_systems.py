@@ -11,7 +11,7 @@ from cxrjax.cli.main import main
 from cxrjax.findings import SIX_CLASS
 from cxrjax.metrics.comparison import compare_findings
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.studies.system_study import plain
+from cxrjax.studies.study import to_json
 
 FUSION = ("phantom-simple_cnn", "phantom-densenet121", "phantom-efficientnet_b0", "phantom-fusion")
 TRANSFER = ("phantom-densenet", "phantom-densenet_augmented", "phantom-resnet_augmented")
@@ -28,7 +28,7 @@ def table(run, place, part="test"):
 
 def same(rows, others):
     """Rows of numbers, strings and None for NaN."""
-    for row, other in zip(rows, plain(others), strict=True):
+    for row, other in zip(rows, to_json(others), strict=True):
         assert row.keys() == other.keys()
         for key, value in row.items():
             assert value == pytest.approx(other[key], nan_ok=True), key
@@ -92,8 +92,8 @@ def test_a_study_is_not_trained_twice(transfer):
 
 
 def test_stages_of_one_training_are_arms(make):
-    stages = "('seed=1', 'seed=2', 'seed=3')"
-    run = make("fhrnet", ("global", "local", "fusion"), f"train.stages={stages}", "train.epochs=1")
+    stages = [f"train.stages.stage{number}.seed={number}" for number in (1, 2, 3)]
+    run = make("fhrnet", ("global", "local", "fusion"), *stages, "train.epochs=1")
     places = {"global": "stages/stages/1", "local": "stages/stages/2", "fusion": "stages"}
     for name, place in places.items():
         predictions = table(run, place)
@@ -126,9 +126,10 @@ def test_attention_fusion_counts_parameters_and_passes(make):
 
 def test_six_classes_and_where_they_come_from(six_classes, tmp_path):
     overrides = [
-        f"data.dir={six_classes}", "data.dataset=six_class", "data.stored=32", "data.threads=1", "split.name=official",
-        "train.batch=4", "train.steps_per_epoch=2", "train.epochs=1", "mesh.data=1", "loss.name=cross_entropy",
-        "model.name=sequential_cnn", "model.options.image_size=32", "model.options.widths=(4,4,4)",
+        f"data.data_dir={six_classes}", "data.dataset=six_class", "data.stored_size=32", "data.num_threads=1",
+        "split.name=official", "train.batch_size=4", "train.steps_per_epoch=2", "train.epochs=1", "mesh.data=1",
+        "loss.name=cross_entropy", "model.name=sequential_cnn",
+        "model.options.image_size=32", "model.options.widths=(4,4,4)",
     ]  # fmt: skip
     run = Run("sequential_cnn", ("phantom-version3", "phantom-version1"), tmp_path, overrides)
     predictions = table(run, "phantom-version3")
@@ -152,9 +153,9 @@ def test_six_classes_and_where_they_come_from(six_classes, tmp_path):
 @pytest.mark.parametrize(
     ("system", "names", "override", "message"),
     [
-        ("transfer", TRANSFER[:2], "", "needs resnet_augmented too"),
+        ("transfer", TRANSFER[:2], "", "also needs resnet_augmented"),
         ("transfer", (TRANSFER[0],) * 2, "", "two arms or more, each once"),
-        ("fhrnet", ("global", "local", "fusion"), "", "of which there are 0"),
+        ("fhrnet", ("global", "local", "fusion"), "", "but train.stages is empty"),
         ("sequential_cnn", ("version3", "version1"), "", "cxr_phantom may show several findings"),
         ("transfer", TRANSFER, "study.seeds=(0, 1)", "set seed instead"),
         ("transfer", TRANSFER, "model.init_from=nowhere", "nowhere/card.json is missing"),
@@ -175,7 +176,7 @@ def test_arms_tested_on_other_images_are_refused(capsys, tmp_path, tiny_override
     recipe.write_text(RECIPE.format(arms=TRANSFER, more="    config.split.seed = ARMS.index(arm)\n"))
     words = ["study", "transfer", "--config", str(recipe), "--workdir", str(tmp_path / "study")]
     assert main([*words, *(f"--config.{each}" for each in [*tiny_overrides, *FEW])]) == 1
-    assert "differ in the images, findings or labels of the validation part" in " ".join(
+    assert "differ in the images, findings or labels of the validation split" in " ".join(
         capsys.readouterr().err.split()
     )
     assert not (tmp_path / "study").exists()

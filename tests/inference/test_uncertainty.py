@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.uncertainty import summarize_passes, uncertainty_threshold
+from cxrjax.inference.mc_dropout import summarize_passes, uncertainty_threshold
 
 passes = hnp.arrays(np.float64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.floats(0, 1))
 
