@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.data.images import Augment, Transform
 from cxrjax.data.records import Records
 from cxrjax.errors import CxrError

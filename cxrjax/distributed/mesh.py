@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed import runtime
 from cxrjax.errors import CxrError
 

@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import jax
 from jax.sharding import NamedSharding
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 
 Placed = TypeVar("Placed")
 

@@ -99,7 +99,7 @@ def parse_cases(
         raise CxrError("--dtypes, --remats and --mesh apply to ARCH:SIZE:BATCH; with --config override its keys")
     from cxrjax.distributed.mesh import parse_mesh
     from cxrjax.errors import check_choice
-    from cxrjax.models.registry import ARCHITECTURES
+    from cxrjax.models import ARCHITECTURES
 
     cases = []
     data, space = parse_mesh(mesh) if mesh else (1, 1)
@@ -206,7 +206,7 @@ def measure(case: Case, before_timing: Callable[[], object] = lambda: None) -> d
     import numpy as np
     import optax
 
-    from cxrjax.data.batch import Batch
+    from cxrjax.data import Batch
     from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, replicated
     from cxrjax.distributed.placement import put_batch
     from cxrjax.models import create

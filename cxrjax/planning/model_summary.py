@@ -15,9 +15,9 @@ from cxrjax.errors import CxrError, check_choice, check_positive
 from cxrjax.explain.inputs import with_names
 from cxrjax.explain.receptive_field import receptive_fields
 from cxrjax.jaxprs import needed_equations, subjaxprs
+from cxrjax.models import ARCHITECTURES, abstract
 from cxrjax.models.input_spec import INPUT_SPECS, InputSpec
 from cxrjax.models.network import Network, parameter_count
-from cxrjax.models.registry import ARCHITECTURES, abstract
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from cxrjax.config import Config
 from cxrjax.console import progress_bar
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.mesh import batch_shardings, check_divides, make_mesh, replicated, suggest_space
 from cxrjax.errors import CxrError
 from cxrjax.findings import VOCABULARIES

@@ -14,9 +14,9 @@ from cxrjax.inference.load_run import load_run, predict
 from cxrjax.metrics.auc import roc_curve
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import Scores, score
-from cxrjax.report import figures, style
+from cxrjax.report import style
 from cxrjax.report.content import Curve, RunReport
-from cxrjax.report.page import write_page
+from cxrjax.report.page import run_figures, write_page
 from cxrjax.report.tables import terminal_scores
 from cxrjax.train.experiment import Experiment
 from cxrjax.train.monitoring import read_metrics
@@ -91,7 +91,7 @@ def _write_scores(
         training=read_epochs(directory),
         provenance={**read_provenance(directory), "checkpoint": checkpoint},
     )
-    for name, figure in figures.run_figures(report).items():
+    for name, figure in run_figures(report).items():
         style.save(figure, directory / "figures" / f"{split}-{name}.svg")
     page = write_page(report, directory / "report" / "index.html")
     stdout.print(terminal_scores({split: scores.rows()}, predictions.findings))

@@ -22,9 +22,9 @@ from cxrjax.findings import finding_indices
 from cxrjax.inference.load_run import load_run
 from cxrjax.metrics.predictions import log_odds
 from cxrjax.models.network import Network
-from cxrjax.report import figures, pictures, style, tables
+from cxrjax.report import pictures, style, tables
 from cxrjax.report.content import Cam, MapsReport
-from cxrjax.report.page import write_page
+from cxrjax.report.page import hit_rates, write_page
 from cxrjax.runs.evaluate_run import read_provenance
 from cxrjax.train.experiment import Experiment
 
@@ -306,7 +306,7 @@ def _write_report(
     for table in score_tables:
         stdout.print(tables.terminal_table(table))
     if located:
-        figure = figures.hit_rates(located)
+        figure = hit_rates(located)
         for suffix in ("png", "pdf"):
             style.save(figure, folder / f"hits.{suffix}")
     notes = _notes(options, scores)

@@ -18,9 +18,9 @@ from cxrjax.metrics.auc import mean_auroc, mean_defined
 from cxrjax.metrics.comparison import Difference, difference
 from cxrjax.metrics.scores import Scores, score
 from cxrjax.metrics.tables import normalize_name
-from cxrjax.report import figures, style
+from cxrjax.report import style
 from cxrjax.report.content import Cam, Claim, Section, StudyReport
-from cxrjax.report.page import write_page
+from cxrjax.report.page import study_figures, write_page
 from cxrjax.report.tables import scores_csv, terminal_scores
 from cxrjax.runs.evaluate_run import describe_intervals, read_epochs, read_provenance
 from cxrjax.studies.members import Member, predict_in_all_processes
@@ -248,7 +248,7 @@ def write_study(study: Study, report: StudyReport, numbers: Mapping[str, Any], d
     )
     write_json(directory / "study.json", result)
     style.write(directory / "scores.csv", scores_csv(report.scores).encode())
-    for name, figure in figures.study_figures(report).items():
+    for name, figure in study_figures(report).items():
         for kind in ("svg", "pdf"):
             style.save(figure, directory / "figures" / f"{name}.{kind}")
     page = write_page(report, directory / "report" / "index.html")

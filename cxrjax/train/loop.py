@@ -14,7 +14,7 @@ import numpy as np
 
 from cxrjax.config import Config, flatten
 from cxrjax.console import progress_bar, stderr
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.data.pipeline import training_batches
 from cxrjax.data.splits import save_split
 from cxrjax.distributed.mesh import batch_shardings, replicated

@@ -19,10 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from cxrjax.errors import CxrError
 from cxrjax.files import write_json
-from cxrjax.models import create
+from cxrjax.models import ARCHITECTURES, create
 from cxrjax.models.input_spec import InputSpec, input_spec_name
 from cxrjax.models.network import Network
-from cxrjax.models.registry import ARCHITECTURES
 
 CARD, WEIGHTS = "card.json", "weights.safetensors"
 _FORMAT = "cxrjax weights 2"

@@ -10,11 +10,10 @@ import numpy as np
 from flax import nnx
 
 from cxrjax.errors import CxrError, check_choice
-from cxrjax.models import create
+from cxrjax.models import ARCHITECTURES, create
 from cxrjax.models.backbone import Backbone
 from cxrjax.models.input_spec import INPUT_SPECS
 from cxrjax.models.layers import skip_init
-from cxrjax.models.registry import ARCHITECTURES
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _COUNTER = "num_batches_tracked"

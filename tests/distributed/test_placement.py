@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import finish, free_port
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.placement import prefetch_to_device, process_shard, put_batch
 
 
@@ -110,7 +110,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.placement import process_shard, put_batch
 
 whole = Batch(

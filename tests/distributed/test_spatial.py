@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
 from cxrjax.distributed.placement import put_batch
 from cxrjax.errors import CxrError

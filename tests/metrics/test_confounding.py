@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from cxrjax.errors import CxrError
-from cxrjax.metrics.confounding import (
+from cxrjax.metrics.scores import score
+from cxrjax.metrics.subgroups import (
     OTHER_SOURCES,
     border_pixels,
     majority_class_accuracy,
     pool_rare_sources,
     predict_source,
 )
-from cxrjax.metrics.scores import score
 
 COUNT = 120
 PATIENT = np.array([f"p{k // 2}" for k in range(COUNT)])

@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 
 from cxrjax.errors import CxrError
-from cxrjax.models import create
+from cxrjax.models import abstract, create
 from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network, parameter_count
-from cxrjax.models.registry import abstract
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ from rich.console import Console
 
 from cxrjax.cli.main import main
 from cxrjax.errors import CxrError
-from cxrjax.models import create
+from cxrjax.models import abstract, create
 from cxrjax.models.network import Network, parameter_count
-from cxrjax.models.registry import abstract
 from cxrjax.planning.model_summary import detail_table, multiply_adds, overview_table, summarize_model, summarize_models
 
 PUBLISHED = {  # parameters at 1000 classes, as torchvision and timm state them

@@ -8,7 +8,7 @@ from report_samples import BARE, ENSEMBLES, FINDINGS, SIZES, contrast, luminance
 from sklearn.metrics import auc
 
 from cxrjax.errors import CxrError
-from cxrjax.report import figures, plots, style
+from cxrjax.report import page, plots, style
 from cxrjax.report.content import Claim, Curve, Table
 
 HOSTILE = [
@@ -77,13 +77,13 @@ def test_losses_are_against_steps_where_epochs_are_not_logged():
 
 
 def test_a_study_has_the_figures_of_its_content(study):
-    assert set(figures.study_figures(study)) == {"auc", "weights", "roc", "training", "erf", "gradcam"}
+    assert set(page.study_figures(study)) == {"auc", "weights", "roc", "training", "erf", "gradcam"}
     bare = study_report(**BARE)
-    assert set(figures.study_figures(bare)) == {"auc"}
-    assert len(figures.summary(bare).subfigs) == 1
-    assert len(figures.summary(study).subfigs) == 3
+    assert set(page.study_figures(bare)) == {"auc"}
+    assert len(page.summary(bare).subfigs) == 1
+    assert len(page.summary(study).subfigs) == 3
     scattered = study_report(**BARE, image_sizes=np.array([[2500, 3056], [2500, 3056], [2000, 2000]]))
-    assert "sizes" in figures.study_plots(scattered)
+    assert "sizes" in page.study_plots(scattered)
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])

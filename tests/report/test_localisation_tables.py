@@ -7,8 +7,7 @@ from rich.console import Console
 from cxrjax.explain.boxes import LIMITS, box_scores
 from cxrjax.explain.localisation import localisation, pooled
 from cxrjax.report.content import Cam, MapsReport
-from cxrjax.report.figures import hit_rates
-from cxrjax.report.page import maps_page
+from cxrjax.report.page import hit_rates, maps_page
 from cxrjax.report.tables import ALL, localisation_tables, terminal_table
 
 

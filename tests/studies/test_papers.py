@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from cxrjax.models import abstract
 from cxrjax.models.network import parameter_count
-from cxrjax.models.registry import abstract
 from cxrjax.studies.study import Paper
 from cxrjax.studies.systems import attention_fusion
 from cxrjax.studies.systems.fhrnet import geometric_mean_logits, relative_gain

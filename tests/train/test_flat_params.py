@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
 from cxrjax.distributed.placement import put_batch
 from cxrjax.models import create

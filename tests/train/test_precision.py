@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.mesh import make_mesh
 from cxrjax.models import create
 from cxrjax.models.network import Network

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from cxrjax import config as configs
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
 from cxrjax.distributed.placement import put_batch
 from cxrjax.models import create

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from cxrjax import config as configs
-from cxrjax.data.batch import Batch
+from cxrjax.data import Batch
 from cxrjax.distributed.mesh import batch_shardings, make_mesh, replicated
 from cxrjax.distributed.placement import put_batch
 from cxrjax.errors import CxrError

@@ -12,7 +12,7 @@ from cxrjax.models import create
 from cxrjax.models.input_spec import IMAGENET, INPUT_SPECS, UNIT, InputSpec, one_channel, prepare
 from cxrjax.models.network import Network
 from cxrjax.weights import convert, load_converted
-from cxrjax.weights.fold_channels import fold_channels
+from cxrjax.weights.convert import fold_channels
 from cxrjax.weights.published import load_published
 
 CONV = "features.conv0.weight"

@@ -9,7 +9,7 @@ import numpy as np
 
 from cxrjax.metrics.scores import MEAN, score
 from cxrjax.metrics.tables import normalize_name
-from cxrjax.report import figures, style
+from cxrjax.report import page, style
 from cxrjax.report.content import Cam, ErfMap, Section, StudyReport, Table
 from cxrjax.runs.evaluate_run import describe_intervals, read_provenance, roc_curves
 from cxrjax.runs.explain_run import compute_cams, make_cam
@@ -67,7 +67,7 @@ def write_report(study: ResolutionStudy, erfs: Mapping[str, Sequence[ErfMap]], d
     for name in ENSEMBLES:
         for group, table in zip(study.groups, study.tables[name], strict=True):
             table.write(directory / "predictions" / f"{name}{group.suffix}.parquet")
-    style.save(figures.summary(report), directory / "figures" / "summary.png")
+    style.save(page.summary(report), directory / "figures" / "summary.png")
     return write_study(study, report, _numbers(study, erfs), directory)
 
 

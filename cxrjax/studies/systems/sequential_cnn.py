@@ -8,9 +8,9 @@ from cxrjax.inference.load_run import predict
 from cxrjax.inference.mc_dropout import make_pooled_step
 from cxrjax.metrics.auc import mean_defined
 from cxrjax.metrics.bootstrap import bootstrap_mean
-from cxrjax.metrics.confounding import border_pixels, majority_class_accuracy, pool_rare_sources, predict_source
 from cxrjax.metrics.predictions import Predictions
 from cxrjax.metrics.scores import score
+from cxrjax.metrics.subgroups import border_pixels, majority_class_accuracy, pool_rare_sources, predict_source
 from cxrjax.metrics.tables import normalize_name
 from cxrjax.metrics.thresholds import REPORT_COLUMNS, ConfusionMatrix
 from cxrjax.report.content import Claim, Matrix, Section, Table
