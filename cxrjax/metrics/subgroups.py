@@ -1,4 +1,4 @@
-"""Subgroup analysis: AUROC by sex, age band and view, and the gaps between groups."""
+"""Subgroups and sources: AUROC by sex, age band and view, gaps between groups, and what the source alone predicts."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -47,7 +47,7 @@ def mixed(tiny, data):
     )
 
 
-def words(config):
+def arguments(config):
     recipe = flatten(load_config("demo:32"))
     return [f"--config.{key}={value}" for key, value in flatten(config).items() if value != recipe.get(key)]
 
@@ -58,7 +58,7 @@ def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
         "train.monitor=val_loss", "evaluate.bootstrap_resamples=20",
     )  # fmt: skip
     run = tmp_path / "run"
-    assert main(["train", "--config", "demo:32", "--workdir", str(run), *words(config)]) == 0
+    assert main(["train", "--config", "demo:32", "--workdir", str(run), *arguments(config)]) == 0
     assert main(["evaluate", str(run), "--split", "test"]) == 0
     assert main(["evaluate", str(run), "--split", "test@own"]) == 0
 

@@ -30,12 +30,12 @@ class Run:
         recipe = directory / "recipe.py"
         recipe.write_text(RECIPE.format(arms=tuple(names), more=more))
         self.directory = directory / "study"
-        self.words = (system, f"{recipe}:{names[-1]}", overrides, self.directory)
+        self.arguments = (system, f"{recipe}:{names[-1]}", overrides, self.directory)
         self.result = self.again()
         self.page = (self.directory / "report" / "index.html").read_text()
 
     def again(self):
-        return run_system_study(*self.words)
+        return run_system_study(*self.arguments)
 
     @property
     def stored(self):

@@ -80,8 +80,8 @@ def test_study_page_shows_its_numbers(study, outline):
         for row in rows:
             assert f"{row['auroc']:.3f}" in text
             assert f"{row['auroc_low']:.3f}–{row['auroc_high']:.3f}" in text
-    for words in (*study.lead, *study.notes, study.interval, *(c.evidence for c in study.claims)):
-        assert words in text
+    for phrase in (*study.lead, *study.notes, study.interval, *(c.evidence for c in study.claims)):
+        assert phrase in text
     assert "9f3a" * 16 in text
     assert "0.994" in text
     assert "34.8%" in text, "of the width, at 128 px"

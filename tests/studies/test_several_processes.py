@@ -1,4 +1,4 @@
-"""Several processes study and explain as one: the first opens what all have trained, on its own devices."""
+"""Several processes train, predict and explain as one; the main process writes the report."""
 
 import json
 
@@ -35,18 +35,18 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory, tiny_overrides):
-    """The words of a study, its directory, and what its two processes wrote as JSON and said."""
+    """Arguments of a study, its directory, and what its two processes wrote as JSON."""
     directory = tmp_path_factory.mktemp("study")
     recipe = directory / "recipe.py"
     recipe.write_text(RECIPE)
-    keys = [f"--config.{each}" for each in (*tiny_overrides, *MORE)]
-    words = ["study", "resolution", "--config", str(recipe), "--workdir", str(directory / "study"), *keys]
-    ended = finish(start([*words, "--json", str(directory / "result.json")], 2))
+    keys = [f"--config.{override}" for override in (*tiny_overrides, *MORE)]
+    arguments = ["study", "resolution", "--config", str(recipe), "--workdir", str(directory / "study"), *keys]
+    ended = finish(start([*arguments, "--json", str(directory / "result.json")], 2))
     assert [code for code, _ in ended] == [0, 0], ended
-    return words, directory / "study", json.loads((directory / "result.json").read_text())
+    return arguments, directory / "study", json.loads((directory / "result.json").read_text())
 
 
-def test_all_train_and_predict_and_the_first_reports(studied):
+def test_all_train_and_predict_and_the_main_process_reports(studied):
     _, directory, result = studied
     assert json.loads((directory / "study.json").read_text())["scores"] == result["scores"]
     assert (directory / "report" / "index.html").is_file()
@@ -54,35 +54,35 @@ def test_all_train_and_predict_and_the_first_reports(studied):
         run = directory / "runs" / name
         assert json.loads((run / "run.json").read_text())["processes"] == 2
         experiment, network, _ = load_run(run, mesh=(1, 1))
-        for part in ("validation", "test"):
-            found = Predictions.read(run / "predictions" / f"{part}.parquet")
-            wanted = predict(experiment, network, part)
-            assert found.id.tolist() == wanted.id.tolist()
-            np.testing.assert_allclose(found.logit, wanted.logit, rtol=1e-4, atol=1e-5)
+        for split in ("validation", "test"):
+            written = Predictions.read(run / "predictions" / f"{split}.parquet")
+            expected = predict(experiment, network, split)
+            assert written.id.tolist() == expected.id.tolist()
+            np.testing.assert_allclose(written.logit, expected.logit, rtol=1e-4, atol=1e-5)
 
 
-def test_one_process_finds_it_all_done(studied):
-    words, directory, result = studied
+def test_one_process_has_nothing_left_to_do(studied):
+    arguments, directory, result = studied
     made = {file: file.stat().st_mtime_ns for file in (directory / "runs").glob("*/predictions/*.*")}
     assert len(made) == len(RUNS) * len(("validation", "test", "made-of", "receptive-field"))
-    assert main(words) == 0
+    assert main(arguments) == 0
     again = json.loads((directory / "study.json").read_text())
-    for of in (again, result):
-        of["provenance"].pop("training, seconds", None)
-    assert again == {key: of for key, of in result.items() if key != "report"}
+    for study in (again, result):
+        study["provenance"].pop("training, seconds", None)
+    assert again == {key: value for key, value in result.items() if key != "report"}
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
-def test_the_first_explains_with_its_own_devices(studied):
+def test_the_main_process_explains_on_its_local_devices(studied):
     _, directory, _ = studied
     run = directory / "runs" / "32px"
     ended = finish(start(["explain", str(run), "gradcam", "--images", "2"], 2))
     assert [code for code, _ in ended] == [0, 0], ended
     maps = run / "explain" / "gradcam" / "Mass" / "maps.npz"
     with np.load(maps) as stored:
-        wanted = dict(stored)
+        expected = dict(stored)
     maps.unlink()
     assert main(["explain", str(run), "gradcam", "--images", "2", "--mesh", "data=1"]) == 0
     with np.load(maps) as stored:
-        assert stored["id"].tolist() == wanted["id"].tolist()
-        np.testing.assert_allclose(stored["map"], wanted["map"], rtol=1e-3, atol=1e-6)
+        assert stored["id"].tolist() == expected["id"].tolist()
+        np.testing.assert_allclose(stored["map"], expected["map"], rtol=1e-3, atol=1e-6)

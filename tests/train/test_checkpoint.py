@@ -75,9 +75,9 @@ def test_saving_returns_before_the_state_is_on_disk(tmp_path, monkeypatch):
     """The writing thread is held before its last action until `save` has returned."""
     returned, waited, rename = threading.Event(), [], os.rename
 
-    def late(*words, **more):
+    def late(*args, **kwargs):
         waited.append(returned.wait(60))
-        rename(*words, **more)
+        rename(*args, **kwargs)
 
     monkeypatch.setattr(os, "rename", late)
     with Checkpoints(tmp_path) as checkpoints:

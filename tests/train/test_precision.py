@@ -68,9 +68,9 @@ def test_bfloat16_losses_match_float32_within_seed_noise(phantom_data, tmp_path)
         "train.steps_per_epoch=20", "train.monitor=val_loss",
         "optimizer.learning_rate=0.003",  # at the recipe's own a finding is learnt suddenly, and rounding decides when
     )  # fmt: skip
-    words = ["--data-dir", str(phantom_data), "--workdir", str(tmp_path), "--sizes", "32", "--seeds", "0", "1"]
-    words += [f"--config.{word}" for word in overrides]
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
+    arguments = ["--data-dir", str(phantom_data), "--workdir", str(tmp_path), "--sizes", "32", "--seeds", "0", "1"]
+    arguments += [f"--config.{override}" for override in overrides]
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["size"], result["seeds"], result["epochs"]) == (32, 2, 6)

@@ -54,8 +54,8 @@ def test_a_fast_loader_causes_no_wait(tiny, tmp_path, monkeypatch):
 def test_a_slow_loader_is_reported_everywhere(tiny_overrides, tmp_path, monkeypatch, capsys):
     """The loader sleeps four times as long as the step: a fraction of about 0.8, or less on a busy machine."""
     slow_down(monkeypatch, loading=4 * STEP)
-    words = [f"--config.{word}" for word in (*tiny_overrides, "train.epochs=2")]
-    assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *words]) == 0
+    arguments = [f"--config.{override}" for override in (*tiny_overrides, "train.epochs=2")]
+    assert main(["train", "--config", "demo:32", "--workdir", str(tmp_path), *arguments]) == 0
     fractions = [row["data_wait_fraction"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
     whole = json.loads((tmp_path / "run.json").read_text())["data_wait_fraction"]
     assert len(fractions) == 2
@@ -169,8 +169,8 @@ def test_no_step_is_awaited_before_the_next_is_dispatched(tiny, tmp_path, monkey
 
 
 def test_a_trace_contains_the_requested_steps(tiny_overrides, tmp_path, capsys):
-    words = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{w}" for w in tiny_overrides)]
-    assert main([*words, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
+    arguments = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{override}" for override in tiny_overrides)]
+    assert main([*arguments, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
     (device_trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")  # what TensorBoard reads
     assert b"train" in device_trace.read_bytes()
     (perfetto,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")

@@ -241,9 +241,7 @@ def _paper_scores(study: ResolutionStudy) -> Table:
         columns += [f"{name}, ours"] + ([f"{paper_names[name]}, paper"] if name in paper_names else [])
     rows: list[list[Any]] = []
     for k, finding in enumerate((*study.findings, MEAN)):
-        counts = study.scores[STACKED].rows()[k]
-        count = f"{counts['positives']:,}\u00a0/\u00a0{counts['positives'] + counts['negatives']:,}"
-        row: list[Any] = ["Mean", None] if finding == MEAN else [finding, count]
+        row: list[Any] = ["Mean", None] if finding == MEAN else [finding, _positives_of_images(study, k)]
         for name in models:
             values = study.group_aurocs[name][:, k]
             row.append(format_score(study.scores[name].rows()[k], _mean_and_sd(values) if len(values) > 1 else None))
@@ -251,6 +249,11 @@ def _paper_scores(study: ResolutionStudy) -> Table:
                 row.append(_printed_score(study.paper, paper_names[name], finding))
         rows.append(row)
     return Table("AUROC, ours and the paper's.", columns, rows)
+
+
+def _positives_of_images(study: ResolutionStudy, k: int) -> str:
+    counts = study.scores[STACKED].rows()[k]
+    return f"{counts['positives']:,}\u00a0/\u00a0{counts['positives'] + counts['negatives']:,}"
 
 
 def _gains_table(study: ResolutionStudy) -> Table:

@@ -23,12 +23,12 @@ SIZES = ("32 px", "64 px", "128 px")
 FOLDS = tuple(Group(0, fold) for fold in range(5))
 
 
-def reader(fold, strength, seed, part="test", n=1000):
-    """What a network says whose classes lie `strength` apart, a number a finding; images of a fold are the same."""
-    rng = np.random.default_rng([fold, part == "test"])
+def reader(fold, strength, seed, split="test", n=1000):
+    """Predictions of a network whose classes lie `strength` apart, one number per finding; a fold always has the same images."""
+    rng = np.random.default_rng([fold, split == "test"])
     label = (rng.random((n, len(FINDINGS))) < 0.3).astype(float)
-    noise = np.random.default_rng([fold, seed, part == "test"]).standard_normal(label.shape)
-    ids = np.array([f"{part}{fold}-{i}" for i in range(n)])
+    noise = np.random.default_rng([fold, seed, split == "test"]).standard_normal(label.shape)
+    ids = np.array([f"{split}{fold}-{i}" for i in range(n)])
     return Predictions(ids, ids, FINDINGS, np.asarray(strength) * (label - 0.3) + noise, label, label >= 0)
 
 
@@ -41,8 +41,8 @@ def simulated(strengths, groups=FOLDS, n=1000, **study):
         group: [
             Member(
                 size, Path(), None, None,
-                **{part: reader(group.fold or 0, strength, 10 * s + group.seed, part, n)
-                   for part in ("validation", "test")},
+                **{split: reader(group.fold or 0, strength, 10 * s + group.seed, split, n)
+                   for split in ("validation", "test")},
             )
             for s, (size, strength) in enumerate(zip(SIZES, strengths, strict=True))
         ]
@@ -56,15 +56,15 @@ def auroc(table, k):
 
 
 def fields(*fractions):
-    """Diameters of each size, one a group."""
+    """Receptive fields by size, with one diameter per group."""
     return {
-        size: [ErfMap(np.ones((2, 2)), value**2, 32 * value, value) for value in of]
-        for size, of in zip(SIZES, fractions, strict=True)
+        size: [ErfMap(np.ones((2, 2)), value**2, 32 * value, value) for value in values]
+        for size, values in zip(SIZES, fractions, strict=True)
     }
 
 
-def verdicts(found):
-    return {claim.statement: claim.supported for claim in found}
+def verdicts(made):
+    return {claim.statement: claim.supported for claim in made}
 
 
 MIDDLE = ((2.2, 1.6, 1.2), (2.0, 2.2, 1.9), (1.5, 1.7, 2.2))
@@ -72,13 +72,13 @@ MIDDLE = ((2.2, 1.6, 1.2), (2.0, 2.2, 1.9), (1.5, 1.7, 2.2))
 
 @pytest.fixture(scope="module")
 def as_printed():
-    """What the paper says of its own: middle sizes best, Cardiomegaly falls, Pneumothorax rises."""
+    """The claims of the paper: middle sizes best, Cardiomegaly falls, Pneumothorax rises."""
     return simulated(MIDDLE)
 
 
 def test_what_the_paper_claims_is_found_where_it_is_true(as_printed):
-    found = claims.make_claims(as_printed, fields((0.9, 0.8) * 2, (0.5, 0.6) * 2, (0.3, 0.2) * 2))
-    assert verdicts(found) == dict.fromkeys(
+    made = claims.make_claims(as_printed, fields((0.9, 0.8) * 2, (0.5, 0.6) * 2, (0.3, 0.2) * 2))
+    assert verdicts(made) == dict.fromkeys(
         (
             "Mean AUROC peaks at a middle size",
             "Cardiomegaly falls with image size",
@@ -90,7 +90,7 @@ def test_what_the_paper_claims_is_found_where_it_is_true(as_printed):
         ),
         "yes",
     )
-    falls = next(claim for claim in found if claim.statement.startswith("Cardiomegaly"))
+    falls = next(claim for claim in made if claim.statement.startswith("Cardiomegaly"))
     values = [as_printed.scores[size].findings[0].auroc for size in SIZES]
     assert f"{values[0]:.3f}, {values[1]:.3f} and {values[2]:.3f} at 32 px, 64 px and 128 px" in falls.evidence
     assert f"{values[2] - values[0]:+.3f} (" in falls.evidence
@@ -99,28 +99,28 @@ def test_what_the_paper_claims_is_found_where_it_is_true(as_printed):
 
 def test_and_refuted_where_the_opposite_is():
     rising = simulated(((0.8, 0.8, 2.6), (1.6, 1.6, 1.6), (2.6, 2.6, 0.8)), fine=("Pneumothorax",), coarse=("Mass",))
-    found = verdicts(claims.make_claims(rising, fields((0.5, 0.5, 0.5), (0.5, 0.6, 0.5), (0.6, 0.7, 0.5))))
-    assert found["Cardiomegaly falls with image size"] == "no"
-    assert found["Pneumothorax rises with image size"] == "no"
-    assert found["Fine findings (Pneumothorax) gain with resolution"] == "no"
-    assert found["Coarse findings (Mass) do not"] == "no"
-    assert found["The effective receptive field shrinks relative to the image as resolution rises"] == "no"
+    verdict = verdicts(claims.make_claims(rising, fields((0.5, 0.5, 0.5), (0.5, 0.6, 0.5), (0.6, 0.7, 0.5))))
+    assert verdict["Cardiomegaly falls with image size"] == "no"
+    assert verdict["Pneumothorax rises with image size"] == "no"
+    assert verdict["Fine findings (Pneumothorax) gain with resolution"] == "no"
+    assert verdict["Coarse findings (Mass) do not"] == "no"
+    assert verdict["The effective receptive field shrinks relative to the image as resolution rises"] == "no"
     ends = simulated(((2.5, 2.5, 2.5), (0.7, 0.7, 0.7), (1.5, 1.5, 1.5)))
     assert verdicts(claims.peak_claim(ends)) == {"Mean AUROC peaks at a middle size": "no"}
 
 
 def test_intervals_of_differences_are_the_wider_of_patients_and_folds(as_printed):
     gain = as_printed.difference("128 px", "32 px", FINDINGS)
-    each = np.array([
+    gains = np.array([
         np.mean([auroc(members[2].test, k) - auroc(members[0].test, k) for k in range(len(FINDINGS))])
         for members in as_printed.groups.values()
     ])  # fmt: skip
-    assert gain.per_table == pytest.approx(tuple(each))
+    assert gain.per_table == pytest.approx(tuple(gains))
     patients = difference_from_bootstrap(as_printed.bootstraps["128 px"], as_printed.bootstraps["32 px"], FINDINGS)
-    # Of the images of a fold a fifth is for testing, and seven eighths of the rest for training.
-    half = stats.t.ppf(0.975, 4) * each.std(ddof=1) * np.sqrt(1 / 5 + 0.2 / (0.8 * 0.7 / 0.8))
-    assert gain.low == pytest.approx(min(patients.low, each.mean() - half))
-    assert gain.high == pytest.approx(max(patients.high, each.mean() + half))
+    # In each fold a fifth of the images are for testing, and seven eighths of the rest for training.
+    half = stats.t.ppf(0.975, 4) * gains.std(ddof=1) * np.sqrt(1 / 5 + 0.2 / (0.8 * 0.7 / 0.8))
+    assert gain.low == pytest.approx(min(patients.low, gains.mean() - half))
+    assert gain.high == pytest.approx(max(patients.high, gains.mean() + half))
     seeds = simulated(MIDDLE, groups=(Group(0), Group(1)), n=100)
     drawn = difference_from_bootstrap(seeds.bootstraps["128 px"], seeds.bootstraps["32 px"], FINDINGS)
     assert seeds.difference("128 px", "32 px", FINDINGS) == drawn, "seeds are no folds"
@@ -128,14 +128,14 @@ def test_intervals_of_differences_are_the_wider_of_patients_and_folds(as_printed
 
 def test_what_cannot_be_told_is_undecided():
     alike = simulated(((1.2,) * 3,) * 3, n=60)
-    found = verdicts(claims.make_claims(alike, fields((0.9, 0.9, 0.9), (0.5, 0.95, 0.5), (0.3, 0.3, 0.3))))
-    assert found["Mean AUROC peaks at a middle size"] == "undecided"
-    assert found["Cardiomegaly falls with image size"] == "undecided"
-    assert found["The effective receptive field shrinks relative to the image as resolution rises"] == "undecided"
+    verdict = verdicts(claims.make_claims(alike, fields((0.9, 0.9, 0.9), (0.5, 0.95, 0.5), (0.3, 0.3, 0.3))))
+    assert verdict["Mean AUROC peaks at a middle size"] == "undecided"
+    assert verdict["Cardiomegaly falls with image size"] == "undecided"
+    assert verdict["The effective receptive field shrinks relative to the image as resolution rises"] == "undecided"
 
 
 def test_an_ensemble_that_is_worse_on_one_finding_is_not_the_best_everywhere():
-    # The first finding's smallest size is far better, but what it says of the validation images is useless.
+    # The first finding's smallest size is far better, but its predictions on validation are useless.
     study = simulated(((2.6, 1.6, 1.2), (0.5, 2.2, 1.9), (0.5, 1.7, 2.2)))
     for group, members in study.groups.items():
         useless = members[0].validation.logit.copy()
@@ -156,7 +156,7 @@ def test_claims_of_the_paper_are_made_only_where_they_are_asked_for_and_can_be()
     study = simulated(MIDDLE)
     for members in study.groups.values():
         for number, member in enumerate(members):
-            kept = {part: getattr(member, part).select(("Mass",)) for part in ("validation", "test")}
+            subset = {split: getattr(member, split).select(("Mass",)) for split in ("validation", "test")}
             members[number] = Member(member.name, Path(), None, None, **kept)
     assert claims.trend_claims(study) == []
     two = ResolutionStudy.from_groups(study.config, {group: members[:2] for group, members in study.groups.items()})
@@ -201,11 +201,11 @@ def test_the_papers_weights_follow_its_aucs_as_it_says(shared):
     findings, sizes = list(tables["figure5_weights"]), ("256", "512", "1024", "2048")
     score = np.array([[tables["table3_auc"][size][finding]["mean"] for size in sizes] for finding in findings])
     weight = np.array([[tables["figure5_weights"][finding][size] for size in sizes] for finding in findings])
-    found = correlate_weights(score, weight)
-    assert (found.hits, found.findings) == (10, 14), "as the paper counts"
-    assert found.correlation > 0.7
-    assert found.p < 0.001
-    assert correlate_weights(score, -weight).correlation == pytest.approx(-found.correlation)
+    result = correlate_weights(score, weight)
+    assert (result.hits, result.findings) == (10, 14), "as the paper counts"
+    assert result.correlation > 0.7
+    assert result.p < 0.001
+    assert correlate_weights(score, -weight).correlation == pytest.approx(-result.correlation)
 
 
 def test_rank_correlations_are_scipys_and_their_p_is_that_of_shuffling():
@@ -224,13 +224,13 @@ def test_rank_correlations_are_scipys_and_their_p_is_that_of_shuffling():
 
 def test_the_papers_numbers_are_the_transcribed_ones(shared):
     tables, paper = json.loads((shared / "papers" / "tables.json").read_text())["resolution"], Paper.load("resolution")
-    for model, of in tables["table3_auc"].items():
+    for model, by_finding in tables["table3_auc"].items():
         name = model if model == "ensemble" else f"{model} px"
-        assert paper.auc[name] == {finding: value["mean"] for finding, value in of.items()}
-        assert paper.numbers["sd"][name] == {finding: value["sd"] for finding, value in of.items()}
+        assert paper.auc[name] == {finding: value["mean"] for finding, value in by_finding.items()}
+        assert paper.numbers["sd"][name] == {finding: value["sd"] for finding, value in by_finding.items()}
         assert paper.numbers["average"][name] == tables["table3_average_printed"][model]
         assert paper.mean_auc(name) == pytest.approx(paper.numbers["average"][name], abs=1e-3)
-    for finding, of in tables["figure5_weights"].items():
-        assert {size: paper.numbers["weights"][f"{size} px"][finding] for size in of} == of
-    for size, of in tables["table1"].items():
-        assert paper.numbers["training"][f"{size} px"] == {"rate": of["learning_rate"], "batch": of["batch"]}
+    for finding, weights in tables["figure5_weights"].items():
+        assert {size: paper.numbers["weights"][f"{size} px"][finding] for size in weights} == weights
+    for size, row in tables["table1"].items():
+        assert paper.numbers["training"][f"{size} px"] == {"rate": row["learning_rate"], "batch": row["batch"]}

@@ -38,11 +38,11 @@ RUNS = ("16px-fold0", "32px-fold0", "16px-fold2", "32px-fold2")
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory, tiny_overrides):
-    """`words(workdir, *more)`: the command, without the program's name."""
+def study_command(tmp_path_factory, tiny_overrides):
+    """`study_command(workdir, *more)`: arguments of `main`."""
     recipe = tmp_path_factory.mktemp("recipe") / "recipe.py"
     recipe.write_text(RECIPE)
-    keys = [f"--config.{each}" for each in (*tiny_overrides, *MORE)]
+    keys = [f"--config.{override}" for override in (*tiny_overrides, *MORE)]
 
     def command(workdir, *more):
         return ["study", "resolution", "--config", str(recipe), "--workdir", str(workdir), *more, *keys]
@@ -51,22 +51,22 @@ def words(tmp_path_factory, tiny_overrides):
 
 
 @pytest.fixture(scope="module")
-def whole(words, tmp_path_factory):
+def whole(study_command, tmp_path_factory):
     """The directory of a study that was never interrupted."""
     directory = tmp_path_factory.mktemp("whole")
-    assert main(words(directory)) == 0
+    assert main(study_command(directory)) == 0
     return directory
 
 
 def stored(directory):
-    """What a study found, without times."""
+    """Return the results of a study, without times."""
     result = json.loads((directory / "study.json").read_text())
     del result["provenance"]["training, seconds"]
     return result
 
 
-def table(directory, run, part="test"):
-    return Predictions.read(directory / "runs" / run / "predictions" / f"{part}.parquet")
+def table(directory, run, split="test"):
+    return Predictions.read(directory / "runs" / run / "predictions" / f"{split}.parquet")
 
 
 def auroc(predictions, k):
@@ -80,34 +80,34 @@ def test_scores_are_means_over_folds_of_disjoint_patients(whole):
         folds = [table(whole, f"{size}px-fold{fold}") for fold in (0, 2)]
         assert not set(folds[0].patient) & set(folds[1].patient)
         for k, row in enumerate(result["scores"][f"{size} px"]["scores"][:-1]):
-            each = [auroc(predictions, k) for predictions in folds]
-            assert row["auroc"] == pytest.approx(np.mean(each))
+            by_fold = [auroc(predictions, k) for predictions in folds]
+            assert row["auroc"] == pytest.approx(np.mean(by_fold))
             assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
-            assert [group["auroc"][f"{size} px"][row["finding"]] for group in result["groups"]] == pytest.approx(each)
+            assert [group["auroc"][f"{size} px"][row["finding"]] for group in result["groups"]] == pytest.approx(by_fold)
         assert result["scores"][f"{size} px"]["images"] == sum(map(len, folds))
     assert [(group["seed"], group["fold"]) for group in result["groups"]] == [(0, 0), (0, 2)]
 
 
-def test_each_fold_has_its_own_ensembles_learnt_on_its_validation_images(whole):
+def test_each_fold_has_its_own_ensembles_fitted_on_its_validation_images(whole):
     from cxrjax.metrics.ensemble import combine, fit_logistic, fit_weights
 
     result = stored(whole)
     for group in result["groups"]:
         fold = group["fold"]
         validation, test = (
-            [table(whole, f"{size}px-fold{fold}", part) for size in (16, 32)] for part in ("validation", "test")
+            [table(whole, f"{size}px-fold{fold}", split) for size in (16, 32)] for split in ("validation", "test")
         )
-        learnt_from = np.stack([each.logit for each in validation]), validation[0].label, validation[0].label_mask
-        weights, regressions = fit_weights(*learnt_from).weights, fit_logistic(*learnt_from)
-        for k, (finding, of) in enumerate(group["weights"].items()):
-            assert list(of.values()) == pytest.approx(weights[k].tolist())
+        fitted_on = np.stack([member.logit for member in validation]), validation[0].label, validation[0].label_mask
+        weights, regressions = fit_weights(*fitted_on).weights, fit_logistic(*fitted_on)
+        for k, (finding, by_size) in enumerate(group["weights"].items()):
+            assert list(by_size.values()) == pytest.approx(weights[k].tolist())
             for name, learnt in (("stacked", weights), ("voted", None), ("logistic", regressions)):
                 combined = combine(test, learnt)
                 assert group["auroc"][name][finding] == pytest.approx(auroc(combined, k))
                 written = Predictions.read(whole / "predictions" / f"{name}-fold{fold}.parquet")
                 np.testing.assert_array_equal(written.logit, combined.logit)
-    for finding, of in result["weights"].items():
-        for size, weight in of.items():
+    for finding, by_size in result["weights"].items():
+        for size, weight in by_size.items():
             assert weight == pytest.approx(np.mean([group["weights"][finding][size] for group in result["groups"]]))
 
 
@@ -121,7 +121,7 @@ def test_the_page_has_the_folds_the_paper_and_what_it_cannot_prove(whole):
                    "The records hold no sizes of original images", "corrected t-test over folds"):  # fmt: skip
         assert phrase in text, phrase
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
-    assert "Pneumothorax rises" not in text, "it is not learnt here"
+    assert "Pneumothorax rises" not in text, "these findings do not include it"
     values = np.array([group["auroc"]["stacked"]["Mass"] for group in stored(whole)["groups"]])
     assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" in text
     for figure in ("auc", "weights", "roc", "training", "erf", "gradcam"):
@@ -129,10 +129,10 @@ def test_the_page_has_the_folds_the_paper_and_what_it_cannot_prove(whole):
         assert (whole / "figures" / f"{figure}.pdf").read_bytes()[:5] == b"%PDF-"
 
 
-def test_nothing_is_done_twice_unless_the_checkpoint_changed(whole, words):
+def test_nothing_is_done_twice_unless_the_checkpoint_changed(whole, study_command):
     def times():
-        kept = ("metrics.jsonl", "validation.parquet", "test.parquet", "receptive-field.npz")
-        files = (file for name in kept for file in (whole / "runs").rglob(name))
+        names = ("metrics.jsonl", "validation.parquet", "test.parquet", "receptive-field.npz")
+        files = (file for name in names for file in (whole / "runs").rglob(name))
         return {file: file.stat().st_mtime_ns for file in files}
 
     before, first = times(), stored(whole)
@@ -140,7 +140,7 @@ def test_nothing_is_done_twice_unless_the_checkpoint_changed(whole, words):
     made = whole / "runs" / RUNS[1] / "predictions" / "made-of.json"
     mark = json.loads(made.read_text())
     made.write_text(json.dumps(mark | {"step": -1}))
-    assert main(words(whole)) == 0
+    assert main(study_command(whole)) == 0
     after = times()
     redone = {file.name for file in after if after[file] != before[file]}
     assert redone == {"validation.parquet", "test.parquet"}
@@ -149,19 +149,19 @@ def test_nothing_is_done_twice_unless_the_checkpoint_changed(whole, words):
     assert stored(whole) == first
 
 
-def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(words, tmp_path, capsys):
+def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(study_command, tmp_path, capsys):
     busy = tmp_path / "runs" / RUNS[3]
     busy.mkdir(parents=True)
     with (busy / ".lock").open("w") as lock:
         lock.write("4711\n")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(words(tmp_path)) == 1
+        assert main(study_command(tmp_path)) == 1
         error = " ".join(capsys.readouterr().err.split())
         assert f"other processes are training {RUNS[3]} (process 4711)" in error
         assert "rerun this command when they have finished" in error
         assert [run.name for run in (tmp_path / "runs").iterdir()] == [RUNS[3]]
-        assert main(words(tmp_path, "--only", RUNS[3])) == 1
+        assert main(study_command(tmp_path, "--only", RUNS[3])) == 1
         assert "another process (id 4711) is training" in " ".join(capsys.readouterr().err.split())
 
 
@@ -183,14 +183,14 @@ def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(words
         (("--config.study.sizes=(16, 64)",), "more than the 32 px that are stored"),
     ],
 )
-def test_mistakes_are_found_before_training(words, tmp_path, capsys, more, message):
-    command = words(tmp_path / "study")
+def test_mistakes_are_found_before_training(study_command, tmp_path, capsys, more, message):
+    command = study_command(tmp_path / "study")
     assert main([*command, *more]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "study").exists()
 
 
-def test_only_is_for_resolution(capsys, tmp_path):
+def test_only_belongs_to_the_resolution_study(capsys, tmp_path):
     assert main(["study", "transfer", "--workdir", str(tmp_path), "--only", "densenet"]) == 1
     assert "--only is for the study of resolution" in " ".join(capsys.readouterr().err.split())
 
@@ -200,15 +200,15 @@ def test_rates_and_batches_are_the_papers_or_scale_linearly(shared):
     for spec in ("resolution", "resolution:table", "resolution:512,table"):
         runs = plan(spec, [], load_config(spec))
         assert len(runs) == 4 * 5
-        for size, of in table1.items():
+        for size, row in table1.items():
             for fold in range(5):
                 config = runs[f"{size}px-fold{fold}"].config
-                assert (config.optimizer.learning_rate, config.train.batch_size) == (of["learning_rate"], of["batch"])
+                assert (config.optimizer.learning_rate, config.train.batch_size) == (row["learning_rate"], row["batch"])
                 assert (config.split.fold, config.data.image_size) == (fold, int(size))
     linear = plan("resolution:linear", [], load_config("resolution:linear"))
     rates = {size: linear[f"{size}px-fold0"].config.optimizer.learning_rate for size in table1}
     assert {size: linear[f"{size}px-fold0"].config.train.batch_size for size in table1} == {
-        size: of["batch"] for size, of in table1.items()
+        size: row["batch"] for size, row in table1.items()
     }
     assert rates == {"256": 5e-4, "512": 2.5e-4, "1024": 5e-4 * 168 / 512, "2048": 5e-4 * 42 / 512}
     assert table1["2048"]["learning_rate"] == pytest.approx(2 * rates["2048"], rel=2e-4), "linear for a batch of 84"
@@ -221,10 +221,10 @@ def test_the_phantom_is_the_same_study_on_small_networks():
     assert {run.config.data.dataset for run in runs.values()} == {"cxr_phantom"}
 
 
-@pytest.mark.parametrize("words", ["300", "lineer", "table,linear", "256,512", "1024,phantom"])
-def test_unknown_words_of_the_recipe_are_refused(words):
-    with pytest.raises(CxrError, match=f"resolution:{words} is no argument of this recipe"):
-        load_config(f"resolution:{words}")
+@pytest.mark.parametrize("argument", ["300", "lineer", "table,linear", "256,512", "1024,phantom"])
+def test_unknown_arguments_of_the_recipe_are_refused(argument):
+    with pytest.raises(CxrError, match=f"resolution:{argument} is no argument of this recipe"):
+        load_config(f"resolution:{argument}")
 
 
 def test_the_effective_batch_is_the_tables_on_any_number_of_devices(tiny):
@@ -240,22 +240,22 @@ def test_the_effective_batch_is_the_tables_on_any_number_of_devices(tiny):
                     _ = experiment.accumulation_steps
                 continue
             assert experiment.accumulation_steps == 1
-            for at_once in (1, batch // devices):
+            for per_device in (1, batch // devices):
                 with config.unlocked():
-                    config.train.per_device_batch_size = at_once
-                assert Experiment.open(config).accumulation_steps * devices * at_once == batch
+                    config.train.per_device_batch_size = per_device
+                assert Experiment.open(config).accumulation_steps * devices * per_device == batch
         assert max(n for n in range(1, 9) if batch % n == 0) == fits
 
 
-def test_a_batch_that_the_images_at_once_do_not_divide_is_refused_with_the_mend(tiny):
+def test_a_batch_size_that_is_no_multiple_of_the_microbatches_is_refused_with_the_fix(tiny):
     config = tiny("train.batch_size=42", "mesh.data=2", "train.per_device_batch_size=4")
-    with pytest.raises(CxrError, match=r"2 devices x 4 images\): set train\.per_device to a divisor of 21"):
+    with pytest.raises(CxrError, match=r"2 devices x 4 images\): set train\.per_device_batch_size to a divisor of 21"):
         _ = Experiment.open(config).accumulation_steps
 
 
-def started(words):
+def started(arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "cxrjax.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "cxrjax.cli.main", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -272,35 +272,35 @@ def checkpoints(directory, run):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_where_it_was(whole, words, tmp_path):
-    process = started(words(tmp_path))
+def test_a_killed_study_resumes(whole, study_command, tmp_path):
+    process = started(study_command(tmp_path))
     under_way = tmp_path / "runs" / RUNS[1] / "checkpoints" / "last"
-    ends = time.monotonic() + 200
+    deadline = time.monotonic() + 200
     while not any(under_way.glob("[0-9]*")):
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < ends
+        assert time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert sorted(run.name for run in (tmp_path / "runs").iterdir()) == sorted(RUNS[:2])
     assert json.loads((tmp_path / "runs" / RUNS[1] / "run.json").read_text())["steps"] == 0, "it is not at its end"
     before = checkpoints(tmp_path, RUNS[0])
-    finished(started(words(tmp_path)))
+    finished(started(study_command(tmp_path)))
     assert checkpoints(tmp_path, RUNS[0]) == before
     assert stored(tmp_path) == stored(whole)
 
 
 @pytest.mark.slow
-def test_jobs_of_single_runs_side_by_side_make_the_same_study(whole, words, tmp_path):
-    jobs = [started(words(tmp_path, "--only", run)) for run in RUNS[1:3]]
+def test_jobs_of_single_runs_side_by_side_make_the_same_study(whole, study_command, tmp_path):
+    jobs = [started(study_command(tmp_path, "--only", run)) for run in RUNS[1:3]]
     for job in jobs:
         finished(job)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.parent == tmp_path / "runs") == sorted(RUNS[1:3])
     assert [path.name for path in tmp_path.iterdir()] == ["runs"], "a job writes in its own directory only"
     before = {run: checkpoints(tmp_path, run) for run in RUNS[1:3]}
     predicted = {run: (tmp_path / "runs" / run / "predictions" / "test.parquet").stat().st_mtime_ns for run in before}
-    finished(started(words(tmp_path)))
-    for run, of in before.items():
-        assert checkpoints(tmp_path, run) == of
+    finished(started(study_command(tmp_path)))
+    for run, files in before.items():
+        assert checkpoints(tmp_path, run) == files
         assert (tmp_path / "runs" / run / "predictions" / "test.parquet").stat().st_mtime_ns == predicted[run]
     assert stored(tmp_path) == stored(whole)

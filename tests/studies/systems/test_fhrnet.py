@@ -26,9 +26,9 @@ FEW = (
 JOINT = ("train.stages={}", "model.options.stage=joint")
 
 
-def command(verb, directory, phantom_data, *overrides):
-    words = [*verb, "--workdir", str(directory), f"--config.data.data_dir={phantom_data}"]
-    return main([*words, *(f"--config.{word}" for word in (*FEW, *overrides))])
+def command(name, directory, phantom_data, *overrides):
+    arguments = [*name, "--workdir", str(directory), f"--config.data.data_dir={phantom_data}"]
+    return main([*arguments, *(f"--config.{override}" for override in (*FEW, *overrides))])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,15 +44,15 @@ def _tiny():
 def study(request, tmp_path_factory, phantom_data):
     overrides = {"staged": (), "joint": JOINT, "alternating": (*JOINT, "train.heads=alternating")}[request.param]
     directory = tmp_path_factory.mktemp(request.param)
-    verb = ("study", "fhrnet", "--config", "fhrnet:phantom")
-    assert command(verb, directory, phantom_data, *overrides) == 0
+    name = ("study", "fhrnet", "--config", "fhrnet:phantom")
+    assert command(name, directory, phantom_data, *overrides) == 0
     return request.param, directory
 
 
 def predictions(kind, directory, arm):
     runs = directory / "runs" / ("stages" if kind == "staged" else kind)
-    place = {"global": runs / "stages" / "1", "local": runs / "stages" / "2", "fusion": runs}[arm]
-    folder = place / "predictions" if kind == "staged" else runs / "predictions" / arm
+    directory_of_arm = {"global": runs / "stages" / "1", "local": runs / "stages" / "2", "fusion": runs}[arm]
+    folder = directory_of_arm / "predictions" if kind == "staged" else runs / "predictions" / arm
     return Predictions.read(folder / "test.parquet"), runs
 
 
@@ -117,8 +117,8 @@ def test_train_takes_the_literal_reading(phantom_data, tmp_path):
     """Softmax over findings that are not exclusive, one matrix for all heads, the weighted sum, the masked image."""
     more = ("loss.name=softmax", "model.options.fusion=weighted", "model.options.heads=shared",
             "model.options.region=mask")  # fmt: skip
-    verb = ("train", "--config", "fhrnet:phantom")
-    assert command(verb, tmp_path / "run", phantom_data, *JOINT, *more) == 0
+    name = ("train", "--config", "fhrnet:phantom")
+    assert command(name, tmp_path / "run", phantom_data, *JOINT, *more) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--resamples", "0"]) == 0
     table = Predictions.read(tmp_path / "run" / "predictions" / "test.parquet")
     np.testing.assert_allclose(table.probability.sum(1), 1, atol=1e-6)
@@ -133,7 +133,7 @@ def test_train_takes_the_literal_reading(phantom_data, tmp_path):
     ],
 )
 def test_arms_that_are_neither_stages_nor_heads_are_refused(phantom_data, tmp_path, capsys, overrides, message):
-    verb = ("study", "fhrnet", "--config", "fhrnet:phantom")
-    assert command(verb, tmp_path / "study", phantom_data, *overrides) == 1
+    name = ("study", "fhrnet", "--config", "fhrnet:phantom")
+    assert command(name, tmp_path / "study", phantom_data, *overrides) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "study").exists()

@@ -22,8 +22,8 @@ def transfer(make):
     return make("transfer", TRANSFER)
 
 
-def table(run, place, part="test"):
-    return Predictions.read(run.directory / "runs" / place / "predictions" / f"{part}.parquet")
+def table(run, name, split="test"):
+    return Predictions.read(run.directory / "runs" / name / "predictions" / f"{split}.parquet")
 
 
 def same(rows, others):
@@ -94,14 +94,14 @@ def test_a_study_is_not_trained_twice(transfer):
 def test_stages_of_one_training_are_arms(make):
     stages = [f"train.stages.stage{number}.seed={number}" for number in (1, 2, 3)]
     run = make("fhrnet", ("global", "local", "fusion"), *stages, "train.epochs=1")
-    places = {"global": "stages/stages/1", "local": "stages/stages/2", "fusion": "stages"}
-    for name, place in places.items():
-        predictions = table(run, place)
+    directories = {"global": "stages/stages/1", "local": "stages/stages/2", "fusion": "stages"}
+    for name, directory in directories.items():
+        predictions = table(run, directory)
         label_mask = predictions.label_mask[:, 0]
         expected = metrics.roc_auc_score(predictions.label[label_mask, 0], predictions.logit[label_mask, 0])
         assert run.result["scores"][name]["scores"][0]["auroc"] == pytest.approx(expected)
-    branches = [table(run, places[name]).probability for name in ("global", "local")]
-    fusion = table(run, places["fusion"]).logit
+    branches = [table(run, directories[name]).probability for name in ("global", "local")]
+    fusion = table(run, directories["fusion"]).logit
     both = np.log(branches[0]) + np.log(branches[1])
     ranks = [np.argsort(np.argsort(values[:, 0])) for values in (both, fusion)]
     assert run.result["consistency"]["Mass"] == pytest.approx(np.corrcoef(ranks)[0, 1])
@@ -114,10 +114,10 @@ def test_attention_fusion_counts_parameters_and_passes(make):
     run = make(
         "attention_fusion", [f"phantom-{arm}" for arm in ("simple_cnn", "densenet121", "efficientnet_b0", "fusion")]
     )
-    found = run.result["uncertainty"]
-    assert found["passes"] == 4
-    assert found["images"] == len(table(run, "phantom-fusion"))
-    assert 0 < found["mean image uncertainty"] < 0.5
+    uncertainty = run.result["uncertainty"]
+    assert uncertainty["passes"] == 4
+    assert uncertainty["images"] == len(table(run, "phantom-fusion"))
+    assert 0 < uncertainty["mean image uncertainty"] < 0.5
     assert (run.directory / "figures" / "passes.svg").is_file()
     assert "another network" in run.page
     assert "10,638,528" in run.page
@@ -164,9 +164,9 @@ def test_six_classes_and_where_they_come_from(six_classes, tmp_path):
 def test_mistakes_are_found_before_training(capsys, tmp_path, tiny_overrides, system, names, override, message):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(arms=names, more=""))
-    words = ["study", system, "--config", str(recipe), "--workdir", str(tmp_path / "study")]
+    arguments = ["study", system, "--config", str(recipe), "--workdir", str(tmp_path / "study")]
     overrides = [*tiny_overrides, *FEW, *([override] if override else [])]
-    assert main([*words, *(f"--config.{each}" for each in overrides)]) == 1
+    assert main([*arguments, *(f"--config.{override}" for override in overrides)]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "study").exists()
 
@@ -174,8 +174,8 @@ def test_mistakes_are_found_before_training(capsys, tmp_path, tiny_overrides, sy
 def test_arms_tested_on_other_images_are_refused(capsys, tmp_path, tiny_overrides):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(arms=TRANSFER, more="    config.split.seed = ARMS.index(arm)\n"))
-    words = ["study", "transfer", "--config", str(recipe), "--workdir", str(tmp_path / "study")]
-    assert main([*words, *(f"--config.{each}" for each in [*tiny_overrides, *FEW])]) == 1
+    arguments = ["study", "transfer", "--config", str(recipe), "--workdir", str(tmp_path / "study")]
+    assert main([*arguments, *(f"--config.{override}" for override in [*tiny_overrides, *FEW])]) == 1
     assert "differ in the images, findings or labels of the validation split" in " ".join(
         capsys.readouterr().err.split()
     )
