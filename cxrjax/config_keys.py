@@ -38,7 +38,7 @@ class Key:
         """Return the value in the key's type.
 
         Raises:
-          CxrError: a value of another type, NaN, or one out of range; the message names the key and the type wanted.
+          CxrError: a value of another type, NaN, or one out of range; the message names the key and the expected type.
         """
         if isinstance(self.default, tuple):
             if not isinstance(value, tuple | list):
@@ -65,11 +65,11 @@ class Group:
     meaning: str
 
 
-def _in_type(value: Any, wanted: type, error: Callable[[], CxrError]) -> Any:
-    """The value as `wanted`: an int is a float too, a bool is no number, and NaN is refused."""
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+def _in_type(value: Any, type_: type, error: Callable[[], CxrError]) -> Any:
+    """The value as `type_`: an int is a float too, a bool is no number, and NaN is refused."""
+    if type_ is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not wanted or (wanted is float and math.isnan(value)):
+    if type(value) is not type_ or (type_ is float and math.isnan(value)):
         raise error()
     return value
 

@@ -162,8 +162,8 @@ def derive_no_finding(labels: Int8[np.ndarray, "N K"], findings: Sequence[str]) 
 
 
 def translate_labels(
-    labels: Int8[np.ndarray, "N K"], available: Sequence[str], wanted: Sequence[str]
-) -> Int8[np.ndarray, "N W"]:
+    labels: Int8[np.ndarray, "N K"], available: Sequence[str], findings: Sequence[str]
+) -> Int8[np.ndarray, "N M"]:
     """Convert labels from one vocabulary to another, such as from ChestX-ray14's to CheXpert's or back.
 
     A finding of the same name or meaning (Effusion and Pleural Effusion) is copied; `No Finding` is derived. A broader
@@ -174,10 +174,10 @@ def translate_labels(
     Args:
       labels: labels of the `available` findings.
       available: names of the K columns.
-      wanted: names of the W columns to return.
+      findings: names of the M columns to return.
     """
     column = {finding: labels[:, k] for k, finding in enumerate(available)}
-    return np.stack([_translated(finding, column, labels, available) for finding in wanted], axis=1)
+    return np.stack([_translated(finding, column, labels, available) for finding in findings], axis=1)
 
 
 def _translated(
@@ -208,19 +208,19 @@ def matching_name(available: Sequence[str], finding: str) -> str | None:
     return next((name for name in (finding, _SAME.get(finding)) if name in available), None)
 
 
-def finding_indices(wanted: Sequence[str], available: Sequence[str]) -> list[int]:
-    """Return the index of each wanted finding among the available ones.
+def finding_indices(findings: Sequence[str], available: Sequence[str]) -> list[int]:
+    """Return the index of each finding among the available ones.
 
     Raises:
       CxrError: a finding is unknown (the message names the nearest known ones) or listed twice.
     """
     index = {finding: k for k, finding in enumerate(available)}
-    for finding in wanted:
+    for finding in findings:
         if finding not in index:
             raise CxrError(f"unknown finding {finding!r}: {_nearest(finding, available)}")
-    if len(set(wanted)) < len(wanted):
-        raise CxrError(f"finding {next(f for f in wanted if list(wanted).count(f) > 1)!r} is listed twice")
-    return [index[finding] for finding in wanted]
+    if len(set(findings)) < len(findings):
+        raise CxrError(f"finding {next(f for f in findings if list(findings).count(f) > 1)!r} is listed twice")
+    return [index[finding] for finding in findings]
 
 
 def _nearest(finding: str, available: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ FOUR = np.array([[1, 0, -1, -2]], np.int8)
 
 
 @pytest.mark.parametrize(
-    ("policy", "value", "known"),
+    ("policy", "value", "mask"),
     [
         (LabelPolicy(), [1, 0, 0, 0], [1, 1, 1, 1]),
         (LabelPolicy(uncertain="ones"), [1, 0, 1, 0], [1, 1, 1, 1]),
@@ -38,12 +38,12 @@ FOUR = np.array([[1, 0, -1, -2]], np.int8)
         (LabelPolicy("ones", "unknown"), [1, 0, 1, 0], [1, 1, 1, 0]),
     ],
 )
-def test_policies(policy, value, known):
+def test_policies(policy, value, mask):
     got_value, got_known = make_targets(FOUR, policy)
     assert got_value.dtype == np.float32
     assert got_known.dtype == np.bool_
     np.testing.assert_array_equal(got_value, [value])
-    np.testing.assert_array_equal(got_known, np.array([known], bool))
+    np.testing.assert_array_equal(got_known, np.array([mask], bool))
 
 
 @given(
@@ -52,11 +52,11 @@ def test_policies(policy, value, known):
     st.sampled_from(["negative", "unknown"]),
 )
 def test_certain_labels_never_change(labels, uncertain, not_mentioned):
-    value, known = make_targets(labels, LabelPolicy(uncertain, not_mentioned))
+    value, mask = make_targets(labels, LabelPolicy(uncertain, not_mentioned))
     certain = labels >= 0
-    assert known[certain].all()
+    assert mask[certain].all()
     np.testing.assert_array_equal(value[certain], labels[certain])
-    assert (value[~known] == 0).all()
+    assert (value[~mask] == 0).all()
 
 
 UNCERTAIN_ONLY = np.full((4000, 2), -1, np.int8)
@@ -67,8 +67,8 @@ NAMES = ("Edema", "Mass")
 @pytest.mark.parametrize("smooth_range", [ONES_SMOOTHED, ZEROS_SMOOTHED])
 def test_smoothed_targets_are_uniform_in_their_interval(smooth_range):
     policy = LabelPolicy("smooth", smooth_range=smooth_range)
-    value, known = make_targets(UNCERTAIN_ONLY, policy, findings=NAMES, ids=IDS)
-    assert known.all()
+    value, mask = make_targets(UNCERTAIN_ONLY, policy, findings=NAMES, ids=IDS)
+    assert mask.all()
     low, high = smooth_range
     for column in value.T:
         assert stats.kstest(column, stats.uniform(low, high - low).cdf).pvalue > 0.01
@@ -89,13 +89,13 @@ def test_a_smoothed_target_depends_on_seed_record_and_finding_alone():
 
 def test_smoothing_leaves_every_other_label_alone_and_is_no_score():
     policy = LabelPolicy("smooth", "unknown")
-    value, known = make_targets(FOUR, policy, findings=[*"abcd"], ids=["x"])
+    value, mask = make_targets(FOUR, policy, findings=[*"abcd"], ids=["x"])
     assert (value[0, 0], value[0, 1], value[0, 3]) == (1, 0, 0)
     assert 0.55 <= value[0, 2] <= 0.85
-    np.testing.assert_array_equal(known, [[True, True, True, False]])
-    value, known = make_targets(FOUR, policy.scored)
+    np.testing.assert_array_equal(mask, [[True, True, True, False]])
+    value, mask = make_targets(FOUR, policy.scored)
     np.testing.assert_array_equal(value, [[1, 0, 0, 0]])
-    np.testing.assert_array_equal(known, [[True, True, False, False]])
+    np.testing.assert_array_equal(mask, [[True, True, False, False]])
 
 
 def test_findings_with_a_policy_of_their_own():
@@ -103,15 +103,15 @@ def test_findings_with_a_policy_of_their_own():
     ones, zeros = LabelPolicy("ones"), LabelPolicy("zeros")
     policy = LabelPolicy("ignore", per_finding={"Edema": ones, "Atelectasis": ones, "Cardiomegaly": zeros})
     names = ("Atelectasis", "Cardiomegaly", "Edema", "Hernia")
-    value, known = make_targets(np.full((1, 4), -1, np.int8), policy, findings=names)
+    value, mask = make_targets(np.full((1, 4), -1, np.int8), policy, findings=names)
     np.testing.assert_array_equal(value, [[1, 0, 1, 0]])
-    np.testing.assert_array_equal(known, [[True, True, True, False]])
+    np.testing.assert_array_equal(mask, [[True, True, True, False]])
     mixed = LabelPolicy("ones", per_finding={"Edema": LabelPolicy("smooth", smooth_range=ZEROS_SMOOTHED)})
     value, _ = make_targets(np.full((1, 4), -1, np.int8), mixed, findings=names, ids=["x"])
     assert value[0, [0, 1, 3]].tolist() == [1, 1, 1]
     assert 0 <= value[0, 2] <= 0.3
-    _, known = make_targets(np.full((1, 4), -1, np.int8), mixed.scored, findings=names)
-    np.testing.assert_array_equal(known, [[True, True, False, True]])
+    _, mask = make_targets(np.full((1, 4), -1, np.int8), mixed.scored, findings=names)
+    np.testing.assert_array_equal(mask, [[True, True, False, True]])
 
 
 @pytest.mark.parametrize(
@@ -175,14 +175,14 @@ def test_nih_labels_in_chexperts_words():
 def test_chexpert_labels_in_nihs_words():
     order = ("Pleural Effusion", "Lung Lesion", "Lung Opacity", "Pleural Other", "Edema")
     rows = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [-1, -1, 0, -1, -1], [-2, -2, -2, -2, -2]], np.int8)
-    wanted = ("Effusion", "Mass", "Nodule", "Infiltration", "Pleural_Thickening", "Edema", "Hernia")
+    names = ("Effusion", "Mass", "Nodule", "Infiltration", "Pleural_Thickening", "Edema", "Hernia")
     expected = [
         [1, -1, -1, -1, 0, 0, -2],
         [0, 0, 0, -1, -1, 1, -2],
         [-1, 0, 0, 0, -1, -1, -2],  # no opacity, so no mass either
         [-2, -2, -2, -2, -2, -2, -2],
     ]
-    np.testing.assert_array_equal(translate_labels(rows, order, wanted), expected)
+    np.testing.assert_array_equal(translate_labels(rows, order, names), expected)
 
 
 @given(arrays(np.int8, (3, 14), elements=st.integers(-2, 1)))

@@ -181,7 +181,7 @@ def resolve_options(
     return PredictOptions(side, batch_size, passes, threshold, calibration, tuple(notes))
 
 
-def classify(
+def predict_images(
     model: LoadedModel,
     files: Sequence[Path],
     options: PredictOptions,

@@ -251,8 +251,8 @@ def _score_localisation(positives: Mapping[str, Positives], results: Mapping[str
             detected += result.boxes
             true += positives[finding].boxes
     if len(located) > 1:
-        everything = pooled([points for points, _ in located.values()])
-        located[tables.ALL] = everything, boxes.box_scores(detected, true)
+        all_findings = pooled([points for points, _ in located.values()])
+        located[tables.ALL] = all_findings, boxes.box_scores(detected, true)
     return located
 
 

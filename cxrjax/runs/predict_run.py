@@ -16,7 +16,7 @@ from cxrjax.explain.saliency import saliency
 from cxrjax.findings import finding_indices
 from cxrjax.inference.image_files import find_images, is_prepared, read_grey
 from cxrjax.inference.load_run import LoadedModel, load_model
-from cxrjax.inference.predict_files import FilePredictions, PredictOptions, classify, resolve_options
+from cxrjax.inference.predict_files import FilePredictions, PredictOptions, predict_images, resolve_options
 from cxrjax.metrics import tables
 from cxrjax.report.content import Cam
 from cxrjax.report.tables import likeliest_findings
@@ -68,7 +68,7 @@ def predict_files(
     columns = finding_indices(list(findings), model.findings)
     options = resolve_options(model, files, size=size, batch_size=batch_size, passes=passes, threshold=threshold)
     with progress_bar("classifying", len(files)) as advance:
-        predictions = classify(model, files, options, advance=advance)
+        predictions = predict_images(model, files, options, advance=advance)
     result = predictions.as_dict()
     if not predictions.id:
         print_text("no image could be read; nothing is written")

@@ -80,15 +80,15 @@ def test_piece_overwritten_with_zeros_is_an_error():
 
 def test_changed_bytes_are_detected_or_decode_to_an_image():
     """Most changes of one byte leave valid Huffman codes; the result is an image or a `CxrError`, nothing else."""
-    data, rng, noticed = jpeg(), np.random.default_rng(0), 0
+    data, rng, detected = jpeg(), np.random.default_rng(0), 0
     for _ in range(300):
         changed = bytearray(data)
         changed[rng.integers(scan(data), len(data) - 2)] ^= int(rng.integers(1, 256))
         try:
             assert decode(bytes(changed), "x").shape == (120, 100)
         except CxrError:
-            noticed += 1
-    assert 60 < noticed < 240
+            detected += 1
+    assert 60 < detected < 240
 
 
 def test_rotated_jpeg_is_checked_and_rotated():

@@ -68,9 +68,9 @@ def test_what_a_data_set_does_not_say_is_masked_whatever_the_policy(sets):
 
 def test_an_exception_holds_under_either_name(sets):
     policy = LabelPolicy("zeros", per_finding={"Pleural Effusion": LabelPolicy("ignore")})
-    own = translated_policy(policy, sets[1], ("Effusion", "Fracture"))
+    policy_of_second = translated_policy(policy, sets[1], ("Effusion", "Fracture"))
     _, label_mask = make_targets(
-        make_mixture(sets, ["Effusion", "Fracture"]).labels[12:15], own, findings=("Effusion", "Fracture")
+        make_mixture(sets, ["Effusion", "Fracture"]).labels[12:15], policy_of_second, findings=("Effusion", "Fracture")
     )
     np.testing.assert_array_equal(label_mask, [[1, 1], [0, 1], [1, 1]])
 
@@ -115,8 +115,8 @@ def test_an_image_of_two_data_sets_in_different_parts_is_named(capsys):
     pooled = make_mixture((one, other), ["Mass"])
     capsys.readouterr()
     combine_splits(pooled, [make_split(one, "official"), make_split(other, "official")])
-    said = " ".join(capsys.readouterr().err.split())
-    assert "1 images are in different splits of two data sets: one/0.png (train) = other/3.png (validation)" in said
+    warning = " ".join(capsys.readouterr().err.split())
+    assert "1 images are in different splits of two data sets: one/0.png (train) = other/3.png (validation)" in warning
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
     about = json.loads((run / "run.json").read_text())
     experiment = Experiment.open(config)
     assert about["identity"]["data"] == experiment.records.fingerprint
-    assert about["images"] == {name: len(part) for name, part in experiment.examples_by_split.items()}
+    assert about["images"] == {name: len(examples) for name, examples in experiment.examples_by_split.items()}
     listed = [line.split(",")[0] for line in (run / "split.csv").read_text().splitlines()[2:]]
     assert {name.split("/")[0] for name in listed} == {"cxr_phantom", "own"}
 
@@ -75,9 +75,9 @@ def test_train_and_evaluate_from_the_command_line(mixed, data, tmp_path):
     assert not test.label_mask[ours, 0].any()  # nobody said anything of the heart there
     assert test.label_mask[~ours, 0].any()
     assert not test.label_mask[~ours, 2].any()
-    alone = Predictions.read(run / "predictions" / "test@own.parquet")
-    assert alone.id.tolist() == test.id[ours].tolist()
-    np.testing.assert_allclose(alone.logit, test.logit[ours], atol=1e-5)
+    second = Predictions.read(run / "predictions" / "test@own.parquet")
+    assert second.id.tolist() == test.id[ours].tolist()
+    np.testing.assert_allclose(second.logit, test.logit[ours], atol=1e-5)
     records = experiment.records
     row = {name: k for k, name in enumerate(records.id.tolist())}
     rows = [row[name] for name in test.id]
@@ -110,9 +110,9 @@ def test_without_weights_every_record_comes_once_an_epoch(mixed):
 
 
 def test_each_data_set_has_its_own_policy_and_views(mixed):
-    own = ("data.mixture.own.labels.uncertain=ones", "data.mixture.own.labels.not_mentioned=unknown")
+    rules = ("data.mixture.own.labels.uncertain=ones", "data.mixture.own.labels.not_mentioned=unknown")
     one = Experiment.open(mixed("labels.uncertain=ignore", "labels.not_mentioned=negative"))
-    other = Experiment.open(mixed("labels.uncertain=ignore", "labels.not_mentioned=negative", *own))
+    other = Experiment.open(mixed("labels.uncertain=ignore", "labels.not_mentioned=negative", *rules))
     rows = one.examples("train").row
     np.testing.assert_array_equal(rows, other.examples("train").row)
     fracture = one.records.labels[rows, 2]

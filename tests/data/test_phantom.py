@@ -159,9 +159,9 @@ def test_cardiothoracic_ratio_matches_the_image(radiographs):
 @pytest.mark.parametrize("size", [16, 64, 200])
 def test_masks_are_those_of_the_present_findings(radiographs, size):
     for radiograph in radiographs[:40]:
-        found = render_masks(radiograph, size)
-        assert tuple(found) == tuple(f for f in PHANTOM if radiograph.shows(f))
-        for finding, mask in found.items():
+        masks = render_masks(radiograph, size)
+        assert tuple(masks) == tuple(f for f in PHANTOM if radiograph.shows(f))
+        for finding, mask in masks.items():
             assert mask.shape == (size, size)
             assert mask.dtype == bool
             assert mask.any(), (radiograph.id, finding)

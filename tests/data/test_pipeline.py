@@ -167,11 +167,11 @@ def test_epochs_and_seeds_differ_in_order_and_augmentation():
         assert not (images == other_images).all(axis=(1, 2)).any()
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_the_parts_of_all_processes_are_the_global_batch(parts):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_parts_of_all_processes_are_the_global_batch(processes):
     data = noise_examples(11)
-    shares = [take(5, training(data, batch_size=8, shard=(p, parts), threads=p % 3)) for p in range(parts)]
-    assert all(len(batch.example_mask) == 8 // parts for share in shares for batch in share)
+    shares = [take(5, training(data, batch_size=8, shard=(p, processes), threads=p % 3)) for p in range(processes)]
+    assert all(len(batch.example_mask) == 8 // processes for share in shares for batch in share)
     assert_same(concat_shards(shares), take(5, training(data, batch_size=8)))
 
 
@@ -262,13 +262,14 @@ def test_only_a_few_batches_are_loaded_ahead():
 
 @given(st.integers(0, 20), st.integers(1, 6), st.sampled_from([1, 2, 3]))
 @settings(max_examples=40, deadline=None)
-def test_evaluation_yields_every_record_once_in_order_over_processes(n, share, parts):
+def test_evaluation_yields_every_record_once_in_order_over_processes(n, share, processes):
     data = make_examples(InMemoryRecords(n, size=3), np.arange(n)[::-1], ("Mass",), LabelPolicy())
-    batch_size = share * parts
+    batch_size = share * processes
     shares = [
-        list(evaluation_batches(data, size=3, batch_size=batch_size, shard=(p, parts), threads=p)) for p in range(parts)
+        list(evaluation_batches(data, size=3, batch_size=batch_size, shard=(p, processes), threads=p))
+        for p in range(processes)
     ]
-    assert {len(part) for part in shares} == {evaluation_steps(n, batch_size)}
+    assert {len(share) for share in shares} == {evaluation_steps(n, batch_size)}
     batches = concat_shards(shares)
     assert all(len(field) == batch_size for batch in batches for field in batch)
     whole = {f: np.concatenate([getattr(b, f) for b in batches]) for f in (batches[0]._fields if batches else ())}

@@ -57,7 +57,7 @@ def test_a_nonlinear_head_against_finite_differences():
 
 
 def sharp_network() -> Network:
-    """A head whose gradient differs from place to place, and has both signs."""
+    """A head whose gradient differs from index to index, and has both signs."""
     return Network.from_model(create("simple_cnn", classes=3, dtype="float64", seed=3, pooling="log-sum-exp", hidden=0))
 
 
@@ -74,7 +74,7 @@ def test_class_activation_maps_match_the_papers(method):
     pooled = (logsumexp(LSE_SHARPNESS * a, axis=(1, 2)) - np.log(positions)) / LSE_SHARPNESS
     score = pooled @ kernel + bias
     np.testing.assert_allclose(outputs, score, rtol=1e-9)
-    for place, finding in enumerate([2, 0]):
+    for index, finding in enumerate([2, 0]):
         g = softmax(LSE_SHARPNESS * a, axis=(1, 2)) * kernel[:, finding]
         first, second, third = (np.exp(score[:, finding])[:, None, None, None] * g**n for n in (1, 2, 3))
         if method == "gradcam":
@@ -87,7 +87,7 @@ def test_class_activation_maps_match_the_papers(method):
             weights = (alpha * np.maximum(first, 0)).sum((1, 2), keepdims=True)
             expected = (weights * a).sum(-1) / np.exp(score[:, finding])[:, None, None]
         assert np.ptp(g, axis=(1, 2)).max() > 0.1 * np.abs(g).max()
-        np.testing.assert_allclose(maps[:, place], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(maps[:, index], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 class Powers(Backbone):
@@ -125,7 +125,7 @@ def test_integrated_gradients_of_a_quadratic_network_are_the_midpoint_gradient(b
         response = [
             sum(correlate2d(middle[image, :, :, c], kernel[:, :, c, k], "valid") for c in range(3)) for k in range(4)
         ]
-        for place, finding in enumerate([1, 0]):
+        for index, finding in enumerate([1, 0]):
             slope = [
                 sum(
                     2 * output[k, finding] / response[k].size * convolve2d(response[k], kernel[:, :, c, k])
@@ -134,8 +134,8 @@ def test_integrated_gradients_of_a_quadratic_network_are_the_midpoint_gradient(b
                 for c in range(3)
             ]
             expected = (np.stack(slope, -1) * (end - begin)[image]).sum(-1)
-            np.testing.assert_allclose(maps[image, place], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-            assert maps[image, place].sum(dtype=np.float64) == pytest.approx(gained[image, finding], rel=1e-5)
+            np.testing.assert_allclose(maps[image, index], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+            assert maps[image, index].sum(dtype=np.float64) == pytest.approx(gained[image, finding], rel=1e-5)
     assert (maps < 0).any()
 
 

@@ -41,8 +41,8 @@ def maps_of(net, examples):
     return np.asarray(jax.jit(lambda x: model.features(prepare(x, net.input_spec, net.dtype))["final"])(images))
 
 
-def masks(key, place, count):
-    return np.asarray(jax.random.bernoulli(jax.random.fold_in(key, place), 1 - RATE, (1, count)))[0]
+def masks(key, layer, count):
+    return np.asarray(jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - RATE, (1, count)))[0]
 
 
 def test_passes_match_numpy(examples):

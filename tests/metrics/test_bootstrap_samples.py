@@ -66,8 +66,8 @@ def test_seeds_share_patients_and_draws():
     seeds = [table(noise=1), table(noise=2)]
     sample = BootstrapResult.from_tables(seeds, resamples=20)
     assert sample.stratum.tolist() == [0, 0]
-    alone = [BootstrapResult.from_tables([each], resamples=20) for each in seeds]
-    np.testing.assert_array_equal(sample.draws, np.concatenate([each.draws for each in alone], axis=1))
+    single = [BootstrapResult.from_tables([table], resamples=20) for table in seeds]
+    np.testing.assert_array_equal(sample.draws, np.concatenate([result.draws for result in single], axis=1))
     result = scores_from_bootstrap(sample)
     assert (result.images, result.patients) == (60, 30), "every image once"
     assert result.findings[0].positives == int(seeds[0].label[:, 0].sum())
@@ -89,9 +89,9 @@ def test_a_finding_undefined_in_some_folds_averages_the_others():
 def test_fold_differences_are_means_of_pairs():
     first, second = [[table(f, strength) for f in range(3)] for strength in (1.5, 0.5)]
     result = difference(first, second, ["A", "B"], resamples=50, seed=3)
-    each = [np.mean([auc(a, k) - auc(b, k) for k in range(2)]) for a, b in zip(first, second, strict=True)]
-    assert result.per_table == pytest.approx(tuple(each))
-    assert result.value == pytest.approx(np.mean(each))
+    differences = [np.mean([auc(a, k) - auc(b, k) for k in range(2)]) for a, b in zip(first, second, strict=True)]
+    assert result.per_table == pytest.approx(tuple(differences))
+    assert result.value == pytest.approx(np.mean(differences))
     gains = [
         np.mean([
             auc(a, k, weights(a, 3 + f, number)) - auc(b, k, weights(b, 3 + f, number))

@@ -36,21 +36,21 @@ def test_bins_match_sklearn(rows, bins, spacing):
 @given(examples, st.integers(1, 12), st.sampled_from(["width", "mass"]))
 def test_brier_score_matches_sklearn_and_its_terms_add_up(rows, bins, spacing):
     probability, label = (np.array(column) for column in zip(*rows, strict=True))
-    parts = brier_score(probability, label, bins=bins, spacing=spacing)
-    assert parts.score == pytest.approx(metrics.brier_score_loss(label, probability), abs=1e-12)
-    assert parts.score == pytest.approx(parts.reliability - parts.resolution + parts.uncertainty, abs=1e-12)
-    assert parts.uncertainty == pytest.approx(label.var(), abs=1e-12)
-    assert parts.reliability >= 0
+    brier = brier_score(probability, label, bins=bins, spacing=spacing)
+    assert brier.score == pytest.approx(metrics.brier_score_loss(label, probability), abs=1e-12)
+    assert brier.score == pytest.approx(brier.reliability - brier.resolution + brier.uncertainty, abs=1e-12)
+    assert brier.uncertainty == pytest.approx(label.var(), abs=1e-12)
+    assert brier.reliability >= 0
 
 
 def test_murphys_decomposition_of_a_few_distinct_forecasts():
     probability = np.repeat([0.1, 0.4, 0.8], [10, 20, 30])
     label = np.concatenate([np.arange(10) < 2, np.arange(20) < 10, np.arange(30) < 27])
-    parts = brier_score(probability, label, bins=10)
+    brier = brier_score(probability, label, bins=10)
     rate = np.array([0.2, 0.5, 0.9])  # of each forecast; nothing varies inside a bin (Murphy 1973)
     share = np.array([10, 20, 30]) / 60
-    assert parts.reliability == pytest.approx(share @ (np.array([0.1, 0.4, 0.8]) - rate) ** 2)
-    assert parts.resolution == pytest.approx(share @ (rate - label.mean()) ** 2)
+    assert brier.reliability == pytest.approx(share @ (np.array([0.1, 0.4, 0.8]) - rate) ** 2)
+    assert brier.resolution == pytest.approx(share @ (rate - label.mean()) ** 2)
 
 
 def test_expected_calibration_error_by_hand():

@@ -26,8 +26,8 @@ def predictions(images=400, strength=(1.5, 1.5), seed=0):
     return Predictions([f"i{n:04}" for n in range(images)], patient, FINDINGS, logit, label, label_mask), group
 
 
-def find(rows, **wanted):
-    [row] = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+def find(rows, **values):
+    [row] = [row for row in rows if all(row[name] == value for name, value in values.items())]
     return row
 
 

@@ -31,15 +31,15 @@ def test_parameter_counts():
 
 
 def test_maps_of_each_branch():
-    found = shapes(Network.from_model(create("hrnet_small", classes=3)), 93, 64)
-    assert found == {
+    shape = shapes(Network.from_model(create("hrnet_small", classes=3)), 93, 64)
+    assert shape == {
         "stem": (24, 16, 8), "layer1": (24, 16, 32),
         "stage2_branch1": (24, 16, 8), "stage2_branch2": (12, 8, 16),
         "stage3_branch1": (24, 16, 8), "stage3_branch2": (12, 8, 16), "stage3_branch3": (6, 4, 32),
         "stage4_branch1": (24, 16, 8), "stage4_branch2": (12, 8, 16), "stage4_branch3": (6, 4, 32),
         "stage4_branch4": (3, 2, 64), "final": (3, 2, 256),
     }  # fmt: skip
-    assert list(found)[-2:] == ["stage4_branch4", "final"]
+    assert list(shape)[-2:] == ["stage4_branch4", "final"]
 
 
 def test_a_half_neck_leaves_the_rest_fit_for_public_weights():
@@ -80,8 +80,8 @@ def test_sizes_that_work_are_those_of_timm():
 def test_branches_fit_at_sizes_that_work():
     network = Network.from_model(create("hrnet_small", classes=2, **TINY))
     for height, width in ((13, 16), (29, 30), (63, 45)):
-        found = shapes(network, height, width)
-        assert found["final"][:2] == (math.ceil(height / 16), math.ceil(width / 16))
+        shape = shapes(network, height, width)
+        assert shape["final"][:2] == (math.ceil(height / 16), math.ceil(width / 16))
     with pytest.raises(CxrError, match=r"33 x 32.*height that works is 32 below and 45 above"):
         shapes(network, 33, 32)
 

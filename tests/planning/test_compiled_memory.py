@@ -29,10 +29,10 @@ def traced(scale=2.0):
 
 
 def test_memory_is_that_of_the_compiler():
-    found, memory = compile_memory(traced(), CPU, {}), traced().lower().compile().memory_analysis()
-    assert found.temporary == memory.temp_size_in_bytes > 0
-    assert 0 <= found.arguments - 4 * (64 * 32 + 32 * 16 + 16) < 100  # the donated argument and its result once
-    assert found.collectives == ()
+    compiled, memory = compile_memory(traced(), CPU, {}), traced().lower().compile().memory_analysis()
+    assert compiled.temporary == memory.temp_size_in_bytes > 0
+    assert 0 <= compiled.arguments - 4 * (64 * 32 + 32 * 16 + 16) < 100  # the donated argument and its result once
+    assert compiled.collectives == ()
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_on_a_tpu_gaps_count_once_and_the_program_counts(tpu, in_use, temporary,
         peak_memory_in_bytes=10 + in_use, generated_code_size_in_bytes=1000,
     )  # fmt: skip
     compiled_program = SimpleNamespace(memory_analysis=lambda: memory, as_text=compiled.as_text, cost_analysis=dict)
-    found = compiled_memory._analyze(compiled_program, replace(CPU, tpu=tpu), 1)
-    assert (found.arguments, found.temporary, found.program) == (10, temporary, program)
+    compiled = compiled_memory._analyze(compiled_program, replace(CPU, tpu=tpu), 1)
+    assert (compiled.arguments, compiled.temporary, compiled.program) == (10, temporary, program)
 
 
 def test_a_program_is_compiled_once(monkeypatch):
@@ -135,12 +135,16 @@ def test_a_loop_counts_once_per_iteration():
 
     start = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     looped, flat = (jax.jit(step, static_argnums=2).trace(start, matrix, unroll) for unroll in (1, 5))
-    found, expected = compile_memory(looped, CPU, {}, 5), compile_memory(flat, CPU, {})
-    sums = [[call.bytes for call in each.collectives if call.kind == "all-reduce"] for each in (found, expected)]
+    compiled, expected = compile_memory(looped, CPU, {}, 5), compile_memory(flat, CPU, {})
+    sums = [
+        [call.bytes for call in program.collectives if call.kind == "all-reduce"] for program in (compiled, expected)
+    ]
     assert sum(sums[0]) == sum(sums[1])  # of which XLA combines two
     assert sorted(sums[0]) == [4] * 5 + [128]
-    assert found.bytes_accessed == pytest.approx(expected.bytes_accessed, rel=0.5)
-    assert found.bytes_accessed > 2 * compile_memory(looped, CPU, {"xla_backend_optimization_level": 0}).bytes_accessed
+    assert compiled.bytes_accessed == pytest.approx(expected.bytes_accessed, rel=0.5)
+    assert (
+        compiled.bytes_accessed > 2 * compile_memory(looped, CPU, {"xla_backend_optimization_level": 0}).bytes_accessed
+    )
 
 
 def collectives_of(function, spec, *shape):

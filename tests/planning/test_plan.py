@@ -117,13 +117,13 @@ def refusing(monkeypatch):
 
 
 def test_a_step_that_exceeds_the_memory_does_not_fit(config, refusing):
-    wanted = plan.compile_plan(config, cpu(), batch_size=8)
+    expected = plan.compile_plan(config, cpu(), batch_size=8)
     planned = plan.compile_plan(config, cpu(), batch_size=4)
     refusing(planned.activations)
     config.optimizer.learning_rate *= 2  # another program, not cached
     refused = plan.compile_plan(config, cpu(), batch_size=8)
     assert (refused.exceeded, refused.fits, refused.compiled, refused.traffic_known) == (True, False, True, False)
-    assert refused.activations == pytest.approx(wanted.activations, rel=0.1)
+    assert refused.activations == pytest.approx(expected.activations, rel=0.1)
     assert plan.compile_plan(config, cpu(), batch_size=8) == refused  # from the cache
     row = {column.header: next(iter(column.cells)) for column in plan_table([refused]).columns}
     assert (row["fits"], row["all-reduce"], row["sent, GB"]) == ("no", "?", "?")
@@ -341,10 +341,10 @@ def test_the_mesh_defaults_to_that_of_the_config(capsys, tmp_path, monkeypatch):
     file = tmp_path / "plan.json"
     arguments = ["plan", "--config", "demo:32", "--device", "h200", "--estimate", "--json", str(file)]
     arguments += [f"--config.{override}" for override in (*SMALL, "mesh.data=2", "mesh.space=4")]
-    for given, wanted in (([], (2, 4)), (["--mesh", "data=4"], (4, 1))):
+    for given, expected in (([], (2, 4)), (["--mesh", "data=4"], (4, 1))):
         assert main([*arguments, *given]) == 0
         [planned] = json.loads(file.read_text())["plans"]
-        assert (planned["data"], planned["space"]) == wanted
+        assert (planned["data"], planned["space"]) == expected
 
 
 def test_a_slice_that_is_too_large():

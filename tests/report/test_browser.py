@@ -29,7 +29,7 @@ HARNESS = """<!doctype html><meta charset="utf-8">
 const frame = document.getElementById("page");
 frame.onload = () => {{
   const page = frame.contentDocument, view = frame.contentWindow;
-  page.querySelectorAll("details").forEach(part => part.open = true);
+  page.querySelectorAll("details").forEach(details => details.open = true);
   const wide = [...page.querySelectorAll("body *")].filter(element => {{
     const box = element.getBoundingClientRect();
     return box.right > view.innerWidth + 1 && !element.closest(".scroll") && !element.closest("svg");

@@ -18,7 +18,7 @@ SYSTEMS = ("fhrnet", "transfer", "resolution", "attention_fusion", "sequential_c
 
 def leaves(value):
     if isinstance(value, dict | list):
-        return [leaf for each in (value.values() if isinstance(value, dict) else value) for leaf in leaves(each)]
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)]
     return [value]
 
 

@@ -36,10 +36,10 @@ def test_a_run_writes_metrics_description_split_and_checkpoint(tiny, tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "train_loss" in row] == [2, 4, 6, 8, 10, 12]
     assert [row["epoch"] for row in rows if "val_loss" in row] == [1, 2, 3]
-    described = json.loads((tmp_path / "run.json").read_text())
-    assert described["steps"] == 12
-    assert set(described["identity"]) == {"data", "split", "microbatch size"}
-    assert described["images"]["train"] > 20
+    run_json = json.loads((tmp_path / "run.json").read_text())
+    assert run_json["steps"] == 12
+    assert set(run_json["identity"]) == {"data", "split", "microbatch size"}
+    assert run_json["images"]["train"] > 20
     assert (tmp_path / "split.csv").exists()
     assert any((tmp_path / "events").iterdir())
     state, saved = last_state(config, tmp_path)

@@ -30,8 +30,8 @@ PYTORCH = {
 
 def examples():
     """Logits -6 to 6 of four images and three findings, with a fifth of the labels unknown."""
-    place = np.arange(12).reshape(4, 3)
-    return np.linspace(-6, 6, 12).reshape(4, 3), np.isin(place % 4, (0, 3)).astype(np.float64), place % 5 != 4
+    index = np.arange(12).reshape(4, 3)
+    return np.linspace(-6, 6, 12).reshape(4, 3), np.isin(index % 4, (0, 3)).astype(np.float64), index % 5 != 4
 
 
 def loss_named(name, **options):

@@ -95,11 +95,11 @@ def test_the_host_stays_two_steps_behind_without_transfers(tiny, tmp_path, monke
 
 
 def test_two_batches_are_prefetched_before_each_step(tiny, tmp_path, monkeypatch):
-    place, make, placed, when_given = loop.put_batch, loop.make_train_step, [], []
+    put_batch, make, placed, when_given = loop.put_batch, loop.make_train_step, [], []
 
     def counted(*args):
         placed.append(None)
-        return place(*args)
+        return put_batch(*args)
 
     def watched(*args, **kwargs):
         step = make(*args, **kwargs)
@@ -169,7 +169,14 @@ def test_no_step_is_awaited_before_the_next_is_dispatched(tiny, tmp_path, monkey
 
 
 def test_a_trace_contains_the_requested_steps(tiny_overrides, tmp_path, capsys):
-    arguments = ["train", "--config", "demo:32", "--workdir", str(tmp_path), *(f"--config.{override}" for override in tiny_overrides)]
+    arguments = [
+        "train",
+        "--config",
+        "demo:32",
+        "--workdir",
+        str(tmp_path),
+        *(f"--config.{override}" for override in tiny_overrides),
+    ]
     assert main([*arguments, "--profile", "steps=6:7"]) == 0, capsys.readouterr().err
     (device_trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")  # what TensorBoard reads
     assert b"train" in device_trace.read_bytes()

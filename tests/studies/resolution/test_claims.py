@@ -24,8 +24,8 @@ FOLDS = tuple(Group(0, fold) for fold in range(5))
 
 
 def reader(fold, strength, seed, split="test", n=1000):
-    """Predictions of a network whose classes lie `strength` apart, one number per finding; a fold always has the same images."""
-    rng = np.random.default_rng([fold, split == "test"])
+    """Predictions of a network whose classes lie `strength` apart, one number per finding."""
+    rng = np.random.default_rng([fold, split == "test"])  # a fold always has the same images
     label = (rng.random((n, len(FINDINGS))) < 0.3).astype(float)
     noise = np.random.default_rng([fold, seed, split == "test"]).standard_normal(label.shape)
     ids = np.array([f"{split}{fold}-{i}" for i in range(n)])
@@ -157,7 +157,7 @@ def test_claims_of_the_paper_are_made_only_where_they_are_asked_for_and_can_be()
     for members in study.groups.values():
         for number, member in enumerate(members):
             subset = {split: getattr(member, split).select(("Mass",)) for split in ("validation", "test")}
-            members[number] = Member(member.name, Path(), None, None, **kept)
+            members[number] = Member(member.name, Path(), None, None, **subset)
     assert claims.trend_claims(study) == []
     two = ResolutionStudy.from_groups(study.config, {group: members[:2] for group, members in study.groups.items()})
     assert claims.peak_claim(two) == []

@@ -83,7 +83,9 @@ def test_scores_are_means_over_folds_of_disjoint_patients(whole):
             by_fold = [auroc(predictions, k) for predictions in folds]
             assert row["auroc"] == pytest.approx(np.mean(by_fold))
             assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
-            assert [group["auroc"][f"{size} px"][row["finding"]] for group in result["groups"]] == pytest.approx(by_fold)
+            assert [group["auroc"][f"{size} px"][row["finding"]] for group in result["groups"]] == pytest.approx(
+                by_fold
+            )
         assert result["scores"][f"{size} px"]["images"] == sum(map(len, folds))
     assert [(group["seed"], group["fold"]) for group in result["groups"]] == [(0, 0), (0, 2)]
 
