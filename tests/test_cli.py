@@ -219,8 +219,8 @@ def test_usage_errors_exit_with_2(arguments):
 def test_a_checkpoint_of_another_model_is_an_error(capsys, trained, tmp_path, tiny_overrides):
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
-    (other / "checkpoints" / "best").symlink_to(trained / "checkpoints" / "best")
-    (other / "checkpoints" / "last").symlink_to(trained / "checkpoints" / "last")
+    for name in ("checkpoints/best", "checkpoints/last", "run.json"):
+        (other / name).symlink_to(trained / name)
     config = json.loads((trained / "config.json").read_text())
     config["model"]["options"]["growth_rate"] = 6
     (other / "config.json").write_text(json.dumps(config))
@@ -292,9 +292,9 @@ def test_json_on_standard_output_has_nothing_beside_it(capsys, trained):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("study.sizes=(32, 16)", "must rise"),
-        ("data.findings=('Mass',)", "study.fine names"),
-        ("study.control=('Hernia',)", "study.control names Hernia"),
+        ("study.sizes=(32, 16)", "in increasing order"),
+        ("data.findings=('Mass',)", "study.fine has Nodule"),
+        ("study.control=('Hernia',)", "study.control has Hernia"),
         ("study.erf_estimator=prob", "did you mean probe"),
         ("evaluate.confidence_level=95", "evaluate.confidence_level"),
     ],

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from report_samples import BARE, FINDINGS, contrast, study_report
 
-from cxrjax.report import page, plots, style
+from cxrjax.report import plots, style
 from cxrjax.report.content import Diagrams, Histogram, Matrix, Reliability, Section, Table
-from cxrjax.report.page import study_page
+from cxrjax.report.page import study_figures, study_page, study_plots
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def test_a_page_shows_every_section(passes, confusion):
     assert "AUC by finding and arm" in page
     assert "image size" not in page
     assert page.index("<details>", page.index("Second</h2>")) < page.index("Folded")
-    assert {"passes", "confusion", "reliability-of"} <= set(page.study_figures(report))
-    assert page.count("<svg") == 2 * len(page.study_plots(report))
+    assert {"passes", "confusion", "reliability-of"} <= set(study_figures(report))
+    assert page.count("<svg") == 2 * len(study_plots(report))
 
 
 def test_arms_are_named_and_not_joined():
     report = study_report(**BARE, kind="arm")
-    figure = page.study_plots(report)["auc"]
+    figure = study_plots(report)["auc"]
     assert len(figure.axes) == len(FINDINGS) + 1
     assert [text.get_text() for text in figure.legends[0].texts] == list(report.models)
     points = {len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() != "None"}

@@ -194,7 +194,7 @@ def test_mistakes_are_found_before_training(study_command, tmp_path, capsys, mor
 
 def test_only_belongs_to_the_resolution_study(capsys, tmp_path):
     assert main(["study", "transfer", "--workdir", str(tmp_path), "--only", "densenet"]) == 1
-    assert "--only is for the study of resolution" in " ".join(capsys.readouterr().err.split())
+    assert "--only is for the resolution study" in " ".join(capsys.readouterr().err.split())
 
 
 def test_rates_and_batches_are_the_papers_or_scale_linearly(shared):
@@ -225,7 +225,7 @@ def test_the_phantom_is_the_same_study_on_small_networks():
 
 @pytest.mark.parametrize("argument", ["300", "lineer", "table,linear", "256,512", "1024,phantom"])
 def test_unknown_arguments_of_the_recipe_are_refused(argument):
-    with pytest.raises(CxrError, match=f"resolution:{argument} is no argument of this recipe"):
+    with pytest.raises(CxrError, match=f"invalid argument resolution:{argument}: "):
         load_config(f"resolution:{argument}")
 
 
