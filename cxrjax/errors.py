@@ -68,12 +68,9 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     raise CxrError(f"unknown {what} {value!r}: {hint}choose from {', '.join(choices) or 'none'}")
 
 
-_SHARED_PARAMETERS = {"self", "classes", "inputs", "dtype", "remat", "seed"}
-
-
 def check_options(what: str, options: Iterable[str], family: Callable) -> None:
     """Raise a `CxrError` for an option that the constructor of a network family lacks; `what` has the options."""
-    parameters = set(inspect.signature(family.__init__).parameters) - _SHARED_PARAMETERS
+    parameters = set(inspect.signature(family.__init__).parameters) - {"self", "common"}
     for option in options:
         check_choice(f"option of {what}", option, parameters)
 

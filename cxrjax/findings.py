@@ -36,7 +36,6 @@ SIX_CLASS = ("Covid-19", "Effusions", "Infiltration", "No-Findings", "Pneumonia"
 PHANTOM = ("Cardiomegaly", "Pleural Effusion", "Mass", "Nodule", "Pneumothorax", "Reticulation", "Support Devices")
 """The findings that the phantom draws, from coarse to fine."""
 
-
 VOCABULARIES = {"chestxray14": NIH14, "mimic_cxr_jpg": CHEXPERT14, "six_class": SIX_CLASS, "cxr_phantom": PHANTOM}
 """Findings of the data sets that always have the same ones."""
 
@@ -153,8 +152,7 @@ def _draws(policy: LabelPolicy, finding: str, ids: Iterable[str]) -> list[float]
 def derive_no_finding(labels: Int8[np.ndarray, "N K"], findings: Sequence[str]) -> Int8[np.ndarray, " N"]:
     """Derive `No Finding` from the other labels, as the CheXpert labeller does (Irvin et al., AAAI 2019).
 
-    Returns:
-      1 if no disease is positive or uncertain, 0 if one is positive, else -1. Support devices are not a disease.
+    It is 1 if no disease is positive or uncertain, 0 if one is positive, else -1. Support devices are not a disease.
     """
     diseases = labels[:, [finding not in _NO_DISEASE for finding in findings]]
     positive, uncertain = (diseases == POSITIVE).any(1), (diseases == UNCERTAIN).any(1)
@@ -164,17 +162,12 @@ def derive_no_finding(labels: Int8[np.ndarray, "N K"], findings: Sequence[str]) 
 def translate_labels(
     labels: Int8[np.ndarray, "N K"], available: Sequence[str], findings: Sequence[str]
 ) -> Int8[np.ndarray, "N M"]:
-    """Convert labels from one vocabulary to another, such as from ChestX-ray14's to CheXpert's or back.
+    """Convert labels of the `available` findings to others, such as from ChestX-ray14's to CheXpert's or back.
 
     A finding of the same name or meaning (Effusion and Pleural Effusion) is copied; `No Finding` is derived. A broader
     finding (Lung Lesion) is positive or uncertain if a finding it includes (Mass, Nodule) is, and negative if all of
     them are and they are exhaustive. A narrower finding is negative if the broader one is, and uncertain if that is
     positive or uncertain. All else is "not mentioned": train and score such findings with `not_mentioned="unknown"`.
-
-    Args:
-      labels: labels of the `available` findings.
-      available: names of the K columns.
-      findings: names of the M columns to return.
     """
     column = {finding: labels[:, k] for k, finding in enumerate(available)}
     return np.stack([_translated(finding, column, labels, available) for finding in findings], axis=1)

@@ -19,14 +19,7 @@ def decode(data: bytes, name: str) -> UInt8[np.ndarray, "H W"]:
     The stored values go through the modality LUT, or rescale slope and intercept, and then through the first VOI LUT or
     window. The smallest and largest values that these can give become 0 and 255. Without a VOI LUT or window, those of
     the image do (without padding), and 8-bit values without a rescale are kept. MONOCHROME1 is inverted, so that air is
-    black.
-
-    Args:
-      data: content of the file.
-      name: name of the file or record, for error messages.
-
-    Returns:
-      uint8[H, W], 0 is black.
+    black (0). `name` is that of the file or record, for error messages.
 
     Raises:
       CxrError: pydicom is not installed, the file is damaged or is not a single grey image, or its compression needs a

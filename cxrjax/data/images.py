@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingImports]
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 
 from cxrjax.data import dicom
 from cxrjax.errors import CxrError
@@ -21,6 +21,7 @@ COLOUR_LEVELS, COLOUR_FRACTION = 16, 0.01
 """A pixel is coloured if its channels differ by more than this; at most this fraction of an image may be."""
 SCALED_DECODE_MARGIN = 1.2
 """How much larger than the target a scaled JPEG is decoded at least; closer to it, two filters in a row would blur."""
+JPEG_QUALITY = 95  # the mean error on radiographs is below one grey level
 SMOOTHING_LIMIT = 1.6
 """Largest reduction for which three smoothing taps approximate the area mean."""
 
@@ -38,12 +39,7 @@ def decode(data: bytes, name: str) -> Grey:
     end of a file and missing pieces of a baseline JPEG. It cannot find damage that leaves valid Huffman codes: most
     changes of single bytes, some missing pieces of progressive files, and a progressive file cut between two scans.
 
-    Args:
-      data: content of the file.
-      name: name of the file or record, for error messages.
-
-    Returns:
-      uint8[H, W], 0 is black.
+    `name` is that of the file or record, for error messages. In the result 0 is black.
 
     Raises:
       CxrError: the data is empty, truncated or damaged, in another format, deeper than 8 bits (except DICOM), CMYK,
@@ -106,13 +102,8 @@ def is_plain_grey(data: bytes) -> bool:
     return data.startswith(JPEG_SIGNATURE) and _check_jpeg(data, "") and not _has_exif(data)
 
 
-def encode(image: Grey, format: str = "png", quality: int = 95) -> bytes:
-    """Encode a grey image.
-
-    Args:
-      image: uint8[H, W].
-      format: "png" (lossless) or "jpeg".
-      quality: JPEG quality, 1 to 100; at 95 the mean error on radiographs is below one grey level.
+def encode(image: Grey, format: str = "png") -> bytes:
+    """Encode a grey image as "png" (lossless) or "jpeg".
 
     Raises:
       CxrError: the image is not uint8[H, W], or the format is unknown.
@@ -122,7 +113,7 @@ def encode(image: Grey, format: str = "png", quality: int = 95) -> bytes:
     if format == "png":
         return cv2.imencode(".png", image)[1].tobytes()
     if format == "jpeg":
-        return cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes()
+        return cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1].tobytes()
     raise CxrError(f"unknown image format {format!r}; use 'png' or 'jpeg'")
 
 
@@ -203,23 +194,18 @@ class Transform:
     def apply(self, image: Grey, out: Grey | None = None) -> Grey:
         """Transform an image (linear interpolation, black outside), into `out` of the same shape if given."""
         out = np.empty_like(image) if out is None else out
-        warped = self._warp(image, cv2.INTER_LINEAR, out)
+        warped = self._warp(image, out)
         if self.brightness != 1:
             cv2.convertScaleAbs(warped, dst=out, alpha=self.brightness)
         elif warped is image:
             out[...] = image
         return out
 
-    def apply_to_mask(self, mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-        """Transform a mask as its image (nearest pixel, False outside)."""
-        image = mask.astype(np.uint8)
-        return self._warp(image, cv2.INTER_NEAREST, np.empty_like(image)).astype(bool)
-
-    def _warp(self, image: Grey, interpolation: int, out: Grey) -> Grey:
+    def _warp(self, image: Grey, out: Grey) -> Grey:
         """Warp the image into `out`; return the image itself if nothing moves."""
         if (self.rotation, self.shift, self.zoom, self.shear) != (0, (0, 0), 1, 0):
             rows, columns = image.shape
-            cv2.warpAffine(image, self.matrix(rows, columns), (columns, rows), dst=out, flags=interpolation)
+            cv2.warpAffine(image, self.matrix(rows, columns), (columns, rows), dst=out, flags=cv2.INTER_LINEAR)
         elif self.flip:
             cv2.flip(image, 1, dst=out)
         else:

@@ -15,14 +15,7 @@ MANIFEST = "shards.json"
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as it was written.
-
-    Attributes:
-      file: file name.
-      records: number of records.
-      bytes: file size.
-      sha256: hex digest of the file.
-    """
+    """A shard as it was written: file name, number of records, file size in bytes, and hex digest of the file."""
 
     file: str
     records: int
@@ -74,13 +67,9 @@ def find_truncated(directory: Path, manifest: Manifest) -> dict[str, str]:
 def find_damage(
     directory: Path, manifest: Manifest, *, workers: int | None = None, advance: Callable[[], None] = lambda: None
 ) -> dict[str, str]:
-    """Describe the shards that differ from the manifest, by file name; reads every shard to compare checksums.
+    """Describe the shards that differ from the manifest, by file name.
 
-    Args:
-      directory: of the prepared data.
-      manifest: its manifest.
-      workers: number of threads.
-      advance: called after each shard.
+    `workers` threads read every shard to compare checksums, and `advance` is called after each.
     """
     damage = find_truncated(directory, manifest)
 

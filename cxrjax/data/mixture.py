@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from cxrjax.config import Config, with_changes, with_overrides
 from cxrjax.console import stderr
 from cxrjax.data.records import Box, Records, open_records
 from cxrjax.data.splits import DataSplit, SplitRows, compute_split_fingerprint, find_shared_images, make_split
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, list_some
 from cxrjax.findings import NO_FINDING, LabelPolicy, finding_indices, matching_name, translate_labels
 
 _NAMES = ("id", "patient", "study")
@@ -30,11 +30,7 @@ _COPIED = ("view", "sex", "source", "official", "age", "width", "height")
 
 @dataclass(frozen=True)
 class Mixture(Records):
-    """Records of several data sets, one after the other; made by `make_mixture`.
-
-    Attributes:
-      sources: the data sets.
-    """
+    """Records of several data sets (`sources`), one after the other; made by `make_mixture`."""
 
     sources: tuple[Records, ...] = ()
 
@@ -113,12 +109,7 @@ def make_mixture(sources: Sequence[Records], findings: Sequence[str]) -> Mixture
 
 
 def combine_splits(records: Mixture, splits: Sequence[DataSplit]) -> DataSplit:
-    """Combine the splits of all data sets; images that two data sets have in different splits are reported.
-
-    Args:
-      records: the mixture.
-      splits: of each data set.
-    """
+    """Combine the splits of all data sets; images that two data sets have in different splits are reported."""
     names = dict.fromkeys(name for split in splits for name in split.rows)
     rows = {
         name: np.concatenate(
@@ -138,12 +129,8 @@ def translated_policy(policy: LabelPolicy, records: Records, findings: Sequence[
     """
     inferred = [name for name in findings if name != NO_FINDING and matching_name(records.findings, name) is None]
     rules = {name: LabelPolicy(uncertain="ignore", not_mentioned="unknown") for name in inferred}
-    return dataclasses.replace(policy, per_finding=rules | _rename_rules(policy.per_finding, findings))
-
-
-def _rename_rules(rules: Mapping[str, LabelPolicy], findings: Sequence[str]) -> dict[str, LabelPolicy]:
-    """The rules, under the names of this vocabulary."""
-    return {matching_name(findings, finding) or finding: rule for finding, rule in rules.items()}
+    rules |= {matching_name(findings, finding) or finding: rule for finding, rule in policy.per_finding.items()}
+    return dataclasses.replace(policy, per_finding=rules)
 
 
 def _mixture_table(source: Records, findings: Sequence[str]) -> pa.Table:
@@ -165,23 +152,16 @@ def _report_shared_images(records: Mixture, rows: SplitRows) -> None:
     pairs = find_shared_images(records, rows)
     between = [text for text in pairs if len({name.split("/")[0] for name in text.split(" = ")}) > 1]
     if between:
-        more = f" and {len(between) - 5:,} more" if len(between) > 5 else ""
         stderr.print(
-            f"{len(between):,} images are in different splits of two data sets: {', '.join(between[:5])}{more}; their "
-            "scores will be too high: leave one of each out with split.files",
+            f"{len(between):,} images are in different splits of two data sets: {list_some(between)}; their scores "
+            "will be too high: leave one of each out with split.files",
             soft_wrap=True,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data set of a run.
-
-    Attributes:
-      config: the run's config, as it applies to this data set.
-      records: all records.
-      split: how they are split, by patient.
-    """
+    """One data set of a run: the run's config, as it applies to this data set, its records, and their split."""
 
     config: Config
     records: Records

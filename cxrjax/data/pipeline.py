@@ -66,12 +66,7 @@ def make_examples(
 
 
 class Stratum(NamedTuple):
-    """Examples that are drawn together.
-
-    Attributes:
-      index: their indices into the examples.
-      weight: their share of the draws, relative to the other strata.
-    """
+    """Examples that are drawn together, by index, and their share of the draws relative to the other strata."""
 
     index: Int[np.ndarray, " m"]
     weight: float
@@ -110,12 +105,7 @@ class Sampling:
         label_mask: Bool[np.ndarray, "n K"],
         dataset_index: Int[np.ndarray, " n"] | None,
     ) -> list[Stratum]:
-        """Group the examples into strata.
-
-        Args:
-          label: target values; above 0.5 is positive.
-          label_mask: whether each target is known.
-          dataset_index: index of each example's data set; required with `weights`.
+        """Group the examples into strata; arguments as in `Examples`, and a label above 0.5 is positive.
 
         Raises:
           CxrError: a weighted data set has no examples.

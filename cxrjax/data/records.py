@@ -280,12 +280,7 @@ def open_records(data_dir: Path | str, dataset: str, config: str) -> Records:
 
 
 def read_directory(directory: Path, *, check: bool = True) -> Records:
-    """Open the prepared data in this directory; see `open_records`.
-
-    Args:
-      directory: of the prepared data.
-      check: whether to raise an error for missing or truncated shards.
-    """
+    """Open the prepared data in this directory; see `open_records`. `check` refuses missing or truncated shards."""
     path = directory / TABLE
     try:
         with pq.ParquetFile(path) as file:

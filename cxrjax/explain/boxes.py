@@ -20,7 +20,7 @@ Boxes = Float[np.ndarray, "n 4"]
 """Left, top, width and height, as fractions of the image width and height."""
 Regions = Literal["peak", "all"]
 REGIONS: tuple[Regions, ...] = get_args(Regions)
-LIMITS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+LIMITS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # values of T
 _SIDE = 256  # px of the grid on which regions are detected; finer maps keep their own
 _PLACEMENTS = 32  # along each side, of a randomly placed box
 
@@ -33,8 +33,7 @@ class HitRate:
       limit: T, which the overlap must exceed.
       hits: images whose best pair of a detected and a true box exceeds it.
       rate: hits / images.
-      low: lower end of the rate's Wilson interval.
-      high: upper end of the rate's Wilson interval.
+      low, high: the rate's 95 % Wilson interval.
       chance: expected rate if each detected box were placed uniformly at random in the image.
       false_boxes: detected boxes per image that exceed the limit with no true box.
     """
@@ -54,10 +53,8 @@ class BoxScores:
 
     Attributes:
       images: number of images.
-      mean_iou: mean over images of the best pair's IoU.
-      mean_iobb: mean over images of the best pair's IoBB.
-      iou: hit rates by IoU, one per limit.
-      iobb: hit rates by IoBB, one per limit.
+      mean_iou, mean_iobb: means over images of the best pair's IoU and IoBB.
+      iou, iobb: hit rates by IoU and by IoBB, one for each of `LIMITS`.
     """
 
     images: int
@@ -127,18 +124,11 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator > 0)
 
 
-def box_scores(
-    predicted: Sequence[Boxes], true: Sequence[Boxes], *, limits: Sequence[float] = LIMITS, confidence: float = 0.95
-) -> BoxScores:
+def box_scores(predicted: Sequence[Boxes], true: Sequence[Boxes]) -> BoxScores:
     """Score the detected boxes of images that show a finding.
 
-    An image with several detected or several true boxes counts with its best pair, so one hit suffices.
-
-    Args:
-      predicted: detected boxes of each image; an image without any is a miss.
-      true: true boxes of each image, at least one.
-      limits: values of T.
-      confidence: confidence level of the intervals.
+    An image with several detected or several true boxes counts with its best pair, so one hit suffices. An image
+    without any detected box is a miss; each must have a true one.
 
     Raises:
       CxrError: there are no images, the numbers of images differ, or an image has no true box.
@@ -150,35 +140,35 @@ def box_scores(
         raise CxrError(f"image {without[0]} has no true box: score only images that show the finding")
     pairs = list(zip(predicted, true, strict=True))
     best = [[overlap.max(-1) for overlap in overlaps(p[:, None], t[None])] for p, t in pairs]
-    by_chance = np.mean([_by_chance(p, t, limits) for p, t in pairs], axis=0)
+    by_chance = np.mean([_by_chance(p, t) for p, t in pairs], axis=0)
 
     def rates(kind: int) -> tuple[float, tuple[HitRate, ...]]:
         highest = np.array([overlap[kind].max(initial=0) for overlap in best])
         every = np.concatenate([overlap[kind] for overlap in best])
         return float(highest.mean()), tuple(
-            _hit_rate(limit, highest, every, float(chance), confidence)
-            for limit, chance in zip(limits, by_chance[kind], strict=True)
+            _hit_rate(limit, highest, every, float(chance))
+            for limit, chance in zip(LIMITS, by_chance[kind], strict=True)
         )
 
     (mean_iou, iou), (mean_iobb, iobb) = rates(0), rates(1)
     return BoxScores(len(predicted), mean_iou, mean_iobb, iou, iobb)
 
 
-def _hit_rate(limit: float, highest: np.ndarray, every: np.ndarray, chance: float, confidence: float) -> HitRate:
+def _hit_rate(limit: float, highest: np.ndarray, every: np.ndarray, chance: float) -> HitRate:
     hits, images = int((highest > limit).sum()), len(highest)
-    low, high = wilson(hits, images, confidence)
+    low, high = wilson(hits, images)
     return HitRate(limit, hits, hits / images, low, high, chance, float((every <= limit).sum() / images))
 
 
-def _by_chance(predicted: Boxes, true: Boxes, limits: Sequence[float]) -> Float[np.ndarray, "2 T"]:
+def _by_chance(predicted: Boxes, true: Boxes) -> Float[np.ndarray, "2 T"]:
     """Return the probability of a hit by IoU and by IoBB at each limit, for randomly placed boxes of these sizes."""
     fraction = (np.arange(_PLACEMENTS) + 0.5) / _PLACEMENTS
     places = np.stack(np.meshgrid(fraction, fraction), -1).reshape(-1, 1, 2)
-    missed = np.ones((2, len(limits)))
+    missed = np.ones((2, len(LIMITS)))
     for size in predicted[:, 2:]:
         moved = np.concatenate([places * (1 - size), np.broadcast_to(size, places.shape)], -1)
         hits = np.stack(
-            [overlap.max(-1)[None] > np.asarray(limits)[:, None] for overlap in overlaps(moved, true[None])]
+            [overlap.max(-1)[None] > np.asarray(LIMITS)[:, None] for overlap in overlaps(moved, true[None])]
         )
         missed *= 1 - hits.mean(-1)
     return 1 - missed

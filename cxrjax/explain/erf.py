@@ -123,14 +123,10 @@ def measure(
 
 
 def erf_size(field: Float[np.ndarray, "H W"], mass: float = TWO_SIGMA) -> tuple[float, float]:
-    """Return the size of the smallest set of pixels that holds a fraction `mass` of a map's sum.
+    """Return the size of the smallest set of pixels that holds a fraction `mass` (above 0 to 1) of a map's sum.
 
-    Args:
-      field: map without negative values.
-      mass: above 0 and at most 1. The area for an isotropic Gaussian is 2 pi sigma^2 ln(1/(1 - mass)).
-
-    Returns:
-      The set's area as a fraction of the map's, and the diameter of the disc of that area in px, 2 sqrt(area / pi).
+    It is the set's area as a fraction of the map's, and the diameter of the disc of that area in px, 2 sqrt(area / pi).
+    For an isotropic Gaussian the area is 2 pi sigma^2 ln(1/(1 - mass)).
 
     Raises:
       CxrError: the map is negative, not finite or zero everywhere, or `mass` is out of range.
@@ -226,10 +222,8 @@ class Gaussian:
     """A two-dimensional Gaussian fitted to a map; lengths in px.
 
     Attributes:
-      row: row of the centre; 0 is the middle of the first row.
-      column: column of the centre; 0 is the middle of the first column.
-      major: standard deviation along the longer axis.
-      minor: standard deviation along the shorter axis.
+      row, column: of the centre; 0 is the middle of the first row or column.
+      major, minor: standard deviations along the longer and the shorter axis.
       angle: angle of the longer axis, in degrees from increasing columns towards increasing rows, in (-90, 90].
       explained: fraction of the map's variance over its pixels that the Gaussian explains; 1 is a perfect fit.
     """

@@ -144,16 +144,8 @@ def _convolution(equation: Any, i: int, range_: IndexRange, constants: list) -> 
 
 def _pooling(equation: Any, i: int, range_: IndexRange, constants: list) -> IndexRange:
     p = equation.params
-    for axis, (size, stride, pad, up, gap) in enumerate(
-        zip(
-            p["window_dimensions"],
-            p["window_strides"],
-            p["padding"],
-            p["base_dilation"],
-            p["window_dilation"],
-            strict=True,
-        )
-    ):
+    parts = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    for axis, (size, stride, pad, up, gap) in enumerate(zip(*(p[part] for part in parts), strict=True)):
         range_ = _window(range_, axis, size, stride, pad[0], up, gap)
     return range_
 

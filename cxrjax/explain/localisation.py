@@ -26,8 +26,7 @@ class Localisation:
       images: number of pairs of map and mask.
       hits: maps whose maximum is in the mask, within the tolerance.
       hit_rate: hits / images.
-      low: lower end of the hit rate's Wilson interval.
-      high: upper end of the hit rate's Wilson interval.
+      low, high: the hit rate's 95 % Wilson interval.
       chance: hit rate of a random pixel: mean area fraction of the masks, including the tolerance.
       energy: mean fraction of the map that is inside the mask, over maps that are not empty; nan if all are.
       area: mean area fraction of the masks, which is the expected `energy` by chance.
@@ -55,7 +54,6 @@ def localisation(
     *,
     tolerance: float = 0.0,
     threshold: float = 0.5,
-    confidence: float = 0.95,
 ) -> Localisation:
     """Score the maps of one finding against masks of it.
 
@@ -64,7 +62,6 @@ def localisation(
       masks: one per map, of any size (`Records.mask`), not empty.
       tolerance: distance from the mask at which the maximum still counts as a hit, as a fraction of the mask's width.
       threshold: fraction of a map's maximum above which a pixel counts as marked, for `iou`.
-      confidence: confidence level of the interval.
 
     Raises:
       CxrError: there are no maps, not one mask per map, a mask is empty, or a map is negative or not finite.
@@ -79,7 +76,7 @@ def localisation(
 
     margins = [tolerance * mask.shape[1] for mask in masks]
     hits = sum(points_at(*pair) for pair in zip(maps, masks, margins, strict=True))
-    low, high = wilson(hits, len(maps), confidence)
+    low, high = wilson(hits, len(maps))
     energies = [energy_inside(*pair) for pair in zip(maps, masks, strict=True)]
     marked = [energy for energy in energies if not math.isnan(energy)]
     return Localisation(
@@ -97,12 +94,12 @@ def localisation(
     )
 
 
-def pooled(scores: Sequence[Localisation], confidence: float = 0.95) -> Localisation:
+def pooled(scores: Sequence[Localisation]) -> Localisation:
     """Return the scores of the maps of several findings together; every map counts once."""
     images = np.array([score.images for score in scores])
     marked = images - [score.empty for score in scores]
     hits = sum(score.hits for score in scores)
-    low, high = wilson(hits, int(images.sum()), confidence)
+    low, high = wilson(hits, int(images.sum()))
 
     def mean(name: str, weights: np.ndarray) -> float:
         counted = weights > 0
@@ -124,9 +121,9 @@ def pooled(scores: Sequence[Localisation], confidence: float = 0.95) -> Localisa
     )
 
 
-def wilson(hits: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson interval of a rate; images are treated as independent."""
-    interval = stats.binomtest(hits, images).proportion_ci(confidence, method="wilson")
+def wilson(hits: int, images: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a rate; images are treated as independent."""
+    interval = stats.binomtest(hits, images).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 

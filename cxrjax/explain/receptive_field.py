@@ -83,18 +83,16 @@ def receptive_fields(network: Network, *, image_size: int = 1024) -> dict[str, R
         return network.model().features(images)
 
     image = jax.ShapeDtypeStruct((1, image_size, image_size, network.input_spec.channels), network.dtype)
-    return fields_of(features, image, jax.tree.map(_abstract, network))
+    abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), network)
+    return fields_of(features, image, abstract)
 
 
 def fields_of(
     features: Callable[..., dict[str, Any]], image: jax.ShapeDtypeStruct, *rest: Any
 ) -> dict[str, ReceptiveField]:
-    """Return the receptive field of each value of `features(images, *rest)`, by name.
+    """Return the receptive field of each array f[B, h, w, c] of `features(images, *rest)`, by name.
 
-    Args:
-      features: traceable function that returns a dictionary of arrays f[B, h, w, c].
-      image: shape B x H x W x C and dtype of the images.
-      rest: further arguments, arrays or `jax.ShapeDtypeStruct`s; they count as independent of the images.
+    `image` has the images' shape B x H x W x C and dtype; `rest` counts as independent of them.
 
     Raises:
       CxrError: a value does not depend on the image.
@@ -117,10 +115,6 @@ def _window(axis_range: IndexRange, axis: int) -> Window:
     if not axis_range.local:
         return Window(Fraction(0), Fraction(-1), Fraction(0))
     return Window(axis_range.first, axis_range.last, axis_range.steps[axis])
-
-
-def _abstract(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}

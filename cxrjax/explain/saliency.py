@@ -208,11 +208,11 @@ def baselines(images: UInt8[np.ndarray, "N H W 1"], baseline: Baseline) -> UInt8
 
 
 def logits(
-    network: Network, images: UInt8[np.ndarray, "N H W 1"], *, batch_size: int | None = None, mesh: Mesh | None = None
+    network: Network, images: UInt8[np.ndarray, "N H W 1"], *, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "N All"]:
     """Return the network's logits in evaluation mode; see `saliency` for the arguments."""
     outputs = []
-    for batch, index in _batches(check_images(images), batch_size, mesh):
+    for batch, index in _batches(check_images(images), None, mesh):
         with use_mesh(mesh):
             outputs.append(np.asarray(_logits(network, put_images(mesh, batch)))[index >= 0])
     return np.concatenate(outputs)

@@ -42,13 +42,7 @@ class Ranking:
         label: Shaped[np.ndarray, " N"],
         label_mask: Bool[np.ndarray, " N"] | None = None,
     ) -> "Ranking":
-        """Rank the examples of one finding.
-
-        Args:
-          score: higher means more likely positive; any increasing function of the probability.
-          label: positive where it is true or 1; ignored where `label_mask` is false.
-          label_mask: which examples count; None means all.
-        """
+        """Rank the examples of one finding. Arguments as in `auroc`; labels are ignored where `label_mask` is false."""
         label_mask = np.ones(len(score), bool) if label_mask is None else np.asarray(label_mask, bool)
         label = np.asarray(label) > 0
         reason = undefined_reason(label, label_mask) or (
@@ -63,14 +57,11 @@ class Ranking:
         return cls(order, order[ranks], before, through, counts[before], counts[through], reason)
 
     def measure(self, weight: Num[np.ndarray, "N R"]) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:
-        """Return AUROC and average precision under R weightings at once.
+        """Return AUROC and average precision under R weightings at once; NaN where the weighted labels have one class.
 
-        Args:
-          weight: >= 0, how often each example counts. Integers are summed as integers of their own width.
-
-        Returns:
-          AUROC (the probability that a positive outranks a negative; ties count half) and average precision (the sum
-          over ties of precision times gain in recall). Both are NaN where the weighted labels have one class only.
+        AUROC is the probability that a positive outranks a negative; ties count half. Average precision is the sum over
+        ties of precision times gain in recall. A weight, >= 0, is how often an example counts; integers are summed as
+        integers of their own width.
         """
         if self.reason:
             nan = np.full(weight.shape[1], np.nan)

@@ -52,11 +52,7 @@ def percentile_interval(values: Float64[np.ndarray, " R"], confidence: float = 0
 
 
 def check_confidence(confidence: float) -> None:
-    """Check that a confidence level is a fraction between 0 and 1.
-
-    Raises:
-      CxrError: it is not.
-    """
+    """Raise a `CxrError` unless a confidence level is a fraction between 0 and 1."""
     if not 0 < confidence < 1:
         raise CxrError(f"confidence={confidence}: give a fraction between 0 and 1, such as 0.95")
 

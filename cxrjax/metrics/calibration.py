@@ -121,7 +121,7 @@ def brier_score(
     return BrierScore(score, gaps, gaps + variance - score, variance)
 
 
-def calibration_report(predictions: Predictions, *, bins: int = 15) -> list[dict[str, Any]]:
+def calibration_report(predictions: Predictions) -> list[dict[str, Any]]:
     """Return the calibration errors of every finding and their mean.
 
     Returns:
@@ -132,8 +132,8 @@ def calibration_report(predictions: Predictions, *, bins: int = 15) -> list[dict
     p, probability, rows = predictions, predictions.probability, []
     for k, finding in enumerate(p.findings):
         cells = (probability[:, k], p.label[:, k], p.label_mask[:, k])
-        errors = {f"ece_{s}": reliability_diagram(*cells, bins=bins, spacing=s).ece for s in SPACINGS}
-        brier = brier_score(*cells, bins=bins)
+        errors = {f"ece_{s}": reliability_diagram(*cells, spacing=s).ece for s in SPACINGS}
+        brier = brier_score(*cells)
         known = int(p.label_mask[:, k].sum())
         rows.append(
             {"finding": finding, **errors, "brier": brier.score, "brier_reliability": brier.reliability}

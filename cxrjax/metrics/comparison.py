@@ -83,16 +83,8 @@ class CorrelatedAurocs:
         products = (self.positive @ self.positive.T, self.negative @ self.negative.T, mixed + mixed.T)
         return sum(factor * product for factor, product in zip(self.scale, products, strict=True))  # pyright: ignore
 
-    def area(self, model: int = 0) -> Estimate:
-        """Return the AUROC of one model."""
-        return self.contrast(np.eye(len(self.auroc))[model])
-
-    def difference(self, first: int = 0, second: int = 1) -> Estimate:
-        """Return the AUROC of one model minus that of another."""
-        return self.contrast(np.eye(len(self.auroc))[first] - np.eye(len(self.auroc))[second])
-
     def contrast(self, weights: Float64[np.ndarray, " M"]) -> Estimate:
-        """Return a weighted sum of the AUROCs, such as a difference.
+        """Return a weighted sum of the AUROCs, such as a difference (weights 1 and -1).
 
         The variance comes from weighted placements, so equal models differ by exactly 0 with an error of exactly 0.
         """
@@ -235,10 +227,7 @@ def difference_from_bootstrap(
 
 
 def compare_findings(
-    first: Predictions | Sequence[Predictions],
-    second: Predictions | Sequence[Predictions],
-    *,
-    confidence: float = 0.95,
+    first: Predictions | Sequence[Predictions], second: Predictions | Sequence[Predictions], *, confidence: float = 0.95
 ) -> list[dict[str, Any]]:
     """Test every finding for a difference in AUROC between two models, with patients as the independent unit.
 
@@ -291,14 +280,9 @@ def _contrast(pairs: Sequence[Sequence[Predictions]], k: int, tables: int) -> tu
 def mean_over_folds(values: Sequence[float], *, test_to_train: float) -> Estimate:
     """Return the mean over folds, by the corrected resampled t-test (Nadeau & Bengio, Machine Learning 2003).
 
-    With fewer than two folds there is no standard error (NaN).
-
     Folds share training images, so their values are correlated and the usual variance of the mean, s^2 / k, is too
-    small. The corrected variance is s^2 (1 / k + test images / training images).
-
-    Args:
-      values: one per fold.
-      test_to_train: test images per training image in one fold.
+    small. The corrected variance is s^2 (1 / k + `test_to_train`), the latter being test images per training image in
+    one fold. With fewer than two folds there is no standard error (NaN).
 
     Raises:
       CxrError: no value, or a ratio below 0.
@@ -316,13 +300,8 @@ def mean_over_folds(values: Sequence[float], *, test_to_train: float) -> Estimat
 def holm(p: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
     """Adjust p-values for multiple testing, controlling the family-wise error rate (Holm 1979).
 
-    The i-th smallest of m p-values is multiplied by m - i + 1, made monotone and clipped at 1.
-
-    Args:
-      p: 0 to 1; NaN marks a test that could not be made and does not count towards m.
-
-    Returns:
-      The adjusted p-values in the same order, NaN where p is.
+    The i-th smallest of m p-values is multiplied by m - i + 1, made monotone and clipped at 1. NaN marks a test that
+    could not be made; it stays and does not count towards m.
 
     Raises:
       CxrError: a p-value is below 0 or above 1.

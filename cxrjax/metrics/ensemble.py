@@ -115,10 +115,6 @@ class MixtureLikelihood(NamedTuple):
 def stack(logits: Float[np.ndarray, "S N K"], weights: Float[np.ndarray, "K S"]) -> Float64[np.ndarray, "N K"]:
     """Return the logits of the weighted mean of the scales' probabilities.
 
-    Args:
-      logits: of each scale.
-      weights: >= 0; each finding's sum to 1.
-
     Raises:
       CxrError: the shapes do not fit, or a finding's weights are not positive fractions that sum to 1.
     """

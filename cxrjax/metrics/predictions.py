@@ -116,12 +116,10 @@ class Predictions:
         tables.write(Path(path), pa.table(columns))
 
     @classmethod
-    def read(cls, path: Path, policy: LabelPolicy = SCORING_POLICY) -> "Predictions":
-        """Read a prediction table; see this module's docstring for its columns.
+    def read(cls, path: Path) -> "Predictions":
+        """Read a prediction table (.parquet, .csv or .csv.gz); see this module's docstring for its columns.
 
-        Args:
-          path: .parquet, .csv or .csv.gz.
-          policy: how to treat labels of -1 (uncertain), and -2 or empty (not mentioned).
+        Labels of -1 (uncertain), and -2 or empty (not mentioned), do not count.
 
         Raises:
           CxrError: the file or a column is missing, or a value is invalid.
@@ -143,7 +141,7 @@ class Predictions:
             problem = "not a number" if np.isnan(values[row, k]) else "not a probability"
             where = f"{table.path}: row {row + 1} (id {ids[row]})"
             raise CxrError(f"{where}: the score of {findings[k]} is {values[row, k]}, {problem}")
-        label, label_mask = _read_labels(table, findings, policy)
+        label, label_mask = _read_labels(table, findings)
         return cls(
             id=ids,
             patient=ids if patient_column is None else table.strings(patient_column),
@@ -155,7 +153,7 @@ class Predictions:
 
 
 def _read_labels(
-    table: tables.Table, findings: tuple[str, ...], policy: LabelPolicy
+    table: tables.Table, findings: tuple[str, ...]
 ) -> tuple[Float64[np.ndarray, "N K"], Bool[np.ndarray, "N K"]]:
     """Return a prediction table's labels and their mask; all unknown if it has none."""
     columns = table.columns_by_finding("label")
@@ -167,7 +165,7 @@ def _read_labels(
         raise CxrError(
             f"{table.path}: no column label_{missing[0]}, though others have one; columns are {table.column_names}"
         )
-    label, label_mask = make_targets(np.stack([table.labels(columns[f]) for f in findings], axis=1), policy)
+    label, label_mask = make_targets(np.stack([table.labels(columns[f]) for f in findings], axis=1), SCORING_POLICY)
     known = table.columns_by_finding("known")
     for k, finding in enumerate(findings):
         if finding in known:
@@ -200,9 +198,7 @@ def _ordered_logits(probability: Float64[np.ndarray, " N"]) -> Float64[np.ndarra
 def log_odds(logits: Float[np.ndarray, "N K"], loss: str) -> Float64[np.ndarray, "N K"]:
     """Return the log-odds of a network's probabilities: its logits, or log p / (1 - p) of their softmax.
 
-    Args:
-      logits: the network's outputs.
-      loss: the name of the loss it was trained with, which defines its probabilities.
+    The name of the loss that the network was trained with defines its probabilities.
     """
     logits = np.asarray(logits, np.float64)
     return softmax_log_odds(logits) if loss in SOFTMAX_LOSSES else logits

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int8
 
 from cxrjax.errors import CxrError
-from cxrjax.findings import NIH14, NO_FINDING, LabelPolicy, make_targets
+from cxrjax.findings import NIH14, NO_FINDING, make_targets
 from cxrjax.metrics import tables
 from cxrjax.metrics.auc import mean_defined
 from cxrjax.metrics.bootstrap import BootstrapResult, Interval, check_confidence, percentile_interval
@@ -112,12 +112,7 @@ def score(predictions: Predictions, *, resamples: int = 1000, seed: int = 0, con
 def scores_from_bootstrap(result: BootstrapResult, *, confidence: float = 0.95) -> Scores:
     """Return a model's scores; with several tables, the means over the tables that define them.
 
-    Args:
-      result: without draws there are no intervals.
-      confidence: level of the intervals.
-
-    Raises:
-      CxrError: the confidence is not between 0 and 1.
+    Without draws there are no intervals. The confidence is a fraction between 0 and 1, else a `CxrError` is raised.
     """
     defined: np.ndarray = np.any(result.defined, axis=0)
     value = np.array([[mean_defined(column) for column in metric.T.tolist()] for metric in result.value])
@@ -186,38 +181,24 @@ class LabelTable:
     label: Int8[np.ndarray, "N K"]
 
 
-def score_files(
-    predictions: Path,
-    labels: Path | None = None,
-    *,
-    findings: Sequence[str] | None = None,
-    policy: LabelPolicy = SCORING_POLICY,
-    resamples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Scores:
-    """Score a prediction file.
+def score_files(predictions: Path, labels: Path | None = None, *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """Score a prediction file, as `score` does.
 
     Args:
       predictions: a file that `Predictions.read` accepts.
       labels: a file that `read_labels` accepts; None if the predictions contain labels.
-      findings: which to score; None for all predicted ones.
-      policy: how to treat uncertain and missing labels; by default they do not count.
-      resamples: as in `score`.
-      seed: as in `score`.
-      confidence: as in `score`.
+      resamples: draws of patients for the intervals; 0 for none.
+      seed: of the draws.
 
     Raises:
       CxrError: a file is invalid, predicted images or findings have no labels, or there are no labels at all.
     """
-    table = Predictions.read(predictions, policy)
-    if findings is not None:
-        table = table.select([match_finding(finding, table.findings, predictions) for finding in findings])
+    table = Predictions.read(predictions)
     if labels is not None:
-        table = with_labels(table, read_labels(labels, table.findings), policy)
+        table = with_labels(table, read_labels(labels, table.findings))
     elif not table.label_mask.any():
         raise CxrError(f"{predictions} has no labels: give a file that does with --labels")
-    return score(table, resamples=resamples, seed=seed, confidence=confidence)
+    return score(table, resamples=resamples, seed=seed)
 
 
 def read_labels(path: Path, findings: Sequence[str]) -> LabelTable:
@@ -239,7 +220,7 @@ def read_labels(path: Path, findings: Sequence[str]) -> LabelTable:
     return LabelTable(Path(path), ids, None if patient is None else table.strings(patient), tuple(findings), label)
 
 
-def with_labels(predictions: Predictions, labels: LabelTable, policy: LabelPolicy = SCORING_POLICY) -> Predictions:
+def with_labels(predictions: Predictions, labels: LabelTable) -> Predictions:
     """Return the predictions with these labels, and with the label file's patients if it has some.
 
     Raises:
@@ -252,29 +233,19 @@ def with_labels(predictions: Predictions, labels: LabelTable, policy: LabelPolic
             f"{labels.path}: no labels for {len(missing):,} of {len(predictions):,} predicted images ({examples}); "
             "check that both files name images alike"
         )
-    label, label_mask = make_targets(labels.label[rows], policy)
+    label, label_mask = make_targets(labels.label[rows], SCORING_POLICY)
     patient = predictions.patient if labels.patient is None else labels.patient[rows]
     return replace(predictions, patient=patient, label=label, label_mask=label_mask)
-
-
-def match_finding(finding: str, available: Sequence[str], path: Path) -> str:
-    """Return the available finding of this name, up to case, spaces and underscores.
-
-    Raises:
-      CxrError: there is none.
-    """
-    for name in available:
-        if tables.normalize_name(name) == tables.normalize_name(finding):
-            return name
-    raise CxrError(f"{path}: no finding named {finding!r}; choose from {', '.join(available)}")
 
 
 def _labels_from_lists(table: tables.Table, column: str, findings: Sequence[str]) -> Int8[np.ndarray, "N K"]:
     """Read NIH's format: each image lists its findings, and all others are absent."""
     vocabulary = (*NIH14, NO_FINDING)
-    columns = [vocabulary.index(match_finding(finding, vocabulary, table.path)) for finding in findings]
-    lists = table.arrow[column].dictionary_encode().combine_chunks()
     index = {tables.normalize_name(name): k for k, name in enumerate(vocabulary)}
+    for finding in findings:
+        if tables.normalize_name(finding) not in index:
+            raise CxrError(f"{table.path}: no finding named {finding!r}; choose from {', '.join(vocabulary)}")
+    lists = table.arrow[column].dictionary_encode().combine_chunks()
     unique = np.zeros((len(lists.dictionary), len(vocabulary)), np.int8)  # a few hundred lists in 112,120 rows
     for number, text in enumerate(lists.dictionary.to_pylist()):
         for name in text.split("|"):
@@ -282,7 +253,7 @@ def _labels_from_lists(table: tables.Table, column: str, findings: Sequence[str]
                 row = lists.indices.to_pylist().index(number) + 1
                 raise CxrError(f"{table.path}: row {row} lists {name!r}, which is none of {', '.join(vocabulary)}")
             unique[number, index[tables.normalize_name(name)]] = 1
-    return unique[lists.indices.to_numpy()][:, columns]
+    return unique[lists.indices.to_numpy()][:, [index[tables.normalize_name(finding)] for finding in findings]]
 
 
 def _labels_from_columns(table: tables.Table, findings: Sequence[str]) -> Int8[np.ndarray, "N K"]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ UNKNOWN = "unknown"
 """The group of images without a recorded attribute; it enters no gap."""
 
 AGES = (18, 40, 60, 80)
-"""The ages, in years, at which bands start, after the first."""
+"""The ages, in years, at which bands start, after the first at 0."""
 
 MAX_AGE = 120
 """Higher ages are errors (ChestX-ray14 has some of 400 years) and count as unknown."""
@@ -44,18 +45,8 @@ class Subgroups:
     gaps: tuple[dict[str, Any], ...]
 
 
-def subgroup_attributes(
-    records: Records, predictions: Predictions, ages: Sequence[float] = AGES
-) -> dict[str, np.ndarray]:
-    """Return the sex, age band and view of the predicted images.
-
-    Args:
-      records: of the predicted data set.
-      predictions: of some of its images.
-      ages: where age bands start, in years, ascending.
-
-    Returns:
-      "sex", "age" and "view", each str[N] in the order of the predictions.
+def subgroup_attributes(records: Records, predictions: Predictions) -> dict[str, np.ndarray]:
+    """Return "sex", "age" (band) and "view" of the predicted images, each str[N] in the order of the predictions.
 
     Raises:
       CxrError: a predicted image is not in the records.
@@ -64,26 +55,15 @@ def subgroup_attributes(
     if len(missing):
         raise CxrError(f"{len(missing):,} predicted images ({missing[0]}, ...) are not records of {records.dataset}")
     sex, view = (np.where(values == "", UNKNOWN, values)[rows] for values in (records.sex, records.view))
-    return {"sex": sex, "age": age_bands(records.age[rows], ages), "view": view}
+    return {"sex": sex, "age": age_bands(records.age[rows]), "view": view}
 
 
-def age_bands(age: Float[np.ndarray, " N"], ages: Sequence[float] = AGES) -> np.ndarray:
-    """Return the band of each age: "0-17", "18-39", ..., "80+", or `UNKNOWN`.
-
-    Args:
-      age: years, NaN if unknown.
-      ages: where bands start, ascending, above 0.
-
-    Raises:
-      CxrError: the bands do not ascend.
-    """
-    if not ages or not all(low < high for low, high in zip((0, *ages), ages, strict=False)):
-        raise CxrError(f"age bands {tuple(ages)} must start at ascending ages above 0")
-    starts = (0, *ages)
-    names = [f"{low:g}-{high - 1:g}" for low, high in zip(starts, ages, strict=False)] + [f"{ages[-1]:g}+"]
+def age_bands(age: Float[np.ndarray, " N"]) -> np.ndarray:
+    """Return the band of each age in years: "0-17", "18-39", ..., "80+", or `UNKNOWN` (also for NaN)."""
+    names = [f"{low}-{high - 1}" for low, high in pairwise((0, *AGES))] + [f"{AGES[-1]}+"]
     age = np.asarray(age, np.float64)
     usable = (age >= 0) & (age <= MAX_AGE)
-    return np.where(usable, np.array(names)[np.searchsorted(ages, np.where(usable, age, 0), side="right")], UNKNOWN)
+    return np.where(usable, np.array(names)[np.searchsorted(AGES, np.where(usable, age, 0), side="right")], UNKNOWN)
 
 
 def score_subgroups(
@@ -187,18 +167,13 @@ OTHER_SOURCES = "other sources"
 """The name of the pooled sources that have too few patients."""
 
 
-def border_pixels(images: UInt8[np.ndarray, "N H W"], share: float = 0.05) -> Float32[np.ndarray, "N F"]:
-    """Return the outer pixels of each image, 0 to 1: those within `share` of the side from an edge, at least one.
+def border_pixels(images: UInt8[np.ndarray, "N H W"]) -> Float32[np.ndarray, "N F"]:
+    """Return the outer pixels of each image, 0 to 1: those within 5 % of the side from an edge, at least one.
 
     The border shows hardly any lung, so what can be predicted from it is not a finding.
-
-    Raises:
-      CxrError: the share is not above 0 and below one half.
     """
-    if not 0 < share < 0.5:
-        raise CxrError(f"share={share}: give the width of the border as a fraction of the side, above 0 and below 0.5")
     height, width = images.shape[1:]
-    dy, dx = max(1, round(share * height)), max(1, round(share * width))
+    dy, dx = max(1, round(0.05 * height)), max(1, round(0.05 * width))
     border = np.ones((height, width), bool)
     border[dy : height - dy, dx : width - dx] = False
     return images[:, border].astype(np.float32) / 255
@@ -214,15 +189,9 @@ def pool_rare_sources(source: np.ndarray, patient: np.ndarray, min_patients: int
 
 
 def predict_source(
-    features: Float[np.ndarray, "N F"],
-    source: np.ndarray,
-    *,
-    id: np.ndarray,
-    patient: np.ndarray,
-    folds: int = 5,
-    seed: int = 0,
+    features: Float[np.ndarray, "N F"], source: np.ndarray, *, id: np.ndarray, patient: np.ndarray
 ) -> Predictions:
-    """Predict each image's source from its features, in cross-validation over patients.
+    """Predict each image's source from its features, in five-fold cross-validation over patients.
 
     The model is scikit-learn's logistic regression on standardised features. The AUROC of the result (`scores.score`)
     tells how well the source can be recognised: 0.5 not at all, 1 always.
@@ -231,9 +200,7 @@ def predict_source(
       features: finite.
       source: str[N], at least two sources.
       id: str[N], names of the images.
-      patient: str[N].
-      folds: of the cross-validation; fewer if a source has fewer patients.
-      seed: of the folds.
+      patient: str[N]; there are fewer folds if a source has fewer patients.
 
     Returns:
       A table whose findings are the sources; of two sources, the second only.
@@ -246,10 +213,10 @@ def predict_source(
         raise CxrError(f"images come from {len(names)} source ({', '.join(names)}): at least 2 are needed")
     patients = {str(name): len(np.unique(patient[source == name])) for name in names}
     rarest = min(patients, key=lambda name: patients[name])
-    folds = min(folds, patients[rarest])
+    folds = min(5, patients[rarest])
     if folds < 2:
         raise CxrError(f"source {rarest} has a single patient: cross-validation needs at least 2; pool it with others")
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
     probability = np.full((len(number), len(names)), np.nan)
     for train, test in splitter.split(features, number, patient):
         if len(np.unique(number[train])) < len(names):
@@ -268,13 +235,9 @@ def predict_source(
 def majority_class_accuracy(
     source: np.ndarray, label: Shaped[np.ndarray, " N"], test_source: np.ndarray, test_label: Shaped[np.ndarray, " M"]
 ) -> float:
-    """Return the accuracy, 0 to 1, of predicting the most frequent class of each image's source.
+    """Return the accuracy, 0 to 1, of predicting the most frequent class of each test image's source.
 
-    Args:
-      source: str[N] of the images on which classes are counted.
-      label: their class indices.
-      test_source: str[M] of the images to classify; an unseen source gets the most frequent class overall.
-      test_label: their class indices.
+    Classes are counted on the other images; a source that is not among them gets the most frequent class overall.
     """
     overall = np.bincount(label).argmax()
     majority = {name: np.bincount(label[source == name]).argmax() for name in np.unique(source)}

@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from jaxtyping import Float64, Int, Int8
 
-from cxrjax.errors import CxrError
+from cxrjax.errors import CxrError, list_some
 from cxrjax.files import atomic_path
 from cxrjax.findings import NEGATIVE, NOT_MENTIONED, POSITIVE, UNCERTAIN
 
@@ -44,8 +44,7 @@ class Table:
     @property
     def column_names(self) -> str:
         """The first 20 column names, for error messages."""
-        names = self.arrow.column_names
-        return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        return list_some(self.arrow.column_names, 20)
 
     def find_column(self, names: Sequence[str]) -> str | None:
         """Return the column that matches the first possible of these names, or None.
@@ -62,11 +61,7 @@ class Table:
         return None
 
     def columns_by_finding(self, prefix: str) -> dict[str, str]:
-        """Return the columns named PREFIX_FINDING, keyed by finding, in the table's order.
-
-        Raises:
-          CxrError: two columns are of the same finding.
-        """
+        """Return the columns PREFIX_FINDING by finding, in order; two of one finding raise a `CxrError`."""
         columns: dict[str, str] = {}
         for column in self.arrow.column_names:
             head, underscore, finding = column.partition("_")
@@ -97,22 +92,14 @@ class Table:
         return ids
 
     def strings(self, column: str) -> np.ndarray:
-        """Return a column as str[N].
-
-        Raises:
-          CxrError: a row is empty.
-        """
+        """Return a column as str[N]; an empty row raises a `CxrError`."""
         values = self.arrow[column].cast(pa.string()).fill_null("").to_numpy().astype(np.str_)
         if (values == "").any():
             raise CxrError(f"{self.path}: column {column!r} is empty in row {np.flatnonzero(values == '')[0] + 1}")
         return values
 
     def numbers(self, column: str) -> Float64[np.ndarray, " N"]:
-        """Return a column as float64; empty cells are NaN, true and false are 1 and 0.
-
-        Raises:
-          CxrError: a value is not a number.
-        """
+        """Return a column as float64, empty cells as NaN, true and false as 1 and 0; else raise a `CxrError`."""
         values = self.arrow[column]
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             return np.array([self._number(text, column, row) for row, text in enumerate(values.to_pylist(), 1)])
@@ -128,11 +115,7 @@ class Table:
             raise CxrError(f"{self.path}: column {column!r} is {text!r} in row {row}, not a number") from None
 
     def labels(self, column: str) -> Int8[np.ndarray, " N"]:
-        """Return a column of labels: 1, 0, -1 uncertain, -2 or empty not mentioned.
-
-        Raises:
-          CxrError: a value is none of these.
-        """
+        """Return labels: 1, 0, -1 uncertain, -2 or empty not mentioned; other values raise a `CxrError`."""
         values = self.numbers(column)
         values = np.where(np.isnan(values), NOT_MENTIONED, values)
         wrong = np.flatnonzero(~np.isin(values, (POSITIVE, NEGATIVE, UNCERTAIN, NOT_MENTIONED)))
@@ -160,11 +143,7 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: pa.Table) -> None:
-    """Write a .parquet, .csv or .csv.gz file atomically.
-
-    Raises:
-      CxrError: the path has another suffix.
-    """
+    """Write a .parquet, .csv or .csv.gz file atomically; another suffix raises a `CxrError`."""
     suffix = table_format(path)
     with atomic_path(path) as temporary:
         if suffix == ".parquet":
@@ -182,11 +161,7 @@ def find_rows(ids: np.ndarray, table_ids: np.ndarray) -> tuple[Int[np.ndarray, "
 
 
 def table_format(path: Path) -> str:
-    """Return the suffix of a table's path.
-
-    Raises:
-      CxrError: it is none of .parquet, .csv and .csv.gz.
-    """
+    """Return the suffix of a table's path; raise a `CxrError` if it is none of .parquet, .csv and .csv.gz."""
     for suffix in (".parquet", ".csv", ".csv.gz"):
         if path.name.endswith(suffix):
             return suffix

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64, Shaped
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from cxrjax.errors import CxrError, check_choice
 from cxrjax.metrics.auc import Ranking, mean_defined, roc_curve
@@ -148,15 +148,9 @@ def choose_thresholds(validation: Predictions, rule: str = "youden", target: flo
     return OperatingPoints(p.findings, np.array(thresholds), tuple(reasons), description)
 
 
-def accuracy_at_threshold(predictions: Predictions, threshold: float = 0.5) -> float:
-    """Return the accuracy over all known labels of all findings at one probability threshold; 0 to 1, or NaN.
-
-    Raises:
-      CxrError: the threshold is not between 0 and 1.
-    """
-    if not 0 < threshold < 1:
-        raise CxrError(f"threshold={threshold}: give a probability between 0 and 1, such as 0.5")
-    correct = (predictions.logit >= logit(threshold)) == (predictions.label > 0)
+def accuracy_at_half(predictions: Predictions) -> float:
+    """Return the accuracy over all known labels of all findings at a probability of 0.5; 0 to 1, or NaN."""
+    correct = (predictions.logit >= 0) == (predictions.label > 0)
     return float(correct[predictions.label_mask].mean()) if predictions.label_mask.any() else math.nan
 
 
@@ -176,12 +170,7 @@ _SYNONYMS = {"precision": "ppv", "recall": "sensitivity"}
 
 @dataclass(frozen=True, eq=False)
 class ConfusionMatrix:
-    """How often each class was predicted as each class.
-
-    Attributes:
-      classes: K names.
-      matrix: int64[K, K], rows are actual and columns predicted classes.
-    """
+    """How often each class was predicted as each class: rows are actual, columns predicted classes."""
 
     classes: tuple[str, ...]
     matrix: Int64[np.ndarray, "K K"]
@@ -223,11 +212,7 @@ class ConfusionMatrix:
         return cls.from_classes(p.label[rows].argmax(axis=1), p.logit[rows].argmax(axis=1), p.findings)
 
     def oriented(self, rows: str = "actual") -> Int64[np.ndarray, "K K"]:
-        """Return the matrix with "actual" or "predicted" classes as rows; the six-class paper prints the latter.
-
-        Raises:
-          CxrError: neither of the two.
-        """
+        """Return the matrix with "actual" or "predicted" classes as rows; the six-class paper prints the latter."""
         check_choice("rows of a confusion matrix", rows, ("actual", "predicted"))
         return self.matrix if rows == "actual" else self.matrix.T
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from cxrjax.errors import check_choice, check_options
 from cxrjax.models import attention_fusion, densenet, efficientnet, fhrnet, hrnet, resnet, sequential
-from cxrjax.models.backbone import Backbone, compute_dtype
+from cxrjax.models.backbone import Backbone, CommonArgs, compute_dtype
 from cxrjax.models.input_spec import InputSpec
 from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network
@@ -55,14 +55,8 @@ def create(
         for option, changes in options.items()
         if isinstance(changes, dict)
     }
-    return architecture.family(
-        classes=classes,
-        input_spec=input_spec or architecture.input_spec,
-        dtype=compute_dtype(dtype),
-        remat=remat,
-        seed=seed,
-        **{**architecture.options, **options, **nested},
-    )
+    common = CommonArgs(classes, input_spec or architecture.input_spec, compute_dtype(dtype), remat, seed)
+    return architecture.family(common, **{**architecture.options, **options, **nested})
 
 
 def abstract(name: str, *, classes: int, **options: Any) -> Network:

@@ -7,6 +7,7 @@ follows.
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,10 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cxrjax.errors import CxrError, check_choice, check_options, check_positive
-from cxrjax.models.backbone import Architecture, Backbone, Classifier
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, CommonArgs
 from cxrjax.models.densenet import DenseNet
 from cxrjax.models.efficientnet import B0_CONFIG, EfficientNet
-from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
+from cxrjax.models.input_spec import GREY, IMAGENET
 from cxrjax.models.layers import LayerFactory, Maps, param_dtype
 from cxrjax.models.spatial import map_row_shards, ring_shift, upsample_bilinear_2x
 
@@ -54,12 +55,8 @@ class AttentionFusion(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         attention: str = "self",
         match: str = "up",
         channels: int = 256,
@@ -69,24 +66,23 @@ class AttentionFusion(Backbone):
         dense: Mapping[str, Any] = _DENSE,
         efficient: Mapping[str, Any] = _EFFICIENT,
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
+        super().__init__(common)
         self.match = check_choice("match", match, ("up", "down"))
         self.is_cross = check_choice("attention", attention, ("self", "cross")) == "cross"
-        common: dict[str, Any] = {"classes": 1, "input_spec": input_spec, "dtype": dtype, "remat": remat}
         for name, options, family in (("dense", dense, DenseNet), ("efficient", efficient, EfficientNet)):
             if not isinstance(options, Mapping):
                 raise CxrError(f"{name} must hold options of that trunk, such as {name}.dropout, not {options!r}")
             check_options(name, options, family)
-        self.dense = DenseNet(**common, seed=seed, **dense)
-        self.efficient = EfficientNet(**common, seed=seed + 1, **efficient)
-        factory = LayerFactory(dtype, seed + 2)
-        fused_channels = 2 * check_positive("channels", channels)
+        self.dense = DenseNet(replace(common, classes=1), **dense)
+        self.efficient = EfficientNet(replace(common, classes=1, seed=common.seed + 1), **efficient)
+        factory = LayerFactory(common.dtype, common.seed + 2)
+        fused = 2 * check_positive("channels", channels)
         self.dense_reduction = factory.conv(self.dense.channels, channels, 1, bias=True)
         self.efficient_reduction = factory.conv(self.efficient.channels, channels, 1, bias=True)
-        directions, width = (2, channels) if self.is_cross else (1, fused_channels)
+        directions, width = (2, channels) if self.is_cross else (1, fused)
         self.attention = nnx.List([Attention(factory, width) for _ in range(directions)])
-        self.gate = nnx.Param(jax.device_put(np.zeros(directions, param_dtype(dtype))))
-        self.classifier = Classifier(factory, fused_channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.gate = nnx.Param(jax.device_put(np.zeros(directions, param_dtype(self.dtype))))
+        self.classifier = Classifier(factory, fused, self.classes, pooling=pooling, hidden=hidden, dropout=dropout)
         for trunk in (self.dense, self.efficient):
             del trunk.classifier
 
@@ -143,11 +139,7 @@ class Attention(nnx.Module):
 
     softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, arXiv:1706.03762), with q, k and v linear in the maps, with bias.
     Queries are processed in blocks and the backward pass recomputes their weights, so memory is linear in the number
-    of positions. Devices that share the rows of an image share queries, keys and values.
-
-    Args:
-      factory: makes the layers.
-      channels: C, of both maps and of the result.
+    of positions. Devices that share the rows of an image share queries, keys and values. C is `channels`.
     """
 
     def __init__(self, factory: LayerFactory, channels: int):
@@ -156,10 +148,7 @@ class Attention(nnx.Module):
         self.value = factory.linear(channels, channels)
 
     def __call__(self, queries: Maps, keys: Maps) -> Maps:
-        """Return the values of the maps `keys`, weighted for each position of `queries`; shape and type of `queries`.
-
-        It computes in float32 or wider.
-        """
+        """Return the values of `keys`, weighted for each position of `queries`, in the latter's shape and type."""
         wide_queries, wide_keys = (maps.astype(param_dtype(maps.dtype)) for maps in (queries, keys))
         result = _map_attention(self.query(wide_queries), self.key(wide_keys), self.value(wide_keys))
         return result.astype(queries.dtype)
@@ -183,15 +172,10 @@ def dot_product_attention(
     block_size: int = 0,
     num_shards: int = 1,
 ) -> Float[Array, "B N D"]:
-    """Return softmax(query key^T / sqrt(C)) value, for `block_size` queries at a time.
+    """Return softmax(query key^T / sqrt(C)) value, for `block_size` queries at a time (0: see `MAX_WEIGHTS`).
 
-    Args:
-      query: N queries.
-      key: M keys.
-      value: M values.
-      block_size: queries at a time; 0 for as many as have `MAX_WEIGHTS` weights.
-      num_shards: number of devices that each hold a shard of the keys and values. The shards travel around the ring of
-        devices, and no device ever holds all (ring attention, Liu, Zaharia and Abbeel 2023, arXiv:2310.01889).
+    Each of `num_shards` devices holds a shard of the keys and values. The shards travel around the ring of devices, and
+    no device ever holds all (ring attention, Liu, Zaharia and Abbeel 2023, arXiv:2310.01889).
     """
     N, C = query.shape[1:]
     block_size = min(block_size or max(MAX_WEIGHTS // key.shape[1], 1), N)
@@ -306,11 +290,7 @@ _SMALL = {
     "channels": 8,
     "dropout": 0.2,
     "dense": {"growth_rate": 4, "block_config": (1, 1, 1), "bn_size": 2, "stem_channels": 8, "last_norm": False},
-    "efficient": {
-        "stem_channels": 8,
-        "block_config": ((1, 3, 1, 8, 1), (4, 3, 2, 16, 1)),
-        "last_channels_mult": 2,
-    },
+    "efficient": {"stem_channels": 8, "block_config": ((1, 3, 1, 8, 1), (4, 3, 2, 16, 1)), "last_channels_mult": 2},
 }
 
 ARCHITECTURES = {

@@ -22,23 +22,29 @@ LSE_SHARPNESS = 10.0  # r of log-sum-exp pooling: towards 0 it is the mean, towa
 Logits = Float[Array, "B K"]
 
 
-class Backbone(nnx.Module):
-    """A network in two halves: Grad-CAM and effective receptive fields are gradients of one half.
+@dataclass(frozen=True)
+class CommonArgs:
+    """Arguments of every family.
 
-    All families take these arguments:
-
-    Args:
+    Attributes:
       classes: number of findings K.
       input_spec: what the network expects of its images.
       dtype: compute type; parameters and statistics are float32 (float64 with float64).
       remat: what the backward pass recomputes: "none", each "layer", also each "block", or the network in "full".
       seed: seed of the initial values.
+    """
 
-    and those with a `Classifier` as their head
+    classes: int
+    input_spec: InputSpec
+    dtype: np.dtype
+    remat: str
+    seed: int
 
-      pooling: "average", "max", "average+max" or "log-sum-exp".
-      hidden: units of a hidden layer; 0 for none.
-      dropout: fraction of values dropped.
+
+class Backbone(nnx.Module):
+    """A network in two halves: Grad-CAM and effective receptive fields are gradients of one half.
+
+    All families take `CommonArgs`, and those with a `Classifier` as their head also its options.
 
     Attributes:
       published_prefixes: (our prefix, published prefix) of module paths; the first that matches applies.
@@ -50,11 +56,11 @@ class Backbone(nnx.Module):
     stem: ClassVar[tuple[str, str]]
     replaceable: ClassVar[tuple[str, ...]] = ("classifier",)
 
-    def __init__(self, *, classes: int, input_spec: InputSpec, dtype: np.dtype, remat: str):
-        self.classes = check_positive("classes", classes)
-        self.input_spec = input_spec
-        self.dtype = np.dtype(dtype)
-        self.remat = check_choice("remat", remat, REMATS)
+    def __init__(self, common: CommonArgs):
+        self.classes = check_positive("classes", common.classes)
+        self.input_spec = common.input_spec
+        self.dtype = np.dtype(common.dtype)
+        self.remat = check_choice("remat", common.remat, REMATS)
         self.classifier: Classifier
 
     @property
@@ -92,10 +98,7 @@ class Backbone(nnx.Module):
     def head(self, features: Mapping[str, Maps], *, train: bool = False, key: PRNGKeyArray | None = None) -> Logits:
         """Return the prediction's logits, float32 (float64 with float64), from the maps "final".
 
-        Args:
-          features: result of `features`.
-          train: whether this is a training step.
-          key: for dropout, which is active whenever a key is given, also when not training (Monte Carlo dropout).
+        A key makes dropout active, also when not training (Monte Carlo dropout).
         """
         return self.classifier(features["final"], train=train, key=key)
 
@@ -110,20 +113,11 @@ class Backbone(nnx.Module):
         return list(self.outputs(images, **options).values())[-1]
 
     def outputs(
-        self,
-        images: Maps,
-        *,
-        train: bool = False,
-        key: PRNGKeyArray | None = None,
-        backbone_in_training: bool = True,
+        self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None, backbone_in_training: bool = True
     ) -> OrderedDict[str, Logits]:
-        """Return `heads` of `features`.
+        """Return `heads` of `features`; without `backbone_in_training` features are always computed as at inference.
 
-        Args:
-          images: prepared images.
-          train: whether this is a training step.
-          key: for dropout; features get it in training only, since Monte Carlo dropout concerns the head.
-          backbone_in_training: False computes features as at inference, also in training.
+        Features get the key in training only, since Monte Carlo dropout concerns the head.
         """
         train_backbone = train and backbone_in_training
         features = self.remat_features(images, train_backbone, key if train_backbone else None)
@@ -179,11 +173,11 @@ def compute_dtype(dtype) -> np.dtype:
 class Classifier(nnx.Module):
     """Global pooling, dropout, an optional hidden layer (ReLU, dropout), and one logit per finding.
 
-    It computes in float32 or wider, whatever the type of the maps.
+    It takes maps of any type and computes in float32 or wider.
 
     Args:
       factory: makes the layers.
-      channels: channels of the maps.
+      channels: of the maps.
       classes: number of findings K.
       pooling: "average", "max", "average+max" (both, concatenated) or "log-sum-exp".
       hidden: units of the hidden layer; 0 for none.
@@ -229,11 +223,7 @@ def apply_dropout(
 ) -> Float[Array, "B ..."]:
     """Set a fraction of the values to 0 and scale the others so that the mean stays; without a key do nothing.
 
-    Args:
-      values: of any shape.
-      rate: fraction of values dropped, 0 <= rate < 1.
-      key: the network's key, common to all its dropouts.
-      index: which of the network's dropouts this is; folded into the key.
+    The key is common to all dropouts of the network; `index` says which of them this is, and is folded into it.
     """
     if key is None or not rate:
         return values

@@ -77,12 +77,8 @@ def suits_space_to_depth(maps: Maps, strides: Pair) -> bool:
 def stem_conv(maps: Maps, kernel: Kernel, strides: Pair, padding: Pair, **options: Any) -> Maps:
     """Convolve with stride 2, where `suits_space_to_depth` is true; by space-to-depth on TPUs and CUDA GPUs.
 
-    Args:
-      maps: few channels, even height and width.
-      kernel: any size.
-      strides: (2, 2).
-      padding: zeros (before, after) the rows, and the columns.
-      options: further arguments of `conv_general_dilated`, without dilation and groups.
+    `padding` is the number of zeros (before, after) the rows, and the columns. `options` are further arguments of
+    `conv_general_dilated`, without dilation and groups.
     """
     padding = [(low, high) for low, high in padding]
     space_to_depth = partial(space_to_depth_conv, padding=padding, **options)
@@ -116,15 +112,7 @@ def _space_to_depth(maps: Float[Array, "B H W *C"]) -> Float[Array, "B h w *D"]:
 
 
 def depthwise_conv(maps: Maps, kernel: DepthwiseKernel, strides: Pair, padding: Pair, **options: Any) -> Maps:
-    """Convolve each channel with its own kernel; on CPUs by `shift_and_add`.
-
-    Args:
-      maps: C channels.
-      kernel: one h x w kernel per channel.
-      strides: of rows and columns.
-      padding: zeros (before, after) the rows, and the columns.
-      options: further arguments of `conv_general_dilated`, without dilation.
-    """
+    """Convolve each channel with its own kernel; on CPUs by `shift_and_add`. Arguments: see `stem_conv`, and groups."""
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     return jax.lax.platform_dependent(
         maps,

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from cxrjax.errors import CxrError, check_choice, check_positive
-from cxrjax.models.backbone import Architecture, Backbone, Classifier
-from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, CommonArgs
+from cxrjax.models.input_spec import GREY, IMAGENET
 from cxrjax.models.layers import BatchNorm, LayerFactory, Maps, Moments, maybe_remat, sum_gradients_early
 from cxrjax.models.pooling import STEM_POOLS, average_pool
 
@@ -28,8 +27,7 @@ class DenseNet(Backbone):
       block_config: number of layers of each dense block.
       bn_size: channels of a layer's 1x1 convolution, in units of `growth_rate`.
       stem_channels: output channels of the first convolution.
-      stem_kernel: its kernel size, odd.
-      stem_stride: its stride.
+      stem_kernel, stem_stride: its kernel size, odd, and its stride.
       stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
       last_norm: whether norm and ReLU follow the last block.
     """
@@ -39,12 +37,8 @@ class DenseNet(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         growth_rate: int = 32,
         block_config: Sequence[int] = (6, 12, 24, 16),
         bn_size: int = 4,
@@ -57,8 +51,8 @@ class DenseNet(Backbone):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
-        factory = LayerFactory(dtype, seed)
+        super().__init__(common)
+        factory = LayerFactory(common.dtype, common.seed)
         width = check_positive("bn_size", bn_size) * check_positive("growth_rate", growth_rate)
         if isinstance(block_config, str) or not isinstance(block_config, Sequence):
             raise CxrError(f"block_config must be a sequence of layer counts such as (6, 12), not {block_config!r}")
@@ -71,11 +65,13 @@ class DenseNet(Backbone):
             )
         stride = check_positive("stem_stride", stem_stride)
         channels = check_positive("stem_channels", stem_channels)
-        self.conv0 = factory.conv(input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
+        self.conv0 = factory.conv(
+            self.input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2
+        )
         self.norm0 = factory.norm(channels)
         for number, layers in enumerate(block_config, start=1):
             block = DenseBlock(
-                factory, channels, check_positive("layers of a block", layers), growth_rate, width, remat
+                factory, channels, check_positive("layers of a block", layers), growth_rate, width, self.remat
             )
             setattr(self, f"denseblock{number}", block)
             channels += layers * growth_rate
@@ -84,7 +80,7 @@ class DenseNet(Backbone):
                 channels //= 2
         self.channels = channels
         self.norm5 = factory.norm(channels) if last_norm else nnx.data(None)
-        self.classifier = Classifier(factory, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.classifier = Classifier(factory, channels, self.classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Return the maps "stem", of each block ("block1", ... before any norm), and "final" (after the last norm)."""

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cxrjax.errors import CxrError, check_fraction, check_positive
-from cxrjax.models.backbone import Architecture, Backbone, Classifier, apply_dropout
-from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, CommonArgs, apply_dropout
+from cxrjax.models.input_spec import GREY, IMAGENET
 from cxrjax.models.layers import ConvNorm, LayerFactory, Maps, maybe_remat
 
 # Per stage: expansion ratio, kernel size, stride, channels, blocks (table 1 of the paper, where the stem is stage 1).
@@ -51,12 +50,8 @@ class EfficientNet(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         width_mult: float = 1.0,
         depth_mult: float = 1.0,
         stem_channels: int = 32,
@@ -67,14 +62,14 @@ class EfficientNet(Backbone):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
+        super().__init__(common)
         if width_mult <= 0 or depth_mult <= 0:
             raise CxrError(f"width_mult and depth_mult must be above 0, not {width_mult!r} and {depth_mult!r}")
         self.stochastic_depth = check_fraction("stochastic_depth", stochastic_depth)
-        factory = LayerFactory(dtype, seed, fan_mode="out")
+        factory = LayerFactory(common.dtype, common.seed, fan_mode="out")
         _check_block_config(block_config)
         channels = _make_divisible(check_positive("stem_channels", stem_channels) * width_mult)
-        stem = ConvNormSiLU(factory, input_spec.channels, channels, 3, stride=2)
+        stem = ConvNormSiLU(factory, self.input_spec.channels, channels, 3, stride=2)
         self.stages: nnx.List[Any] = nnx.List([stem])  # the stem is stage 0
         for expand_ratio, kernel_size, stride, base_channels, num_blocks in block_config:
             out_channels, stage = _make_divisible(base_channels * width_mult), nnx.List()
@@ -84,7 +79,9 @@ class EfficientNet(Backbone):
             self.stages.append(stage)
         self.channels = check_positive("last_channels_mult", last_channels_mult) * channels
         self.stages.append(ConvNormSiLU(factory, channels, self.channels, 1))
-        self.classifier = Classifier(factory, self.channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.classifier = Classifier(
+            factory, self.channels, self.classes, pooling=pooling, hidden=hidden, dropout=dropout
+        )
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Return the maps after the stem and each stage: "stem", "stage1", ..., "final".
@@ -150,13 +147,8 @@ class SqueezeExcitation(nnx.Module):
 class MBConv(nnx.Module):
     """Expansion (1x1), depthwise convolution, squeeze-and-excitation, projection (1x1); a residual if shapes fit.
 
-    Args:
-      factory: makes the layers.
-      in_channels: channels of the input.
-      out_channels: channels of the result.
-      expand_ratio: channels in between, in units of `in_channels`; without an expansion if that changes nothing.
-      kernel_size: size of the depthwise convolution, odd.
-      stride: its stride.
+    The expansion to `expand_ratio * in_channels` is left out if it changes nothing. Kernel size (odd) and stride are
+    those of the depthwise convolution.
     """
 
     def __init__(

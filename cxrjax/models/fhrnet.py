@@ -6,19 +6,19 @@ found as in AG-CNN (Guan et al. 2018, arXiv:1801.09927), inside jit, with static
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from cxrjax.errors import CxrError, check_choice, check_positive
-from cxrjax.models.backbone import Architecture, Backbone, Classifier, Logits
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, CommonArgs, Logits
 from cxrjax.models.hrnet import ARCHITECTURES as HRNETS
 from cxrjax.models.hrnet import HRNet
-from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
+from cxrjax.models.input_spec import GREY, IMAGENET
 from cxrjax.models.layers import LayerFactory, Maps, param_dtype
 from cxrjax.models.spatial import weighted_row_sums
 
@@ -55,12 +55,8 @@ class FHRNet(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         backbone: str = "hrnet_w32",
         neck: str = "half",
         stage: str = "joint",
@@ -74,7 +70,7 @@ class FHRNet(Backbone):
         dropout: float = 0.5,
         prediction: str = "fusion",
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
+        super().__init__(common)
         self.backbone = backbone
         self.stage = check_choice("stage", stage, STAGES)
         self.resize, self.crop = resize and check_positive("resize", resize), crop and check_positive("crop", crop)
@@ -91,17 +87,16 @@ class FHRNet(Backbone):
         self.threshold = float(threshold)
         self.prediction = check_choice("prediction", prediction, ("fusion", "geometric-mean"))
         options = {**HRNETS[check_choice("backbone", backbone, HRNETS)].options, "neck": neck, "pooling": "average"}
-        common = {"classes": classes, "input_spec": input_spec, "dtype": dtype, "remat": remat}
-        self.global_branch = HRNet(**common, **options, seed=seed)
-        self.local_branch = HRNet(**common, **options, seed=seed + 1)
-        factory = LayerFactory(dtype, seed + 2)
+        self.global_branch = HRNet(common, **options)
+        self.local_branch = HRNet(replace(common, seed=common.seed + 1), **options)
+        factory = LayerFactory(common.dtype, common.seed + 2)
         channels = self.global_branch.classifier.output.in_features
         self.fusion_weights = nnx.data(None)
         if self.fusion == "weighted":
-            self.fusion_weights = nnx.Param(jnp.full(2, 0.5, param_dtype(dtype)))
+            self.fusion_weights = nnx.Param(jnp.full(2, 0.5, param_dtype(self.dtype)))
         else:
             channels *= 2
-        self.classifier = Classifier(factory, channels, classes, dropout=dropout)
+        self.classifier = Classifier(factory, channels, self.classes, dropout=dropout)
 
     @property
     def members(self) -> Mapping[str, str]:
@@ -224,9 +219,7 @@ def largest_component(mask: Bool[Array, "B h w"]) -> Bool[Array, "B h w"]:
 
     start = jnp.where(mask, indices, background)
     labels, _ = jax.lax.while_loop(
-        lambda pair: jnp.any(pair[0] != pair[1]),
-        lambda pair: (propagate(pair[0]), pair[0]),
-        (propagate(start), start),
+        lambda pair: jnp.any(pair[0] != pair[1]), lambda pair: (propagate(pair[0]), pair[0]), (propagate(start), start)
     )
     rows = jnp.arange(B)[:, None]
     areas = jnp.zeros((B, background + 1), jnp.int32).at[rows, labels.reshape(B, -1)].add(1)[:, :-1]
@@ -250,10 +243,7 @@ def bounding_box(mask: Bool[Array, "B h w"]) -> Float[Array, "B 4"]:
 def crop_and_resize(images: Maps, boxes: Float[Array, "#B 4"], size: int) -> Maps:
     """Resize the part of each image inside its box to `size` x `size` px; where it shrinks, pixels are averaged.
 
-    Args:
-      images: at full resolution, any float type.
-      boxes: top, left, bottom, right as fractions, bottom > top and right > left; one per image, or one for all.
-      size: side of the result, px.
+    A box is top, left, bottom, right as fractions, bottom > top and right > left; one per image, or one for all.
     """
     wide = images.astype(param_dtype(images.dtype))
     top, left, bottom, right = jnp.broadcast_to(boxes, (len(images), 4)).astype(wide.dtype).T

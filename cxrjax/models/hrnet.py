@@ -11,13 +11,12 @@ from operator import add
 from typing import ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from cxrjax.errors import CxrError, check_choice, check_positive
-from cxrjax.models.backbone import Architecture, Backbone, Classifier
-from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, CommonArgs
+from cxrjax.models.input_spec import GREY, IMAGENET
 from cxrjax.models.layers import ConvNorm, LayerFactory, Maps, maybe_remat
 from cxrjax.models.resnet import BasicBlock, Bottleneck, apply_blocks, apply_stage
 
@@ -49,12 +48,8 @@ class HRNet(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         width: int = 18,
         num_modules: Sequence[int] = (1, 4, 3),
         num_blocks: int = 4,
@@ -65,13 +60,13 @@ class HRNet(Backbone):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
-        factory = LayerFactory(dtype, seed, fan_mode="out")
+        super().__init__(common)
+        factory = LayerFactory(common.dtype, common.seed, fan_mode="out")
         if isinstance(num_modules, str) or not isinstance(num_modules, Sequence) or not num_modules:
             raise CxrError(f"num_modules must be a sequence, one per stage, such as (1, 4, 3), not {num_modules!r}")
         self.num_branches = len(num_modules) + 1
         channels = check_positive("stem_channels", stem_channels)
-        self.conv1 = factory.conv(input_spec.channels, channels, 3, stride=2, padding=1)
+        self.conv1 = factory.conv(self.input_spec.channels, channels, 3, stride=2, padding=1)
         self.bn1 = factory.norm(channels)
         self.conv2 = factory.conv(channels, channels, 3, stride=2, padding=1)
         self.bn2 = factory.norm(channels)
@@ -82,7 +77,7 @@ class HRNet(Backbone):
             after = widths[:stage]
             setattr(self, f"transition{stage - 1}", _transition(factory, before, after))
             count = check_positive("num_modules", count)
-            modules = [HighResolutionModule(factory, after, num_blocks, remat) for _ in range(count)]
+            modules = [HighResolutionModule(factory, after, num_blocks, self.remat) for _ in range(count)]
             setattr(self, f"stage{stage}", nnx.List(modules))
             before = after
         neck_widths = [NECKS[check_choice("neck", neck, NECKS)] * 2**branch for branch in range(self.num_branches)]
@@ -91,9 +86,9 @@ class HRNet(Backbone):
         self.downsamp_modules = nnx.List(
             ConvNorm(factory, *pair, 3, stride=2, bias=True) for pair in pairwise(neck_channels)
         )
-        out_channels = 2 * neck_channels[-1]
-        self.final_layer = ConvNorm(factory, neck_channels[-1], out_channels, 1, bias=True)
-        self.classifier = Classifier(factory, out_channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        outputs = 2 * neck_channels[-1]
+        self.final_layer = ConvNorm(factory, neck_channels[-1], outputs, 1, bias=True)
+        self.classifier = Classifier(factory, outputs, self.classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Return the maps "stem", "layer1", of each branch after each stage ("stage2_branch1", finest first), "final".
@@ -152,12 +147,8 @@ def _transition(factory: LayerFactory, before: Sequence[int], after: Sequence[in
 def check_branch_sizes(height: int, width: int, multiple: int) -> None:
     """Raise a `CxrError` unless each branch is exactly half as large as the one before, which timm needs too.
 
-    The stem makes ceil(size / 4) rows, which must halve evenly: sizes from 3 px below a multiple up to it do.
-
-    Args:
-      height: height of the images, px.
-      width: width of the images, px.
-      multiple: px per position of the coarsest branch.
+    The stem makes ceil(size / 4) rows, which must halve evenly: sizes from 3 px below a multiple up to it do, where
+    `multiple` is the number of px per position of the coarsest branch.
     """
     for side, size in (("height", height), ("width", width)):
         if -(-size // 4) % (multiple // 4):

@@ -20,10 +20,8 @@ class InputSpec:
 
     Attributes:
       channels: number of channels.
-      mean: per channel, on the scale of `low`..`high`.
-      std: per channel, on the scale of `low`..`high`.
-      low: value of black (0) before normalisation.
-      high: value of white (255) before normalisation.
+      mean, std: per channel, on the scale of `low`..`high`.
+      low, high: values of black (0) and white (255) before normalisation.
     """
 
     channels: int = 3
@@ -95,11 +93,8 @@ def check_range(images: Float[np.ndarray, "B H W C"], spec: InputSpec) -> None:
     """Refuse prepared images whose values cannot have been normalised as the network expects.
 
     Values must lie in the range from black to white, widened by its own width on both sides. Each image must spread
-    over a hundredth of that range at least, and if the range has negative values some must be negative.
-
-    Args:
-      images: prepared by somebody else (the result of `prepare` needs no check).
-      spec: what the network expects.
+    over a hundredth of that range at least, and if the range has negative values some must be negative. The result of
+    `prepare` needs no check.
 
     Raises:
       CxrError: values out of range, without spread, not finite, or of another number of channels.
@@ -120,12 +115,7 @@ def check_range(images: Float[np.ndarray, "B H W C"], spec: InputSpec) -> None:
 
 
 def prepare(images: UInt8[Array, "B H W 1"], spec: InputSpec, dtype) -> Float[Array, "B H W C"]:
-    """Scale, repeat and normalise grey images; arithmetic in float32 or wider, result in `dtype`.
-
-    Args:
-      images: grey values 0..255.
-      spec: what the network expects.
-      dtype: the network's compute type.
+    """Scale, repeat and normalise grey images 0..255; arithmetic in float32 or wider, result in `dtype`.
 
     Raises:
       CxrError: `images` are not uint8, or not B x H x W x 1.

@@ -48,11 +48,8 @@ class LayerFactory:
     Initial values are drawn with NumPy: they depend on the seed alone (not on devices), and building a network
     compiles nothing.
 
-    Args:
-      dtype: compute type.
-      seed: seed of the initial values.
-      fan_mode: whether the deviation of a convolution's initial values follows its fan "in" or fan "out"
-        (He et al. 2015, arXiv:1502.01852).
+    `fan_mode` says whether the deviation of a convolution's initial values follows its fan "in" or fan "out" (He et al.
+    2015, arXiv:1502.01852).
     """
 
     def __init__(self, dtype, seed: int, *, fan_mode: Literal["in", "out"] = "in"):
@@ -151,10 +148,7 @@ class BatchNorm(nnx.Module):
     def __call__(self, maps: Maps, *, train: bool, moments: Moments | None = None) -> Maps:
         """Normalise the maps; in training by the batch's moments, which also update the running statistics.
 
-        Args:
-          maps: feature maps.
-          train: whether to use the batch's moments.
-          moments: `self.moments(maps)`, where it is already computed.
+        `moments` are `self.moments(maps)`, where these are already computed.
         """
         wide = maps.astype(param_dtype(self.dtype))
         if train:
@@ -258,11 +252,8 @@ def maybe_remat(method: Callable, remat: str, level: str = "layer", static: tupl
     in memory. Results and running statistics are the same, and statistics are updated once (plain `jax.checkpoint` on
     a method would lose them). Levels nest: layers inside a recomputed block are recomputed again.
 
-    Args:
-      method: the method.
-      remat: one of `REMATS`.
-      level: what the method computes: a "layer", a "block", or a whole network ("full").
-      static: positions of the arguments that are not arrays.
+    `remat` is one of `REMATS`, and `level` what the method computes: a "layer", a "block", or a whole network ("full").
+    `static` are the positions of the arguments that are not arrays.
     """
     recomputes = REMATS.index(remat) >= REMATS.index(level)
     return nnx.remat(method, static_argnums=static, graph=False) if recomputes else method

@@ -72,16 +72,9 @@ class Network:
         """Return the module; call this inside the traced function, never outside."""
         return nnx.merge(self.definition.graph, self.params, self.stats)
 
-    def apply(
-        self,
-        images: UInt8[Array, "B H W 1"],
-        *,
-        train: bool = False,
-        key: PRNGKeyArray | None = None,
-        backbone_in_training: bool = True,
-    ) -> tuple[Logits, dict[str, Any]]:
+    def apply(self, images: UInt8[Array, "B H W 1"], **options: Any) -> tuple[Logits, dict[str, Any]]:
         """Return the prediction's logits for grey images, and the updated batch statistics; see `outputs`."""
-        outputs, stats = self.outputs(images, train=train, key=key, backbone_in_training=backbone_in_training)
+        outputs, stats = self.outputs(images, **options)
         return list(outputs.values())[-1], stats
 
     def outputs(
@@ -123,13 +116,9 @@ SIZE_MULTIPLE, NUM_CANDIDATES = 32, 4
 
 
 def check_size(network: Network, size: int, *, batch_size: int = 1, backbone_in_training: bool = True) -> None:
-    """Check that the network can be trained on images of a size, by tracing a training step's outputs.
+    """Check that the network can be trained on images of `size` px a side, by tracing a training step's outputs.
 
-    Args:
-      network: of any family.
-      size: side of the images, px.
-      batch_size: number of images normalised together.
-      backbone_in_training: whether the backbone's norms use the batch's moments.
+    `batch_size` images are normalised together, if `backbone_in_training` says that norms use the batch's moments.
 
     Raises:
       CxrError: it cannot; the message has the network's reason and the nearest multiples of 32 that work.

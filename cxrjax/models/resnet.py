@@ -7,13 +7,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from cxrjax.errors import CxrError, check_choice, check_positive
-from cxrjax.models.backbone import Architecture, Backbone, Classifier
-from cxrjax.models.input_spec import GREY, IMAGENET, InputSpec
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, CommonArgs
+from cxrjax.models.input_spec import GREY, IMAGENET
 from cxrjax.models.layers import LayerFactory, Maps, maybe_remat
 from cxrjax.models.pooling import STEM_POOLS
 
@@ -25,8 +24,7 @@ class ResNet(Backbone):
       block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
       layers: number of blocks of each stage; each stage but the first halves height and width.
       width: channels of the stem and of the first stage's 3x3 convolutions; each stage doubles them.
-      stem_kernel: kernel size of the first convolution, odd.
-      stem_stride: its stride.
+      stem_kernel, stem_stride: kernel size, odd, and stride of the first convolution.
       stem_pool: max pooling after it, with stride 2: "3x3", "2x2" or "none".
     """
 
@@ -35,12 +33,8 @@ class ResNet(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         block: str = "bottleneck",
         layers: Sequence[int] = (3, 4, 6, 3),
         width: int = 64,
@@ -51,8 +45,8 @@ class ResNet(Backbone):
         hidden: int = 0,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
-        factory = LayerFactory(dtype, seed, fan_mode="out")
+        super().__init__(common)
+        factory = LayerFactory(common.dtype, common.seed, fan_mode="out")
         block_type = BLOCKS[check_choice("block", block, BLOCKS)]
         if isinstance(layers, str) or not isinstance(layers, Sequence):
             raise CxrError(f"layers must be a sequence of block counts such as (3, 4, 6, 3), not {layers!r}")
@@ -65,7 +59,9 @@ class ResNet(Backbone):
             )
         stride = check_positive("stem_stride", stem_stride)
         channels = check_positive("width", width)
-        self.conv1 = factory.conv(input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2)
+        self.conv1 = factory.conv(
+            self.input_spec.channels, channels, stem_kernel, stride=stride, padding=stem_kernel // 2
+        )
         self.bn1 = factory.norm(channels)
         for stage, depth in enumerate(layers, start=1):
             blocks = nnx.List()
@@ -75,7 +71,7 @@ class ResNet(Backbone):
                 channels = width * block_type.expansion
             setattr(self, f"layer{stage}", blocks)
             width *= 2
-        self.classifier = Classifier(factory, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.classifier = Classifier(factory, channels, self.classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Return the maps after the stem and each stage: "stem", "layer1", ..., "final"."""

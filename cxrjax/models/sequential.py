@@ -9,13 +9,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cxrjax.errors import CxrError, check_fraction, check_positive
-from cxrjax.models.backbone import Architecture, Backbone, Classifier, Logits, apply_dropout
-from cxrjax.models.input_spec import UNIT, InputSpec
+from cxrjax.models.backbone import Architecture, Backbone, Classifier, CommonArgs, Logits, apply_dropout
+from cxrjax.models.input_spec import UNIT
 from cxrjax.models.layers import BatchNorm, LayerFactory, Maps, maybe_remat, param_dtype
 from cxrjax.models.pooling import max_pool
 
@@ -43,12 +42,8 @@ class SequentialCNN(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         image_size: int = 64,
         widths: Sequence[int] = (32, 32, 32),
         pool: bool = True,
@@ -56,15 +51,15 @@ class SequentialCNN(Backbone):
         norm: bool = False,
         dropout: float = 0.25,
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
-        factory = LayerFactory(dtype, seed)
+        super().__init__(common)
+        factory = LayerFactory(common.dtype, common.seed)
         for name, values in (("widths", widths), ("units", units)):
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise CxrError(f"{name} must be a sequence of at least one number such as (32, 32), not {values!r}")
         self.num_stages = len(widths)
         self.dropout = check_fraction("dropout", dropout)
         self.image_size = self.final_size = check_positive("image_size", image_size)
-        channels = input_spec.channels
+        channels = common.input_spec.channels
         for number, width in enumerate(widths, start=1):
             setattr(self, f"stage{number}", Stage(factory, channels, check_positive("widths", width), pool, norm))
             channels = width
@@ -76,7 +71,7 @@ class SequentialCNN(Backbone):
         for count in units:
             self.dense.append(Dense(factory, features, check_positive("units", count), norm))
             features = count
-        self.classifier = Classifier(factory, features, classes)
+        self.classifier = Classifier(factory, features, self.classes)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Return each stage's maps before its dropout: "stage1", ..., "final"; a key makes the dropout active."""
@@ -151,23 +146,19 @@ class SimpleCNN(Backbone):
 
     def __init__(
         self,
+        common: CommonArgs,
         *,
-        classes: int,
-        input_spec: InputSpec,
-        dtype: np.dtype,
-        remat: str,
-        seed: int,
         pooling: str = "average",
         hidden: int = 256,
         dropout: float = 0.0,
     ):
-        super().__init__(classes=classes, input_spec=input_spec, dtype=dtype, remat=remat)
-        factory = LayerFactory(dtype, seed)
-        channels = input_spec.channels
+        super().__init__(common)
+        factory = LayerFactory(common.dtype, common.seed)
+        channels = common.input_spec.channels
         for number, width in enumerate(SIMPLE_WIDTHS, start=1):
             setattr(self, f"stage{number}", SimpleStage(factory, channels, width))
             channels = width
-        self.classifier = Classifier(factory, channels, classes, pooling=pooling, hidden=hidden, dropout=dropout)
+        self.classifier = Classifier(factory, channels, self.classes, pooling=pooling, hidden=hidden, dropout=dropout)
 
     def features(self, images: Maps, *, train: bool = False, key: PRNGKeyArray | None = None) -> OrderedDict[str, Maps]:
         """Return the maps after each stage: "stage1", "stage2", "final"."""

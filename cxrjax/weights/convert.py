@@ -286,9 +286,7 @@ class FoldedWeights:
 def fold_channels(model: Backbone, arrays: Arrays) -> FoldedWeights:
     """Sum the first convolution over its input channels, and move the normalisation's offset into the next norm.
 
-    Args:
-      model: the network with several channels; shapes alone are enough.
-      arrays: its weights by our path, HWIO.
+    Of the model, shapes alone are enough; `arrays` are its weights by our path, HWIO.
 
     Raises:
       CxrError: it has one channel already, or nothing follows the convolution that could take up the constant.

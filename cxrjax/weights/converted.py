@@ -172,35 +172,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def load_converted(
-    directory: Path, *, dtype: Any = "float32", remat: str = "none", classes: int | None = None
-) -> Network:
-    """Return the network of a directory of converted weights.
-
-    Args:
-      directory: written by `convert`.
-      dtype: compute type.
-      remat: what the backward pass recomputes: "none", "layer", "block" or "full".
-      classes: number of outputs of a new head, for weights without one.
+def load_converted(directory: Path) -> Network:
+    """Return the float32 network of a directory that `convert` wrote.
 
     Raises:
-      CxrError: there are no such weights; they have no head and `classes` is None; their head has another number.
+      CxrError: there are no such weights, or they have no head.
     """
     card, arrays = read_converted(directory)
-    if not card.classes and classes is None:
+    if not card.classes:
         raise CxrError(f"{directory} holds weights without a head: fine-tune them, or convert them with --head keep")
-    if card.classes and classes not in (None, card.classes):
-        raise CxrError(f"{directory} holds {card.classes} outputs, not {classes}: convert with --head drop")
-    model = create(
-        card.architecture,
-        classes=card.classes or classes or 0,
-        dtype=dtype,
-        remat=remat,
-        input_spec=card.input_spec,
-        **card.options,
-    )
-    optional = () if card.classes else model.replaceable
-    network, faults = _fill(Network.from_model(model), arrays, optional)
+    model = create(card.architecture, classes=card.classes, input_spec=card.input_spec, **card.options)
+    network, faults = _fill(Network.from_model(model), arrays, ())
     if faults:
         raise CxrError(f"{directory} does not fit {card.architecture} of this version: {faults[0]}; convert it again")
     return network

@@ -37,20 +37,6 @@ class FittedWeights:
     missing: tuple[tuple[str, ...], ...]
 
 
-def load_published(
-    model: Backbone, state_dict: Mapping[str, np.ndarray], *, skip: Collection[str] = ()
-) -> FittedWeights:
-    """Fill a network in place with published weights; arguments and errors as in `fit_published`.
-
-    On an error the network stays as it was. Skipped modules keep their values.
-    """
-    fitted = fit_published(model, state_dict, skip=skip)
-    for path, variable in _variables(model).items():
-        if path in fitted.arrays:
-            variable[...] = jnp.array(fitted.arrays[path])  # a copy: the array may be a view of a file
-    return fitted
-
-
 def fit_published(
     model: Backbone, state_dict: Mapping[str, np.ndarray], *, skip: Collection[str] = ()
 ) -> FittedWeights:
@@ -112,10 +98,8 @@ def published_names(model: Backbone) -> dict[tuple[str, ...], str]:
 
 def published_shapes(model: Backbone) -> dict[str, tuple[int, ...]]:
     """Return PyTorch's shape of each of the network's arrays, by published name."""
-    return {
-        published_name(type(model), path): _published_shape(variable.shape)
-        for path, variable in _variables(model).items()
-    }
+    names = published_names(model)
+    return {names[path]: _published_shape(variable.shape) for path, variable in _variables(model).items()}
 
 
 def published_name(family: type[Backbone], path: tuple[str, ...]) -> str:

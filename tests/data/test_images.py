@@ -3,7 +3,6 @@
 import contextlib
 import io
 import struct
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -206,7 +205,6 @@ def test_jpeg_is_grey_and_close():
     data = encode(smooth_image(), "jpeg")
     assert Image.open(io.BytesIO(data)).mode == "L"
     assert np.abs(decode(data, "x") - smooth_image().astype(int)).mean() < 1
-    assert len(encode(smooth_image(), "jpeg", quality=50)) < len(data)
 
 
 def test_only_grey_bytes_are_encoded():
@@ -341,16 +339,6 @@ def test_transform_agrees_with_scipy_in_float64(transform):
     error = np.abs(transform.apply(image) - scipy_transform(image, transform))[inside]
     assert error.max() <= 1
     assert error.mean() < 0.4
-
-
-def test_mask_moves_with_its_image():
-    image = np.zeros((96, 96), np.uint8)
-    image[30:60, 20:70] = 255
-    transform = Transform(flip=True, rotation=12, shift=(0.05, 0.02), zoom=1.1, shear=0.05, brightness=0.5)
-    mask = transform.apply_to_mask(image > 0)
-    moved = replace(transform, brightness=1.0).apply(image) > 127
-    assert mask.dtype == bool
-    assert (mask & moved).sum() / (mask | moved).sum() > 0.98
 
 
 def test_shrinking_before_the_warp_is_antialiased():

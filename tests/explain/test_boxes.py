@@ -125,9 +125,8 @@ def test_random_boxes_hit_as_often_as_chance():
         sizes = rng.uniform(0.1, 0.5, (count, 2))
         return [boxes_array((*(rng.random(2) * (1 - size)), *size)) for size in sizes]
 
-    scores = box_scores(somewhere(3000), somewhere(3000), confidence=0.9999)
+    scores = box_scores(somewhere(3000), somewhere(3000))
     for rate in (*scores.iou[:4], *scores.iobb):
-        assert rate.low < rate.chance < rate.high
         assert stats.binomtest(rate.hits, 3000, rate.chance).pvalue > 1e-5
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cxrjax.errors import CxrError
 from cxrjax.explain import erf
 from cxrjax.models import create
-from cxrjax.models.backbone import Backbone
+from cxrjax.models.backbone import Backbone, CommonArgs
 from cxrjax.models.input_spec import GREY, IMAGENET, prepare
 from cxrjax.models.network import Network
 
@@ -25,7 +25,7 @@ class TwoConvolutions(Backbone):
     """Linear, so that its receptive field is the convolution of its kernels, whatever the image."""
 
     def __init__(self, channels: int, outputs: int):
-        super().__init__(classes=1, input_spec=GREY, dtype=np.dtype("float64"), remat="none")
+        super().__init__(CommonArgs(1, GREY, np.dtype("float64"), "none", 0))
         options = {"padding": "VALID", "use_bias": False, "param_dtype": jnp.float64, "rngs": nnx.Rngs(3)}
         self.first = nnx.Conv(1, channels, (3, 3), **options)
         self.second = nnx.Conv(channels, outputs, (4, 4), **options)

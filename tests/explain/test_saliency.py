@@ -13,7 +13,7 @@ from scipy.special import logsumexp, softmax
 from cxrjax.errors import CxrError
 from cxrjax.explain.saliency import METHODS, _activation, baselines, logits, saliency
 from cxrjax.models import create
-from cxrjax.models.backbone import LSE_SHARPNESS, Backbone
+from cxrjax.models.backbone import LSE_SHARPNESS, Backbone, CommonArgs
 from cxrjax.models.input_spec import IMAGENET, prepare
 from cxrjax.models.network import Network
 
@@ -94,7 +94,7 @@ class Powers(Backbone):
     """A convolution without padding, a power, the mean, a linear layer: gradients are polynomials in the image."""
 
     def __init__(self, power: int):
-        super().__init__(classes=2, input_spec=IMAGENET, dtype=np.dtype("float64"), remat="none")
+        super().__init__(CommonArgs(2, IMAGENET, np.dtype("float64"), "none", 0))
         rng = np.random.default_rng(5)
         self.power = power
         self.kernel = nnx.Param(jnp.asarray(rng.standard_normal((3, 3, 3, 4)) / 5))

@@ -106,7 +106,9 @@ def test_finding_tests_treat_folds_as_independent_and_seeds_as_paired():
     first, second = [[table(f, strength) for f in range(3)] for strength in (1.5, 0.5)]
     for k, row in enumerate(compare_findings(first, second)):
         gaps = [
-            delong(np.stack([a.logit[:, k], b.logit[:, k]]), a.label[:, k], patient=a.patient).difference()
+            delong(np.stack([a.logit[:, k], b.logit[:, k]]), a.label[:, k], patient=a.patient).contrast(
+                np.array([1, -1])
+            )
             for a, b in zip(first, second, strict=True)
         ]
         assert row["difference"] == pytest.approx(np.mean([gap.value for gap in gaps]))

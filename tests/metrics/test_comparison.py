@@ -65,7 +65,7 @@ def test_finding_tests_are_clustered_by_patient_and_adjusted():
         assert (row["first"], row["second"]) == pytest.approx(tuple(exact))
         assert row["difference"] == pytest.approx(exact[0] - exact[1])
         gap = delong(np.stack([first.logit[:, k], second.logit[:, k]]), first.label[:, k], patient=first.patient)
-        assert row["p"] == gap.difference().p
+        assert row["p"] == gap.contrast(np.array([1, -1])).p
         assert row["low"] < row["difference"] < row["high"]
     p = sorted(row["p"] for row in rows)
     assert sorted(row["p_holm"] for row in rows) == pytest.approx([2 * p[0], max(2 * p[0], p[1])])

@@ -23,6 +23,8 @@ OVARIAN = """
 3.3 5.7 6 1   3.7 6.9 5 1  3.6 6.6 5 1
 """
 
+FIRST, GAP = np.array([1, 0]), np.array([1, -1])  # the first model's AUROC, and its difference from the second's
+
 
 def by_pairs(scores, label):
     """AUROCs and covariance by the definition: every positive against every negative."""
@@ -38,10 +40,10 @@ def test_published_example_of_three_tests():
     albumin, protein, kg, outcome = np.array(OVARIAN.split(), float).reshape(-1, 4).T
     areas = delong(np.stack([albumin, protein, 10 - kg]), outcome)
     np.testing.assert_allclose(areas.auroc, [0.7366, 0.6478, 0.7258], atol=5e-5)
-    np.testing.assert_allclose([areas.area(m).error for m in range(3)], [0.0927, 0.1000, 0.1028], atol=5e-5)
-    np.testing.assert_allclose(areas.area(0).interval(), [0.5549, 0.9182], atol=5e-5)
+    np.testing.assert_allclose([areas.contrast(row).error for row in np.eye(3)], [0.0927, 0.1000, 0.1028], atol=5e-5)
+    np.testing.assert_allclose(areas.contrast(np.eye(3)[0]).interval(), [0.5549, 0.9182], atol=5e-5)
     for first, value, error, square, p in ((0, 0.0108, 0.0953, 0.0127, 0.9102), (1, -0.0780, 0.1046, 0.5554, 0.4561)):
-        gap = areas.difference(first, 2)
+        gap = areas.contrast(np.eye(3)[first] - np.eye(3)[2])
         np.testing.assert_allclose([gap.value, gap.error, gap.z**2, gap.p], [value, error, square, p], atol=5e-5)
     contrast = np.array([[1, 0, -1], [0, 1, -1]])
     gaps = contrast @ areas.auroc
@@ -61,7 +63,7 @@ def test_midranks_equal_the_definition_with_ties(rows):
     auroc, covariance = by_pairs([first, second], label)
     np.testing.assert_allclose(areas.auroc, auroc, atol=1e-12)
     np.testing.assert_allclose(areas.covariance, covariance, atol=1e-12)
-    gap = areas.difference()
+    gap = areas.contrast(GAP)
     contrast = np.array([1, -1])
     assert gap.error**2 == pytest.approx(contrast @ covariance @ contrast, abs=1e-12)
     alone = delong(np.stack([first, second]), label, patient=np.arange(len(first)))  # an image a patient
@@ -85,8 +87,10 @@ def test_patients_are_the_unit_as_in_the_bootstrap():
     draws = bootstrap_scores([Ranking.from_scores(s, label) for s in scores], patient, resamples=2000, seed=1)[0]
     areas = delong(scores, label, patient=patient)
     np.testing.assert_allclose(np.sqrt(np.diag(areas.covariance)), draws.std(axis=0, ddof=1), rtol=0.06)
-    assert areas.difference().error == pytest.approx((draws[:, 0] - draws[:, 1]).std(ddof=1), rel=0.06)
-    assert areas.area(0).error > 1.15 * delong(scores, label).area(0).error  # as independent images: too sure
+    assert areas.contrast(GAP).error == pytest.approx((draws[:, 0] - draws[:, 1]).std(ddof=1), rel=0.06)
+    assert (
+        areas.contrast(FIRST).error > 1.15 * delong(scores, label).contrast(FIRST).error
+    )  # as independent images: too sure
 
 
 def test_copied_images_change_nothing():
@@ -104,7 +108,7 @@ def test_the_test_holds_its_level():
     for _ in range(400):
         label = np.arange(120) < 40
         common = rng.normal(size=120) + label
-        p.append(delong(common + rng.normal(size=(2, 120)), label).difference().p)  # two equally good models
+        p.append(delong(common + rng.normal(size=(2, 120)), label).contrast(GAP).p)  # two equally good models
     assert 0.02 < np.mean(np.array(p) < 0.05) < 0.09
     assert 0.4 < np.mean(np.array(p) < 0.5) < 0.6
 
@@ -112,7 +116,7 @@ def test_the_test_holds_its_level():
 def test_equal_rankings_do_not_differ():
     rng = np.random.default_rng(6)
     score, label = rng.normal(size=50), rng.random(50) < 0.5
-    gap = delong(np.stack([score, np.exp(score)]), label).difference()
+    gap = delong(np.stack([score, np.exp(score)]), label).contrast(GAP)
     assert (gap.value, gap.error, gap.z, gap.p) == (0, 0, 0, 1)
 
 
@@ -120,8 +124,8 @@ def test_perfect_and_reversed_rankings_have_no_variance():
     label = np.array([0, 0, 1, 1])
     areas = delong(np.stack([label, 1 - label]), label)
     np.testing.assert_array_equal(areas.auroc, [1, 0])
-    assert areas.difference().p == 0
-    assert areas.area(0).interval() == (1, 1)
+    assert areas.contrast(GAP).p == 0
+    assert areas.contrast(FIRST).interval() == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,8 @@ def test_undefined_estimates_are_nan_with_a_reason(label, patient, auroc, reason
     assert areas.reason == reason
     np.testing.assert_array_equal(areas.auroc, [auroc])
     assert np.isnan(areas.covariance).all()
-    assert np.isnan([areas.area(0).error, areas.area(0).p, *areas.area(0).interval()]).all()
+    estimate = areas.contrast(np.ones(1))
+    assert np.isnan([estimate.error, estimate.p, *estimate.interval()]).all()
 
 
 def test_intervals_are_normal_quantiles():

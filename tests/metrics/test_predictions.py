@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.special import logit
 
 from cxrjax.errors import CxrError
-from cxrjax.findings import LabelPolicy
 from cxrjax.metrics import tables
 from cxrjax.metrics.auc import auroc
 from cxrjax.metrics.predictions import Predictions, logits_from_probabilities
@@ -73,16 +72,12 @@ def test_an_external_file(tmp_path, name):
     assert not table.label_mask.any()
 
 
-def test_external_labels_follow_the_policy(tmp_path):
+def test_unsure_external_labels_do_not_count(tmp_path):
     text = "id,patient,logit_Mass,label_Mass\na,1,0.5,1.0\nb,1,-inf,0\nc,2,inf,-1\nd,2,2,\n"
     table = Predictions.read(written(tmp_path, text))
     np.testing.assert_array_equal(table.label_mask[:, 0], [True, True, False, False])
     np.testing.assert_array_equal(np.argsort(table.logit[:, 0]), [1, 0, 3, 2])
     assert np.isfinite(table.logit).all()
-    policy = LabelPolicy(uncertain="ones", not_mentioned="negative")
-    table = Predictions.read(written(tmp_path, text), policy)
-    assert table.label_mask.all()
-    np.testing.assert_array_equal(table.label[:, 0], [1, 0, 1, 0])
 
 
 def test_an_external_parquet_file(tmp_path):

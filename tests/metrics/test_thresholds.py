@@ -10,7 +10,7 @@ from sklearn import metrics
 
 from cxrjax.errors import CxrError
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.thresholds import ConfusionCounts, OperatingPoints, accuracy_at_threshold, choose_thresholds
+from cxrjax.metrics.thresholds import ConfusionCounts, OperatingPoints, accuracy_at_half, choose_thresholds
 
 
 def table(score, label, label_mask=None, findings=None):
@@ -112,13 +112,9 @@ def test_accuracy_over_all_labels():
     predictions = simulated()
     label_mask = predictions.label_mask
     expected = metrics.accuracy_score(predictions.label[label_mask] > 0, predictions.probability[label_mask] >= 0.5)
-    assert accuracy_at_threshold(predictions) == pytest.approx(expected)
-    expected = metrics.accuracy_score(predictions.label[label_mask] > 0, predictions.probability[label_mask] >= 0.2)
-    assert accuracy_at_threshold(predictions, 0.2) == pytest.approx(expected)
-    assert (
-        accuracy_at_threshold(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1
-    )  # a probability of just 0.5 is a yes
-    assert math.isnan(accuracy_at_threshold(table([0.0], [1], [0])))
+    assert accuracy_at_half(predictions) == pytest.approx(expected)
+    assert accuracy_at_half(table([0.0, -1e-9, 3], [1, 0, 0], [1, 1, 0])) == 1  # a probability of 0.5 is a yes
+    assert math.isnan(accuracy_at_half(table([0.0], [1], [0])))
 
 
 def test_counts_of_nothing_are_nan():
@@ -135,7 +131,6 @@ def test_counts_of_nothing_are_nan():
         (lambda t: choose_thresholds(t, "yuden"), "did you mean 'youden'"),
         (lambda t: choose_thresholds(t, "sensitivity", 90), "target=90"),
         (lambda t: choose_thresholds(t, "sensitivity", 0), "target=0"),
-        (lambda t: accuracy_at_threshold(t, 1), "threshold=1"),
     ],
 )
 def test_bad_arguments(call, message):

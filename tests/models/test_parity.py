@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 from compiling import FAST_COMPILE
 from flax import nnx
+from load_published import load_published
 from parity import Parity, relative_error
 
 from cxrjax.models import create, hrnet, resnet
 from cxrjax.models.layers import skip_init
 from cxrjax.models.network import Network, parameter_count
-from cxrjax.weights.published import load_published, published_names
+from cxrjax.weights.published import published_names
 
 FIXTURES = [
     *("tv-densenet121", "tv-efficientnet_b0", "tv-efficientnet_b3", "tv-resnet50"),

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import FAST_COMPILE
+from load_published import load_published
 from published_networks import FAMILIES, Results, count_multiply_adds, find_modules, images, published, run
 
 from cxrjax.models import create
 from cxrjax.models.network import Network
 from cxrjax.planning.model_summary import summarize_model
-from cxrjax.weights.published import load_published, published_names
+from cxrjax.weights.published import published_names
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from load_published import load_published
 from published_networks import _torchvision, published, torch
 
 from cxrjax.explain.saliency import METHODS, baselines, saliency
 from cxrjax.models import create
 from cxrjax.models.input_spec import UNIT
 from cxrjax.models.network import Network
-from cxrjax.weights.published import load_published
 
 FINDINGS = (7, 500)
 STEPS = 5

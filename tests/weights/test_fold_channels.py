@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from load_published import load_published
 from parity import relative_error
 from published_files import FORMATS, SMALL, state_dict
 
@@ -13,7 +14,6 @@ from cxrjax.models.input_spec import IMAGENET, INPUT_SPECS, UNIT, InputSpec, one
 from cxrjax.models.network import Network
 from cxrjax.weights import convert, load_converted
 from cxrjax.weights.convert import fold_channels
-from cxrjax.weights.published import load_published
 
 CONV = "features.conv0.weight"
 

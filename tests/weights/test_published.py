@@ -1,12 +1,12 @@
 import jax
 import numpy as np
 import pytest
+from load_published import load_published
 from parity import Parity
 
 from cxrjax.errors import CxrError
 from cxrjax.models import create
 from cxrjax.models.network import Network
-from cxrjax.weights.published import load_published
 
 CONV = "features.denseblock1.denselayer1.conv2.weight"
 RUNNING = "features.denseblock1.denselayer1.norm1.running_var"

@@ -14,7 +14,7 @@ RIGHT, LEFT = -1, 1
 SIDES = (RIGHT, LEFT)
 
 CARDIOTHORACIC = {False: (0.42, 0.545), True: (0.555, 0.66)}
-"""Range of the cardiothoracic ratio without and with cardiomegaly."""
+"""Range of the heart's width divided by the thorax's inner width, without and with cardiomegaly."""
 
 # Outline of a lung, lateral wall first: x in half-widths of the thorax, y in heights.
 _LUNG = np.array([
@@ -49,7 +49,6 @@ class Anatomy:
 
     Attributes:
       half_width: half of the largest inner width of the thorax.
-      heart_width: largest width of the heart's shadow.
       lungs: outlines, by side.
       heart: outline.
       mediastinum: great vessels above the heart, with the aortic knob.
@@ -61,7 +60,6 @@ class Anatomy:
     """
 
     half_width: float
-    heart_width: float
     lungs: dict[int, Points]
     heart: Points
     mediastinum: Points
@@ -75,11 +73,6 @@ class Anatomy:
     airway: list[Points]
     skin: Points
     breasts: list[Points]
-
-    @property
-    def cardiothoracic_ratio(self) -> float:
-        """Width of the heart divided by the inner width of the thorax."""
-        return self.heart_width / (2 * self.half_width)
 
     def span(self, side: int, y: float) -> tuple[float, float]:
         """Return where aerated lung begins (at heart or mediastinum) and ends (at the wall) at height y, as |x|."""
@@ -139,7 +132,7 @@ def make_anatomy(radiograph: Radiograph) -> Anatomy:
     posterior, anterior = _make_ribs(rng, half_width, height_scale, lungs)
     scapulae, humeri = _make_arms(rng, half_width, portable)
     return Anatomy(
-        half_width=half_width, heart_width=heart_width, lungs=lungs, heart=heart, mediastinum=mediastinum, hila=hila,
+        half_width=half_width, lungs=lungs, heart=heart, mediastinum=mediastinum, hila=hila,
         posterior_ribs=posterior, anterior_ribs=anterior,
         clavicles=_make_clavicles(rng, half_width), scapulae=scapulae, humeri=humeri,
         vertebrae=_make_vertebrae(u(0.062, 0.074)), airway=_make_airway(rng, hila),

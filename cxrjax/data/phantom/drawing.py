@@ -38,13 +38,7 @@ def _catmull_rom(points: int, samples: int, closed: bool) -> Float[np.ndarray, "
 
 
 def spline(points: Points, *, closed: bool = False, samples: int = 6) -> Points:
-    """Return a smooth curve through control points (Catmull-Rom).
-
-    Args:
-      points: control points; leading axes are separate curves.
-      closed: whether the curve is closed.
-      samples: number of points per segment.
-    """
+    """Return a smooth curve through control points (Catmull-Rom), with `samples` points per segment."""
     return _catmull_rom(points.shape[-2], samples, closed) @ points
 
 
@@ -65,11 +59,9 @@ def _measure_line_widths() -> Float[np.ndarray, " thicknesses"]:
 
 
 class Canvas:
-    """A square pixel grid on which a patient in a given pose is drawn.
+    """A grid of size x size px, on which a patient in a given pose is drawn.
 
-    Args:
-      size: side in px.
-      pose: affine map (2x3) from the patient's to the image's unit coordinates.
+    The pose is an affine map from the patient's to the image's unit coordinates.
     """
 
     def __init__(self, size: int, pose: Float[np.ndarray, "2 3"]):
@@ -154,18 +146,19 @@ def noise_bank() -> Int8[np.ndarray, "bank bank"]:
 
 
 MESH_DENSITY = 512  # pixels of the texture bank per image width
+MESH_PERIOD = 6 / 256  # distance of the ridges in image widths
 
 
 @functools.lru_cache(maxsize=1)
-def mesh_texture(period: float = 6 / 256) -> Float32[np.ndarray, "bank bank"]:
-    """Return a tileable bank of reticular texture: a net of bright ridges about `period` image widths apart.
+def mesh_texture() -> Float32[np.ndarray, "bank bank"]:
+    """Return a tileable bank of reticular texture: a net of bright ridges about `MESH_PERIOD` apart.
 
     It consists of the zero crossings of band-passed noise, high-passed so that averaging over a few periods leaves
     nothing; mean 0, standard deviation 1.
     """
     side = 1024
     rng = np.random.default_rng(20201103)
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) * MESH_DENSITY * period
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) * MESH_DENSITY * MESH_PERIOD
     noise = np.fft.rfft2(rng.standard_normal((side, side)))
     waves = np.fft.irfft2(noise * np.exp(-0.5 * ((frequency - 0.62) / 0.13) ** 2), s=(side, side))
     ridges = np.exp(-np.abs(waves / waves.std()) * 2)

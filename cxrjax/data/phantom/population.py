@@ -55,10 +55,6 @@ def sample_population(seed: int, patients: int) -> list[Radiograph]:
     study, independently of each other, the patient and the view. A larger population starts with the smaller one of
     the same seed.
 
-    Args:
-      seed: a non-negative integer.
-      patients: number of patients.
-
     Raises:
       CxrError: `seed` or `patients` is negative.
     """

@@ -95,14 +95,7 @@ _UPRIGHT = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def render(radiograph: Radiograph, size: int) -> UInt8[np.ndarray, "size size"]:
-    """Render a radiograph; deterministic, and the same image at every size.
-
-    Args:
-      radiograph: its description.
-      size: side in px, at least 16.
-
-    Returns:
-      The grey image: air is dark, bone and fluid are bright.
+    """Render a radiograph of size x size px; deterministic, and the same image at every size.
 
     Raises:
       CxrError: `size` is below 16.
@@ -128,17 +121,10 @@ def render(radiograph: Radiograph, size: int) -> UInt8[np.ndarray, "size size"]:
 
 
 def render_masks(radiograph: Radiograph, size: int) -> dict[str, Bool[np.ndarray, "size size"]]:
-    """Render the masks of the findings that are truly present.
+    """Render the masks of the findings that are truly present, in the order of `PHANTOM`.
 
     The mask of cardiomegaly is the heart's shadow, of pleural effusion the fluid, of pneumothorax the air between lung
     and chest wall, of reticulation its region within the lungs, of support devices lines 1.2 % of the image wide.
-
-    Args:
-      radiograph: its description.
-      size: side in px, at least 16.
-
-    Returns:
-      A mask for each present finding, in the order of `PHANTOM`.
 
     Raises:
       CxrError: `size` is below 16.

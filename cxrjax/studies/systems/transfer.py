@@ -6,7 +6,7 @@ from cxrjax.inference.load_run import predict
 from cxrjax.metrics.auc import AUC_ESTIMATORS, auc_report
 from cxrjax.metrics.bootstrap import bootstrap_mean
 from cxrjax.metrics.predictions import Predictions
-from cxrjax.metrics.thresholds import accuracy_at_threshold
+from cxrjax.metrics.thresholds import accuracy_at_half
 from cxrjax.report.content import Cam, Claim, Section, Table
 from cxrjax.runs.explain_run import compute_cams, make_cam
 from cxrjax.studies.sections import format_interval, nan_to_none
@@ -50,7 +50,7 @@ def _accuracies(study: Study) -> tuple[Section, dict[str, dict[str, float | None
     for member in study.members:
         test, train = (
             member.test,
-            nan_to_none(accuracy_at_threshold(predict(member.experiment, member.network, "train"))),
+            nan_to_none(accuracy_at_half(predict(member.experiment, member.network, "train"))),
         )
         value, interval = bootstrap_mean(_is_correct(test), test.label_mask, test.patient, **study.bootstrap_options)
         all_negative = float((test.label <= 0)[test.label_mask].mean())
