@@ -6,7 +6,7 @@ Command   for size in 256 512 1024 2048; do
           done
           cxrjax weights convert densenet121.pth --arch densenet121 --out weights/densenet121
           cxrjax study resolution --workdir runs/resolution
-          On a cluster, run each size and fold as a job of its own, then the command without --only to collect them:
+          On a cluster, run each size and fold as a separate job, then the command without --only to collect them:
           cxrjax study resolution --workdir runs/resolution --only 1024px-fold3
 Argument  separated by commas: the image size in px (256, 512, 1024 (default) or 2048; 32, 64 or 128 on the phantom);
           "phantom" for the study on the phantom; "table" (default) or "linear" for the learning rates

@@ -84,7 +84,7 @@ class LabelPolicy:
                 f"label policy smooth_range={self.smooth_range} is not a lowest and a highest target from 0 to 1"
             )
         if any(policy.per_finding for policy in self.per_finding.values()):
-            raise CxrError("a per-finding label policy cannot have per-finding policies of its own")
+            raise CxrError("a per-finding label policy cannot have per-finding policies itself")
 
     @property
     def scored(self) -> "LabelPolicy":

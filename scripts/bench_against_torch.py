@@ -4,7 +4,7 @@ python scripts/bench_against_torch.py                  # on a GPU, at most 8 min
 python scripts/bench_against_torch.py densenet121:64:2 --variants float32 --dtypes float32 --remats none
 
 Needs JAX, Flax, optax, PyTorch, torchvision, timm and this repository, which need not be installed. Every measurement
-runs in a process of its own. Several compile at once, which takes most of the time (90 s for a training step on an
+runs in a separate process. Several compile at once, which takes most of the time (90 s for a training step on an
 H200), and are then timed one after the other. Measurements that have not compiled after three quarters of the time are
 left out; compiled programs are kept in --cache, so rerunning the command continues. Speed ratios take the fastest
 variant of each side; memory ratios take our smallest against PyTorch's `amp` and `ckpt`. Rows are JSON lines (--out

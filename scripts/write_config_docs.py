@@ -35,7 +35,7 @@ This page is made from `cxrjax/config_keys.py` by `scripts/write_config_docs.py`
 
 
 def page() -> str:
-    """Return the page, one table a group of keys."""
+    """Return the page, one table per group of keys."""
     lines, section = [INTRODUCTION], None
     for name, key in KEYS.items():
         group = name.partition(".")[0] if "." in name else ""

@@ -7,7 +7,7 @@
 - Logistic stacking: a logistic regression of each finding on the scales' logits, which may also improve calibration.
 
 The first two are computed in log space, so that confident models neither overflow nor lose their gradient. Every
-finding is combined by itself: of exclusive classes, only voting keeps probabilities that sum to 1.
+finding is combined separately: of exclusive classes, only voting keeps probabilities that sum to 1.
 """
 
 from collections.abc import Sequence

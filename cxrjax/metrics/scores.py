@@ -70,7 +70,7 @@ class Scores:
     Attributes:
       findings: one score each, in the order of the predictions.
       mean: the mean over the defined findings; its intervals come from the means of the draws.
-      images, patients: their number in all tables. If equal, each image was resampled by itself.
+      images, patients: their number in all tables. If equal, each image was resampled separately.
       resamples, seed, confidence: of the bootstrap; 0 resamples means no intervals.
     """
 

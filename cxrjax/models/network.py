@@ -104,7 +104,7 @@ class Network:
 
 def parameter_count(network: Any) -> int:
     """Return the number of parameters, without statistics, of a module, a `Network` or nested dicts of arrays."""
-    from clu.parameter_overview import count_parameters  # slow to import, and a training step alone needs it not
+    from clu.parameter_overview import count_parameters  # slow to import, and a training step does not need it
 
     if isinstance(network, Backbone):
         network = Network.from_model(network)

@@ -1,7 +1,7 @@
 """Speed and memory of training and inference on this machine, one process per measurement.
 
-A process of its own starts cold, and its peak memory is that of its case alone. `python -m cxrjax.planning.benchmark
-CASE` runs one case, given as JSON; it only needs JAX, Flax, optax, rich and the source of this package.
+Each case runs in a separate process: it starts cold, and its peak memory is its own. `python -m
+cxrjax.planning.benchmark CASE` runs one case, given as JSON; it only needs JAX, Flax, optax, rich and this package.
 """
 
 import json
@@ -113,7 +113,7 @@ def parse_cases(
 
 
 def run_cases(cases: Sequence[Case], *, inference: bool = True) -> Iterator[dict[str, Any]]:
-    """Yield a row for each training case, with inference of the same batch beside it.
+    """Yield a row for each training case, followed by inference of the same batch.
 
     A failure is the row's `error`, or `infer_error` if only inference failed. Values are medians over the steps:
     `train_s`, `train_images_per_s`, `infer_s` and so on, with the names of `scripts/bench_torch.py`, and:

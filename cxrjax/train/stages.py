@@ -12,7 +12,7 @@ from cxrjax.train.state import Progress
 def train_stages(config: Config, directory: Path, *, profile: tuple[int, int] | None = None) -> Progress:
     """Train a config, stage by stage if `train.stages` has any.
 
-    Each stage is a run of its own, with its own optimizer, early stopping and best checkpoint. The last stage is the
+    Each stage is a separate run with its own optimizer, early stopping and best checkpoint. The last stage is the
     run in `directory`; the others are in `directory/stages/1`, `2`, and so on. A finished stage is not trained again,
     even if its directory was deleted after a later stage had begun.
 

@@ -159,7 +159,7 @@ def check_architecture_options(options: Mapping[str, Any]) -> None:
     """Raise a `CxrError` for options that are not the architecture's own, or that a card cannot hold."""
     for option in options:
         if option in _CREATE_ARGUMENTS:
-            raise CxrError(f"{option} is no option of an architecture: leave it out")
+            raise CxrError(f"{option} is not an option of an architecture: leave it out")
     try:
         json.dumps(options, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -182,7 +182,7 @@ def _top(stack: list[Any], count: int) -> list[Any]:
 
 def _call(allowed: AllowedGlobals, charge: Callable[[int], None], constructor: Any, arguments: Any) -> Any:
     if not isinstance(constructor, Global) or not isinstance(arguments, tuple):
-        raise ValueError("the pickle calls what is no function")
+        raise ValueError("the pickle calls something that is not a function")
     function = allowed.functions.get(constructor)
     if function is None:
         return PickledObject(constructor, arguments)

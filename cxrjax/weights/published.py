@@ -186,7 +186,7 @@ def to_published_names(arrays: Mapping[str, np.ndarray], family: type[Backbone])
         original = renamed
 
     thresholds = [name for name in original if name.rpartition(".")[2] == _XRV_THRESHOLDS]
-    reason = "torchxrayvision's operating thresholds are no part of the network"
+    reason = "torchxrayvision's operating thresholds are not part of the network"
     dropped = {original.pop(name): reason for name in thresholds}
     while prefix := _common_prefix(original, top_modules(family)):
         rename(lambda name, prefix=prefix: name.removeprefix(prefix), f"all names began with {prefix}")

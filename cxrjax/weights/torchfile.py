@@ -106,7 +106,7 @@ def read_torch(file: Path, *, restricted: bool = False) -> Any:
         return _read_legacy(content) if members is None else _read_zip(members)
     except ForbiddenGlobalError as refusal:
         raise CxrError(
-            f"{file} {refusal}, which is no part of weights: nothing was run; "
+            f"{file} {refusal}, which does not belong to weights: nothing was run; "
             "if you trust it, save its state_dict alone: torch.save(model.state_dict(), FILE)"
         ) from None
     except CxrError as error:

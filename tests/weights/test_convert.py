@@ -220,8 +220,8 @@ def test_the_architecture_that_fits_is_named(tmp_path):
         ({"labels": ["Mass"], "head": "drop"}, "the head was dropped"),
         ({"input_spec": "imagenett"}, "did you mean 'imagenet'"),
         ({"options": SMALL | {"groth": 3}}, "did you mean 'growth_rate'"),
-        ({"options": SMALL | {"dtype": "float64"}}, "dtype is no option of an architecture"),
-        ({"options": SMALL | {"name": "resnet18"}}, "name is no option of an architecture"),
+        ({"options": SMALL | {"dtype": "float64"}}, "dtype is not an option of an architecture"),
+        ({"options": SMALL | {"name": "resnet18"}}, "name is not an option of an architecture"),
         ({"options": SMALL | {"growth_rate": "a"}}, "growth_rate must be a whole number above 0"),
         ({"options": SMALL | {"block_config": 3}}, "block_config must be a sequence of layer counts"),
         ({"options": SMALL | {"last_norm": {1}}}, "options must be numbers, texts, and lists"),
@@ -337,7 +337,7 @@ def test_labels_are_names_or_a_file(tmp_path):
         ({"labels": ["A", "B", "C", "D", 5]}, "its labels are not a list of texts"),
         ({"labels": ["Mass"]}, "it has 1 labels for 5 outputs"),
         ({"classes": True}, "its classes are True"),
-        ({"options": {"seed": 3}}, "seed is no option of an architecture"),
+        ({"options": {"seed": 3}}, "seed is not an option of an architecture"),
     ],
 )
 def test_a_card_with_wrong_entries_is_refused(tmp_path, small_weights, entries, message):

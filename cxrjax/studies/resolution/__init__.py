@@ -67,7 +67,7 @@ def run_resolution_study(spec: str, overrides: Sequence[str], directory: Path, o
     runs = plan(spec, overrides, config)
     if only:
         if only not in runs:
-            raise CxrError(f"--only {only} is no run of this study; its runs are {', '.join(runs)}")
+            raise CxrError(f"this study has no run {only}; its runs are {', '.join(runs)}")
         return _run_one(runs[only], directory / "runs" / only, config)
     _check_data(config, runs)
     _check_not_training(runs, directory)

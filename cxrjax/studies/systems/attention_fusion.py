@@ -17,7 +17,7 @@ _NETWORKS = {
     "simple_cnn": "simple_cnn", "densenet121": "densenet121", "efficientnet_b0": "efficientnet_b0",
     "fusion": "attention_fusion",
 }  # fmt: skip
-# Keras counts the weights of its EfficientNets' input normalisation (mean, variance, count), which is no layer here.
+# Keras counts the weights of its EfficientNets' input normalisation (mean, variance, count), which is not a layer here.
 _KERAS_EXTRA = {"efficientnet_b0": 7, "fusion": 7}
 
 
@@ -55,7 +55,7 @@ def _parameter_counts(study: Study) -> tuple[Section, list[Claim]]:
     columns = ("Arm", "Network", "Parameters", "With batch statistics", "Paper", "Difference")
     text = (
         "The paper counts batch statistics, and for each EfficientNet seven weights of Keras' input normalisation, "
-        "which is no layer here. The difference accounts for them.",
+        "which is not a layer here. The difference accounts for them.",
     )
     claims = []
     if compared == len(rows):

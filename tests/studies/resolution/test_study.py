@@ -170,7 +170,10 @@ def test_a_run_that_another_process_trains_is_named_and_nothing_is_trained(study
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--only", "16px-fold1"), "no run of this study; its runs are 16px-fold0, 32px-fold0, 16px-fold2, 32px-fold2"),
+        (
+            ("--only", "16px-fold1"),
+            "has no run 16px-fold1; its runs are 16px-fold0, 32px-fold0, 16px-fold2, 32px-fold2",
+        ),
         (("--config.study.folds=(0, 3)",), "give folds from 0 to 2, each once"),
         (("--config.study.folds=(1, 1)",), "give folds from 0 to 2, each once"),
         (("--config.split.name=random",), "set split.name=folds"),
