@@ -91,7 +91,7 @@ class Cam:
       mask: bool[H', W'], the true mask; None if unknown.
       boxes: f[n, 4], detected boxes: left, top, width and height as fractions of the image's sides; None if not
         detected.
-      said: probabilities of all findings predicted above 0.5; None if not requested.
+      positives: probabilities of all findings predicted above 0.5; None if not requested.
     """
 
     image: np.ndarray
@@ -199,7 +199,7 @@ class StudyReport:
       weights: f64[K, S], weights of the stacked ensemble; each row sums to 1.
       curves: model -> finding -> Curve.
       training: single model -> log lines (step, epoch, train_loss, val_loss, val_auroc; any may be missing).
-      fields: single model -> ErfMap.
+      erfs: single model -> ErfMap.
       cams: finding -> single model -> Cam.
       image_sizes: i[N, 2], width and height of the original images.
       control: a table of control runs.
@@ -235,7 +235,7 @@ class StudyReport:
         _check_names("scores", self.scores, models)
         _check_names("curves", self.curves, models)
         _check_names("training", self.training, self.sizes)
-        _check_names("fields", self.erfs, self.sizes)
+        _check_names("erfs", self.erfs, self.sizes)
         _check_names("cams", self.cams, self.findings)
         for finding, row in self.cams.items():
             _check_names(f"cams of {finding}", row, self.sizes)
